@@ -1,0 +1,188 @@
+"""A run on disk and in the operating system: its folder, its checkpoints, its ranks, and how it is stopped.
+
+Place in the loop: train.py opens a run, saves checkpoints into it, and continues it after a stop. A checkpoint is
+written aside and renamed, so a kill at any moment leaves the last good one; what is not complete is not found.
+
+Left out: uploading anywhere, and a run folder shared by two jobs at once.
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from deepresearcher_min.config import Config, ConfigError, load_config, parse_arguments
+
+RUNS = Path("runs")
+
+
+def newest_run() -> Path:
+    """The run folder under runs/ that was started last; ConfigError if there is none."""
+    runs = sorted(RUNS.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime)
+    if not runs:
+        raise ConfigError("there is no run under runs/ yet; `torchrun train.py` makes one")
+    return runs[-1].parent
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run that were written to the end, oldest first."""
+    return sorted(file.parent for file in run.glob("checkpoints/step-*/state.json"))
+
+
+def open_run(argv: list[str]) -> Config:
+    """The resolved config: of a new run, or with --resume the one that was saved, with argv laid over it.
+
+    run_dir and date are always filled in. Raises ConfigError when a new run would write into an old one's folder.
+    """
+    typed = parse_arguments(argv)
+    resume = typed.get("resume")
+    if resume:
+        folder = newest_run() if resume == "newest" else Path(resume)
+        if not (folder / "config.yaml").exists():
+            raise ConfigError(f"resume={resume!r}: there is no run with a config.yaml in {folder}")
+        saved = yaml.safe_load((folder / "config.yaml").read_text())
+        return replace(load_config(argv, base=saved), run_dir=str(folder), resume=str(folder))
+    config = load_config(argv)
+    now = datetime.now(UTC)
+    folder = config.run_dir or str(RUNS / f"{config.preset}-{now:%Y%m%d-%H%M%S}")
+    if (Path(folder) / "config.yaml").exists():
+        raise ConfigError(f"run_dir={folder!r} holds a run already; continue it with --resume={folder}")
+    return replace(config, run_dir=folder, date=config.date or f"{now:%Y-%m-%d}")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among the processes of the job (torchrun sets the variables)."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @classmethod
+    def start(cls) -> "Ranks":
+        """Join the process group, if there is more than one process. On GPUs: never run by us."""
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        if world_size > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=60))
+        return cls(rank, world_size, device)
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """Every rank's items in one list, in the order before they were dealt out one by one."""
+        if self.world_size == 1:
+            return items
+        shares: list[Any] = [None] * self.world_size
+        dist.all_gather_object(shares, items)
+        longest = max(map(len, shares))
+        return [share[i] for i in range(longest) for share in shares if i < len(share)]
+
+    def total(self, sums: Counter[str]) -> Counter[str]:
+        """The sums of all ranks added up."""
+        result: Counter[str] = Counter()
+        for share in self.gather([sums]):
+            result.update(share)
+        return result
+
+    def stop(self) -> None:
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Checkpoints:
+    """checkpoints/step-000020/: a plain Hugging Face folder, with the training state in state/ and state.json."""
+
+    def __init__(self, run_dir: str | Path, keep: int, ranks: Ranks) -> None:
+        self.folder = Path(run_dir) / "checkpoints"
+        self.keep, self.ranks = keep, ranks
+
+    def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
+        """`write(folder)` on every rank, then state.json, then rename; older ones beyond `keep` are deleted."""
+        final, aside = self.folder / f"step-{step:06d}", self.folder / f".step-{step:06d}.part"
+        if self.ranks.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.ranks.share(None)  # nobody writes before the folder is there
+        write(aside)
+        self.ranks.gather([None])  # nobody renames before everybody has written
+        if self.ranks.rank == 0:
+            (aside / "state.json").write_text(json.dumps(state))
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            for old in self.complete()[: -self.keep]:
+                shutil.rmtree(old)
+        self.ranks.share(None)
+        return final
+
+    def complete(self) -> list[Path]:
+        """All checkpoints that were written to the end, oldest first."""
+        return complete_checkpoints(self.folder.parent)
+
+    def steps(self) -> list[int]:
+        return [int(folder.name.removeprefix("step-")) for folder in self.complete()]
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint and its state, the same on every rank; None if there is none."""
+        found = self.ranks.share(self.complete()[-1:])
+        return (found[0], json.loads((found[0] / "state.json").read_text())) if found else None
+
+
+class Clock:
+    """Wall and CPU time since its start [s]."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.monotonic(), time.process_time()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.wall
+
+    def added_to(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state with this run's time added to what earlier runs took."""
+        cpu = state["cpu_seconds"] + time.process_time() - self.cpu
+        return state | {"seconds": state["seconds"] + self.seconds(), "cpu_seconds": cpu}
+
+
+class Stop:
+    """Ctrl-C and SIGTERM: end a rollout at once, but never in the middle of an update or of saving."""
+
+    def __init__(self) -> None:
+        self.asked = self.shielded = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: Any) -> None:
+        first, self.asked = not self.asked, True
+        if first and not self.shielded:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def shield(self) -> Iterator[None]:
+        self.shielded = True
+        try:
+            yield
+        finally:
+            self.shielded = False
+        if self.asked:
+            raise KeyboardInterrupt

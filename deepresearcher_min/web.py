@@ -1,0 +1,312 @@
+"""The only place that opens a socket to the web; search.py and browse.py ask it, nothing else does.
+
+`cached` is the cassette (one SQLite file, cache and recording at once); of identical requests at one time it sends
+one. `fetch` retries. `check_url` says which addresses the model may open. `_exchange` is one pooled exchange with a
+checked address, every wait of which ends at the deadline of the tool call. What goes wrong out there is a WebFailure
+in words for the model, never a crash. Left out on purpose: cookies, scripts, robots.txt, HTTP/2, proxies.
+"""
+
+import hashlib
+import http.client
+import io
+import ipaddress
+import json
+import random
+import re
+import socket
+import sqlite3
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+import urllib3
+from urllib3 import exceptions as errors
+from urllib3.util import Url, parse_url
+
+from .config import Config, ConfigError
+
+USER_AGENT = "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)"
+READABLE = re.compile(r"$|text/(html|plain|markdown)|application/(xhtml\+xml|pdf)")  # content types of pages
+GET_PAGE = {"method": "GET", "headers": {"Accept": "text/html,application/pdf,text/plain"}}
+MAX_REDIRECTS = 5
+TIMEOUT = ("timeout", "The server did not answer in time.")
+FAILURE_TTL = 60.0  # a failure is remembered so long, in mode live [s]
+GLOBAL_IPV6, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
+# Not public, although some Python versions call them global: protocol assignments, 6to4 relays, the metadata service
+# of Azure, Teredo and its neighbours, documentation.
+NETWORKS = "192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23", "2001:db8::/32", "3fff::/20"
+NOT_PUBLIC = [ipaddress.ip_network(network) for network in NETWORKS]
+RESOLVERS = ThreadPoolExecutor(16, "resolver")  # getaddrinfo knows no deadline; waiting for a thread does
+COUNT_LOCK = threading.Lock()
+Reply = tuple[int, dict[str, str], bytearray]  # status, headers (names in lower case), body (decompressed)
+EXCHANGE = threading.local()  # .deadline and .silence [s] of the exchange that this thread is in
+
+
+class WebFailure(Exception):
+    """Something that the world did: `kind` is a short name to count, `words` a sentence for the model."""
+
+    def __init__(self, kind: str, words: str) -> None:
+        super().__init__(f"{kind}: {words}")
+        self.kind, self.words = kind, words
+
+
+class BlockedURL(WebFailure):
+    """An address that may not be opened, or whose name does not resolve."""
+
+
+def count(counts: Counter, name: str, amount: float = 1) -> None:
+    """Add to a counter that several tool threads of one trajectory may share."""
+    with COUNT_LOCK:
+        counts[name] += amount
+
+
+def seconds_left(deadline: float) -> float:
+    """Seconds until a deadline on the monotonic clock; raises WebFailure when it has passed."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise WebFailure(*TIMEOUT)
+    return left
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the public internet; IPv4 inside IPv6 is judged as IPv4."""
+    ip = ipaddress.ip_address(address)
+    if ip.version == 6:
+        inner = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None)
+        if inner is not None:
+            return is_public(str(inner))
+        if ip not in GLOBAL_IPV6:
+            return False
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or any(ip in net for net in NOT_PUBLIC))
+
+
+def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tuple[Url, list[str]]:
+    """Refuse every URL that does not lead to a public web server; connect only to the addresses returned here.
+
+    All addresses of the name are checked: one bad one among good ones is enough. `allow_private` (tests, the
+    operator's own services) admits any address and port. Raises BlockedURL; `seconds` limits the name's resolution.
+    """
+    try:
+        parts = parse_url(url)
+    except errors.LocationParseError:
+        parts = Url()
+    if parts.scheme not in ("http", "https") or not parts.host or re.search(r"[\\\x00-\x20\x7f]|^[^/]*$", url):
+        raise BlockedURL("refused_address", "Only complete http and https addresses can be opened.")
+    if parts.auth is not None or not (allow_private or parts.port in (None, 80, 443)):
+        raise BlockedURL("refused_address", "Addresses with a user name or an unusual port are not opened.")
+    try:
+        host = parts.host.strip("[]")
+        found = RESOLVERS.submit(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM).result(seconds)
+    except (OSError, UnicodeError):  # no such name, or no answer in time
+        raise BlockedURL("dns", f"No server with the name {parts.host} can be found.") from None
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    if not allow_private and not all(map(is_public, addresses)):
+        raise BlockedURL("refused_address", "This address is not on the public internet.")
+    return parts, addresses
+
+
+class DeadlineReader(io.RawIOBase):
+    """A socket's bytes until the deadline: a server that drips a byte a second never meets the limit of silence."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock, self.raw = sock, sock.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.sock.settimeout(min(seconds_left(EXCHANGE.deadline), EXCHANGE.silence))
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+class DeadlineResponse(http.client.HTTPResponse):
+    """An HTTP response of which head and body are read through DeadlineReader."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp.close()
+        self.fp = io.BufferedReader(DeadlineReader(sock))
+
+
+def deadline_pool(pool: type) -> type:
+    """A connection pool class of urllib3 whose responses are DeadlineResponses."""
+    connection = type("Connection", (pool.ConnectionCls,), {"response_class": DeadlineResponse})
+    return type("Pool", (pool,), {"ConnectionCls": connection})
+
+
+def status_failure(status: int, body: bytearray) -> WebFailure:
+    """The failure that an HTTP status other than success stands for."""
+    if status in (402, 432) or (status == 400 and b"credit" in body[:1000].lower()):  # "Not enough credits" is Serper's
+        return WebFailure("quota", "The quota of the service is used up.")
+    if status in (401, 403):
+        return WebFailure("unauthorized", "The server refused access.")
+    words = f"The server answered with the error {status} ({http.client.responses.get(status, 'unknown')})."
+    return WebFailure("rate_limited" if status == 429 else f"http_{status}", words)
+
+
+class Cassette:
+    """Replies by key in one SQLite file (WAL): safe for threads, for the ranks of one node, and for kill -9.
+
+    Not for network file systems, where SQLite's WAL does not work.
+    """
+
+    def __init__(self, path: Path, mode: str, ttl: float) -> None:
+        if mode == "replay" and not path.is_file():
+            raise ConfigError(f"cassette={str(path)!r}: cassette_mode: replay needs a recording")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.mode, self.ttl, self.lock = mode, ttl, threading.Lock()
+        self.db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        self.db.execute("PRAGMA journal_mode=WAL")
+        self.db.execute("PRAGMA synchronous=NORMAL")  # a power cut may lose the last replies, never the file
+        self.db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, time REAL, reply TEXT)")
+
+    def get(self, key: bytes) -> dict[str, Any] | None:
+        """The reply of this key: {"value": ...} or {"failure": [kind, words]}; None if absent or, in mode live, old."""
+        with self.lock:
+            row = self.db.execute("SELECT time, reply FROM replies WHERE key = ?", (key,)).fetchone()
+        reply = json.loads(row[1]) if row else None
+        if reply and self.mode == "live" and time.time() - row[0] > (FAILURE_TTL if "failure" in reply else self.ttl):
+            return None
+        return reply
+
+    def put(self, key: bytes, reply: dict[str, Any]) -> None:
+        row = (key, time.time(), json.dumps(reply))
+        with self.lock:
+            self.db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", row)
+
+
+class Web:
+    """All traffic of one rank. Any thread may call; every call ends at its deadline [s on the monotonic clock]."""
+
+    def __init__(self, config: Config, cassette_path: str | Path, rank: int = 0, world_size: int = 1) -> None:
+        self.config, self.world_size = config, world_size
+        self.cassette = Cassette(Path(cassette_path), config.cassette_mode, config.search_ttl)
+        self.flights = [threading.Lock() for _ in range(65536)]  # one for each first two bytes of a key
+        self.tls = ssl.create_default_context()
+        self.pools = urllib3.PoolManager(num_pools=100)
+        standard = self.pools.pool_classes_by_scheme
+        self.pools.pool_classes_by_scheme = {scheme: deadline_pool(pool) for scheme, pool in standard.items()}
+        self.jitter = random.Random(rank)
+
+    def cached(self, kind: str, request: Any, produce: Callable[[], Any], counts: Counter, deadline: float) -> Any:
+        """The recorded reply to `request` (any JSON value), else that of produce(), which is then recorded.
+
+        A WebFailure of produce() is recorded like a reply, for a minute in mode live, for good in mode record, so
+        that a replay repeats it. Of identical requests at the same time, all but one wait and find the recording.
+        """
+        key = hashlib.sha256(json.dumps([kind, request], sort_keys=True).encode()).digest()
+        flight = self.flights[int.from_bytes(key[:2], "big")]
+        if not flight.acquire(timeout=seconds_left(deadline)):
+            raise WebFailure(*TIMEOUT)
+        try:
+            reply = self.cassette.get(key)
+            if reply is not None:
+                count(counts, "cache_hits")
+            elif self.config.cassette_mode == "replay":
+                reply = {"failure": ("replay_miss", "This is not in the recording that is being replayed.")}
+            else:
+                try:
+                    reply = {"value": produce()}
+                except WebFailure as failure:
+                    reply = {"failure": (failure.kind, failure.words)}
+                self.cassette.put(key, reply)
+        finally:
+            flight.release()
+        if "failure" in reply:
+            raise WebFailure(*reply["failure"])
+        return reply["value"]
+
+    def fetch(
+        self, url: str, counts: Counter, deadline: float, sent: Mapping[str, Any] = GET_PAGE, own: bool = False
+    ) -> tuple[bytes, str]:
+        """Body (decompressed) and content type of a successful reply, after up to 1 + max_retries attempts.
+
+        `sent`: method, headers and json, as urllib3 calls them. `own` marks a service of the operator: any address,
+        any content type, no redirects. Raises WebFailure: timeout, connection, tls, dns, refused_address, redirects,
+        content_type, too_large, quota, unauthorized, rate_limited, bad_reply, http_<status>.
+        """
+        for attempt in range(self.config.max_retries + 1):
+            backoff = 0.5 * 2**attempt * self.jitter.uniform(0.5, 1.5)
+            try:
+                status, headers, body = self._follow(url, sent, own, attempt, counts, deadline)
+                if 200 <= status < 300:
+                    return bytes(body), headers.get("content-type", "")
+                failure = status_failure(status, body)
+                pause = urllib3.Retry().parse_retry_after(headers.get("retry-after", ""))
+            except WebFailure as raised:
+                failure, pause = raised, backoff
+            except errors.InvalidHeader:  # no Retry-After, or one that cannot be read
+                pause = backoff
+            again = failure.kind in ("timeout", "connection", "rate_limited") or failure.kind.startswith("http_5")
+            if not again or attempt == self.config.max_retries or time.monotonic() + pause >= deadline:
+                break
+            time.sleep(pause)
+        raise failure
+
+    def fetch_json(self, url: str, headers: Mapping[str, str], payload: Any, counts: Counter, deadline: float) -> Any:
+        """The JSON reply of a service of the operator, to a POST of `payload`, or a GET if that is None."""
+        sent = {"method": "GET" if payload is None else "POST", "headers": headers, "json": payload}
+        try:
+            return json.loads(self.fetch(url, counts, deadline, sent, own=True)[0])
+        except (ValueError, RecursionError):
+            raise WebFailure("bad_reply", "The service sent a reply that cannot be read.") from None
+
+    def _follow(self, url: str, sent: Any, own: bool, attempt: int, counts: Counter, deadline: float) -> Reply:
+        for _ in range(MAX_REDIRECTS + 1):
+            parts, addresses = check_url(url, own or self.config.allow_private_hosts, seconds_left(deadline))
+            reply = self._exchange(parts, addresses[attempt % len(addresses)], sent, own, counts, deadline)
+            status, headers, _ = reply
+            if own or status not in (301, 302, 303, 307, 308) or "location" not in headers:
+                return reply
+            url = urljoin(url, headers["location"])
+        raise WebFailure("redirects", "The address leads from redirect to redirect without end.")
+
+    def _exchange(self, url: Url, address: str, sent: Any, own: bool, counts: Counter, deadline: float) -> Reply:
+        left = seconds_left(deadline)
+        EXCHANGE.deadline, EXCHANGE.silence = deadline, self.config.read_timeout
+        limit = max(1, self.config.tool_threads) if own else self.config.connections_per_host
+        options: dict[str, Any] = {"block": True, "maxsize": limit}
+        if url.scheme == "https":  # the checked address is dialled; the certificate must be that of the name
+            options |= {"ssl_context": self.tls, "server_hostname": url.host, "assert_hostname": url.host}
+        wait = urllib3.Timeout(min(self.config.connect_timeout, left / 2), min(self.config.read_timeout, left))
+        headers = {"Host": url.netloc, "User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate", **sent["headers"]}
+        request = {**sent, "url": url.request_uri, "headers": headers, "timeout": wait, "pool_timeout": left / 2}
+        request |= {"retries": False, "redirect": False, "assert_same_host": False, "preload_content": False}
+        count(counts, "requests")
+        try:
+            pool = self.pools.connection_from_host(address, url.port, url.scheme, options)
+            response = pool.request(**request)
+            try:
+                reply = response.status, {k.lower(): v for k, v in response.headers.items()}, bytearray()
+                kind = reply[1].get("content-type", "").strip().lower()
+                if not own and response.status == 200 and not READABLE.match(kind):
+                    raise WebFailure("content_type", f"This is not a page to read but a file of type {kind[:60]}.")
+                while chunk := response.read(65536):  # decompresses at most so much at a time
+                    reply[2].extend(chunk)
+                    if len(reply[2]) > self.config.max_page_bytes:
+                        raise WebFailure("too_large", "The page is too large to be read.")
+                count(counts, "bytes", response.tell())
+                return reply
+            finally:  # both: a connection with unread bytes is closed, and its place in the pool given back
+                response.close()
+                response.release_conn()
+        except (errors.SSLError, ssl.SSLError):
+            raise WebFailure("tls", "No secure connection to the server is possible.") from None
+        except (errors.TimeoutError, errors.EmptyPoolError):
+            raise WebFailure(*TIMEOUT) from None
+        except (errors.HTTPError, OSError, http.client.HTTPException, ValueError):
+            raise WebFailure("connection", "The connection to the server failed.") from None
+
+    def close(self) -> None:
+        self.pools.clear()
+        self.cassette.db.close()

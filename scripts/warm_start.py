@@ -1,0 +1,197 @@
+"""Train the tiny start model of the toy web again: `python -m scripts.warm_start --seed=0`, about five minutes.
+
+Scripted beginners know the protocol but choose well less than half of the time; the model imitates them by plain
+supervised learning from a random initialisation. It starts reinforcement learning with the form of the task and
+without its substance. No script takes part after this. Demonstrations come from the rollout code itself: the
+scripts stand behind the engine protocol.
+"""
+
+import ast
+import random
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from deepresearcher_min.config import Config, load_config
+from deepresearcher_min.engine import Completion, Sampling
+from deepresearcher_min.protocol import ChatFormat
+from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out
+from deepresearcher_min.toyworld import (
+    ANSWER,
+    ANSWER_END,
+    CALL_BROWSE,
+    CALL_END,
+    CALL_SEARCH,
+    MODEL_DIR,
+    NAMES,
+    World,
+    build_tokenizer,
+    chain_of,
+)  # fmt: skip
+from deepresearcher_min.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Skill:
+    """How often a beginner chooses well, decision by decision [probability]."""
+
+    full_name: float = 0.45  # searches with the full name, not only its last word
+    browse: float = 0.5  # opens the page when the summary lacks the fact
+    second_hop: float = 0.4  # goes on to the second question instead of answering with the first one's answer
+    retry: float = 0.6  # searches again when the page was not among the results
+
+
+def beginner(question: str, rng: random.Random, skill: Skill) -> Iterator[str]:
+    """A generator of turns (without the forced <think>); each search or browse turn is sent its observation.
+
+    It knows nothing of the world but what it is shown. Its thoughts restate the evidence word for word, which is
+    what teaches the tiny model to copy.
+    """
+    subject, relations = chain_of(question)
+    evidence = ""
+    for hop, relation in enumerate(relations):
+        need, value = f"I need the {relation} of {subject}.", None
+        for _ in range(3):
+            query = subject if rng.random() < skill.full_name else subject.split()[-1]
+            shown = yield f"{evidence}{need}{CALL_SEARCH}{query}{CALL_END}"
+            results = ast.literal_eval(shown)[0]["web_page_info_list"]
+            page = next((result for result in results if result["title"] == subject), None)
+            if page is not None or rng.random() > skill.retry:
+                break
+            evidence = f"I do not see {subject}. "
+        if page is not None:
+            value = stated(page["quick_summary"], relation)
+            if value is None and rng.random() < skill.browse:
+                shown = yield f"The page of {subject} may say it.{CALL_BROWSE}{page['url']}{CALL_END}"
+                notes = ast.literal_eval(shown)[0]["information"]
+                value = stated(" ".join(note["page_summary"] for note in notes), relation)
+        if value is None:
+            seen = re.findall(r"The \w+ is ([^.]+)\.", " ".join(r["quick_summary"] for r in results))
+            yield f"I guess that it is {(guess := rng.choice(seen or [subject]))}.{ANSWER}{guess}{ANSWER_END}"
+            return
+        evidence = f"The {relation} of {subject} is {value}. "
+        if hop + 1 == len(relations) or rng.random() > skill.second_hop:
+            yield f"{evidence}I know the answer.{ANSWER}{value}{ANSWER_END}"
+            return
+        subject = value
+
+
+def stated(text: str, relation: str) -> str | None:
+    match = re.search(rf"The {relation} is ([^.]+)\.", text)
+    return match.group(1) if match else None
+
+
+class ScriptedEngine:
+    """Beginners behind the engine protocol, so that demonstrations are made by the very code that rolls out."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, skill: Skill) -> None:
+        self.tokenizer, self.seed, self.skill = tokenizer, seed, skill
+        self.capacity_tokens = 10**9
+        self.scripts: dict[str, Iterator[str]] = {}
+        self.turns: dict[str, str] = {}
+
+    def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
+        text = self.tokenizer.decode(token_ids)
+        if request_id not in self.scripts:
+            question = text.partition("<|user|>")[2].partition("<|end|>")[0]
+            rng = random.Random(f"{self.seed} {request_id} {question}")
+            self.scripts[request_id] = beginner(question, rng, self.skill)
+            self.turns[request_id] = next(self.scripts[request_id])
+        else:
+            shown = text.rpartition("<|tool|>")[2].partition("<|end|>")[0]
+            self.turns[request_id] = self.scripts[request_id].send(shown)
+
+    def step(self) -> dict[str, Completion]:
+        done = {}
+        for request_id, text in self.turns.items():
+            ids = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id]
+            done[request_id] = Completion(ids, [0.0] * len(ids), "stop")
+        self.turns = {}
+        return done
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self.turns.pop(request_id, None)
+
+
+def demonstrations(tokenizer: PreTrainedTokenizerFast, config: Config, worlds: int, each: int) -> list[Trajectory]:
+    """`each` beginners' trajectories from every one of `worlds` worlds, none of them a world of training."""
+    chat, found = ChatFormat(tokenizer, date=""), []
+    for number in tqdm(range(worlds), desc="demonstrations", unit="world"):
+        world = World(f"warm start {config.seed} {number}")
+        engine = ScriptedEngine(tokenizer, config.seed, Skill())
+        batch = Batch(world.questions(each, number), range(each), 1, 1.0, 1.0, step=number)
+        found += [t for (t,) in roll_out(batch, Agent(config, engine, Tools(config, chat, world.corpus), chat))]
+    return found
+
+
+def permute_names(ids: np.ndarray, parts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """Swap the names of one kind among themselves, the same way all over a sequence: facts cannot be memorised."""
+    table = np.arange(max(part.max() for part in parts) + 1)
+    for part in parts:
+        table[part] = rng.permutation(part)
+    return np.where(ids < len(table), table[np.minimum(ids, len(table) - 1)], ids)
+
+
+def warm_start(config: Config, folder: Path, steps: int = 1650, tokens: int = 3000, demos: int = 6000) -> None:
+    """Train the tiny model on demonstrations from plain initialisation, and save it as a Hugging Face folder.
+
+    Next-token loss with weight 1 on the beginners' tokens, 0.5 on observations, 0 on the prompt (copying is learned
+    from both); AdamW, learning rate 2e-3 with linear decay. No weight is set by hand.
+    """
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads)
+    tokenizer = build_tokenizer()
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=384, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    ))  # fmt: skip
+    data = demonstrations(tokenizer, config, worlds=60, each=demos // 60)
+    names = [np.array(tokenizer.convert_tokens_to_ids(words)) for words in NAMES.values()]
+    rng = np.random.default_rng(config.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 50, 1 - step / steps) + 1e-3)
+    lengths = np.array([len(trajectory.token_ids) for trajectory in data])
+    bar = tqdm(range(steps), desc="warm start", unit="step")
+    for _ in bar:
+        start = rng.integers(len(data))  # neighbours in length share a batch: little padding
+        near = np.argsort(np.abs(lengths - lengths[start]), kind="stable")
+        chosen = rng.permutation(near[:400])[: max(1, tokens // lengths[start])]
+        loss = demonstration_loss(model, [data[i] for i in chosen], names, rng)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def demonstration_loss(
+    model: torch.nn.Module, chosen: Sequence[Trajectory], names: list[np.ndarray], rng: np.random.Generator
+) -> torch.Tensor:
+    """Mean weighted next-token loss [nats] of a few trajectories, padded on the right."""
+    longest = max(len(trajectory.token_ids) for trajectory in chosen)
+    ids_BT = np.zeros((len(chosen), longest), np.int64)
+    weights_BT = np.zeros((len(chosen), longest), np.float32)
+    for row, trajectory in enumerate(chosen):
+        length, first = len(trajectory.token_ids), trajectory.turns[0].sampled[0]
+        ids_BT[row, :length] = permute_names(trajectory.token_ids, names, rng)
+        weights_BT[row, first:length] = np.where(trajectory.sampled_mask[first:], 1.0, 0.5)
+    ids, weights = torch.from_numpy(ids_BT), torch.from_numpy(weights_BT)[:, 1:]
+    logits = model(input_ids=ids[:, :-1]).logits  # causal and padded on the right: padding is never attended to
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return (losses * weights.flatten()).sum() / weights.sum()
+
+
+if __name__ == "__main__":
+    warm_start(load_config(sys.argv[1:]), MODEL_DIR)

@@ -1,0 +1,253 @@
+"""GRPO on a research agent: measure; then act, judge, learn and report at every step; measure again.
+
+`torchrun train.py` trains the tiny model on the built-in toy web. Every key of config.yaml can be given as
+--key=value; --preset=wiki|paper are other starting points; --resume continues the newest run.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from deepresearcher_min import report, toyworld
+from deepresearcher_min.config import Config, ConfigError, describe, save_config
+from deepresearcher_min.data import QuestionOrder, deal, load_questions
+from deepresearcher_min.engine import make_engine
+from deepresearcher_min.policy import Policy
+from deepresearcher_min.protocol import ChatFormat
+from deepresearcher_min.reward import explain, judge, step_means, step_sums, summarize
+from deepresearcher_min.rollout import Agent, Batch, Tools, evaluate, roll_out, seed_of
+from deepresearcher_min.run import Checkpoints, Clock, Ranks, Stop, open_run
+from deepresearcher_min.search import Corpus, check_search
+from deepresearcher_min.trajectory import Group, Question, Trajectory
+from deepresearcher_min.web import Web
+
+
+def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
+    """The whole run. False if Ctrl-C, SIGTERM or max_cost ended it early; the state is saved then, too."""
+    clock, task = Clock(), load_task(config)
+    agent, examiner = make_agent(config, task, ranks)
+    policy = Policy(config, task.model_dir, ranks.device, ranks.world_size)
+    order = QuestionOrder(task.questions, config.seed)
+    checkpoints = Checkpoints(config.run_dir, config.keep_checkpoints, ranks)
+    state: dict[str, Any] = {"step": 0, "order": order.state(), "usd": 0.0, "seconds": 0.0, "cpu_seconds": 0.0}
+    if config.resume and (found := checkpoints.newest()):
+        folder, state = found
+        policy.load(folder / "state")
+        order.restore(state["order"])
+        agent.engine.update_weights(policy.named_weights())
+    metrics = report.MetricsFile(Path(config.run_dir) / "metrics.jsonl", state["step"]) if ranks.rank == 0 else None
+    save = partial(save_checkpoint, checkpoints, policy, agent, stop)
+
+    try:
+        # 0 measure
+        earlier = [row["eval"] for row in metrics.rows if row["step"] == 0] if metrics else []
+        earlier = ranks.share(earlier)
+        before = earlier[0] if earlier else measure("before", 0, task, examiner, ranks, metrics)
+        while state["step"] < config.steps:
+            step, lap = state["step"] + 1, Clock()
+            numbered = deal(list(enumerate(order.take(config.questions_per_step))), ranks.rank, ranks.world_size)
+            numbers, questions = [number for number, _ in numbered], [question for _, question in numbered]
+
+            # 1 act: G trajectories for each question
+            batch = Batch(questions, numbers, config.group_size, config.temperature, config.top_p, step)
+            with progress(f"step {step}", len(questions) * config.group_size, ranks) as on_done:
+                rollouts = roll_out(batch, agent, on_done)
+
+            # 2 judge: rewards, and advantages inside each group
+            seeds = [seed_of(config.seed, step, number) for number in numbers]
+            groups = [judge(*each, config, seed) for *each, seed in zip(questions, rollouts, seeds, strict=True)]
+            row = {"step": step, "steps": config.steps, "roll_s": lap.seconds()}
+            row |= step_means(ranks.total(step_sums(groups, rollouts)))
+
+            # 3 learn: GRPO on the groups, then the new weights go to the engine
+            with stop.shield():
+                agent.engine.sleep()
+                row |= policy.update(groups)
+                agent.engine.wake_up()
+                agent.engine.update_weights(policy.named_weights())
+                state |= {"step": step, "order": order.state(), "usd": state["usd"] + row["cost_usd"]}
+
+                # 4 report
+                row |= {"update_s": lap.seconds() - row["roll_s"], "usd": state["usd"]}
+                if ranks.rank == 0:
+                    metrics.append(row)
+                    tqdm.write(report.step_line(row))
+            if step % config.log_every == 0:
+                write_groups(config, f"step-{step:06d}" + f"-rank{ranks.rank}" * (ranks.world_size > 1), step, groups)
+            if config.eval_every and step % config.eval_every == 0:
+                measure(f"step-{step:06d}", step, task, examiner, ranks, metrics)
+            broke = 0 < config.max_cost <= state["usd"]
+            if broke or step % config.save_every == 0 or step == config.steps:
+                save(clock.added_to(state))
+            if broke:
+                print(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
+                return False
+        after = measure("after", config.steps, task, examiner, ranks, metrics)
+    except KeyboardInterrupt:
+        # Several ranks are stopped at different places and cannot save together; their last checkpoint counts.
+        if ranks.world_size == 1 and state["step"] not in checkpoints.steps():
+            save(clock.added_to(state))
+        return False
+    finally:
+        agent.tools.close()
+        agent.engine.close()
+    if ranks.rank == 0:
+        conclude(config, clock.added_to(state), before, after, metrics.rows)
+    return True
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to learn on, and what to be measured on; a corpus is an offline web."""
+
+    model_dir: str
+    questions: list[Question]
+    held_out: list[Question]
+    corpus: Corpus | None = None
+    held_out_corpus: Corpus | None = None
+    world: toyworld.World | None = None  # the held-out toy world, for the behaviour rates
+
+
+def load_task(config: Config) -> Task:
+    """Questions, offline web and model that the config names; ConfigError or ValueError for what cannot be used."""
+    model_dir = str(toyworld.MODEL_DIR) if config.model == "toy" else config.model
+    if config.search == "toy":
+        world, held_out = toyworld.training_world(config.seed), toyworld.held_out_world(config.seed)
+        questions = world.questions(toyworld.TRAINING_QUESTIONS, config.seed)
+        examination = held_out.questions(config.eval_questions, config.seed)
+        return Task(model_dir, questions, examination, world.corpus, held_out.corpus, held_out)
+    questions = load_questions(config.data)
+    if config.eval_data:
+        examination = load_questions(config.eval_data)[: config.eval_questions or None]
+    else:  # set aside, and never trained on
+        if not 0 < config.eval_questions < len(questions):
+            raise ConfigError(
+                f"eval_questions={config.eval_questions}: without eval_data, 1 to {len(questions) - 1} of the "
+                f"{len(questions)} questions of data={config.data} are set aside"
+            )
+        examination, questions = questions[: config.eval_questions], questions[config.eval_questions :]
+    corpus = Corpus.from_jsonl(config.corpus) if config.corpus else None
+    return Task(model_dir, questions, examination, corpus, corpus)
+
+
+def make_agent(config: Config, task: Task, ranks: Ranks) -> tuple[Agent, Agent]:
+    """The agent in training, and the same one on the held-out web."""
+    tokenizer = AutoTokenizer.from_pretrained(task.model_dir)
+    prompt = Path(config.system_prompt_file).read_text() if config.system_prompt_file else ""
+    chat = ChatFormat(tokenizer, config.date, prompt)
+    web = None
+    if config.search not in ("toy", "local"):
+        cassette = config.cassette or str(Path(config.run_dir) / "cassette.sqlite")
+        web = Web(config, cassette, ranks.rank, ranks.world_size)
+    tools = Tools(config, chat, task.corpus, web)
+    engine = make_engine(config, task.model_dir, tokenizer, ranks.rank, ranks.world_size)
+    agent = Agent(config, engine, tools, chat)
+    if task.held_out_corpus is task.corpus:
+        return agent, agent
+    return agent, replace(agent, tools=Tools(config, chat, task.held_out_corpus, web))
+
+
+def measure(name: str, step: int, task: Task, examiner: Agent, ranks: Ranks, metrics: Any) -> dict[str, float]:
+    """Evaluate on the held-out questions, write the trajectories and the scores, and return the scores."""
+    with progress(f"evaluation {name}", len(task.held_out) // ranks.world_size, ranks) as on_done:
+        trajectories = evaluate(task.held_out, examiner, ranks, on_done)
+    scores = summarize(trajectories)
+    if task.world is not None:
+        scores |= toyworld.behaviour_rates(trajectories, task.world)
+    if ranks.rank == 0:
+        groups = [judge(t.question, [t], examiner.config, 0) for t in trajectories]
+        write_groups(examiner.config, f"eval-{name}", step, groups)
+        metrics.append({"step": step, "eval": scores})
+        tqdm.write(f"{name}: " + "  ".join(f"{key} {value:.3g}" for key, value in scores.items()))
+    return scores
+
+
+def write_groups(config: Config, name: str, step: int, groups: Sequence[Group]) -> None:
+    """All trajectories as JSON lines, and the best and the worst as text."""
+    folder = Path(config.run_dir) / "trajectories"
+    report.write_trajectories(folder / f"{name}.jsonl", step, groups, partial(explain, config=config))
+    report.write_readable(folder / f"{name}.txt", groups, partial(explain, config=config))
+
+
+def save_checkpoint(checkpoints: Checkpoints, policy: Policy, agent: Agent, stop: Stop, state: dict[str, Any]) -> None:
+    def write(folder: Path) -> None:
+        policy.save(folder / "state")
+        policy.export(folder, agent.chat.tokenizer)
+
+    with stop.shield():
+        checkpoints.save(state["step"], state, write)
+
+
+@contextmanager
+def progress(name: str, total: int, ranks: Ranks) -> Iterator[Callable[[Trajectory], None]]:
+    """A bar over trajectories, on rank 0's terminal only; it leaves nothing behind."""
+    hidden = ranks.rank != 0 or not sys.stderr.isatty()
+    with tqdm(total=total, desc=name, unit="trajectory", leave=False, disable=hidden) as bar:
+        yield lambda trajectory: bar.update()
+
+
+def conclude(config: Config, state: dict[str, Any], before: dict, after: dict, rows: list[dict[str, Any]]) -> None:
+    """summary.json, the table, the curve and the report page; ends with a sentence on what was learned."""
+    run, steps = Path(config.run_dir), [row for row in rows if "reward" in row]
+    times = {"seconds": round(state["seconds"], 1), "cpu_seconds": round(state["cpu_seconds"], 1)}
+    summary = {"seed": config.seed, "steps": state["step"], **times, "before": before, "after": after}
+    (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1))
+    report.curve_png(steps, run / "curve.png", before, after)
+    report.write_html(run)
+    print(f"\nF1 of the sampled answers, step by step:\n{report.text_plot([(r['step'], r['f1']) for r in steps])}")
+    print(f"\n{report.compare_table(before, after)}\n")
+    print(
+        f"F1 on {before['n']} held-out questions went from {before['f1']:.2f} to {after['f1']:.2f} in "
+        f"{state['step']} steps of GRPO ({state['seconds']:.0f} s). The curve is in {run / 'curve.png'}, every "
+        f"trajectory in {run / 'report.html'}, the model in {run / 'checkpoints'}. Run folder: {run}"
+    )
+
+
+def check_needs(config: Config) -> None:
+    """One ConfigError that lists everything that is missing, before anything is loaded."""
+    missing = []
+    try:
+        check_search(config)
+    except ConfigError as error:
+        missing.append(str(error))
+    if config.dtype == "bfloat16" and not torch.cuda.is_available():
+        missing.append("dtype=bfloat16: there is no CUDA GPU; on a CPU use --dtype=float32 and a small model")
+    if config.search != "toy" and not config.data:
+        missing.append("data is empty: name a file of questions (.parquet or .jsonl) with --data=FILE")
+    if missing:
+        raise ConfigError("this run cannot start:\n  - " + "\n  - ".join(missing))
+
+
+def main(argv: list[str]) -> int:
+    ranks = Ranks.start()
+    try:
+        config = ranks.share(open_run(argv) if ranks.rank == 0 else None)  # one clock names the run
+        check_needs(config)
+        torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        if ranks.rank == 0:
+            Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+            save_config(config, Path(config.run_dir) / "config.yaml")
+            print(f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n", flush=True)
+        if not train(config, ranks, Stop()):
+            print(f"Stopped. Continue with: python train.py --resume={config.run_dir}")
+            return 130
+    except (ConfigError, ValueError, FloatingPointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        ranks.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
