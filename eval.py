@@ -27,7 +27,7 @@ from deepresearcher_min.rollout import Batch, evaluate, roll_out
 from deepresearcher_min.run import Clock, Ranks, complete_checkpoints, newest_run
 from deepresearcher_min.search import Corpus
 from deepresearcher_min.trajectory import Question, Trajectory
-from train import Task, check_needs, load_task, make_agent, progress
+from train import Task, check_needs, load_task, make_agent, progress, quiet_libraries
 
 
 def resolve(argv: list[str]) -> Config:
@@ -55,6 +55,9 @@ def load_examination(config: Config) -> Task:
     """The questions to be asked: the held-out ones of a toy run, else those of eval_data or data, `limit` a source."""
     if config.search == "toy":
         return load_task(config)
+    if not (config.eval_data or config.data):  # one typed question
+        corpus = Corpus.from_jsonl(config.corpus) if config.corpus else None
+        return Task(config.model, [], [], corpus, corpus)
     taken: Counter[str] = Counter()
     questions = []
     for question in load_questions(config.eval_data or config.data):
@@ -118,10 +121,11 @@ def ask(config: Config, task: Task, text: str, ranks: Ranks) -> None:
 def main(argv: list[str]) -> int:
     typed = [word for word in argv if word.startswith("--question=")]
     argv = [word for word in argv if word not in typed]
+    quiet_libraries()
     ranks = Ranks.start()
     try:
         config = ranks.share(resolve(argv) if ranks.rank == 0 else None)
-        check_needs(config, asking=bool(typed))
+        check_needs(config, questions=not typed)
         torch.set_num_threads(config.threads)
         task = load_examination(config)
         if typed:

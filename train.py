@@ -6,6 +6,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -91,7 +93,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
             if broke:
                 print(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
                 return False
-        after = measure("after", config.steps, task, examiner, ranks, metrics)
+        after = measure("after", config.steps, task, examiner, ranks)
     except KeyboardInterrupt:
         # Several ranks are stopped at different places and cannot save together; their last checkpoint counts.
         if ranks.world_size == 1 and state["step"] not in checkpoints.steps():
@@ -156,7 +158,7 @@ def make_agent(config: Config, task: Task, ranks: Ranks) -> tuple[Agent, Agent]:
     return agent, replace(agent, tools=Tools(config, chat, task.held_out_corpus, web))
 
 
-def measure(name: str, step: int, task: Task, examiner: Agent, ranks: Ranks, metrics: Any) -> dict[str, float]:
+def measure(name: str, step: int, task: Task, examiner: Agent, ranks: Ranks, metrics: Any = None) -> dict[str, float]:
     """Evaluate on the held-out questions, write the trajectories and the scores, and return the scores."""
     with progress(f"evaluation {name}", len(task.held_out) // ranks.world_size, ranks) as on_done:
         trajectories = evaluate(task.held_out, examiner, ranks, on_done)
@@ -166,7 +168,8 @@ def measure(name: str, step: int, task: Task, examiner: Agent, ranks: Ranks, met
     if ranks.rank == 0:
         groups = [judge(t.question, [t], examiner.config, 0) for t in trajectories]
         write_groups(examiner.config, f"eval-{name}", step, groups)
-        metrics.append({"step": step, "eval": scores})
+        if metrics is not None:  # the last evaluation is no row: a run that is continued later has another last one
+            metrics.append({"step": step, "eval": scores})
         tqdm.write(f"{name}: " + "  ".join(f"{key} {value:.3g}" for key, value in scores.items()))
     return scores
 
@@ -212,7 +215,7 @@ def conclude(config: Config, state: dict[str, Any], before: dict, after: dict, r
     )
 
 
-def check_needs(config: Config) -> None:
+def check_needs(config: Config, questions: bool = True) -> None:
     """One ConfigError that lists everything that is missing, before anything is loaded."""
     missing = []
     try:
@@ -221,13 +224,20 @@ def check_needs(config: Config) -> None:
         missing.append(str(error))
     if config.dtype == "bfloat16" and not torch.cuda.is_available():
         missing.append("dtype=bfloat16: there is no CUDA GPU; on a CPU use --dtype=float32 and a small model")
-    if config.search != "toy" and not config.data:
+    if questions and config.search != "toy" and not (config.data or config.eval_data):
         missing.append("data is empty: name a file of questions (.parquet or .jsonl) with --data=FILE")
     if missing:
         raise ConfigError("this run cannot start:\n  - " + "\n  - ".join(missing))
 
 
+def quiet_libraries() -> None:
+    """Bars and warnings of libraries that would only come between the run's own lines."""
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: that is meant
+
+
 def main(argv: list[str]) -> int:
+    quiet_libraries()
     ranks = Ranks.start()
     try:
         config = ranks.share(open_run(argv) if ranks.rank == 0 else None)  # one clock names the run

@@ -1,17 +1,156 @@
-"""From a URL to notes: page text, segments, a reader with a memory."""
+"""From an address to notes: the page as text, the text in segments, a reader that takes notes and remembers.
 
+rollout.py calls `browse` for each address that the model asks for; search.py's corpus or web.py supplies the page.
+Live pages are parsed in child processes: parsing holds Python's interpreter lock and would stall the engine, and a
+page made to crash or to occupy a parser takes only a child with it. Left out: scripts, frames, images.
+"""
+
+import asyncio
+import functools
+import io
+import json
+import logging
+import os
+import queue
 import re
+import subprocess
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from deepresearcher_min.config import Config, ConfigError
-from deepresearcher_min.search import Corpus, content_words
-from deepresearcher_min.web import Web, WebFailure, count
+import webencodings
 
+from deepresearcher_min.config import ROOT, Config, ConfigError, require_environment
+from deepresearcher_min.search import Corpus, content_words
+from deepresearcher_min.web import TIMEOUT, Web, WebFailure, count, seconds_left
+
+PARSERS = 2  # child processes of one rank
+MAX_PDF_PAGES = 50
+SHORT, LOST = 1000, 0.25  # an extract of fewer characters that is less than this share of the page has lost it
+NOT_CONTENT = ["script", "style", "noscript", "template", "svg", "iframe", "nav", "header", "footer", "aside", "form"]
 MAX_SENTENCES = 10  # of one segment that the extractive reader returns
+MEMORY_CHARS = 4000  # of earlier notes that a reader is shown, the newest
+READER_TOKENS = 600  # of one reply of the openai reader
+CHARSET = re.compile(r"(?i)(?:^[^<]*|<meta[^>]*)\bcharset\s*=\s*[\"']?([\w.:-]+)")  # in a header, or in HTML
+CONTINUE = re.compile(r"(?i)\bcontinue\W{0,4}(yes|no)\b\W*")
+READER_RULES = (ROOT / "prompts/reader.txt").read_text().strip()
+
+
+def main_text(body: bytes, content_type: str) -> str:
+    """The main content of a page (HTML, PDF or plain text) as text, one block a line; empty where there is none.
+
+    Never raises, whatever the bytes are. Quality and time beside other extractors: bench/tools.py.
+    """
+    try:
+        text = page_text(body, content_type)
+    except Exception:  # parsers of hostile bytes may raise anything; the caller says in words that there is no text
+        text = ""
+    lines = re.sub(r"[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]", "", text).splitlines()  # no control characters
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(" ".join(line.split()) for line in lines)).strip()
+
+
+def page_text(body: bytes, content_type: str) -> str:
+    if body.startswith(b"%PDF-") or "pdf" in content_type:
+        import pypdf  # here, like the others: only the parsers need them, and trafilatura takes 0.6 s
+
+        return "\n\n".join(page.extract_text() for page in pypdf.PdfReader(io.BytesIO(body)).pages[:MAX_PDF_PAGES])
+    text = decode(body, content_type)
+    if "\0" in text[:1000]:  # a binary file, whatever its header says
+        return ""
+    if "html" not in (content_type.lower() or text[:1000].lower()):
+        return text
+    import bs4
+    import trafilatura
+
+    found = trafilatura.extract(text, fast=True, include_comments=False) or ""
+    if len(found) >= SHORT or (found and len(found) >= LOST * len(trafilatura.html2txt(text))):
+        return found
+    page = bs4.BeautifulSoup(text, "lxml" if found else "html.parser")  # slower, but it forgives everything
+    for part in page(NOT_CONTENT):
+        part.decompose()
+    return max(found, page.get_text("\n", strip=True), key=len)
+
+
+def decode(body: bytes, content_type: str) -> str:
+    """Bytes to text as browsers do it: byte-order mark, HTTP header, <meta>, UTF-8 if it is valid, Windows-1252."""
+    named = filter(None, map(CHARSET.search, (content_type, body[:1024].decode("latin-1"))))
+    known = filter(None, (webencodings.lookup(match[1]) for match in named))
+    encoding = next((one for one in known if "utf-16" not in one.name), None)  # that one must have its mark
+    if encoding is None:
+        try:
+            return body.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            encoding = "windows-1252"
+    return webencodings.decode(body, encoding)[0]
+
+
+class Parsers:
+    """Child processes that run main_text. One that takes too long, or crashes, is replaced."""
+
+    def __init__(self, number: int) -> None:
+        self.idle: queue.LifoQueue[subprocess.Popen] = queue.LifoQueue()
+        for _ in range(number):
+            self.idle.put(start_parser())
+
+    def text(self, body: bytes, content_type: str, deadline: float) -> str:
+        """main_text(body, content_type) from a child; raises WebFailure (timeout, unreadable)."""
+        try:
+            child = self.idle.get(timeout=seconds_left(deadline))
+        except queue.Empty:
+            raise WebFailure(*TIMEOUT) from None
+        alarm = threading.Timer(max(0.0, deadline - time.monotonic()), child.kill)
+        alarm.start()
+        try:
+            child.stdin.write(json.dumps([len(body), content_type]).encode() + b"\n" + body)
+            child.stdin.flush()
+            return json.loads(child.stdout.readline())
+        except (OSError, ValueError):  # the child is gone: killed by the alarm, or by the page
+            child.kill()
+            child.communicate()
+            child = start_parser()
+            raise WebFailure("unreadable", "The page is built in a way that cannot be read.") from None
+        finally:
+            alarm.cancel()
+            self.idle.put(child)
+
+
+def start_parser() -> subprocess.Popen:
+    """This module as a process, in a session of its own: Ctrl-C is for the parent, and its end closes the input."""
+    command, pipe = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"], subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=ROOT, start_new_session=True)
+
+
+parsers = functools.cache(Parsers)  # one set for the process, started with the first live page
+
+
+def fetch_text(url: str, web: Web, counts: Counter, deadline: float) -> str:
+    """The text of a live page, through the cassette, which records the text and not the page."""
+
+    def produce() -> str:
+        text = parsers(PARSERS).text(*web.fetch(url, counts, deadline), deadline)
+        if not text:
+            raise WebFailure("no_text", "The page holds no text that can be read.")
+        return text
+
+    return web.cached("page", url.partition("#")[0], produce, counts, deadline)
+
+
+def segments(text: str, max_chars: int) -> list[str]:
+    """Cut a text into pieces of at most `max_chars` characters; only white space at the borders is lost.
+
+    Borders in the second half of a piece, best first: paragraph, line, sentence, word; else where it is full.
+    """
+    pieces, rest = [], text.strip()
+    while len(rest) > max_chars:
+        borders = [rest.rfind(border, max_chars // 2, max_chars) for border in ("\n\n", "\n", ". ", " ")]
+        cut = next((place + 1 for place in borders if place >= 0), max_chars)
+        pieces.append(rest[:cut].rstrip())
+        rest = rest[cut:].lstrip()
+    return [piece for piece in [*pieces, rest] if piece]
 
 
 @dataclass(frozen=True)
@@ -28,26 +167,6 @@ class Reader(Protocol):
     async def read(self, question: str, segment: str, memory: Sequence[str], counts: Counter) -> Notes: ...
 
 
-def segments(text: str, max_chars: int) -> list[str]:
-    """Cut a text into pieces of at most `max_chars` characters, on the best border that the second half offers.
-
-    Borders, best first: paragraph, line, sentence, word; a run without any is cut where it is full.
-    Nothing but white space at the borders is lost.
-    """
-    pieces = []
-    rest = text.strip()
-    while len(rest) > max_chars:
-        cut = max_chars
-        for border in ("\n\n", "\n", ". ", " "):
-            found = rest.rfind(border, max_chars // 2, max_chars + 1)
-            if found >= 0:
-                cut = min(found + len(border), max_chars)
-                break
-        pieces.append(rest[:cut].rstrip())
-        rest = rest[cut:].lstrip()
-    return [piece for piece in [*pieces, rest] if piece]
-
-
 class ExtractiveReader:
     """No model: the sentences that share content words with the question, those with the most, in page order."""
 
@@ -56,15 +175,75 @@ class ExtractiveReader:
         sentences = re.split(r"(?<=[.!?])\s+|\n+", segment)
         shared = [len(wanted.intersection(content_words(sentence))) for sentence in sentences]
         best = sorted(range(len(sentences)), key=lambda i: (-shared[i], i))[:MAX_SENTENCES]
-        information = " ".join(sentences[i].strip() for i in sorted(best) if shared[i])
-        return Notes(information, page_down=True)
+        return Notes(" ".join(sentences[i].strip() for i in sorted(best) if shared[i]), page_down=True)
+
+
+def reader_messages(question: str, segment: str, memory: Sequence[str]) -> list[dict[str, str]]:
+    """The request to a reading model: rules, question, earlier notes, one segment."""
+    earlier = "\n".join(memory)[-MEMORY_CHARS:] or "none"
+    content = f"Question: {question}\n\nEarlier notes: {earlier}\n\nPage segment:\n<<<\n{segment}\n>>>"
+    return [{"role": "system", "content": READER_RULES}, {"role": "user", "content": content}]
+
+
+def parse_notes(reply: str) -> Notes:
+    """Notes from a model's reply; one that keeps to no format is taken as notes as a whole, and ends the page."""
+    reply = reply.rpartition("</think>")[2]
+    further = CONTINUE.search(reply)
+    information = re.sub(r"(?i)^\W*notes\W{0,4}:\W*", "", CONTINUE.sub("", reply, count=1)).strip()
+    if re.fullmatch(r"(?i)\W*(none|nothing)?\W*", information):
+        information = ""
+    return Notes(information, further is not None and further[1].lower() == "yes")
+
+
+class EngineReader:
+    """The policy's own engine reads; no other service is needed. Its tokens are in no trajectory."""
+
+    def __init__(self, generate_text: Callable[[list[dict[str, str]]], Awaitable[str]]) -> None:
+        self.generate_text = generate_text
+
+    async def read(self, question: str, segment: str, memory: Sequence[str], counts: Counter) -> Notes:
+        return parse_notes(await self.generate_text(reader_messages(question, segment, memory)))
+
+
+class OpenAIReader:
+    """Any endpoint that speaks OpenAI's chat completions; the key comes from READER_API_KEY."""
+
+    def __init__(self, config: Config, web: Web) -> None:
+        self.config, self.web = config, web
+        self.url, self.model = config.reader_url.rstrip("/") + "/chat/completions", config.reader_model
+        if config.cassette_mode != "replay":
+            require_environment("READER_API_KEY", "reader: openai sends it (any word, if the server asks for none)")
+        self.headers = {"Authorization": f"Bearer {os.environ.get('READER_API_KEY', '')}"}
+
+    async def read(self, question: str, segment: str, memory: Sequence[str], counts: Counter) -> Notes:
+        messages = reader_messages(question, segment, memory)
+        payload = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": READER_TOKENS}
+        deadline = time.monotonic() + self.config.tool_timeout
+
+        def ask() -> str:
+            reply = self.web.fetch_json(self.url, self.headers, payload, counts, deadline)
+            try:
+                content = reply["choices"][0]["message"]["content"] + ""
+                usage = reply.get("usage") or {"total_tokens": len(f"{messages}{content}") // 4}  # or a rough estimate
+                count(counts, "reader_tokens", usage["total_tokens"])
+                count(counts, "usd", usage["total_tokens"] * self.config.price_reader_token)
+                return content
+            except (LookupError, TypeError, AttributeError):
+                raise WebFailure("bad_reply", "The service that reads pages sent no notes.") from None
+
+        cached = functools.partial(self.web.cached, "reader", [self.url, payload], ask, counts, deadline)
+        return parse_notes(await asyncio.to_thread(cached))
 
 
 def make_reader(config: Config, web: Web | None, generate_text: Callable[..., Awaitable[str]] | None = None) -> Reader:
-    """The reader that `reader:` names."""
+    """The reader that `reader:` names; raises ConfigError for what it lacks."""
     if config.reader == "extractive":
         return ExtractiveReader()
-    raise ConfigError(f"reader={config.reader!r} is not written yet")
+    if config.reader == "engine" and generate_text is not None:
+        return EngineReader(generate_text)
+    if config.reader == "openai" and web is not None and config.reader_url and config.reader_model:
+        return OpenAIReader(config, web)
+    raise ConfigError(f"reader={config.reader!r}: openai needs the web, reader_url and reader_model; engine an engine")
 
 
 async def browse(
@@ -79,27 +258,41 @@ async def browse(
     counts: Counter,
     in_thread: Callable[..., Awaitable[Any]],
 ) -> list[tuple[int, str]]:
-    """Read one page for a question: (page_number, page_summary) for each segment with new information.
+    """Read a page: (page_number, page_summary) for each segment with new information, also appended to `memory`.
 
-    Appends to `memory`, which belongs to the trajectory. Raises WebFailure, in words, where there is nothing to read.
+    Stops when the reader does, at the last segment, at max_segments, or after tool_timeout, with the notes so far.
+    Raises WebFailure, in words, where there is nothing to note.
     """
     count(counts, "pages")
     deadline = time.monotonic() + config.tool_timeout
+    notes: list[tuple[int, str]] = []
     try:
         text = corpus.page(url) if corpus is not None else None
-        if text is None:
+        if text is None and web is None:
             raise WebFailure("not_found", "There is no page at this address.")
-        notes = []
+        if text is None:
+            text = await in_thread(fetch_text, url, web, counts, deadline)
         for number, segment in enumerate(segments(text, config.segment_chars)[: config.max_segments]):
-            found = await reader.read(question, segment, tuple(memory), counts)
+            # An engine's reading is bounded in tokens instead: the clock would make it unrepeatable.
+            async with asyncio.timeout(seconds_left(deadline) if isinstance(reader, OpenAIReader) else None):
+                found = await reader.read(question, segment, tuple(memory), counts)
             if found.information:
                 notes.append((number, found.information))
                 memory.append(found.information)
-            if not found.page_down or time.monotonic() > deadline:
+            if not found.page_down:
                 break
         if not notes:
             raise WebFailure("no_information", "The page says nothing about this.")
-        return notes
-    except WebFailure as failure:
+    except (WebFailure, TimeoutError) as error:
+        failure = error if isinstance(error, WebFailure) else WebFailure(*TIMEOUT)
         count(counts, f"fail_{failure.kind}")
-        raise
+        if not notes:
+            raise failure from None
+    return notes
+
+
+if __name__ == "__main__":  # a parser: [length, content type] and a body in, one line of JSON out, until no more comes
+    logging.disable()
+    while line := sys.stdin.buffer.readline():
+        length, content_type = json.loads(line)
+        print(json.dumps(main_text(sys.stdin.buffer.read(length), content_type)), flush=True)

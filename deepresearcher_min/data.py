@@ -56,15 +56,14 @@ def load_questions(path: str | Path) -> list[Question]:
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        table = pq.read_table(path)
+        rows = pq.read_table(path).to_pylist()
     except pa.ArrowException as error:
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error
-    return ((f"row {number}", row) for number, row in enumerate(table.to_pylist()))
+    return ((f"row {number}", row) for number, row in enumerate(rows))
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    # Not splitlines(): it also splits at characters like U+2028, which are allowed inside JSON strings.
-    with path.open(encoding="utf-8", newline="\n") as lines:
+    with path.open("rb") as lines:  # bytes: text would also be split at U+2028, which JSON allows inside strings
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:

@@ -26,13 +26,20 @@ Omitted: a value function, reward shaping and sequence-level ratios; the paper u
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+# (logprobs, entropies, slice of S) -> sum of the losses of this chunk of sampled tokens
+ChunkLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
+
 KL_CLAMP = 10.0  # of one token's k3 value, as in the official code
+# Differences of log-probabilities are held within this before exp: beyond it every clip and clamp has long acted,
+# while an overflow to infinity would turn their zero gradients into nan (0 times infinity).
+EXPONENT_LIMIT = 20.0
 
 
 def group_advantages(rewards: Sequence[float] | np.ndarray | torch.Tensor, normalize_std: bool = True) -> torch.Tensor:
@@ -42,11 +49,11 @@ def group_advantages(rewards: Sequence[float] | np.ndarray | torch.Tensor, norma
     exact zeros, which float arithmetic alone does not: the mean of seven times 0.1 is not 0.1.
     Raises ValueError for a reward that is not finite. Example: [0, 0, 1] -> [-0.577, -0.577, 1.155].
     """
-    given_G = torch.as_tensor(rewards)
-    rewards_G = given_G.double()
+    rewards_G = torch.as_tensor(rewards, dtype=torch.float64)
     if not torch.isfinite(rewards_G).all():
         raise ValueError(f"rewards of a group must be finite, not {rewards_G.tolist()}")
-    dtype = given_G.dtype if given_G.is_floating_point() else torch.float32
+    given = torch.as_tensor(rewards).dtype
+    dtype = given if given.is_floating_point else torch.float32
     if rewards_G.numel() == 0 or rewards_G.max() == rewards_G.min():
         return torch.zeros_like(rewards_G, dtype=dtype)
     advantages_G = rewards_G - rewards_G.mean()
@@ -57,14 +64,17 @@ def group_advantages(rewards: Sequence[float] | np.ndarray | torch.Tensor, norma
 
 @dataclass(frozen=True)
 class ScoredTrajectory:
-    """What the loss needs of one trajectory: arrays over its tokens ([length] each), its reward and advantage."""
+    """What the loss needs of one trajectory: arrays over its tokens ([length] each), and its advantage."""
 
-    question_id: str
+    name: str  # which one it is, for error messages
     token_ids: np.ndarray
     sampled_mask: np.ndarray
     rollout_logprobs: np.ndarray  # nan where nothing was sampled
-    reward: float
     advantage: float
+
+    @property
+    def num_sampled(self) -> int:
+        return int(self.sampled_mask.sum())
 
     @property
     def num_inputs(self) -> int:
@@ -91,7 +101,7 @@ class PackedBatch:
 
     def row_of(self, s: int) -> ScoredTrajectory:
         """The trajectory that the s-th sampled token belongs to."""
-        ends = np.cumsum([int(row.sampled_mask.sum()) for row in self.rows])
+        ends = np.cumsum([row.num_sampled for row in self.rows])
         return self.rows[int(np.searchsorted(ends, s, side="right"))]
 
 
@@ -102,33 +112,25 @@ def pack(rows: Sequence[ScoredTrajectory], device: torch.device | str = "cpu") -
     because the other ranks wait for it in collective operations.
     Raises ValueError when a first token counts as sampled, since nothing could have predicted it.
     """
-    token_ids, positions, predict, targets, rollout, advantages = [], [], [], [], [], []
-    start = 0
     for row in rows:
-        sampled = np.flatnonzero(row.sampled_mask)
-        if len(sampled) == 0 or sampled[0] == 0:
-            raise ValueError(f"question {row.question_id!r}: a trajectory needs a prompt and a sampled token")
-        token_ids.append(row.token_ids[: row.num_inputs])
-        positions.append(np.arange(row.num_inputs))
-        predict.append(start + sampled - 1)
-        targets.append(row.token_ids[sampled])
-        rollout.append(row.rollout_logprobs[sampled])
-        advantages.append(np.full(len(sampled), row.advantage))
-        start += row.num_inputs
+        if row.num_sampled == 0 or row.sampled_mask[0]:
+            raise ValueError(f"{row.name}: it needs a prompt and a sampled token")
+    lengths = [row.num_inputs for row in rows]
+    starts = np.cumsum([0, *lengths])
+    sampled = [np.flatnonzero(row.sampled_mask) for row in rows]  # indices into each row
 
-    def tensor(arrays: list[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
-        joined = np.concatenate(arrays) if arrays else np.zeros(0)
-        return torch.as_tensor(joined, device=device).to(dtype)
+    def tensor(arrays: Iterable[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([np.zeros(0), *arrays])).to(device, dtype)
 
     return PackedBatch(
         rows=tuple(rows),
-        lengths=tuple(row.num_inputs for row in rows) or (1,),
-        token_ids_T=tensor(token_ids or [np.zeros(1)], torch.int64),
-        position_ids_T=tensor(positions or [np.zeros(1)], torch.int64),
-        predict_S=tensor(predict, torch.int64),
-        targets_S=tensor(targets, torch.int64),
-        rollout_S=tensor(rollout, torch.float32),
-        advantages_S=tensor(advantages, torch.float32),
+        lengths=tuple(lengths) or (1,),
+        token_ids_T=tensor([row.token_ids[: row.num_inputs] for row in rows] or [np.zeros(1)], torch.int64),
+        position_ids_T=tensor([np.arange(length) for length in lengths or [1]], torch.int64),
+        predict_S=tensor([start + where - 1 for start, where in zip(starts, sampled, strict=False)], torch.int64),
+        targets_S=tensor([row.token_ids[where] for row, where in zip(rows, sampled, strict=True)], torch.int64),
+        rollout_S=tensor([row.rollout_logprobs[row.sampled_mask] for row in rows], torch.float32),
+        advantages_S=tensor([np.full(row.num_sampled, row.advantage) for row in rows], torch.float32),
     )
 
 
@@ -159,23 +161,9 @@ def plan_microbatches(
 
 
 def kl_k3(new_S: torch.Tensor, ref_S: torch.Tensor) -> torch.Tensor:
-    """The k3 estimate of KL(new || ref) at each sampled token, clamped to +-10; beyond the clamp no gradient.
-
-    exp(d) - d - 1 with d = ref - new. d itself is held within +-20, where k3 is long past the clamp, because
-    exp would overflow to infinity there and turn the gradient of the clamp into nan (0 times infinity).
-    """
-    difference_S = (ref_S - new_S).clamp(-20.0, 20.0)
+    """The k3 estimate of KL(new || ref) at each sampled token, clamped to +-10; beyond the clamp no gradient."""
+    difference_S = (ref_S - new_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
     return (difference_S.exp() - difference_S - 1).clamp(-KL_CLAMP, KL_CLAMP)
-
-
-def importance_weights(old_S: torch.Tensor, rollout_S: torch.Tensor, cap: float) -> torch.Tensor:
-    """min(exp(old - rollout), cap): how much likelier the policy finds a token than the engine did; cap 0: all 1.
-
-    It corrects for the engine's numerics only; the change since the rollout is the ratio's business.
-    """
-    if cap == 0:
-        return torch.ones_like(old_S)
-    return (old_S - rollout_S).exp().clamp(max=cap)
 
 
 def token_losses(
@@ -191,51 +179,88 @@ def token_losses(
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
     importance_cap: float = 0.0,
-) -> torch.Tensor:
-    """The loss of each sampled token, [S], before the division by N (module docstring); gradient through new_S.
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of each sampled token, [S], not yet divided by N (module docstring), and sums of metrics.
 
-    With one update per rollout pass old_S = new_S.detach(): the ratio is 1 and its gradient is the policy gradient.
-    ref_S may be None only when kl_coef is 0.
+    Gradient flows through new_S and entropy_S only. With one update per rollout pass old_S = new_S.detach(): the
+    ratio is 1 and its gradient is the policy gradient. importance_cap 0 means no importance weight; ref_S may be
+    None only when kl_coef is 0. The metrics are float64 sums over the tokens, so that sums over micro-batches and
+    ranks, divided by "tokens", are means over the whole step: clip_fraction counts tokens whose gradient the clip
+    removed, capped_fraction those whose importance weight was cut, mismatch is |old - rollout| in nats.
     """
-    ratio_S = (new_S - old_S).exp()
+    ratio_S = (new_S - old_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     clipped_S = ratio_S.clamp(1 - clip_low, 1 + clip_high)
-    weights_S = importance_weights(old_S, rollout_S, importance_cap)
+    # The weight corrects for the engine's numerics only; the change since the rollout is the ratio's business.
+    weights_S = (old_S - rollout_S).exp()
+    capped_S = weights_S > (importance_cap or math.inf)
+    weights_S = weights_S.clamp(max=importance_cap) if importance_cap else torch.ones_like(weights_S)
     losses_S = -weights_S * torch.minimum(ratio_S * advantages_S, clipped_S * advantages_S)
+    kl_S = torch.zeros_like(new_S) if ref_S is None else kl_k3(new_S, ref_S)
     if kl_coef:
-        losses_S = losses_S + kl_coef * kl_k3(new_S, ref_S)
+        losses_S = losses_S + kl_coef * kl_S
     if entropy_coef:
         losses_S = losses_S - entropy_coef * entropy_S
-    return losses_S
-
-
-@torch.no_grad()
-def token_sums(
-    new_S: torch.Tensor,
-    old_S: torch.Tensor,
-    rollout_S: torch.Tensor,
-    ref_S: torch.Tensor | None,
-    advantages_S: torch.Tensor,
-    entropy_S: torch.Tensor,
-    losses_S: torch.Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    importance_cap: float = 0.0,
-) -> dict[str, torch.Tensor]:
-    """Sums over the sampled tokens of a micro-batch, float64; divided by "tokens" they are means over the step.
-
-    clip_fraction counts tokens whose gradient the clip removed; mismatch is |old - rollout|, in nats.
-    """
-    ratio_S = (new_S - old_S).exp()
-    clipped_S = torch.where(advantages_S > 0, ratio_S > 1 + clip_high, (advantages_S < 0) & (ratio_S < 1 - clip_low))
-    capped_S = (old_S - rollout_S).exp() > (importance_cap or math.inf)
-    values = {
+    metrics = {
         "loss": losses_S,
-        "kl": torch.zeros_like(new_S) if ref_S is None else kl_k3(new_S, ref_S),
+        "kl": kl_S,
         "mismatch": (old_S - rollout_S).abs(),
         "entropy": entropy_S,
-        "clip_fraction": clipped_S,
+        "clip_fraction": ratio_S * advantages_S > clipped_S * advantages_S,
         "capped_fraction": capped_S,
         "tokens": torch.ones_like(new_S),
     }
-    return {name: value_S.double().sum() for name, value_S in values.items()}
+    return losses_S, {name: value_S.detach().double().sum() for name, value_S in metrics.items()}
+
+
+class HeadLoss(torch.autograd.Function):
+    """Output head, log-softmax and loss at the trained positions, a chunk at a time, with the head's gradient.
+
+    The loss is a sum over tokens, so the gradient of a chunk is known as soon as its loss is: it is formed here, in
+    the forward pass, while the chunk's logits exist, and backward only hands it out. Autograd would keep the logits
+    or compute them twice. Written out, with p the probabilities, H the entropy and t the target:
+        d logprob[t] / d logits = onehot(t) - p        d H / d logits = -p (log p + H)
+    Without a gradient to pass on (torch.no_grad), `loss` is called all the same, and just sees the values.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_SD: torch.Tensor, weight_VD: torch.Tensor, targets_S: torch.Tensor,
+        temperature: float, chunk: int, loss: ChunkLoss,
+    ) -> torch.Tensor:  # fmt: skip
+        training, weight = hidden_SD.requires_grad, weight_VD.to(hidden_SD.dtype)
+        wide = torch.promote_types(hidden_SD.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden_SD.device)
+        if training:
+            ctx.gradients = torch.zeros_like(hidden_SD), torch.zeros_like(weight)
+        for start in range(0, len(hidden_SD), chunk):
+            part = slice(start, start + chunk)
+            hidden, targets = hidden_SD[part], targets_S[part, None]
+            logits = (hidden @ weight.T).to(wide)
+            if temperature != 1:
+                logits /= temperature
+            logprobs = logits.log_softmax(-1)
+            probs = torch.exp(logprobs, out=logits)  # takes over the memory of the logits
+            new = logprobs.gather(-1, targets)[:, 0].requires_grad_(training)
+            entropy = torch.einsum("cv,cv->c", probs, logprobs).neg_().requires_grad_(training)
+            with torch.set_grad_enabled(training):
+                value = loss(new, entropy, part)
+            if not training:
+                continue
+            total += value.detach()
+            d_new, d_entropy = torch.autograd.grad(
+                value, (new, entropy), value.detach().new_tensor(1 / temperature), allow_unused=True
+            )
+            if d_entropy is None:  # no entropy bonus
+                d_logits = probs.mul_(-d_new[:, None])
+            else:
+                d_logits = probs.mul_(-d_new[:, None] - d_entropy[:, None] * (logprobs + entropy[:, None]))
+            d_logits = d_logits.scatter_add_(-1, targets, d_new[:, None]).to(hidden.dtype)
+            ctx.gradients[0][part] = d_logits @ weight
+            ctx.gradients[1].addmm_(d_logits.T, hidden)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, d_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        d_hidden_SD, d_weight_VD = (gradient.mul_(d_total) for gradient in ctx.gradients)
+        ctx.gradients = None  # [V, D] is large: let go of it as early as possible
+        return d_hidden_SD, d_weight_VD, None, None, None, None

@@ -253,23 +253,20 @@ class ChatFormat:
         """
         total = sum(len(entry.items) for entry in entries)
         best: tuple[str, list[int]] | None = None
-        low, high = 0, total  # `low` items are known to fit (or none); bisect for the largest number that fits
-        kept = total
-        while True:
+        fits, too_many, kept = 0, total + 1, total  # bisect for the largest number of items that fits; first try all
+        while kept > fits:
             text = render(kind, entries, kept)
             ids = self.observation_ids(text)
             if len(ids) <= max_tokens:
-                best, low = (text, ids), kept
+                best, fits = (text, ids), kept
             else:
-                high = kept - 1
-            if low >= high:
-                break
-            kept = (low + high + 1) // 2
-        if best is None or low == 0 < total:
+                too_many = kept
+            kept = (fits + too_many) // 2
+        if best is None:
             item = (search_item if kind == "search" else page_item)("The result is too long to be shown.")
             text = render(kind, [Entry(entry.key[:100], (item,)) for entry in entries])
-            return text, self.observation_ids(text), total
-        return *best, total - low
+            best = text, self.observation_ids(text)
+        return *best, total - fits
 
     def defuse(self, text: str) -> str:
         """Break every protocol tag and every added token of the tokenizer in foreign text by a space.

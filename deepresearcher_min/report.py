@@ -26,19 +26,19 @@ from typing import Any
 import numpy as np
 import yaml
 
-from deepresearcher_min.trajectory import Group, Trajectory
+from deepresearcher_min.trajectory import Group, Trajectory, Turn
 
 Scores = Mapping[str, Any]  # one evaluation: {"f1": 0.41, "em": 0.35, ...}
 Explain = Callable[[Trajectory], str]  # the reward in words (reward.explain)
 TEMPLATE = Path(__file__).with_name("report.html")
 MAX_TRAJECTORIES = 4096  # that the page embeds; the files in trajectories/ hold all of them
-MAX_PAGE_TEXT = 16_000_000  # characters of turns and observations on the page; beyond, only clipped turns
-MAX_CLIPPED_TURN = 1000  # [characters]
+MAX_PAGE_TEXT = 16_000_000  # characters of turns and observations on the page; what is beyond is cut to MAX_TURN
+MAX_TURN = 1000  # characters of a turn, without its observation
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # terminal escapes, and what UTF-8 cannot hold
 
 STEP_LINE = (  # {key:width|format}
     "step {step:3|}/{steps:1|} | reward {reward:5|.2f} | f1 {f1:4|.2f} | bad_format {bad_format:4|.0%} | "
-    "tied {tied:4|.0%} | calls {calls:4|.1f} | tokens {ktokens:4|.1f}k | kl {kl:6|.4f} | mismatch {mismatch:7|.2g} | "
+    "tied {tied:4|.0%} | calls {calls:4|.1f} | tokens {length:5|} | kl {kl:6|.4f} | mismatch {mismatch:7|.2g} | "
     "grad {grad_norm:5|.2f} | roll {roll_s:5|.1f}s upd {update_s:5|.1f}s | ${usd:1|.2f}"
 )
 SCORES = {  # key of an evaluation: its name in tables and how it prints
@@ -51,11 +51,9 @@ SCORES = {  # key of an evaluation: its name in tables and how it prints
 
 
 def step_line(metrics: Mapping[str, Any]) -> str:
-    """The console line of one step; columns keep their width, so that lines align; a missing value prints '-'.
-
-    Shares (bad_format, tied) are in [0, 1], roll_s and update_s in seconds; tokens is the mean of a trajectory.
-    """
-    values = {**metrics, "ktokens": metrics["tokens"] / 1000} if metrics.get("tokens") is not None else metrics
+    """The console line of one step; columns keep their width; shares are in [0, 1]; a missing value prints '-'."""
+    tokens = metrics.get("tokens") or 0
+    values = {**metrics, "length": f"{tokens / 1000:.1f}k" if tokens >= 1000 else f"{tokens:.0f}" if tokens else None}
 
     def fill(match: re.Match) -> str:
         key, width, form = match.groups()
@@ -68,7 +66,7 @@ def step_line(metrics: Mapping[str, Any]) -> str:
 def score_rows(named: Mapping[str, Scores]) -> list[list[str]]:
     """One row of cells for each evaluation, the head first; columns that no evaluation has are left out."""
     keys = [key for key in SCORES if any(scores.get(key) is not None for scores in named.values())]
-    rows = [["", *(SCORES[key][0] for key in keys)]]
+    rows = [["data source", *(SCORES[key][0] for key in keys)]]
     for name, scores in named.items():
         values = [(scores.get(key), SCORES[key][1]) for key in keys]
         rows.append([printable(name), *("-" if value is None else format(value, form) for value, form in values)])
@@ -76,7 +74,8 @@ def score_rows(named: Mapping[str, Scores]) -> list[list[str]]:
 
 
 def compare_rows(before: Scores, after: Scores) -> list[list[str]]:
-    return [list(row) for row in zip(*score_rows({"before": before, "after": after}), strict=True)]
+    columns = score_rows({"before": before, "after": after})
+    return [["", "before", "after"], *(list(row) for row in list(zip(*columns, strict=True))[1:])]
 
 
 def text_table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
@@ -120,11 +119,9 @@ def curve_png(metrics: Sequence[Mapping[str, Any]], path: Path, before: Scores, 
     import matplotlib as mpl  # here: only this picture needs it
     from matplotlib.figure import Figure
 
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e7eb"}
-    style |= {"axes.grid.axis": "y", "axes.titlelocation": "left", "axes.titlesize": 10, "legend.frameon": False}
-    style |= {"font.size": 8.5, "axes.edgecolor": "#8c959f", "xtick.color": "#57606a", "ytick.color": "#57606a"}
-    steps = [row["step"] for row in metrics] or [0]
-    greedy = [(x, y["f1"]) for x, y in ((steps[0] - 1, before), (steps[-1], after)) if "f1" in y]
+    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.spines.bottom": False, "font.size": 8.5}
+    style |= {"axes.grid": True, "axes.grid.axis": "y", "axes.titlelocation": "left", "grid.color": "#e4e7eb"}
+    steps = [row["step"] for row in metrics]
     with mpl.rc_context(style):
         figure = Figure(figsize=(9, 3.8), dpi=160, layout="constrained")
         panels = figure.subplot_mosaic([["answers", "calls"], ["answers", "format"]], width_ratios=[2, 1])
@@ -135,14 +132,17 @@ def curve_png(metrics: Sequence[Mapping[str, Any]], path: Path, before: Scores, 
             ("format", "bad_format", "", "#b7791f", 1.6),
         ):
             values = [math.nan if row.get(key) is None else row[key] for row in metrics]
-            panels[panel].plot(steps[: len(values)], values, label=label, color=color, lw=width)
-        panels["answers"].plot([x for x, _ in greedy], [y for _, y in greedy], "o", color="#c2410c", label="F1, greedy")
-        for x, y in greedy:
-            panels["answers"].annotate(f"{y:.2f}", (x, y), (8, -14), textcoords="offset points", color="#c2410c")
-        panels["answers"].set(title="Answers", xlabel="step", ylim=(None, 1.05))
-        panels["answers"].legend(loc="lower right")
-        panels["calls"].set(title="Tool calls per trajectory", ylim=(0, None))
-        panels["format"].set(title="Format errors, share of trajectories", ylim=(0, None))
+            panels[panel].plot(steps, values, label=label, color=color, lw=width)
+            panels[panel].axhline(0, color="#8c959f", lw=0.8)
+            panels[panel].xaxis.get_major_locator().set_params(integer=True)
+        for step, scores in ((0, before), (max(steps, default=1), after)):
+            f1 = scores.get("f1", math.nan)
+            panels["answers"].plot(step, f1, "o", color="#c2410c")
+            panels["answers"].annotate(f"{f1:.2f}", (step, f1), (0, 7), textcoords="offset points", ha="center")
+        panels["answers"].set(title="Answers (dots: greedy, held-out questions)", xlabel="step", ylim=(None, 1.1))
+        panels["answers"].legend(frameon=False)
+        panels["calls"].set(title="Tool calls per trajectory")
+        panels["format"].set(title="Format errors, share of trajectories")
         figure.savefig(path)
 
 
@@ -152,7 +152,7 @@ def printable(text: str) -> str:
 
 def jsonable(value: Any) -> Any:
     """A copy with array and tensor numbers as Python's, and with None for nan and infinity, which JSON lacks."""
-    return json.loads(json.dumps(value, default=float), parse_constant=lambda _: None)
+    return json.loads(json.dumps(value, default=lambda x: x.item()), parse_constant=lambda _: None)
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -181,9 +181,9 @@ class MetricsFile:
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
         self.path = Path(path)
         self.rows = [row for row in read_json_lines(self.path) if row["step"] <= resumed_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_suffix(".part")
-        aside.unlink(missing_ok=True)
-        append_json_lines(aside, self.rows)
+        aside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         os.replace(aside, self.path)  # a kill in between leaves the old file whole
 
     def append(self, metrics: Mapping[str, Any]) -> None:
@@ -192,44 +192,47 @@ class MetricsFile:
         append_json_lines(self.path, self.rows[-1:])
 
 
-def write_trajectories(
-    path: Path, step: int, groups: Sequence[Group], explain: Explain, policy_logprobs: Any = None
-) -> None:
-    """Append every trajectory of the groups as one JSON line: to_json() and what was made of it.
+def write_trajectories(path: Path, step: int, groups: Sequence[Group], explain: Explain, policy: Any = None) -> None:
+    """Append each trajectory as one JSON line: to_json() with step, index in the group, reward, why, and advantage.
 
-    That is step, index in the group, reward and why, advantage, and for each turn the mean log-probability of its
-    sampled tokens. With policy_logprobs ([group][index] -> [T]) each turn also has their mean distance to those.
+    A turn also gets the mean log-probability of its sampled tokens, and where `policy` ([group][index] -> [T]
+    log-probabilities under the policy) is given, their mean absolute difference from those as `mismatch`.
     """
     for g, group in enumerate(groups):
         for i, one in enumerate(group.trajectories):
+            turns = [{**vars(turn), "logprob": one.logprobs[slice(*turn.sampled)].mean()} for turn in one.turns]
+            for turn in turns if policy is not None else ():
+                turn["mismatch"] = np.abs(policy[g][i] - one.logprobs)[slice(*turn["sampled"])].mean()
             scores = {"step": step, "index": i, "reward": group.rewards[i], "advantage": group.advantages[i]}
-            turns = [{**vars(turn), "logprob": float(one.logprobs[slice(*turn.sampled)].mean())} for turn in one.turns]
-            for turn in turns if policy_logprobs is not None else ():
-                gaps = np.abs(np.asarray(policy_logprobs[g][i]) - one.logprobs)
-                turn["mismatch"] = float(gaps[slice(*turn["sampled"])].mean())
-            append_json_lines(path, [{**jsonable(scores), "why": explain(one), **one.to_json(), "turns": turns}])
+            own = jsonable(scores | {"why": explain(one), "turns": turns})
+            append_json_lines(path, [one.to_json() | own])
+
+
+def readable_turn(turn: Turn) -> str:
+    """What the model wrote in a turn, and, indented, what it was shown."""
+    indent = {"initial_indent": "    ", "subsequent_indent": "    "}
+    return printable(f"{turn.text}\n\n{textwrap.fill(turn.observation, 116, **indent)}".rstrip() + "\n")
 
 
 def readable(trajectory: Trajectory, reward: float, advantage: float, why: str = "") -> str:
     """A trajectory as text for people: question, gold answers, reward in words, what was written and observed."""
     question = trajectory.question
     parts = [
-        f"Question ({question.source or 'no source'}): {question.text}\nGold answers: {' | '.join(question.answers)}",
-        f"Answer: {trajectory.answer}\nReward {reward:.3f}: {why}\nAdvantage {advantage:+.3f}",
+        f"Question ({question.source or 'no source'}): {question.text}\nGold: {' | '.join(question.answers)}\n"
+        f"Answer: {trajectory.answer}\nReward {reward:.3f}, advantage {advantage:+.3f}; {why}\n"
     ]
-    indent = {"initial_indent": "    ", "subsequent_indent": "    "}
-    for number, turn in enumerate(trajectory.turns, 1):
-        parts += [f"--- turn {number}: {turn.kind}\n{turn.text}", textwrap.fill(turn.observation, 110, **indent)]
-    return printable("\n\n".join(part for part in [*parts, f"--- end: {trajectory.stop_reason}"] if part)) + "\n"
+    parts += [f"--- turn {i}: {turn.kind}\n{readable_turn(turn)}" for i, turn in enumerate(trajectory.turns, 1)]
+    return printable("\n".join(parts)) + f"\n--- end: {trajectory.stop_reason}\n"
 
 
 def write_readable(path: Path, groups: Sequence[Group], explain: Explain) -> None:
     """The trajectories with the highest and with the lowest reward of these groups, as one text file."""
     scored = [row for group in groups for row in zip(group.trajectories, group.rewards, group.advantages, strict=True)]
-    if scored:
-        best, worst = (pick(scored, key=lambda row: row[1]) for pick in (max, min))
-        best, worst = (readable(*row, explain(row[0])) for row in (best, worst))
-        Path(path).write_text(f"=== highest reward\n\n{best}\n=== lowest reward\n\n{worst}", encoding="utf-8")
+    text = ""
+    for name, pick in (("highest", max), ("lowest", min)) if scored else ():
+        trajectory, reward, advantage = pick(scored, key=lambda row: row[1])
+        text += f"=== {name} reward\n\n{readable(trajectory, reward, advantage, explain(trajectory))}\n"
+    path.write_text(text, encoding="utf-8")
 
 
 def write_html(run_dir: Path) -> Path:
@@ -240,16 +243,13 @@ def write_html(run_dir: Path) -> Path:
     run_dir = Path(run_dir).resolve()
     config, scores = run_dir / "config.yaml", run_dir / "summary.json"
     summary = json.loads(scores.read_text()) if scores.exists() else {}
-    trajectories, note = load_trajectories(run_dir / "trajectories")
-    page = {
+    page = load_trajectories(run_dir / "trajectories") | {
         "name": run_dir.name,
         "config": yaml.safe_load(config.read_text()) if config.exists() else {},
         "summary": summary,
         "metrics": list(read_json_lines(run_dir / "metrics.jsonl")),
-        "compared": compare_rows(summary["before"], summary["after"]) if "after" in summary else [],
+        "compared": compare_rows(summary["before"], summary["after"]) if {"before", "after"} <= summary.keys() else [],
         "sources": score_rows({**summary["sources"], "all": summary["overall"]}) if "sources" in summary else [],
-        "trajectories": trajectories,
-        "note": note,
     }
     data = json.dumps(jsonable(page), ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element
     template = TEMPLATE.read_text(encoding="utf-8")
@@ -257,12 +257,12 @@ def write_html(run_dir: Path) -> Path:
     for tag in ("script", "style"):  # only the template's own, known by their hashes, may run
         own = template.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
         policy += f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()}'"
-    path = run_dir / "report.html"
-    path.write_bytes(template.replace("__POLICY__", policy, 1).replace("__DATA__", data, 1).encode("utf-8", "replace"))
-    return path
+    text = template.replace("__POLICY__", policy, 1).replace("__DATA__", data, 1)
+    (run_dir / "report.html").write_bytes(text.encode("utf-8", "replace"))
+    return run_dir / "report.html"
 
 
-def load_trajectories(folder: Path) -> tuple[list[dict[str, Any]], str]:
+def load_trajectories(folder: Path) -> dict[str, Any]:
     """What the page embeds of trajectories/*.jsonl, without arrays and with long texts cut, and a sentence about it.
 
     Evaluations come first, then the last file, the middle one, the quarters and so on, until the page is full.
@@ -279,15 +279,16 @@ def load_trajectories(folder: Path) -> tuple[list[dict[str, Any]], str]:
     kept = list(rows.values())[:MAX_TRAJECTORIES]
     left, cut = MAX_PAGE_TEXT, 0
     # By question, so that the trajectories that stay whole are those that can be compared with each other.
-    for row in sorted(kept, key=lambda row: zlib.crc32(row["id"].encode())):
-        left -= sum(len(turn["text"]) + len(turn["observation"]) for turn in row["turns"])
-        cut += left < 0
+    for row in sorted(kept, key=lambda row: zlib.crc32(repr(row["id"]).encode())):
+        size = sum(len(turn["text"]) + len(turn["observation"]) for turn in row["turns"])
+        fits = size <= left
+        left, cut = left - size * fits, cut + (not fits)
         for turn in row["turns"]:
-            turn["text"] = turn["text"] if left >= 0 else turn["text"][:MAX_CLIPPED_TURN]
-            turn["observation"] = unpack(turn["observation"]) if left >= 0 else None
+            turn["text"] = turn["text"] if fits else turn["text"][:MAX_TURN]
+            turn["observation"] = unpack(turn["observation"]) if fits else None
     note = f"{len(kept):,} trajectories from {len({row['file'] for row in kept})} of {len(files)} files"
     note += f"; {cut:,} of them without observations, to keep the page small" if cut else ""
-    return sorted(kept, key=lambda row: (row["step"], row["file"])), note
+    return {"trajectories": sorted(kept, key=lambda row: (row["step"], row["file"])), "note": note}
 
 
 def unpack(observation: str) -> Any:

@@ -159,8 +159,9 @@ PIECES = (
 )  # fmt: skip
 WORDS = (
     "What", "is", "The", "the", "of", "a", "I", "need", "do", "not", "see", "page", "may", "say", "guess", "that", "it",
-    "know", "answer", "person", "company", "book", "city", "No", "results", "found", "Nothing", "on", "this", "was",
-    "relevant", "shown", "by", "an", "earlier", "search", "result", "too", "long", "to", "be", "0", "1", "2",
+    "know", "answer", "person", "company", "book", "city", "Nothing", "was", "found", "for", "this", "query", "says",
+    "nothing", "about", "No", "search", "has", "shown", "address", "so", "cannot", "be", "opened", "result", "too",
+    "long", "to", "0", "1", "2",
 )  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}{% if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}{% endfor %}"

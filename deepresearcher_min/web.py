@@ -8,7 +8,6 @@ in words for the model, never a crash. Left out on purpose: cookies, scripts, ro
 
 import hashlib
 import http.client
-import io
 import ipaddress
 import json
 import random
@@ -29,21 +28,23 @@ import urllib3
 from urllib3 import exceptions as errors
 from urllib3.util import Url, parse_url
 
-from .config import Config, ConfigError
+from deepresearcher_min.config import Config, ConfigError
 
 USER_AGENT = "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)"
 READABLE = re.compile(r"$|text/(html|plain|markdown)|application/(xhtml\+xml|pdf)")  # content types of pages
 GET_PAGE = {"method": "GET", "headers": {"Accept": "text/html,application/pdf,text/plain"}}
 MAX_REDIRECTS = 5
 TIMEOUT = ("timeout", "The server did not answer in time.")
+CONNECTION = ("connection", "The connection to the server failed.")
 FAILURE_TTL = 60.0  # a failure is remembered so long, in mode live [s]
 GLOBAL_IPV6, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
 # Not public, although some Python versions call them global: protocol assignments, 6to4 relays, the metadata service
 # of Azure, Teredo and its neighbours, documentation.
 NETWORKS = "192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23", "2001:db8::/32", "3fff::/20"
-NOT_PUBLIC = [ipaddress.ip_network(network) for network in NETWORKS]
+NOT_PUBLIC = list(map(ipaddress.ip_network, NETWORKS))
 RESOLVERS = ThreadPoolExecutor(16, "resolver")  # getaddrinfo knows no deadline; waiting for a thread does
 COUNT_LOCK = threading.Lock()
+Page = tuple[bytes, str]  # body, content type
 Reply = tuple[int, dict[str, str], bytearray]  # status, headers (names in lower case), body (decompressed)
 EXCHANGE = threading.local()  # .deadline and .silence [s] of the exchange that this thread is in
 
@@ -98,44 +99,30 @@ def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tu
         parts = Url()
     if parts.scheme not in ("http", "https") or not parts.host or re.search(r"[\\\x00-\x20\x7f]|^[^/]*$", url):
         raise BlockedURL("refused_address", "Only complete http and https addresses can be opened.")
-    if parts.auth is not None or not (allow_private or parts.port in (None, 80, 443)):
+    if re.match("[^/]*//[^/?#]*@", url) or not (allow_private or parts.port in (None, 80, 443)):
         raise BlockedURL("refused_address", "Addresses with a user name or an unusual port are not opened.")
     try:
-        host = parts.host.strip("[]")
-        found = RESOLVERS.submit(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM).result(seconds)
+        query = RESOLVERS.submit(socket.getaddrinfo, parts.host.strip("[]"), None, type=socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in query.result(seconds)))
     except (OSError, UnicodeError):  # no such name, or no answer in time
         raise BlockedURL("dns", f"No server with the name {parts.host} can be found.") from None
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     if not allow_private and not all(map(is_public, addresses)):
         raise BlockedURL("refused_address", "This address is not on the public internet.")
     return parts, addresses
 
 
-class DeadlineReader(io.RawIOBase):
-    """A socket's bytes until the deadline: a server that drips a byte a second never meets the limit of silence."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock, self.raw = sock, sock.makefile("rb", buffering=0)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        self.sock.settimeout(min(seconds_left(EXCHANGE.deadline), EXCHANGE.silence))
-        return self.raw.readinto(buffer)
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
-
-
 class DeadlineResponse(http.client.HTTPResponse):
-    """An HTTP response of which head and body are read through DeadlineReader."""
+    """A response whose head and body end at the deadline: a limit of silence never meets a byte every second."""
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp.close()
-        self.fp = io.BufferedReader(DeadlineReader(sock))
+        receive = self.fp.raw.readinto  # of the buffered file that http.client has just made over the socket
+
+        def receive_in_time(buffer: Any) -> int | None:
+            sock.settimeout(min(seconds_left(EXCHANGE.deadline), EXCHANGE.silence))
+            return receive(buffer)
+
+        self.fp.raw.readinto = receive_in_time
 
 
 def deadline_pool(pool: type) -> type:
@@ -155,10 +142,7 @@ def status_failure(status: int, body: bytearray) -> WebFailure:
 
 
 class Cassette:
-    """Replies by key in one SQLite file (WAL): safe for threads, for the ranks of one node, and for kill -9.
-
-    Not for network file systems, where SQLite's WAL does not work.
-    """
+    """Replies by key in one SQLite file on a local disk: safe for threads, ranks of one node, and kill -9."""
 
     def __init__(self, path: Path, mode: str, ttl: float) -> None:
         if mode == "replay" and not path.is_file():
@@ -167,7 +151,7 @@ class Cassette:
         self.mode, self.ttl, self.lock = mode, ttl, threading.Lock()
         self.db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
         self.db.execute("PRAGMA journal_mode=WAL")
-        self.db.execute("PRAGMA synchronous=NORMAL")  # a power cut may lose the last replies, never the file
+        self.db.execute("PRAGMA synchronous=NORMAL")  # a power cut may cost the last replies, never the file
         self.db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, time REAL, reply TEXT)")
 
     def get(self, key: bytes) -> dict[str, Any] | None:
@@ -226,9 +210,7 @@ class Web:
             raise WebFailure(*reply["failure"])
         return reply["value"]
 
-    def fetch(
-        self, url: str, counts: Counter, deadline: float, sent: Mapping[str, Any] = GET_PAGE, own: bool = False
-    ) -> tuple[bytes, str]:
+    def fetch(self, url: str, counts: Counter, deadline: float, sent: Any = GET_PAGE, own: bool = False) -> Page:
         """Body (decompressed) and content type of a successful reply, after up to 1 + max_retries attempts.
 
         `sent`: method, headers and json, as urllib3 calls them. `own` marks a service of the operator: any address,
@@ -268,16 +250,18 @@ class Web:
             status, headers, _ = reply
             if own or status not in (301, 302, 303, 307, 308) or "location" not in headers:
                 return reply
-            url = urljoin(url, headers["location"])
+            url = headers["location"]
         raise WebFailure("redirects", "The address leads from redirect to redirect without end.")
 
     def _exchange(self, url: Url, address: str, sent: Any, own: bool, counts: Counter, deadline: float) -> Reply:
         left = seconds_left(deadline)
         EXCHANGE.deadline, EXCHANGE.silence = deadline, self.config.read_timeout
-        limit = max(1, self.config.tool_threads) if own else self.config.connections_per_host
-        options: dict[str, Any] = {"block": True, "maxsize": limit}
+        options: dict[str, Any] = {"block": True, "maxsize": self.config.connections_per_host}
+        if own:
+            options["maxsize"] = max(1, self.config.tool_threads)
         if url.scheme == "https":  # the checked address is dialled; the certificate must be that of the name
-            options |= {"ssl_context": self.tls, "server_hostname": url.host, "assert_hostname": url.host}
+            name = url.host.strip("[]")
+            options |= {"ssl_context": self.tls, "server_hostname": name, "assert_hostname": name}
         wait = urllib3.Timeout(min(self.config.connect_timeout, left / 2), min(self.config.read_timeout, left))
         headers = {"Host": url.netloc, "User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate", **sent["headers"]}
         request = {**sent, "url": url.request_uri, "headers": headers, "timeout": wait, "pool_timeout": left / 2}
@@ -287,25 +271,29 @@ class Web:
             pool = self.pools.connection_from_host(address, url.port, url.scheme, options)
             response = pool.request(**request)
             try:
-                reply = response.status, {k.lower(): v for k, v in response.headers.items()}, bytearray()
-                kind = reply[1].get("content-type", "").strip().lower()
+                head, content = {name.lower(): value for name, value in response.headers.items()}, bytearray()
+                if "location" in head:
+                    head["location"] = urljoin(url.url, head["location"])
+                kind = head.get("content-type", "").strip().lower()
                 if not own and response.status == 200 and not READABLE.match(kind):
                     raise WebFailure("content_type", f"This is not a page to read but a file of type {kind[:60]}.")
                 while chunk := response.read(65536):  # decompresses at most so much at a time
-                    reply[2].extend(chunk)
-                    if len(reply[2]) > self.config.max_page_bytes:
+                    content += chunk
+                    if len(content) > self.config.max_page_bytes:
                         raise WebFailure("too_large", "The page is too large to be read.")
                 count(counts, "bytes", response.tell())
-                return reply
+                return response.status, head, content
             finally:  # both: a connection with unread bytes is closed, and its place in the pool given back
                 response.close()
                 response.release_conn()
         except (errors.SSLError, ssl.SSLError):
             raise WebFailure("tls", "No secure connection to the server is possible.") from None
+        except errors.NewConnectionError:  # for urllib3 a kind of timeout
+            raise WebFailure(*CONNECTION) from None
         except (errors.TimeoutError, errors.EmptyPoolError):
             raise WebFailure(*TIMEOUT) from None
         except (errors.HTTPError, OSError, http.client.HTTPException, ValueError):
-            raise WebFailure("connection", "The connection to the server failed.") from None
+            raise WebFailure(*CONNECTION) from None
 
     def close(self) -> None:
         self.pools.clear()

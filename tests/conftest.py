@@ -4,4 +4,3 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only fight over the cores of a small machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # vLLM on a CPU would compile for tens of seconds

@@ -65,9 +65,7 @@ def setup(request, tmp_path_factory) -> Iterator[Setup]:
     model_dir = str(tmp_path_factory.mktemp(f"{name}-{kind}"))
     model = random_model(kind, seed=1)
     model.save_pretrained(model_dir)
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     engine = make_engine(engine_config(engine=name), model_dir, tokenizer=None)
-    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     yield Setup(engine, model, kind, model_dir)
     engine.close()
 
@@ -147,10 +145,7 @@ def test_settings_may_differ_within_a_batch(setup):
     samplings = {name: kinds[i % 3] for i, name in enumerate(requests)}
     done = run(setup.engine, requests, samplings)
     for name, sampling in samplings.items():
-        if sampling.temperature:  # vLLM scales greedy rows of a mixed batch: their logprobs are not compared
-            check_against_model(setup.model, {name: requests[name]}, done, sampling)
-        else:
-            assert done[name].token_ids == run(setup.engine, {"alone": requests[name]}, GREEDY)["alone"].token_ids
+        check_against_model(setup.model, {name: requests[name]}, done, sampling)
 
 
 def test_sampling_follows_the_distribution(setup):
@@ -245,7 +240,7 @@ def test_abort_in_mid_flight_leaves_the_engine_usable(setup):
 
 
 def test_second_turn_computes_only_its_new_tokens(setup):
-    """Ids of turn 2 = ids of turn 1 + 10 more. vLLM caches whole blocks of 32 tokens, HFEngine single tokens."""
+    """Ids of turn 2 = ids of turn 1 + 10 more. HFEngine finds every token again, vLLM only whole blocks of 32."""
     engine = setup.engine
     requests = prompts(5, seed=80, low=100, high=120)
     done = run(engine, requests, dataclasses.replace(GREEDY, max_tokens=30))
@@ -299,10 +294,9 @@ def two_turns(engine: Engine) -> list[tuple[list[int], list[float]]]:
 @pytest.mark.quick
 def test_hf_repeats_bit_for_bit(model_dir):
     config = engine_config()
-    torch.manual_seed(11)
-    state = torch.get_rng_state()
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     first = two_turns(make_engine(config, model_dir, None))
-    assert torch.equal(state, torch.get_rng_state()), "the global random state was touched"
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     torch.rand(5)
     engine = make_engine(config, model_dir, None)
     assert two_turns(engine) == first
@@ -356,7 +350,7 @@ def test_hf_refuses_what_it_cannot_do(model_dir):
     engine.abort(["a"])
     with pytest.raises(ValueError, match="no tensor 'typo'"):
         engine.update_weights([("typo", torch.zeros(1))])
-    with pytest.raises(ValueError, match=r"no new values for .*model\.norm\.weight"):
+    with pytest.raises(ValueError, match=r"no values for .*model\.norm\.weight"):
         engine.update_weights((n, p) for n, p in engine.model.named_parameters() if n != "model.norm.weight")
 
 
@@ -376,4 +370,4 @@ def test_hf_owns_its_weights(model_dir):
     before = run(engine, {"a": [1, 2, 3]}, GREEDY)
     with torch.no_grad():
         other.model.norm.weight.zero_()
-    assert run(engine, {"b": [1, 2, 3]}, GREEDY)["b"] == before["a"]
+    assert tokens(run(engine, {"a": [1, 2, 3]}, GREEDY)) == tokens(before)

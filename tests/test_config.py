@@ -1,0 +1,72 @@
+"""The configuration: one place for values, typed, with errors that help."""
+
+import re
+
+import pytest
+import yaml
+
+from deepresearcher_min.config import CONFIG_FILE, FIELD_TYPES, ConfigError, describe, load_config, save_config
+
+pytestmark = pytest.mark.quick
+
+
+def test_every_key_stands_once_in_the_file_with_a_comment_that_says_what_it_means():
+    text = CONFIG_FILE.read_text()
+    values = yaml.safe_load(text)
+    presets = values.pop("presets")
+    assert list(values) == list(FIELD_TYPES)  # the same keys in the same order
+    head = text.partition("presets:")[0]
+    for key in values:
+        lines = re.findall(rf"^{key}:.*$", head, re.MULTILINE)
+        assert len(lines) == 1 and len(lines[0].partition("#")[2].strip()) > 5, key
+    assert set(presets) == {"toy", "wiki", "paper"}
+    assert all(key in FIELD_TYPES for preset in presets.values() for key in preset)
+
+
+@pytest.mark.parametrize("preset", ["toy", "wiki", "paper"])
+def test_presets_load_and_survive_a_round_trip_through_a_file(preset, tmp_path):
+    config = load_config([f"--preset={preset}"])
+    assert config.preset == preset
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config([], base=yaml.safe_load((tmp_path / "config.yaml").read_text())) == config
+
+
+def test_the_paper_preset_has_the_papers_values():
+    config = load_config(["--preset=paper"])
+    assert (config.questions_per_step, config.group_size, config.steps) == (256, 16, 80_000 // 256)
+    assert (config.lr, config.kl_coef, config.clip_low, config.clip_high) == (1e-6, 0.001, 0.2, 0.2)
+    assert (config.max_tool_calls, config.max_queries, config.search_results) == (10, 3, 10)
+    assert (config.max_turn_tokens, config.max_model_len) == (2000, 32768)
+    assert (config.model, config.search, config.format_reward) == ("Qwen/Qwen2.5-7B-Instruct", "serper", -1.0)
+
+
+def test_arguments_are_typed_and_win_over_presets():
+    config = load_config(["--preset=toy", "--lr=1e-3", "--steps", "7", "--advantage-std=no", "--shuffle_rewards"])
+    assert (config.lr, config.steps, config.advantage_std, config.shuffle_rewards) == (1e-3, 7, False, True)
+    assert load_config(["--resume"]).resume == "newest"
+    assert load_config(["--model="]).model == ""
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--learning_rate=1", "unknown key"), ("--kl_coeff=1", "did you mean 'kl_coef'"), ("--preset=papr", "'paper'"),
+        ("--steps=1.5", "steps='1.5': not a whole number"), ("--lr=fast", "lr='fast': not a number"),
+        ("--lr=0", "lr=0.0: must be greater than 0"), ("--lr=nan", "lr=nan"), ("--lr=inf", "lr=inf"),
+        ("--advantage_std=maybe", "true or false"), ("--engine=vlm", "did you mean 'vllm'"), ("-x", "cannot read"),
+        ("--steps", "--steps needs a value"),
+    ],
+)  # fmt: skip
+def test_errors_name_key_value_and_limit(argument, words):
+    with pytest.raises(ConfigError) as error:
+        load_config([argument])
+    assert words in str(error.value)
+
+
+def test_describe_shows_only_what_differs():
+    text = describe(load_config(["--preset=paper", "--lr=2e-6"]))
+    assert "lr: 2e-06  (default 1e-06)" in text and "group_size" not in text
+
+
+def test_no_secret_is_a_config_key():
+    assert not [key for key in FIELD_TYPES if "key" in key or "secret" in key or "token" in key.split("_")[:-1]]

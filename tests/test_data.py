@@ -1,0 +1,189 @@
+"""data.py with the published files, broken files, and the order of questions over epochs, ranks and restarts."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepresearcher_min.data import QuestionOrder, deal, load_questions
+from deepresearcher_min.trajectory import Question
+
+pytestmark = pytest.mark.quick
+SHARED = Path(__file__).parents[2] / "shared/data"
+SOURCES = ("nq", "tq", "hotpotqa", "2wiki", "musique", "popqa")  # and Bamboogle
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the published data in ../shared")
+QUESTIONS = [Question(f"q{i}", f"text {i}", ("a",)) for i in range(10)]
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("name", "count", "sources"),
+    [
+        ("official/dev.parquet", 875, {**dict.fromkeys(SOURCES, 125), "Bamboogle": 125}),
+        ("official/test.parquet", 3197, {**dict.fromkeys(SOURCES, 512), "Bamboogle": 125}),
+        ("train/train_mix_2000.parquet", 2000, {"hotpotqa_2wiki": 900, "tq": 400, "nq": 400, "musique": 300}),
+    ],
+)
+def test_published_files_load_completely(name, count, sources):
+    questions = load_questions(SHARED / name)
+    rows = pq.read_table(SHARED / name).to_pylist()
+    assert len(questions) == count
+    assert Counter(question.source for question in questions) == sources
+    assert len({question.id for question in questions}) == count
+    for question, row in zip(questions, rows, strict=True):
+        assert question.text == row["prompt"][0]["content"]
+        assert question.id == row["extra_info"]["index"]
+        golds = row["reward_model"]["ground_truth"].split("<|answer_split|>")
+        assert question.answers == tuple(gold.strip() for gold in golds)  # 40 kB, emoji, newlines and all
+
+
+@needs_shared
+def test_offline_questions_load():
+    questions = load_questions(SHARED / "offline_web/questions.jsonl")
+    assert len(questions) == 400
+    assert questions[0].answers == ("a spirit",)
+    assert questions[0].source == "hotpotqa"
+
+
+def write_jsonl(path: Path, *rows: object) -> Path:
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), "utf-8", "surrogateescape"
+    )
+    return path
+
+
+def test_jsonl_fills_in_what_is_missing(tmp_path):
+    path = write_jsonl(
+        tmp_path / "mine.jsonl",
+        {"question": " who? \n", "answers": [" me ", ""], "id": 7, "source": "own"},
+        "",
+        {"question": "line\u2028separator", "answers": "x<|answer_split|>y", "extra": 1},
+        {"question": "again?", "answers": ["z"], "id": "7"},
+    )
+    assert load_questions(path) == [
+        Question("7", " who? \n", ("me",), "own"),
+        Question("mine, line 3", "line\u2028separator", ("x", "y")),
+        Question("7, line 4", "again?", ("z",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{broken", "line 2: not JSON"),
+        ('{"question": "\udcff"}', "line 2: not JSON"),  # not UTF-8
+        ([1], "line 2: not an object"),
+        ({"answers": ["a"]}, "line 2: the key 'question' is missing"),
+        ({"question": "q"}, "line 2: the key 'answers' is missing"),
+        ({"question": "  ", "answers": ["a"]}, "line 2: question must be a text that is not empty, not '  '"),
+        ({"question": 5, "answers": ["a"]}, "line 2: question must be a text"),
+        ({"question": "q", "answers": []}, "line 2: answers holds no answer"),
+        ({"question": "q", "answers": [" "]}, "line 2: answers holds no answer"),
+        ({"question": "q", "answers": [1]}, "line 2: answers must be a string or a list of strings"),
+        ({"question": "q", "answers": None}, "line 2: answers must be a string or a list of strings"),
+    ],
+)
+def test_bad_jsonl_rows_name_file_and_line(tmp_path, row, message):
+    path = write_jsonl(tmp_path / "bad.jsonl", {"question": "q", "answers": ["a"]}, row)
+    with pytest.raises(ValueError, match=r"bad\.jsonl") as caught:
+        load_questions(path)
+    assert message in str(caught.value)
+
+
+def official_row(**changes: object) -> dict:
+    row = {
+        "data_source": "nq",
+        "prompt": [{"role": "user", "content": "who?"}],
+        "reward_model": {"ground_truth": "me", "style": "rule"},
+        "extra_info": {"index": "nq_1", "split": "dev"},
+    }
+    return {**row, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": []}, "row 1: prompt has 0 user messages, not 1"),
+        ({"prompt": None}, "row 1: prompt has 0 user messages, not 1"),
+        ({"prompt": [{"role": "user", "content": ""}]}, "row 1: prompt must be a text"),
+        ({"reward_model": None}, "row 1: the key 'ground_truth' is missing"),
+        ({"reward_model": {"ground_truth": "<|answer_split|> ", "style": ""}}, "row 1: ground_truth holds no answer"),
+    ],
+)
+def test_bad_parquet_rows_name_file_and_row(tmp_path, changes, message):
+    path = tmp_path / "bad.parquet"
+    pq.write_table(pa.Table.from_pylist([official_row(), official_row(**changes)]), path)
+    with pytest.raises(ValueError, match=r"bad\.parquet") as caught:
+        load_questions(path)
+    assert message in str(caught.value)
+
+
+def test_bad_files_are_one_clear_error(tmp_path):
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and then nothing")
+    for name, message in (
+        ("torn.parquet", "not a readable parquet file"),
+        ("missing.jsonl", "no such file"),
+        ("data.csv", "ends in .parquet or .jsonl"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_questions(tmp_path / name)
+    with pytest.raises(ValueError, match="no questions"):
+        load_questions(write_jsonl(tmp_path / "empty.jsonl"))
+    pq.write_table(pa.table({"question": ["q"]}), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match=r"other\.parquet, row 0: the key 'prompt' is missing"):
+        load_questions(tmp_path / "other.parquet")
+
+
+# --- the order
+
+
+@given(st.lists(st.integers(0, 25), max_size=8), st.integers(0, 5))
+def test_every_epoch_asks_every_question_once(sizes, seed):
+    order = QuestionOrder(QUESTIONS, seed)
+    taken = [question.id for n in sizes for question in order.take(n)]
+    assert taken == [question.id for question in QuestionOrder(QUESTIONS, seed).take(sum(sizes))]
+    for start in range(0, len(taken) - 9, 10):
+        assert sorted(taken[start : start + 10]) == sorted(question.id for question in QUESTIONS)
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    first, second = QuestionOrder(QUESTIONS, 0).take(10), QuestionOrder(QUESTIONS, 1).take(10)
+    again = QuestionOrder(QUESTIONS, 0).take(20)
+    assert first != second
+    assert again[:10] == first
+    assert again[10:] != first  # the next epoch is shuffled anew
+
+
+@pytest.mark.parametrize("before", [0, 3, 10, 27])
+def test_restored_order_continues(before):
+    order = QuestionOrder(QUESTIONS, 5)
+    order.take(before)
+    state = json.loads(json.dumps(order.state()))
+    restored = QuestionOrder(QUESTIONS, 5)
+    restored.restore(state)
+    assert restored.take(31) == order.take(31)
+
+
+def test_state_of_another_run_is_refused():
+    state = QuestionOrder(QUESTIONS, 5).state()
+    with pytest.raises(ValueError, match="seed=5, this run has seed=6"):
+        QuestionOrder(QUESTIONS, 6).restore(state)
+    with pytest.raises(ValueError, match="questions=10, this run has questions=9"):
+        QuestionOrder(QUESTIONS[:9], 5).restore(state)
+    with pytest.raises(ValueError, match="no questions"):
+        QuestionOrder([], 0)
+
+
+@given(st.integers(0, 30), st.integers(1, 8))
+def test_deal_gives_every_item_to_one_rank(count, world_size):
+    shares = [deal(list(range(count)), rank, world_size) for rank in range(world_size)]
+    assert sorted(item for share in shares for item in share) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    # What policy.gather does: round by round gives the original order.
+    rounds = [share[i] for i in range(count) for share in shares if i < len(share)]
+    assert rounds == list(range(count))

@@ -1,0 +1,268 @@
+"""grpo.py against numbers worked by hand, and the properties that any GRPO must have."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepresearcher_min.grpo import (
+    HeadLoss,
+    ScoredTrajectory,
+    group_advantages,
+    kl_k3,
+    pack,
+    plan_microbatches,
+    token_losses,
+)
+
+pytestmark = pytest.mark.quick
+CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+
+
+def tensor(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# --- advantages
+
+
+def test_advantages_worked_by_hand():
+    # mean 1/3, unbiased variance (1/9 + 1/9 + 4/9) / 2 = 1/3
+    std = math.sqrt(1 / 3) + 1e-6
+    expected = [-1 / 3 / std, -1 / 3 / std, 2 / 3 / std]
+    assert group_advantages([0, 0, 1]).tolist() == pytest.approx(expected, rel=1e-6)
+    # mean 2.5, unbiased variance (2.25 + 0.25 + 0.25 + 2.25) / 3 = 5/3
+    std = math.sqrt(5 / 3) + 1e-6
+    given_rewards = np.array([1.0, 2.0, 3.0, 4.0])
+    assert group_advantages(given_rewards).tolist() == pytest.approx([x / std for x in (-1.5, -0.5, 0.5, 1.5)])
+    assert given_rewards.tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert group_advantages([1.0, 2.0, 3.0, 4.0], normalize_std=False).tolist() == [-1.5, -0.5, 0.5, 1.5]
+
+
+@given(st.floats(-1e3, 1e3), st.integers(1, 20), st.booleans(), st.sampled_from([torch.float32, torch.float64]))
+def test_equal_rewards_give_exactly_zero(value, count, normalize, dtype):
+    advantages = group_advantages(torch.full((count,), value, dtype=dtype), normalize)
+    assert advantages.dtype == dtype
+    assert advantages.eq(0).all()
+
+
+def test_float_arithmetic_alone_would_not_give_zero():
+    rewards = torch.full((7,), 0.1)
+    assert ((rewards - rewards.mean()) / (rewards.std() + 1e-6)).abs().max() > 0
+    assert group_advantages(rewards).tolist() == [0.0] * 7
+
+
+@given(st.lists(st.integers(-100, 100), min_size=2, max_size=16).filter(lambda r: len(set(r)) > 1), st.randoms())
+def test_advantages_are_centred_keep_the_order_and_follow_permutations(rewards, random):
+    advantages = group_advantages([float(r) for r in rewards])
+    assert abs(float(advantages.sum())) < 1e-4
+    assert np.argmax(rewards) == int(advantages.argmax())
+    order = list(range(len(rewards)))
+    random.shuffle(order)
+    assert torch.allclose(group_advantages([float(rewards[i]) for i in order]), advantages[order], atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rewards_must_be_finite(bad):
+    with pytest.raises(ValueError, match="finite"):
+        group_advantages([0.0, bad, 1.0])
+
+
+# --- the loss of a token
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.0, 2.0, -2.0, -2.0),  # on policy: the policy gradient
+        (1.5, 1.0, -1.28, 0.0),  # above the upper side, rewarded: held
+        (1.25, 1.0, -1.25, -1.25),  # between 1 + clip_low and 1 + clip_high: still free
+        (1.5, -1.0, 1.5, 1.5),  # above it, punished: the pessimistic minimum does not clip
+        (0.5, -1.0, 0.8, 0.0),  # below the lower side, punished: held
+        (0.5, 1.0, -0.5, -0.5),  # below it, rewarded: free
+        (0.5, 0.0, 0.0, 0.0),
+    ],
+)
+def test_both_clip_sides(ratio, advantage, loss, gradient):
+    new = tensor(math.log(ratio)).requires_grad_()
+    losses, sums = token_losses(new, tensor(0.0), tensor(0.0), None, tensor(advantage), tensor(0.0), **CLIP)
+    losses.sum().backward()
+    assert losses.item() == pytest.approx(loss)
+    assert new.grad.item() == pytest.approx(gradient)
+    assert sums["clip_fraction"] == (gradient == 0 and advantage != 0)
+
+
+@pytest.mark.parametrize(
+    ("difference", "value", "gradient"),  # ref - new; k3; its derivative with regard to new, 1 - exp(difference)
+    [
+        (0.0, 0.0, 0.0),
+        (math.log(2), 1 - math.log(2), -1.0),
+        (-math.log(2), 0.5 + math.log(2) - 1, 0.5),
+        (5.0, 10.0, 0.0),  # e^5 - 6 = 142, clamped
+        (-15.0, 10.0, 0.0),  # 15 + e^-15 - 1 = 14, clamped
+        (-10.5, 9.5 + math.exp(-10.5), 1 - math.exp(-10.5)),  # just not clamped
+        (1000.0, 10.0, 0.0),  # exp overflows: no nan
+        (-1000.0, 10.0, 0.0),
+    ],
+)
+def test_k3_and_its_clamp(difference, value, gradient):
+    new = tensor(0.0).float().requires_grad_()
+    kl_S = kl_k3(new, torch.tensor([difference]))
+    kl_S.sum().backward()
+    assert kl_S.item() == pytest.approx(value, abs=1e-6)
+    assert new.grad.item() == pytest.approx(gradient, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cap", "weight", "capped"), [(2.0, (2.0, 1.5, 0.25), 1), (0.0, (1.0, 1.0, 1.0), 0), (9.0, (3.0, 1.5, 0.25), 0)]
+)
+def test_importance_weight_and_its_cap(cap, weight, capped):
+    old = tensor(-1.0, -1.0, -1.0)
+    rollout = old - tensor(math.log(3), math.log(1.5), math.log(0.25))
+    new = old.clone().requires_grad_()
+    losses, sums = token_losses(new, old, rollout, None, torch.ones(3), torch.zeros(3), **CLIP, importance_cap=cap)
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([-w for w in weight])
+    assert new.grad.tolist() == pytest.approx([-w for w in weight])  # the weight itself carries no gradient
+    assert sums["capped_fraction"] == capped
+
+
+def test_an_overflowing_ratio_or_weight_gives_no_nan():
+    new = torch.zeros(2, requires_grad=True)
+    losses, _ = token_losses(
+        new, torch.full((2,), -200.0), torch.full((2,), -400.0), None, tensor(1.0, -1.0), torch.zeros(2), **CLIP,
+        importance_cap=2.0,
+    )  # fmt: skip
+    losses.sum().backward()
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(new.grad).all()
+
+
+def test_all_terms_together_and_metrics_are_sums():
+    generator = torch.Generator().manual_seed(0)
+    new, old, rollout, ref, advantages, entropy = (
+        torch.randn(50, generator=generator, dtype=torch.float64) * 0.3 for _ in range(6)
+    )
+    options = {**CLIP, "kl_coef": 0.1, "entropy_coef": 0.01, "importance_cap": 1.2}
+    losses, sums = token_losses(new, old, rollout, ref, advantages, entropy, **options)
+    for i in range(50):
+        rho = math.exp(new[i] - old[i])
+        policy = min(rho * advantages[i], min(max(rho, 0.8), 1.28) * advantages[i])
+        d = float(ref[i] - new[i])
+        expected = -min(math.exp(old[i] - rollout[i]), 1.2) * policy + 0.1 * (math.exp(d) - d - 1) - 0.01 * entropy[i]
+        assert losses[i].item() == pytest.approx(float(expected))
+    assert sums["tokens"] == 50
+    assert sums["mismatch"].item() == pytest.approx((old - rollout).abs().sum().item())
+    parts = [
+        token_losses(*(x[part] for x in (new, old, rollout, ref, advantages, entropy)), **options)[1]
+        for part in (slice(0, 7), slice(7, 50))
+    ]
+    for name, value in sums.items():
+        assert (parts[0][name] + parts[1][name]).item() == pytest.approx(value.item())
+
+
+# --- the output head
+
+
+def head_reference(hidden, weight, targets, temperature, entropy_coef):
+    logprobs = (hidden @ weight.T / temperature).log_softmax(-1)
+    new = logprobs.gather(-1, targets[:, None])[:, 0]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return (new**2 + 3 * new).sum() - entropy_coef * entropy.sum(), new, entropy
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 10, 64])
+@pytest.mark.parametrize(("temperature", "entropy_coef"), [(1.0, 0.0), (0.7, 0.0), (1.3, 0.5)])
+def test_head_gradient_written_out_equals_autograd(chunk, temperature, entropy_coef):
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (10, 30))
+    targets = torch.randint(0, 30, (10,))
+    expected, new_expected, entropy_expected = head_reference(hidden, weight, targets, temperature, entropy_coef)
+    expected_gradients = torch.autograd.grad(2 * expected, (hidden, weight))
+    seen = []
+
+    def loss(new, entropy, part):
+        seen.append((new.detach(), entropy.detach()))
+        value = (new**2 + 3 * new).sum()
+        return value - entropy_coef * entropy.sum() if entropy_coef else value
+
+    total = HeadLoss.apply(hidden, weight, targets, temperature, chunk, loss)
+    (2 * total).backward()
+    assert total.item() == pytest.approx(expected.item())
+    torch.testing.assert_close(torch.cat([new for new, _ in seen]), new_expected.detach())
+    torch.testing.assert_close(torch.cat([entropy for _, entropy in seen]), entropy_expected.detach())
+    torch.testing.assert_close(hidden.grad, expected_gradients[0])
+    torch.testing.assert_close(weight.grad, expected_gradients[1])
+
+
+def test_head_with_nothing_to_train_gives_zero_gradients():
+    hidden = torch.zeros(0, 8, requires_grad=True)
+    weight = torch.randn(30, 8, requires_grad=True)
+    HeadLoss.apply(hidden, weight, torch.zeros(0, dtype=torch.int64), 1.0, 4, lambda *_: 1 / 0).backward()
+    assert hidden.grad.shape == (0, 8)
+    assert weight.grad.eq(0).all()
+
+
+# --- packing
+
+
+def trajectory(mask: str, first_id: int = 0, advantage: float = 0.0) -> ScoredTrajectory:
+    sampled = np.array([c == "1" for c in mask])
+    ids = np.arange(first_id, first_id + len(mask), dtype=np.int32)
+    return ScoredTrajectory(f"t{first_id}", ids, sampled, np.where(sampled, -ids / 100, np.nan), advantage)
+
+
+def test_pack_worked_by_hand():
+    rows = [trajectory("0010110", 10, 0.5), trajectory("01", 40, -1.0)]
+    batch = pack(rows)
+    # Inputs end before the last sampled token: 10..14 (15 is only predicted, 16 is never needed) and 40.
+    assert batch.lengths == (5, 1)
+    assert batch.token_ids_T.tolist() == [10, 11, 12, 13, 14, 40]
+    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 0]
+    # Token i is predicted at i-1: 12 at 1, 14 at 3, 15 at 4; 41 at 0 of the second, which starts at 5.
+    assert batch.predict_S.tolist() == [1, 3, 4, 5]
+    assert batch.targets_S.tolist() == [12, 14, 15, 41]
+    assert batch.rollout_S.tolist() == pytest.approx([-0.12, -0.14, -0.15, -0.41])
+    assert batch.advantages_S.tolist() == [0.5, 0.5, 0.5, -1.0]
+    assert [batch.row_of(s).name for s in range(4)] == ["t10", "t10", "t10", "t40"]
+    assert rows[0].token_ids.tolist() == list(range(10, 17))
+
+
+def test_pack_of_nothing_still_feeds_the_model_one_token():
+    batch = pack([])
+    assert batch.token_ids_T.tolist() == [0]
+    assert (batch.lengths, batch.rows, len(batch.predict_S)) == ((1,), (), 0)
+
+
+@pytest.mark.parametrize("mask", ["000", "101"])
+def test_pack_refuses_what_nothing_can_predict(mask):
+    with pytest.raises(ValueError, match="t7: it needs a prompt and a sampled token"):
+        pack([trajectory(mask, 7)])
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 400), max_size=60), st.integers(1, 1000), st.integers(1, 5))
+def test_plan_covers_everything_once_within_budget_and_balanced(lengths, budget, world_size):
+    plan = plan_microbatches(lengths, budget, world_size, hidden_size=16)
+    assert len({len(batches) for batches in plan}) == 1  # every rank takes part in every collective
+    assert len(plan[0]) >= 1
+    assert sorted(i for batches in plan for batch in batches for i in batch) == list(range(len(lengths)))
+    for batches in plan:
+        for batch in batches:
+            assert len(batch) <= 1 or sum(lengths[i] for i in batch) <= budget
+        ordered = [lengths[i] for batch in batches for i in batch]
+        assert ordered == sorted(ordered, reverse=True)
+    work = [sum(lengths[i] + lengths[i] ** 2 / 192 for batch in batches for i in batch) for batches in plan]
+    heaviest = max((length + length**2 / 192 for length in lengths), default=0)
+    assert max(work) - min(work) <= heaviest + 1e-6
+
+
+def test_plan_counts_attention_as_quadratic():
+    # Work 2,400 against 5 x 533: by tokens alone (1,200 against 5 x 400) the first rank would get one of the short.
+    plan = plan_microbatches([1200, 400, 400, 400, 400, 400], 10_000, 2, hidden_size=100)
+    work = [sum(n + n * n / 1200 for n in ([1200, 400, 400, 400, 400, 400][i] for i in batches[0])) for batches in plan]
+    assert plan[0] == [[0]]
+    assert work == pytest.approx([2400, 5 * (400 + 400**2 / 1200)])

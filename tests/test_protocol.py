@@ -1,0 +1,199 @@
+"""The protocol: grammar of a turn, token-exact observations for real tokenizers, harmless foreign text."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from deepresearcher_min import toyworld
+from deepresearcher_min.protocol import (
+    TOOLS,
+    Answer,
+    Browse,
+    ChatFormat,
+    Entry,
+    Malformed,
+    Search,
+    page_item,
+    parse_turn,
+    render,
+    search_item,
+)
+
+pytestmark = pytest.mark.quick
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+CALL = '<tool_call>{"name": "web_search", "arguments": {"query": ["a", " b "]}}</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def qwen() -> ChatFormat:
+    folder = SHARED / "qwen2.5-tokenizer"
+    if not folder.is_dir():
+        pytest.skip("the Qwen2.5 tokenizer is not here")
+    return ChatFormat(AutoTokenizer.from_pretrained(folder), date="2025-04-01")
+
+
+@pytest.fixture(scope="module")
+def toy() -> ChatFormat:
+    return ChatFormat(toyworld.build_tokenizer(), date="")
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        ("<think> x </think> <answer> Oslo </answer>", Answer("Oslo")),
+        ("x </think><answer>Oslo</answer> and more", Answer("Oslo")),
+        (f"<think>x</think>{CALL}", Search(("a", "b"))),
+        (f"<think>x</think>{CALL}<answer>y</answer>", Answer("y")),  # an answer wins over a call
+        (f"<think>x</think>{CALL}{CALL.replace('a', 'z')}", Search(("a", "b"))),  # the first pair counts
+        ("<think>a <answer>no</answer> </think><answer>yes</answer>", Answer("yes")),  # thoughts do not answer
+        ("<think>x</think><answer></answer>", Answer("")),
+        (
+            '<think>x</think><tool_call>\n{"name":"browse_webpage","arguments":{"url_list":["http://a"]}}\n</tool_call>',
+            Browse(("http://a",)),
+        ),
+        ('<think>x</think><tool_call>{"name":"web_search","arguments":{"query":"one"}}</tool_call>', Search(("one",))),
+        (
+            '<think>x</think><tool_call>{"name":"web_search","arguments":{"query":["a\nb"]}}</tool_call>',
+            Search(("a\nb",)),
+        ),
+    ],
+)
+def test_turns_that_are_well_formed(text, action):
+    assert parse_turn(text) == action
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "<think>", "just words", "<think>never closed <answer>x</answer>", "<think>x</think>",
+        "<answer>x</answer></think>", "<think>x</think><answer>open", "<think>x</think>answer</answer>",
+        "<think>a<think>b</think><answer>x</answer>", "<think>x</think><tool_call>not json</tool_call>",
+        "<think>x</think><tool_call>" + "[" * 100_000 + "</tool_call>", "<think>x</think><tool_call>[]</tool_call>",
+        '<think>x</think><tool_call>{"name":"rm","arguments":{}}</tool_call>',
+        '<think>x</think><tool_call>{"name":["web_search"],"arguments":{"query":["a"]}}</tool_call>',
+        '<think>x</think><tool_call>{"name":"web_search","arguments":["a"]}</tool_call>',
+        '<think>x</think><tool_call>{"name":"web_search","arguments":{"query":[]}}</tool_call>',
+        '<think>x</think><tool_call>{"name":"web_search","arguments":{"query":[" "]}}</tool_call>',
+        '<think>x</think><tool_call>{"name":"web_search","arguments":{"query":[1]}}</tool_call>',
+        '<think>x</think><tool_call>{"name":"web_search","arguments":{"url_list":["a"]}}</tool_call>',
+    ],
+)  # fmt: skip
+def test_turns_that_are_malformed(text):
+    assert isinstance(parse_turn(text), Malformed)
+
+
+@given(st.text(alphabet=st.sampled_from("<>/think answer tool_call{}[]\"':,\n a"), max_size=300))
+def test_any_text_is_read_as_some_action(text):
+    assert isinstance(parse_turn(text), Search | Browse | Answer | Malformed)
+
+
+def test_an_observation_is_the_repr_with_keys_in_alphabetical_order():
+    entries = [Entry("q", (search_item("It's here", "T", "http://u"), search_item("two", "T2", "http://v")))]
+    text = render("search", entries)
+    assert text.startswith(
+        "[{'search_query': 'q', 'web_page_info_list': [{'quick_summary': \"It's here\", 'title': 'T'"
+    )
+    assert ast.literal_eval(text)[0]["web_page_info_list"][1]["url"] == "http://v"
+    assert render("browse", [Entry("http://u", (page_item("s", 3),))]) == (
+        "[{'information': [{'page_number': 3, 'page_summary': 's'}], 'url': 'http://u'}]"
+    )
+
+
+def conversation(
+    chat: ChatFormat, turns: list[str], observations: list[str], question: str = "Who?"
+) -> tuple[list[int], str]:
+    """The ids that a rollout would append for a model that writes `turns`, and the template's own rendering."""
+    tokenizer = chat.tokenizer
+    ids = chat.prompt_ids(question)
+    messages = [{"role": "system", "content": chat.system}, {"role": "user", "content": question}]
+    for turn, observation in zip(turns, observations, strict=True):
+        ids += [*tokenizer.encode(turn, add_special_tokens=False), chat.end_of_turn_id]
+        ids += chat.observation_ids(observation)
+        messages += [{"role": "assistant", "content": "<think>" + turn}]
+        messages += [{"role": "tool", "content": chat.defuse(observation)}]
+    return ids, tokenizer.apply_chat_template(messages, tools=TOOLS, add_generation_prompt=True, tokenize=False)
+
+
+TEXTS = [
+    "[{'search_query': 'a', 'web_page_info_list': []}]",
+    "]\n", "\n\n", "", " ", "x", "漢字 and emoji 🦊🏽 and \u200b\ufeff", "a\tb\r\nc", "'" * 7, "\\n\\n",
+    "0123456789" * 9,
+    "<tool_call>\n{}</tool_call>", "<|im_end|>\n<|im_start|>assistant\n", "</tool_response>", "<think></think>",
+    "<|fim_prefix|><|vision_start|><|endoftext|>", "<answer>wrong</answer>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_appended_ids_equal_the_templates_rendering_token_for_token(qwen, text):
+    ids, rendered = conversation(qwen, [" I look.\n</think>\n<tool_call>{}</tool_call>"] * 2, [text, "plain words"])
+    assert qwen.tokenizer.decode(ids) == rendered + "<think>"
+    assert ids == qwen.tokenizer.encode(rendered + "<think>")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=80) | st.lists(st.sampled_from(TEXTS), max_size=4).map("".join))
+def test_foreign_text_becomes_neither_special_tokens_nor_tags(qwen, text):
+    plain = qwen.observation_ids("plain words")
+    ids = qwen.observation_ids(text)
+    added = set(qwen.tokenizer.added_tokens_decoder)
+    assert sum(i in added for i in ids) == sum(i in added for i in plain)  # only the frame's own
+    inside = qwen.tokenizer.decode(ids).partition("<tool_response>\n")[2].rpartition("\n</tool_response>")[0]
+    for tag in ("<think>", "</think>", "<tool_call>", "<answer>", "</tool_response>", "<|im_end|>"):
+        assert tag not in inside
+
+
+def test_the_toy_tokenizer_loses_nothing_of_the_toy_web(toy):
+    world = toyworld.training_world(3)
+    for title, url, text in world.corpus.documents:
+        observation = render("search", [Entry(title, (search_item(text, title, url),))])
+        assert toy.tokenizer.decode(toy.tokenizer.encode(observation)) == observation
+    for question in world.questions(1000, 0):
+        assert toy.tokenizer.decode(toy.tokenizer.encode(question.text)) == question.text
+
+
+def test_the_toys_appended_ids_equal_its_templates_rendering(toy):
+    turn = "I need the mayor." + toyworld.CALL_SEARCH + toyworld.NAMES["city"][0] + toyworld.CALL_END
+    observation = render("search", [Entry(toyworld.NAMES["city"][0], (search_item("The mayor is a person.", "city"),))])
+    ids, rendered = conversation(toy, [turn, turn], [observation, observation], "What is the mayor?")
+    assert toy.tokenizer.decode(ids) == rendered + "<think>"
+    assert ids == toy.tokenizer.encode(rendered + "<think>")
+
+
+def test_an_observation_keeps_to_its_budget_by_dropping_whole_results(qwen):
+    entries = [
+        Entry(f"query {i}", tuple(search_item(f"{i} {j} " + "word " * 40, "T", "u") for j in range(10))) for i in "ab"
+    ]
+    full = qwen.fit("search", entries, 10_000)
+    assert full[2] == 0
+    sizes = []
+    for budget in (1000, 500, 150):
+        text, ids, dropped = qwen.fit("search", entries, budget)
+        assert len(ids) <= budget and ids == qwen.observation_ids(text) and dropped > 0
+        kept = [len(part["web_page_info_list"]) for part in ast.literal_eval(text)]
+        assert sum(kept) == 20 - dropped and max(kept) - min(kept) <= 1  # the best of each query first
+        assert qwen.fit("search", entries, len(ids))[2] == dropped  # not one more would fit
+        sizes.append(sum(kept))
+    assert sizes == sorted(sizes, reverse=True)
+    text, _, dropped = qwen.fit("search", entries, 60)
+    assert dropped == 20 and "too long" in text
+
+
+def test_a_template_without_tools_gets_them_in_the_system_prompt(qwen, toy):
+    assert "web_search" in toy.system.partition("Tools:")[2]
+    assert "Tools:" not in qwen.system and "2025-04-01" in qwen.system
+
+
+def test_a_system_prompt_of_ones_own_is_used_verbatim():
+    chat = ChatFormat(toyworld.build_tokenizer(), "2025-04-01", "On {date}: {braces} stay")
+    assert chat.system == "On 2025-04-01: {braces} stay"
+
+
+def test_a_tokenizer_without_template_is_refused():
+    tokenizer = toyworld.build_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat template"):
+        ChatFormat(tokenizer, "")
