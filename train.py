@@ -27,7 +27,7 @@ from deepresearcher_min.policy import Policy
 from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.reward import explain, judge, step_means, step_sums, summarize
 from deepresearcher_min.rollout import Agent, Batch, Tools, evaluate, roll_out, seed_of
-from deepresearcher_min.run import Checkpoints, Clock, Ranks, Stop, open_run
+from deepresearcher_min.run import Checkpoints, Clock, Ranks, Stop, Watch, open_run
 from deepresearcher_min.search import Corpus, check_search
 from deepresearcher_min.trajectory import Group, Question, Trajectory
 from deepresearcher_min.web import Web
@@ -147,7 +147,7 @@ def make_agent(config: Config, task: Task, ranks: Ranks) -> tuple[Agent, Agent]:
     prompt = Path(config.system_prompt_file).read_text() if config.system_prompt_file else ""
     chat = ChatFormat(tokenizer, config.date, prompt)
     web = None
-    if config.search not in ("toy", "local"):
+    if config.search not in ("toy", "local") or config.reader == "openai":
         cassette = config.cassette or str(Path(config.run_dir) / "cassette.sqlite")
         web = Web(config, cassette, ranks.rank, ranks.world_size)
     tools = Tools(config, chat, task.corpus, web)
@@ -242,6 +242,7 @@ def main(argv: list[str]) -> int:
     try:
         config = ranks.share(open_run(argv) if ranks.rank == 0 else None)  # one clock names the run
         check_needs(config)
+        watch = Watch(ranks, config.rank_timeout)
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         if ranks.rank == 0:
@@ -251,6 +252,8 @@ def main(argv: list[str]) -> int:
         if not train(config, ranks, Stop()):
             print(f"Stopped. Continue with: python train.py --resume={config.run_dir}")
             return 130
+        ranks.share(None)  # rank 0 wrote the report meanwhile
+        watch.stop()
     except (ConfigError, ValueError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

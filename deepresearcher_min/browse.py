@@ -54,6 +54,7 @@ def main_text(body: bytes, content_type: str) -> str:
 
 
 def page_text(body: bytes, content_type: str) -> str:
+    """main_text without its safety net: a PDF's text, plain text as it is, the extract of HTML or else all its text."""
     if body.startswith(b"%PDF-") or "pdf" in content_type:
         import pypdf  # here, like the others: only the parsers need them, and trafilatura takes 0.6 s
 

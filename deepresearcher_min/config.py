@@ -36,6 +36,7 @@ class Config:
     kv_tokens: int
     max_in_flight: int
     engine_sleep: bool
+    rank_timeout: float
     threads: int
     data: str
     eval_data: str
@@ -62,6 +63,7 @@ class Config:
     trajectory_timeout: float
     lr: float
     lr_warmup: int
+    lr_decay: bool
     adam_beta1: float
     adam_beta2: float
     weight_decay: float

@@ -46,7 +46,7 @@ def group_advantages(rewards: Sequence[float] | np.ndarray | torch.Tensor, norma
     """Advantages of the trajectories of one question: rewards_G -> advantages_G (paper eq. 1).
 
     (r - mean) / (std + 1e-6), std unbiased; without the division when normalize_std is false. Equal rewards give
-    exact zeros, which float arithmetic alone does not: the mean of seven times 0.1 is not 0.1.
+    exact zeros, which float arithmetic alone does not: the float32 mean of seven times 0.1 is not 0.1.
     Raises ValueError for a reward that is not finite. Example: [0, 0, 1] -> [-0.577, -0.577, 1.155].
     """
     rewards_G = torch.as_tensor(rewards, dtype=torch.float64)

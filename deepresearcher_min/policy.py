@@ -88,7 +88,7 @@ class Policy:
     def __init__(self, config: Config, model_dir: str, device: torch.device | str, world_size: int = 1):
         """Load model_dir with float32 master weights, and once more as the frozen reference if kl_coef > 0.
 
-        world_size > 1 needs an initialised process group. Compute is in config.dtype, reduction in float32.
+        world_size > 1 needs a process group. Compute is in config.dtype, reduction in float32.
         """
         if config.offload_optimizer and world_size == 1:
             raise ValueError("offload_optimizer=true needs FSDP: start with torchrun and at least 2 processes")
@@ -114,10 +114,12 @@ class Policy:
         scorer = TokenScorer(model, self.config.logprob_chunk, self.compute_dtype)
         if self.world_size == 1:
             return scorer.to(self.device)
+        # Offloaded gradients are reduced on the CPU, so the process group needs "cpu:gloo,cuda:nccl" then.
+        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         options = {
             "mesh": dist.init_device_mesh(self.device.type, (self.world_size,)),
             "mp_policy": MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=master),
-            "offload_policy": CPUOffloadPolicy() if self.config.offload_optimizer else OffloadPolicy(),
+            "offload_policy": offload if self.config.offload_optimizer else OffloadPolicy(),
             "reshard_after_forward": True,
         }
         for layer in model.base_model.layers:
@@ -199,9 +201,11 @@ class Policy:
         if not np.isfinite(norm):
             raise FloatingPointError(f"gradient norm {norm} {self.blame(rows)}; this update changed no weights")
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.max_grad_norm, torch.tensor(norm))
-        warmup = min(1.0, (self.rollouts + 1) / max(1, self.config.lr_warmup))
+        factor = min(1.0, (self.rollouts + 1) / max(1, self.config.lr_warmup))
+        if self.config.lr_decay:
+            factor *= max(0.0, 1 - self.rollouts / max(1, self.config.steps))
         for options in self.optimizer.param_groups:
-            options["lr"] = self.config.lr * warmup
+            options["lr"] = self.config.lr * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm

@@ -1,13 +1,14 @@
-"""Rollouts: one coroutine per trajectory, one pump that steps the engine while anyone waits for tokens.
+"""Rollouts: one coroutine for each trajectory, and a scheduler that keeps the engine busy while tools work.
 
-`run_trajectory` is the agent loop of the paper's figure 3: generate a turn, parse it, use the tool, append what
-came back, repeat. Many of them run at once in one event loop; their turns share the engine's batches
-(continuous batching) while tools work in threads. Results come back in the order asked, whatever finished first.
-
-Left out: starting the next step's trajectories before the update (it is off-policy and not the paper).
+The agent loop is the paper's figure 3: generate a turn, read it, use a tool, append what came back, repeat. Many run at
+once: their turns share the engine's batches (continuous batching), tools work in threads, and the KV cache decides how
+many are under way. Left out: starting the next step's trajectories before the update (off-policy, not the paper).
 """
 
 import asyncio
+import heapq
+import logging
+import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,31 +17,23 @@ from typing import Any
 
 import numpy as np
 
-from deepresearcher_min.browse import Reader, browse, make_reader
-from deepresearcher_min.config import Config
-from deepresearcher_min.engine import Completion, Engine, Sampling
-from deepresearcher_min.protocol import (
-    Answer,
-    Browse,
-    ChatFormat,
-    Entry,
-    Malformed,
-    Search,
-    page_item,
-    parse_turn,
-    search_item,
-)
-from deepresearcher_min.run import Ranks
-from deepresearcher_min.search import Backend, Corpus, make_search
-from deepresearcher_min.trajectory import Question, Trajectory, Turn
-from deepresearcher_min.web import Web, WebFailure
+from .browse import Reader, browse, make_reader
+from .config import Config
+from .engine import Completion, Engine, Sampling
+from .protocol import THINK, Answer, Browse, ChatFormat, Entry, Malformed, Search, page_item, parse_turn, search_item
+from .run import Ranks
+from .search import Backend, Corpus, make_search
+from .trajectory import Question, Trajectory, Turn
+from .web import Web, WebFailure, count
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
+GRACE = 1.0  # after a tool's own deadline its thread is given up, although it cannot be ended [s]
 Generate = Callable[[list[int], int], Awaitable[Completion]]  # (token ids so far, max new tokens) -> completion
+OnDone = Callable[[Trajectory], None]
 
 
 class Recording:
-    """A trajectory while it grows: three parallel lists that are only ever appended to."""
+    """A trajectory while it grows: three parallel lists that are only ever appended to, and what the agent knows."""
 
     def __init__(self, question: Question, prompt_ids: Sequence[int]) -> None:
         self.question = question
@@ -49,33 +42,21 @@ class Recording:
         self.logprobs: list[float] = []
         self.turns: list[Turn] = []
         self.cost: Counter = Counter()
-        self.append_given(prompt_ids)
+        self.shown: set[str] = set()  # every URL that a search of this trajectory has shown
+        self.memory: list[str] = []  # what the reader has noted so far
+        self.append(prompt_ids)
 
-    def append_given(self, ids: Sequence[int]) -> tuple[int, int]:
+    def append(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> tuple[int, int]:
+        """Add given tokens, or with logprobs sampled ones; returns their span [start, end)."""
         start = len(self.token_ids)
         self.token_ids += ids
-        self.sampled_mask += [False] * len(ids)
-        self.logprobs += [float("nan")] * len(ids)
-        return start, len(self.token_ids)
-
-    def append_sampled(self, completion: Completion) -> tuple[int, int]:
-        start = len(self.token_ids)
-        self.token_ids += completion.token_ids
-        self.sampled_mask += [True] * len(completion.token_ids)
-        self.logprobs += completion.logprobs
+        self.sampled_mask += [logprobs is not None] * len(ids)
+        self.logprobs += [float("nan")] * len(ids) if logprobs is None else logprobs
         return start, len(self.token_ids)
 
     def finish(self, stop_reason: str, answer: str | None = None) -> Trajectory:
-        return Trajectory(
-            question=self.question,
-            token_ids=np.array(self.token_ids),
-            sampled_mask=np.array(self.sampled_mask),
-            logprobs=np.array(self.logprobs),
-            turns=tuple(self.turns),
-            answer=answer,
-            stop_reason=stop_reason,
-            cost=dict(self.cost),
-        )
+        arrays = map(np.array, (self.token_ids, self.sampled_mask, self.logprobs))
+        return Trajectory(self.question, *arrays, tuple(self.turns), answer, stop_reason, dict(self.cost))
 
 
 class Tools:
@@ -85,150 +66,60 @@ class Tools:
         self.config, self.chat, self.corpus, self.web = config, chat, corpus, web
         self.backend: Backend = make_search(config, web, corpus)
         self.reader: Reader = make_reader(config, web, self.generate_text)
-        self.pool = ThreadPoolExecutor(config.tool_threads, "tool") if config.tool_threads else None
-        self.pump: Pump | None = None  # of the rollout that is going on; the reader `engine` generates through it
+        self.pool = ThreadPoolExecutor(max(1, config.tool_threads), "tool")
         self.readings = 0
 
-    async def generate_text(self, messages: list[dict[str, str]]) -> str:
-        """The policy's own engine as a plain chat model, greedy; these tokens belong to no trajectory."""
-        token_ids = self.chat.message_ids(messages)[-(self.config.max_model_len - self.config.max_turn_tokens) :]
-        self.readings += 1
-        sampling = Sampling(0.0, 1.0, self.config.max_turn_tokens, 0, (self.chat.end_of_turn_id,))
-        completion = await self.pump.generate(f"reader/{self.readings}", token_ids, sampling)
-        return self.chat.decode(completion.token_ids)
+    async def use(self, action: Search | Browse, record: Recording) -> list[Entry]:
+        """What each query or address of a call brought; with tool_threads 0 one by one, so that the order repeats."""
+        searching = isinstance(action, Search)
+        keys = action.queries[: self.config.max_queries] if searching else action.urls[: self.config.max_urls]
+        jobs = [self.entry(key, searching, record) for key in keys]
+        return await asyncio.gather(*jobs) if self.config.tool_threads else [await job for job in jobs]
+
+    async def entry(self, key: str, searching: bool, record: Recording) -> Entry:
+        try:
+            async with self.slots:
+                if searching:
+                    results = await self.in_thread(self.backend.search, key, record.cost)
+                    record.shown.update(result.url for result in results if result.url)
+                    return Entry(key, tuple(search_item(r.snippet, r.title, r.url) for r in results))
+                if key not in record.shown:
+                    count(record.cost, "fail_unknown_url")
+                    raise WebFailure("unknown_url", "No search has shown this address, so it cannot be opened.")
+                notes = await browse(
+                    key, record.question.text, record.memory, config=self.config, web=self.web, corpus=self.corpus,
+                    reader=self.reader, counts=record.cost, in_thread=self.in_thread,
+                )  # fmt: skip
+                return Entry(key, tuple(page_item(summary, number) for number, summary in notes))
+        except WebFailure as failure:  # counted where it happened
+            words = failure.words
+        except TimeoutError:
+            count(record.cost, "fail_timeout")
+            words = "This took too long and was given up."
+        except Exception:  # a bug, or a world stranger than its tool: it costs this call, and the log says where
+            logging.getLogger(__name__).exception("tool call for %.200r", key)
+            count(record.cost, "fail_error")
+            words = "The tool failed."
+        return Entry(key, (search_item(words) if searching else page_item(words),))
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run in a thread of the pool; with tool_threads 0 in place, so that the order is always the same."""
-        if self.pool is None:
+        """Run a blocking function, which keeps tool_timeout itself; TimeoutError if it does not."""
+        if not self.config.tool_threads:
             return function(*args)
-        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
+        async with asyncio.timeout(self.config.tool_timeout + GRACE):
+            return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
 
-    async def search(self, action: Search, cost: Counter) -> list[Entry]:
-        queries = action.queries[: self.config.max_queries]
-        return list(await asyncio.gather(*(self._search_one(query, cost) for query in queries)))
-
-    async def _search_one(self, query: str, cost: Counter) -> Entry:
-        try:
-            async with asyncio.timeout(self.config.tool_timeout):
-                results = await self.in_thread(self.backend.search, query, cost)
-        except WebFailure as failure:
-            return Entry(query, (search_item(failure.words),))
-        except TimeoutError:
-            cost["fail_timeout"] += 1
-            return Entry(query, (search_item("The search took too long and was given up."),))
-        return Entry(query, tuple(search_item(r.snippet, r.title, r.url) for r in results))
-
-    async def browse(self, action: Browse, question: str, memory: list[str], shown: set[str], cost: Counter):
-        urls = action.urls[: self.config.max_urls]
-        return list(await asyncio.gather(*(self._browse_one(url, question, memory, shown, cost) for url in urls)))
-
-    async def _browse_one(self, url: str, question: str, memory: list[str], shown: set[str], cost: Counter) -> Entry:
-        if url not in shown:
-            cost["fail_unknown_url"] += 1
-            return Entry(url, (page_item("No search has shown this address, so it cannot be opened."),))
-        try:
-            async with asyncio.timeout(self.config.tool_timeout):
-                notes = await browse(
-                    url, question, memory, config=self.config, web=self.web, corpus=self.corpus,
-                    reader=self.reader, counts=cost, in_thread=self.in_thread,
-                )  # fmt: skip
-        except WebFailure as failure:
-            return Entry(url, (page_item(failure.words),))
-        except TimeoutError:
-            cost["fail_timeout"] += 1
-            return Entry(url, (page_item("The page took too long and was given up."),))
-        return Entry(url, tuple(page_item(summary, number) for number, summary in notes))
+    async def generate_text(self, messages: list[dict[str, str]]) -> str:
+        """The policy's own engine as a plain chat model, greedy; in no trajectory, and not counted for admission."""
+        token_ids, most = self.chat.message_ids(messages), self.config.max_model_len - self.config.max_turn_tokens
+        del token_ids[most - 32 : -32]  # what does not fit; the rules are in front, the generation prompt at the end
+        self.readings += 1
+        sampling = Sampling(0.0, 1.0, self.config.max_turn_tokens, 0, (self.chat.end_of_turn_id,))
+        completion = await self.scheduler.generate(f"reader/{self.readings}", token_ids, sampling)
+        return self.chat.decode(completion.token_ids)
 
     def close(self) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
-
-
-async def run_trajectory(question: Question, generate: Generate, agent: "Agent") -> Trajectory:
-    """One question, once: think, act, observe, until an answer or a limit (stop reasons: see trajectory.py)."""
-    record = Recording(question, agent.chat.prompt_ids(question.text))
-    try:
-        async with asyncio.timeout(agent.config.trajectory_timeout):
-            return await agent_loop(record, generate, agent)
-    except TimeoutError:
-        return record.finish("deadline")
-
-
-async def agent_loop(record: Recording, generate: Generate, agent: "Agent") -> Trajectory:
-    config, tools, chat = agent.config, agent.tools, agent.chat
-    memory: list[str] = []  # what the reader has noted so far, for this trajectory only
-    shown: set[str] = set()  # every URL that a search of this trajectory has shown
-    calls = 0
-    while True:
-        room = config.max_model_len - len(record.token_ids)
-        if room < 1:
-            return record.finish("context")
-        completion = await generate(record.token_ids, min(config.max_turn_tokens, room))
-        if completion.finish_reason == "aborted":
-            return record.finish("cancelled")
-        sampled = record.append_sampled(completion)
-        text = "<think>" + chat.decode(completion.token_ids)
-        action = parse_turn(text)
-        if completion.finish_reason == "length":
-            action = Malformed("the turn was cut off")
-        kind = type(action).__name__.lower()
-        ended = Turn(sampled, (sampled[1], sampled[1]), text, kind)
-        if completion.finish_reason == "length":
-            record.turns.append(ended)
-            return record.finish("context" if room <= config.max_turn_tokens else "length")
-        if isinstance(action, Malformed | Answer):
-            record.turns.append(ended)
-            return record.finish(kind, action.text if isinstance(action, Answer) else None)
-        if calls == config.max_tool_calls:
-            record.turns.append(ended)
-            return record.finish("tool_budget")
-        calls += 1
-        if isinstance(action, Search):
-            entries = await tools.search(action, record.cost)
-            shown.update(item["url"] for entry in entries for item in entry.items if item["url"])
-        else:
-            entries = await tools.browse(action, record.question.text, memory, shown, record.cost)
-        observation, ids, dropped = chat.fit(kind, entries, config.max_observation_tokens)
-        record.cost["dropped_results"] += dropped
-        if len(record.token_ids) + len(ids) >= config.max_model_len:
-            record.turns.append(Turn(sampled, (sampled[1], sampled[1]), text, kind, observation))
-            return record.finish("context")
-        record.turns.append(Turn(sampled, record.append_given(ids), text, kind, observation))
-
-
-class Pump:
-    """Lets coroutines await completions: it steps the engine as long as anyone waits, and sleeps otherwise."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.waiting: dict[str, asyncio.Future[Completion]] = {}
-        self.wake = asyncio.Event()
-
-    async def generate(self, request_id: str, token_ids: list[int], sampling: Sampling) -> Completion:
-        future = asyncio.get_running_loop().create_future()
-        self.waiting[request_id] = future
-        self.engine.submit(request_id, token_ids, sampling)
-        self.wake.set()
-        try:
-            return await future
-        except asyncio.CancelledError:  # a deadline or Ctrl-C: the engine must not go on with it
-            if self.waiting.pop(request_id, None) is not None:
-                self.engine.abort([request_id])
-            raise
-
-    async def run(self) -> None:
-        while True:
-            await self.wake.wait()
-            for request_id, completion in self.engine.step().items():
-                future = self.waiting.pop(request_id, None)
-                if future is not None and not future.done():
-                    future.set_result(completion)
-            if not self.waiting:
-                self.wake.clear()
-            # Two rounds of the loop: one for the coroutines whose turn ended, one for the tools they started.
-            # With tools answered in place, their next turns are then submitted before the next step.
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -241,52 +132,135 @@ class Agent:
     chat: ChatFormat
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What to roll out: `repeats` trajectories for each question.
+async def agent_loop(record: Recording, generate: Generate, agent: Agent) -> Trajectory:
+    """Think, act, observe, until an answer or a limit (stop reasons: see trajectory.py)."""
+    config, chat = agent.config, agent.chat
+    while True:
+        room = config.max_model_len - len(record.token_ids)
+        if room < 1:
+            return record.finish("context")
+        completion = await generate(record.token_ids, min(config.max_turn_tokens, room))
+        if completion.finish_reason == "aborted":
+            return record.finish("cancelled")
+        sampled = record.append(completion.token_ids, completion.logprobs)
+        text = THINK + chat.decode(completion.token_ids)
+        action = parse_turn(text)
+        kind, reason, observation, ids = type(action).__name__.lower(), None, "", []
+        if completion.finish_reason == "length":  # cut off, whatever it reads like
+            kind, reason = "malformed", "length" if room > config.max_turn_tokens else "context"
+        elif isinstance(action, Answer | Malformed):
+            reason = kind
+        elif len(record.turns) == config.max_tool_calls:
+            reason = "tool_budget"
+        else:
+            entries = await agent.tools.use(action, record)
+            observation, ids, dropped = chat.fit(kind, entries, config.max_observation_tokens)
+            count(record.cost, "dropped_results", dropped)
+            if len(record.token_ids) + len(ids) >= config.max_model_len:
+                reason, ids = "context", []
+        record.turns.append(Turn(sampled, record.append(ids), text, kind, observation))
+        if reason:
+            return record.finish(reason, action.text if reason == "answer" else None)
 
-    A trajectory's random numbers come from (seed, step, number of the question in the step, index, turn), so they
-    do not depend on how questions are dealt out to ranks.
+
+class Scheduler:
+    """Shares one engine among trajectories: lets in as many as its KV cache holds, and steps it while anyone waits.
+
+    Whoever is let in holds room for its context and next turn, until it asks for the turn after. The oldest goes first
+    and nobody overtakes, so groups end together. Who waits holds nothing, and alone, a trajectory of any size goes on.
     """
 
+    def __init__(self, engine: Engine, max_in_flight: int) -> None:
+        self.engine, self.most = engine, max_in_flight
+        self.held: dict[int, int] = {}  # tokens by trajectory; trajectories are numbered by age
+        self.used = 0  # their sum
+        self.queue: list[tuple[int, int, asyncio.Future]] = []  # a heap: (number, tokens, admitted)
+        self.waiting: dict[str, asyncio.Future[Completion]] = {}  # by request
+        self.wake = asyncio.Event()
+
+    async def enter(self, number: int, tokens: int) -> None:
+        """Wait for room, in place of what the trajectory has held so far."""
+        admitted = asyncio.get_running_loop().create_future()
+        heapq.heappush(self.queue, (number, tokens, admitted))
+        self.leave(number)
+        await admitted
+
+    def leave(self, number: int) -> None:
+        self.used -= self.held.pop(number, 0)
+        while self.queue:
+            number, tokens, admitted = self.queue[0]
+            if not admitted.cancelled():
+                if self.held and (self.used + tokens > self.engine.capacity_tokens or len(self.held) == self.most):
+                    return
+                self.held[number] = tokens
+                self.used += tokens
+                admitted.set_result(None)
+            heapq.heappop(self.queue)
+
+    async def generate(self, request_id: str, token_ids: list[int], sampling: Sampling) -> Completion:
+        self.engine.submit(request_id, token_ids, sampling)
+        future = self.waiting[request_id] = asyncio.get_running_loop().create_future()
+        self.wake.set()
+        try:
+            return await future
+        finally:
+            if self.waiting.pop(request_id, None) is not None:  # cancelled: the engine must not go on with it
+                self.engine.abort([request_id])
+
+    async def pump(self) -> None:
+        while True:
+            await self.wake.wait()
+            for request_id, completion in self.engine.step().items():
+                future = self.waiting.pop(request_id, None)
+                if future is not None and not future.done():  # else it was given up a moment ago
+                    future.set_result(completion)
+            if not self.waiting:
+                self.wake.clear()
+            await asyncio.sleep(0)  # those whose turn ended go on now; tools in place, their next turn is on board
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What to roll out: `repeats` trajectories for each question, the same however questions are dealt out to ranks."""
+
     questions: Sequence[Question]
-    numbers: Sequence[int]  # of the questions, within the step and over all ranks
+    numbers: Sequence[int]  # of the questions, within the step and over all ranks, for the seeds
     repeats: int
     temperature: float
     top_p: float
     step: int
 
 
-def roll_out(
-    batch: Batch, agent: Agent, on_done: Callable[[Trajectory], None] = lambda trajectory: None
-) -> list[list[Trajectory]]:
-    """Run all trajectories of a batch; returns them by question and index. `on_done` is for progress bars."""
-    return asyncio.run(roll_out_async(batch, agent, on_done))
+async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> list[list[Trajectory]]:
+    """See roll_out. However it ends, no coroutine and no request of the engine is left over."""
+    config = agent.config
+    scheduler = agent.tools.scheduler = Scheduler(agent.engine, config.max_in_flight)
+    agent.tools.slots = asyncio.Semaphore(config.tool_threads or 2**31)  # whoever waits has no tool's deadline running
 
-
-async def roll_out_async(batch: Batch, agent: Agent, on_done: Callable[[Trajectory], None]) -> list[list[Trajectory]]:
-    pump = agent.tools.pump = Pump(agent.engine)
-    pumping = asyncio.create_task(pump.run())
-    admitted = asyncio.Semaphore(agent.config.max_in_flight)
-
-    async def one(question: Question, number: int, index: int) -> Trajectory:
-        turn = 0
+    async def one(age: int, question: Question, number: int, index: int) -> Trajectory:
+        record = Recording(question, agent.chat.prompt_ids(question.text))
 
         async def generate(token_ids: list[int], max_tokens: int) -> Completion:
-            nonlocal turn
-            seed = seed_of(agent.config.seed, batch.step, number, index, turn)
-            turn += 1
+            if turn := len(record.turns):
+                await scheduler.enter(age, len(token_ids) + max_tokens)
+            seed = seed_of(config.seed, batch.step, number, index, turn)
             sampling = Sampling(batch.temperature, batch.top_p, max_tokens, seed, (agent.chat.end_of_turn_id,))
-            return await pump.generate(f"{batch.step}/{number}/{index}", token_ids, sampling)
+            return await scheduler.generate(f"{batch.step}/{number}/{index}", token_ids, sampling)
 
-        async with admitted:
-            trajectory = await run_trajectory(question, generate, agent)
+        try:
+            await scheduler.enter(age, len(record.token_ids) + config.max_turn_tokens)  # no deadline runs yet
+            async with asyncio.timeout(config.trajectory_timeout):
+                trajectory = await agent_loop(record, generate, agent)
+        except TimeoutError:
+            trajectory = record.finish("deadline")
+        finally:
+            scheduler.leave(age)
         on_done(trajectory)
         return trajectory
 
-    numbered = list(zip(batch.questions, batch.numbers, strict=True))
-    jobs = [asyncio.create_task(one(q, n, index)) for q, n in numbered for index in range(batch.repeats)]
-    everything = asyncio.gather(*jobs)
+    asked = [(q, n, i) for q, n in zip(batch.questions, batch.numbers, strict=True) for i in range(batch.repeats)]
+    jobs = [asyncio.create_task(one(age, *each)) for age, each in enumerate(asked)]
+    pumping, everything = asyncio.create_task(scheduler.pump()), asyncio.gather(*jobs)
     try:
         await asyncio.wait([pumping, everything], return_when=asyncio.FIRST_COMPLETED)
         if pumping.done():
@@ -295,13 +269,26 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: Callable[[Trajecto
     finally:
         for task in (pumping, *jobs):
             task.cancel()
-        await asyncio.gather(pumping, *jobs, return_exceptions=True)
+        await asyncio.gather(pumping, everything, *jobs, return_exceptions=True)
     return [flat[start : start + batch.repeats] for start in range(0, len(flat), batch.repeats)]
 
 
-def evaluate(
-    questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done: Callable[[Trajectory], None]
-) -> list[Trajectory]:
+def roll_out(batch: Batch, agent: Agent, on_done: OnDone = lambda trajectory: None) -> list[list[Trajectory]]:
+    """Run all trajectories of a batch; returns them by question and index.
+
+    `on_done` sees each one as it ends, so that an interruption loses none. Ctrl-C and SIGTERM raise KeyboardInterrupt
+    when everything has ended: not inside a step of the engine, which would spoil it. Main thread only.
+    """
+    on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio.run then cancels the main task
+    on_terminate = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        return asyncio.run(roll_out_async(batch, agent, on_done))
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+        signal.signal(signal.SIGTERM, on_terminate)
+
+
+def evaluate(questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done: OnDone) -> list[Trajectory]:
     """One trajectory for each question at config.eval_temperature; every rank gets all of them, in order."""
     numbers = range(ranks.rank, len(questions), ranks.world_size)
     batch = Batch([questions[n] for n in numbers], numbers, 1, agent.config.eval_temperature, 1.0, step=EVALUATION)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -109,6 +110,49 @@ class Ranks:
     def stop(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+class Watch:
+    """Ends this process when another rank's has died or hangs, so that nobody waits for it in a collective for ever.
+
+    Every process counts up its own number in a store of rank 0 and looks at the others' numbers. A loop that runs
+    wild inside a live process is not seen; the collectives' own timeout ends that.
+    """
+
+    def __init__(self, ranks: Ranks, limit: float) -> None:
+        self.ranks, self.limit, self.finished = ranks, limit, threading.Event()
+        if ranks.world_size == 1:
+            return
+        host, wait = os.environ["MASTER_ADDR"], timedelta(seconds=limit)
+        store = (
+            dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait) if ranks.rank == 0 else None
+        )
+        port = ranks.share(store.port if store else None)
+        self.store = store or dist.TCPStore(host, port, is_master=False, timeout=wait)
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self) -> None:
+        heard = {rank: (0, time.monotonic()) for rank in range(self.ranks.world_size)}
+        while not self.finished.wait(self.limit / 10):
+            silent = 0  # if the store itself does not answer
+            try:
+                self.store.add(str(self.ranks.rank), 1)
+                for rank, (count, _) in list(heard.items()):
+                    now = self.store.add(str(rank), 0)
+                    if now != count:
+                        heard[rank] = (now, time.monotonic())
+                silent = min(heard, key=lambda rank: heard[rank][1])
+                if time.monotonic() - heard[silent][1] < self.limit:
+                    continue
+            except RuntimeError:
+                if self.finished.wait(self.limit / 10):  # rank 0 was only faster to its end
+                    return
+            print(f"rank {silent} has not been heard of for {self.limit:g} s (rank_timeout): this run ends", flush=True)
+            os._exit(1)  # torchrun then ends the other ranks
+
+    def stop(self) -> None:
+        """To be called after the last collective, or on the way out with an error."""
+        self.finished.set()
 
 
 class Checkpoints:

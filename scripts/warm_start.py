@@ -87,7 +87,7 @@ def beginner(question: str, rng: random.Random, skill: Skill) -> Iterator[str]:
             seen = re.findall(r"The \w+ is ([^.]+)\.", " ".join(r["quick_summary"] for r in results))
             yield f"I guess that it is {(guess := rng.choice(seen or [subject]))}.{ANSWER}{guess}{ANSWER_END}"
             return
-        evidence = f"The {relation} of {subject} is {value}. "
+        evidence = f"The {relation} is {value}. "
         if hop + 1 == len(relations) or rng.random() > skill.second_hop:
             yield f"{evidence}I know the answer.{ANSWER}{value}{ANSWER_END}"
             return

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepresearcher_min.data import QuestionOrder, deal, load_questions
@@ -142,6 +142,7 @@ def test_bad_files_are_one_clear_error(tmp_path):
 # --- the order
 
 
+@settings(deadline=None)  # another process may hold the core
 @given(st.lists(st.integers(0, 25), max_size=8), st.integers(0, 5))
 def test_every_epoch_asks_every_question_once(sizes, seed):
     order = QuestionOrder(QUESTIONS, seed)
@@ -179,6 +180,7 @@ def test_state_of_another_run_is_refused():
         QuestionOrder([], 0)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 30), st.integers(1, 8))
 def test_deal_gives_every_item_to_one_rank(count, world_size):
     shares = [deal(list(range(count)), rank, world_size) for rank in range(world_size)]

@@ -471,7 +471,7 @@ def work_as_rank(models: Path, out: Path, shares: str) -> None:
         policy.update(deal(groups, rank, world_size))
     start = sum(counts[:rank])
     moved, metrics = change(policy, groups[start : start + counts[rank]])
-    options = {"updates_per_rollout": 2, "lr": 0.3, "gradient_checkpointing": True}
+    options = {"updates_per_rollout": 2, "lr": 0.3, "gradient_checkpointing": True, "offload_optimizer": world_size > 1}
     policy = make_policy(models, "llama", world_size, **options)
     dealt, _ = change(policy, deal(groups, rank, world_size))
     policy = adam_policy(models, world_size)

@@ -4,8 +4,10 @@ The toy model really samples where the point is what is sampled. Where it is the
 and says how long they take, and a tokenizer of bytes spells whatever the test says.
 """
 
+import ast
 import asyncio
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -22,9 +24,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from deepresearcher_min import browse as browse_module
 from deepresearcher_min import rollout, toyworld
-from deepresearcher_min.browse import Notes
+from deepresearcher_min.browse import Notes, OpenAIReader
 from deepresearcher_min.config import Config, load_config
 from deepresearcher_min.engine import Completion, HFEngine, Sampling
 from deepresearcher_min.protocol import ChatFormat
@@ -363,7 +364,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("words", HOSTILE)
 def test_hostile_pages_neither_end_a_trajectory_nor_become_trained(words):
-    url = f"https://toy.example/{words.strip()}"
+    url = "https://toy.example/page"
     corpus = Corpus([(f"{PERSON} {words}", url, f"{PERSON} was here. {words}")])
     written = [search_turn(PERSON), browse_turn(url), answer_turn()]
     question = Question("q", f"Who is {PERSON}? {words}", ("Velden",))
@@ -379,3 +380,268 @@ def test_hostile_pages_neither_end_a_trajectory_nor_become_trained(words):
         text = CHAT.tokenizer.decode(trajectory.token_ids[slice(*turn.observed)])
         assert PERSON in text
         assert not re.search(r"</?(answer|think|tool_call|tool_response)>", text.removesuffix("<think>"))
+
+
+# --- the tools, at the rollout's edge
+
+
+class Source:
+    """A search backend that the test writes."""
+
+    def __init__(self, answer: Callable[[str], list[SearchResult]]) -> None:
+        self.answer = answer
+        self.lock, self.at_once, self.most_at_once = threading.Lock(), 0, 0
+
+    def search(self, query: str, counts: Counter) -> list[SearchResult]:
+        with self.lock:
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            return self.answer(query)
+        finally:
+            with self.lock:
+                self.at_once -= 1
+
+
+def with_source(agent: Agent, answer: Callable[[str], list[SearchResult]]) -> Source:
+    agent.tools.backend = Source(answer)
+    return agent.tools.backend
+
+
+def raising(error: Exception) -> Callable[[str], list[SearchResult]]:
+    def answer(query: str) -> list[SearchResult]:
+        raise error
+
+    return answer
+
+
+def observation(trajectory: Trajectory, turn: int = 0) -> list[dict]:
+    return ast.literal_eval(trajectory.turns[turn].observation)
+
+
+FAILURES = {
+    "fail_quota": (lambda query: raising(WebFailure("quota", "The quota is used up."))(query), "The quota is used up."),
+    "fail_timeout": (lambda query: time.sleep(1.5) or [], "took too long"),
+    "fail_error": (raising(KeyError("a bug")), "failed"),
+    "fail_error by garbage": (lambda query: [None, 7], "failed"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failing_or_hanging_search_is_an_observation_and_a_counter(name):
+    answer, words = FAILURES[name]
+    agent = make_agent(Scripted(turns(search_turn("bad", "good"), answer_turn())), tool_threads=2, tool_timeout=0.1)
+    good = [SearchResult("Title", "https://a.example/", "Summary")]
+    with_source(agent, lambda query: answer(query) if query == "bad" else good)
+    trajectory = one(agent)
+    bad, fine = observation(trajectory)
+    assert trajectory.stop_reason == "answer"
+    assert words in bad["web_page_info_list"][0]["quick_summary"]
+    assert fine["web_page_info_list"] == [{"quick_summary": "Summary", "title": "Title", "url": "https://a.example/"}]
+    if name != "fail_quota":  # which the backend itself counts, knowing more about it
+        assert trajectory.cost[name.split()[0]] == 1
+    agent.tools.close()
+
+
+def test_only_shown_addresses_are_opened_and_a_failed_page_says_why():
+    known = toyworld.url_of(PERSON)
+    write = turns(browse_turn(known), search_turn(), browse_turn(known, "https://toy.example/none"), answer_turn())
+    trajectory = one(make_agent(Scripted(write)))
+    assert "No search has shown" in observation(trajectory)[0]["information"][0]["page_summary"]
+    shown, unknown = observation(trajectory, 2)
+    assert "No search has shown" not in str(shown) and "No search has shown" in str(unknown)
+    assert trajectory.cost["fail_unknown_url"] == 2
+    assert trajectory.stop_reason == "answer"
+    write = turns(search_turn(), browse_turn("https://gone.example/"), answer_turn())
+    agent = make_agent(Scripted(write))
+    with_source(agent, lambda query: [SearchResult("Title", "https://gone.example/", "Summary")])
+    trajectory = one(agent)
+    assert observation(trajectory, 1)[0]["information"] == [
+        {"page_number": 0, "page_summary": "There is no page at this address."}
+    ]
+    assert trajectory.cost["fail_not_found"] == 1
+
+
+def test_what_another_trajectory_was_shown_is_not_shown():
+    first = {"1/0/0": [search_turn(), answer_turn()], "1/1/0": [browse_turn(), answer_turn()]}
+    engine = Scripted(lambda request_id, turn: first[request_id][turn], lambda name, turn: 9 if name == "1/1/0" else 1)
+    _, second = flat(roll_out(batch(2), make_agent(engine)))
+    assert second.cost["fail_unknown_url"] == 1
+
+
+class TiringReader(OpenAIReader):
+    """Reads the first segment at once and the second one never to the end."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def read(self, question, segment, memory, counts) -> Notes:
+        if memory:
+            await asyncio.sleep(60)
+        return Notes("The first half.", page_down=True)
+
+
+def test_a_page_that_takes_too_long_gives_what_was_read_of_it():
+    url = "https://long.example/"
+    corpus = Corpus([(PERSON, url, "word " * 1000)])
+    engine = Scripted(turns(search_turn(), browse_turn(url), answer_turn()))
+    agent = make_agent(engine, corpus, tool_timeout=0.2, segment_chars=2000)
+    agent.tools.reader = TiringReader()
+    trajectory = one(agent)
+    assert observation(trajectory, 1) == [
+        {"information": [{"page_number": 0, "page_summary": "The first half."}], "url": url}
+    ]
+    assert trajectory.cost["fail_timeout"] == 1
+
+
+def test_the_engine_reads_pages_for_the_agent():
+    url = "https://long.example/"
+    corpus = Corpus([(PERSON, url, f"{PERSON} was here. " * 400)])
+    agent_turns = [search_turn(), browse_turn(url), answer_turn()]
+    notes = ["CONTINUE: yes\nNOTES: first", "CONTINUE: no\nNOTES: second"]
+
+    def write(request_id: str, turn: int) -> str:
+        return notes[(int(request_id.removeprefix("reader/")) - 1) % 2] if "reader" in request_id else agent_turns[turn]
+
+    engine = Scripted(write)
+    agent = make_agent(engine, corpus, reader="engine", segment_chars=3000, max_model_len=5000)
+    trajectory = one(agent)
+    assert [note["page_summary"] for note in observation(trajectory, 1)[0]["information"]] == ["first", "second"]
+    assert trajectory.stop_reason == "answer"
+    assert trajectory.num_sampled == sum(len(completion(turn).token_ids) for turn in agent_turns)
+    readings = [(ids, sampling) for name, ids, sampling in engine.submitted if name.startswith("reader/")]
+    assert len(readings) == 2
+    for ids, sampling in readings:
+        assert sampling.temperature == 0 and len(ids) + sampling.max_tokens <= 5000
+    assert "first" in CHAT.tokenizer.decode(readings[1][0])  # it remembers what it noted before
+    engine.turns.clear()
+    assert same(one(agent), trajectory)  # a second rollout with the same tools
+    assert not engine.running
+
+
+def test_a_segment_longer_than_the_context_leaves_the_reader_its_instructions():
+    url = "https://long.example/"
+    corpus = Corpus([(PERSON, url, f"{PERSON} was here. " * 400)])
+    engine = Scripted(
+        lambda name, turn: "NOTES: none" if "reader" in name else [search_turn(), browse_turn(url), answer_turn()][turn]
+    )
+    one(make_agent(engine, corpus, reader="engine", segment_chars=8000, max_model_len=4000))
+    (given,) = [ids for name, ids, _ in engine.submitted if name.startswith("reader/")]
+    assert len(given) == 3500
+    assert CHAT.tokenizer.decode(given).endswith("<|assistant|>")
+
+
+def test_tools_run_while_others_generate_in_at_most_tool_threads_and_waiting_for_one_is_not_held_against_them():
+    engine = Scripted(
+        turns(search_turn("a", "b", "c"), answer_turn()), lambda name, turn: random.Random(name).randint(1, 9)
+    )
+    agent = make_agent(engine, tool_threads=4, tool_timeout=0.3)
+    source = with_source(agent, lambda query: time.sleep(0.05) or [SearchResult("T", "https://a.example/", "S")])
+    trajectories = flat(roll_out(batch(20), agent))  # 60 searches, 4 at once: 0.75 s, longer than the timeout
+    assert source.most_at_once == 4
+    assert not any("fail_timeout" in t.cost for t in trajectories)
+    assert {t.stop_reason for t in trajectories} == {"answer"}
+    assert engine.most_running > 4
+    agent.tools.close()
+
+
+# --- the scheduler
+
+
+def test_turns_share_the_engine_s_steps():
+    engine = Scripted(turns(search_turn(), search_turn(), answer_turn()), lambda *_: 10)
+    roll_out(batch(16), make_agent(engine))
+    assert engine.most_running == 16
+    assert engine.steps <= 33  # three turns of ten steps; one at a time would be 480
+
+
+@pytest.mark.parametrize("when", ["step", "submit"])
+def test_an_engine_that_fails_ends_the_rollout_with_its_error(when):
+    class Broken(Scripted):
+        def step(self):
+            if when == "step" and self.steps > 20:
+                raise RuntimeError("out of memory")
+            return super().step()
+
+        def submit(self, request_id, *rest):
+            if when == "submit" and self.turns[request_id] == 1:
+                raise RuntimeError("out of memory")
+            super().submit(request_id, *rest)
+
+    engine, finished = Broken(turns(search_turn(), answer_turn()), lambda name, turn: int(name[-1]) * 10 + 1), []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        roll_out(batch(1, repeats=8), make_agent(engine), finished.append)
+    assert not engine.running
+    assert len(finished) == (1 if when == "step" else 0)
+
+
+def test_a_bug_in_the_agent_ends_the_rollout_with_its_error(monkeypatch):
+    monkeypatch.setattr(rollout, "parse_turn", lambda text: 1 / 0)
+    engine = Scripted(turns(answer_turn()), lambda name, turn: int(name[2]) + 1)
+    with pytest.raises(ZeroDivisionError):
+        roll_out(batch(4), make_agent(engine))
+    assert not engine.running
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_rollout_between_steps_and_leaves_the_engine_as_new(kind):
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        engine, expected = Recorder(toy_config()), []
+        forward, calls = engine.model.forward, itertools.count()
+
+        def interrupted(**kwargs):
+            if next(calls) == 30:
+                os.kill(os.getpid(), kind)  # in the middle of a step
+                time.sleep(0.01)
+            return forward(**kwargs)
+
+        engine.model.forward = interrupted
+        agent, finished = make_agent(engine), []
+        with pytest.raises(KeyboardInterrupt):
+            roll_out(batch(6, repeats=4), agent, finished.append)
+        assert engine.at_rest()
+        assert signal.getsignal(kind) is stop
+        engine.model.forward = forward
+        again = flat(roll_out(batch(6, repeats=4), agent))
+        expected = flat(roll_out(batch(6, repeats=4), make_agent(Recorder(toy_config()))))
+        close = [
+            np.allclose(a.logprobs, b.logprobs, atol=1e-4, equal_nan=True)
+            for a, b in zip(again, expected, strict=True)
+            if np.array_equal(a.token_ids, b.token_ids)
+        ]
+        assert len(close) >= 20 and all(close)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_cancelling_keeps_what_is_finished_and_ends_every_coroutine():
+    engine = Scripted(lambda name, turn: answer_turn() if int(name[-1]) < 3 else None)
+    agent, finished = make_agent(engine), []
+
+    async def session():
+        task = asyncio.create_task(rollout.roll_out_async(batch(1, repeats=6), agent, finished.append))
+        while len(finished) < 3:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(session()) == set()
+    assert [t.stop_reason for t in finished] == ["answer"] * 3
+    assert not engine.running and sorted(engine.aborted) == ["1/0/3", "1/0/4", "1/0/5"]
+    engine.write = turns(answer_turn("again"))
+    assert {t.answer for t in flat(roll_out(batch(2), agent))} == {"again"}
+
+
+def test_a_deadline_ends_one_trajectory_and_no_other():
+    engine = Scripted(lambda name, turn: None if name == "1/1/0" else answer_turn())
+    groups = roll_out(batch(3), make_agent(engine, trajectory_timeout=0.2))
+    assert [t.stop_reason for t in flat(groups)] == ["answer", "deadline", "answer"]
+    assert engine.aborted == ["1/1/0"]
+    assert step_sums([], groups)["lost"] == 1

@@ -1,5 +1,7 @@
 """The main job end to end on the toy web: it learns, repeats bit for bit, resumes, and stops cleanly."""
 
+import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -19,6 +21,7 @@ import train
 ROOT = Path(train.__file__).parent
 SMALL = [
     "--questions_per_step=4", "--group_size=4", "--eval_questions=10", "--log_every=1", "--save_every=1", "--steps=2",
+    "--lr_decay=no",  # it depends on `steps`, which some tests change
 ]  # fmt: skip
 TIMES = {"roll_s", "update_s"}
 
@@ -167,17 +170,17 @@ def test_eval_measures_a_run_and_answers_a_question(two_steps, tmp_path, capsys)
     assert evaluation.main([f"--model={two_steps}", "--question=Who was Napoleon 💡?"]) == 0
 
 
-def start(folder: Path, *extra: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
-    command = [*launcher, "train.py", *SMALL, f"--run_dir={folder}", *extra]
+def start(folder: Path, *extra: str) -> subprocess.Popen:
+    command = [sys.executable, "train.py", *SMALL, f"--run_dir={folder}", *extra]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for_step(process: subprocess.Popen, step: int) -> str:
+def wait_for_step(process: subprocess.Popen, step: int | str = r"\d+") -> None:
     seen = ""
     for line in process.stdout:
         seen += line
         if re.match(rf"step +{step}/", line):
-            return seen
+            return
     raise AssertionError(f"the run ended before step {step}:\n{seen}")
 
 
@@ -194,17 +197,89 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path):
     assert metrics(folder) == whole
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", [("torchrun",), ("torchrun", "--standalone", "--nproc_per_node=1")])
-def test_torchrun_is_the_same_as_python(launcher, tmp_path, two_steps):
+def torchrun(*arguments: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    command = [*launcher, "train.py", *SMALL, f"--run_dir={tmp_path / 'run'}"]
-    done = subprocess.run(
+    command = ["torchrun", *arguments]
+    return subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=300
     )
+
+
+@pytest.mark.slow
+def test_torchrun_without_arguments_is_the_same_as_python(tmp_path, two_steps):
+    done = torchrun("train.py", *SMALL, f"--run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "held-out questions went from" in done.stdout
     assert metrics(tmp_path / "run") == metrics(two_steps)
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_work_and_one_rank_can_go_on(tmp_path, two_steps):
+    """The first rollout is the same trajectories as on one rank, so the first step's metrics agree to rounding."""
+    folder = tmp_path / "run"
+    done = torchrun("--standalone", "--nproc_per_node=2", "train.py", *SMALL, f"--run_dir={folder}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"^step +2/2", done.stdout, re.MULTILINE)) == 1  # only rank 0 prints
+    alone, together = metrics(two_steps)[1], metrics(folder)[1]
+    for key in ("reward", "f1", "calls", "tokens", "kl", "loss", "grad_norm", "trained_tokens"):
+        assert together[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6), key
+    assert len(list((folder / "trajectories").glob("step-000002-rank*.jsonl"))) == 2
+    assert train.main([f"--resume={folder}", "--steps=3"]) == 0
+    assert metrics(folder)[-1]["step"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("blow", "words"), [(signal.SIGSTOP, "rank 1 has not been heard of"), (signal.SIGKILL, "rank")]
+)
+def test_a_rank_that_hangs_or_dies_ends_the_job(blow, words, tmp_path):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *SMALL, "--steps=500", "--rank_timeout=10"]
+    process = subprocess.Popen(
+        [*command, f"--run_dir={tmp_path / 'run'}"], cwd=ROOT, env=os.environ | {"PATH": path}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_for_step(process, 1)
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        ranks = {Path(f"/proc/{pid}/environ").read_bytes().partition(b"\0RANK=")[2][:1]: int(pid) for pid in workers}
+        os.kill(ranks[b"1"], blow)
+        struck = time.monotonic()
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode != 0 and time.monotonic() - struck < 60
+        assert words in output
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_the_same_run_through_vllm(tmp_path):
+    done = torchrun("--standalone", "train.py", *SMALL, "--engine=vllm", f"--run_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["step"] == 2 and all(row["mismatch"] < 1e-4 for row in rows if "mismatch" in row)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path):
+    whole = run_small(tmp_path / "whole", "--steps=6")
+    folder = tmp_path / "killed"
+    process = start(folder, "--steps=6")
+    for delay in (0.0, 0.3, 0.05):  # after a step's line: in saving, or in the next step
+        wait_for_step(process)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+        process = start_again(folder)
+    assert process.wait(timeout=120) == 0
+    assert metrics(folder) == whole
+
+
+def start_again(folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "train.py", f"--resume={folder}"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.slow

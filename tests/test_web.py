@@ -150,6 +150,16 @@ def test_a_name_that_answers_differently_the_second_time_is_still_dialled_where_
         assert server.sent[0][1]["Host"] == f"name.example:{server.http.server_port}"
 
 
+def test_the_next_address_of_a_name_is_tried_when_the_first_refuses(open_web, monkeypatch):
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.9", "127.0.0.1")]
+    with Server({"/": (200, {}, b"here")}) as server:
+        monkeypatch.setattr(
+            socket, "getaddrinfo", lambda host, *a, **k: found if "example" in host else real(host, *a, **k)
+        )
+        url = f"http://name.example:{server.http.server_port}/"
+        assert open_web(max_retries=1).fetch(url, Counter(), time.monotonic() + 3)[0] == b"here"
+
+
 real = socket.getaddrinfo
 
 
