@@ -11,6 +11,7 @@ model starts from preset wiki for a local search, else from preset paper.
 import json
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -52,20 +53,20 @@ def resolve(argv: list[str]) -> Config:
 
 
 def load_examination(config: Config) -> Task:
-    """The questions to be asked: the held-out ones of a toy run, else those of eval_data or data, `limit` a source."""
+    """The questions to be asked, at most `limit` of each data source, and the offline web, if there is one."""
     if config.search == "toy":
-        return load_task(config)
-    if not (config.eval_data or config.data):  # one typed question
+        task = load_task(config)
+    else:
+        file = config.eval_data or config.data  # none for a typed question
         corpus = Corpus.from_jsonl(config.corpus) if config.corpus else None
-        return Task(config.model, [], [], corpus, corpus)
+        task = Task(config.model, [], load_questions(file) if file else [], corpus, corpus)
     taken: Counter[str] = Counter()
-    questions = []
-    for question in load_questions(config.eval_data or config.data):
+    kept = []
+    for question in task.held_out:
         taken[question.source] += 1
         if not config.limit or taken[question.source] <= config.limit:
-            questions.append(question)
-    corpus = Corpus.from_jsonl(config.corpus) if config.corpus else None
-    return Task(config.model, [], questions, corpus, corpus)
+            kept.append(question)
+    return replace(task, held_out=kept)
 
 
 def evaluate_all(config: Config, task: Task, ranks: Ranks) -> None:

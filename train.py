@@ -40,36 +40,28 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
     policy = Policy(config, task.model_dir, ranks.device, ranks.world_size)
     order = QuestionOrder(task.questions, config.seed)
     checkpoints = Checkpoints(config.run_dir, config.keep_checkpoints, ranks)
-    state: dict[str, Any] = {"step": 0, "order": order.state(), "usd": 0.0, "seconds": 0.0, "cpu_seconds": 0.0}
-    if config.resume and (found := checkpoints.newest()):
-        folder, state = found
-        policy.load(folder / "state")
-        order.restore(state["order"])
-        agent.engine.update_weights(policy.named_weights())
+    state = restore(checkpoints, policy, order, agent)
     metrics = report.MetricsFile(Path(config.run_dir) / "metrics.jsonl", state["step"]) if ranks.rank == 0 else None
     save = partial(save_checkpoint, checkpoints, policy, agent, stop)
 
     try:
         # 0 measure
-        earlier = [row["eval"] for row in metrics.rows if row["step"] == 0] if metrics else []
-        earlier = ranks.share(earlier)
+        earlier = ranks.share([row["eval"] for row in metrics.rows if row["step"] == 0] if metrics else [])
         before = earlier[0] if earlier else measure("before", 0, task, examiner, ranks, metrics)
         while state["step"] < config.steps:
             step, lap = state["step"] + 1, Clock()
-            numbered = deal(list(enumerate(order.take(config.questions_per_step))), ranks.rank, ranks.world_size)
-            numbers, questions = [number for number, _ in numbered], [question for _, question in numbered]
+            questions = deal(order.take(config.questions_per_step), ranks.rank, ranks.world_size)
+            numbers = deal(range(config.questions_per_step), ranks.rank, ranks.world_size)
 
             # 1 act: G trajectories for each question
             batch = Batch(questions, numbers, config.group_size, config.temperature, config.top_p, step)
             with progress(f"step {step}", len(questions) * config.group_size, ranks) as on_done:
                 rollouts = roll_out(batch, agent, on_done)
-
             # 2 judge: rewards, and advantages inside each group
             seeds = [seed_of(config.seed, step, number) for number in numbers]
             groups = [judge(*each, config, seed) for *each, seed in zip(questions, rollouts, seeds, strict=True)]
             row = {"step": step, "steps": config.steps, "roll_s": lap.seconds()}
             row |= step_means(ranks.total(step_sums(groups, rollouts)))
-
             # 3 learn: GRPO on the groups, then the new weights go to the engine
             with stop.shield():
                 agent.engine.sleep()
@@ -77,7 +69,6 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
                 agent.engine.wake_up()
                 agent.engine.update_weights(policy.named_weights())
                 state |= {"step": step, "order": order.state(), "usd": state["usd"] + row["cost_usd"]}
-
                 # 4 report
                 row |= {"update_s": lap.seconds() - row["roll_s"], "usd": state["usd"]}
                 if ranks.rank == 0:
@@ -87,11 +78,10 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
                 write_groups(config, f"step-{step:06d}" + f"-rank{ranks.rank}" * (ranks.world_size > 1), step, groups)
             if config.eval_every and step % config.eval_every == 0:
                 measure(f"step-{step:06d}", step, task, examiner, ranks, metrics)
-            broke = 0 < config.max_cost <= state["usd"]
-            if broke or step % config.save_every == 0 or step == config.steps:
+            if (broke := 0 < config.max_cost <= state["usd"]) or step % config.save_every == 0 or step == config.steps:
                 save(clock.added_to(state))
             if broke:
-                print(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
+                tqdm.write(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
                 return False
         after = measure("after", config.steps, task, examiner, ranks)
     except KeyboardInterrupt:
@@ -100,11 +90,23 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
             save(clock.added_to(state))
         return False
     finally:
-        agent.tools.close()
-        agent.engine.close()
+        for part in (agent.tools, examiner.tools, agent.engine):
+            part.close()
     if ranks.rank == 0:
         conclude(config, clock.added_to(state), before, after, metrics.rows)
     return True
+
+
+def restore(checkpoints: Checkpoints, policy: Policy, order: QuestionOrder, agent: Agent) -> dict[str, Any]:
+    """The state at the end of the newest checkpoint's step, with policy, order and engine set to it; or at step 0."""
+    found = checkpoints.newest()
+    if found is None:
+        return {"step": 0, "order": order.state(), "usd": 0.0, "seconds": 0.0, "cpu_seconds": 0.0}
+    folder, state = found
+    policy.load(folder / "state")
+    order.restore(state["order"])
+    agent.engine.update_weights(policy.named_weights())
+    return state
 
 
 @dataclass(frozen=True)

@@ -223,10 +223,10 @@ class Stop:
 
     @contextmanager
     def shield(self) -> Iterator[None]:
-        self.shielded = True
+        asked_before, self.shielded = self.asked, True  # asked before: this is the saving at the end
         try:
             yield
         finally:
             self.shielded = False
-        if self.asked:
+        if self.asked and not asked_before:
             raise KeyboardInterrupt

@@ -21,6 +21,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -30,11 +32,20 @@ from deepresearcher_min.config import Config, load_config
 from deepresearcher_min.engine import Completion, HFEngine, Sampling
 from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.reward import step_sums
-from deepresearcher_min.rollout import EVALUATION, Agent, Batch, Recording, Tools, evaluate, roll_out, seed_of
+from deepresearcher_min.rollout import (
+    EVALUATION,
+    Agent,
+    Batch,
+    Scheduler,
+    Tools,
+    evaluate,
+    roll_out,
+    seed_of,
+)
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Corpus, SearchResult
 from deepresearcher_min.toyworld import MODEL_DIR, TEMPLATE
-from deepresearcher_min.trajectory import HARNESS_STOPS, Question, Trajectory
+from deepresearcher_min.trajectory import HARNESS_STOPS, POLICY_STOPS, Question, Trajectory
 from deepresearcher_min.web import WebFailure
 
 pytestmark = pytest.mark.quick
@@ -215,8 +226,8 @@ def test_ids_are_prompt_sampled_and_observed_and_the_mask_covers_exactly_the_sam
             log = toy.log[f"1/{n}/{i}"]
             expected, mask, logprobs = TOY_CHAT.prompt_ids(trajectory.question.text), [], []
             mask += [False] * len(expected)
-            for given, sampled, turn in zip(log[::2], log[1::2], trajectory.turns, strict=True):
-                assert given == expected  # the engine went on from these ids and no others
+            for before, sampled, turn in zip(log[::2], log[1::2], trajectory.turns, strict=True):
+                assert before == expected  # the engine went on from these ids and no others
                 assert trajectory.token_ids[slice(*turn.sampled)].tolist() == sampled.token_ids
                 observed = TOY_CHAT.observation_ids(turn.observation) if turn.observed[0] < turn.observed[1] else []
                 expected += sampled.token_ids + observed
@@ -371,11 +382,12 @@ def test_hostile_pages_neither_end_a_trajectory_nor_become_trained(words):
     ((trajectory,),) = roll_out(batch(1, questions=[question]), make_agent(Scripted(turns(*written)), corpus))
     assert [turn.kind for turn in trajectory.turns] == ["search", "browse", "answer"]
     assert trajectory.answer == "Velden"
-    assert trajectory.token_ids[trajectory.sampled_mask].tolist() == sum((completion(t).token_ids for t in written), [])
+    sampled = [token for text in written for token in completion(text).token_ids]
+    assert trajectory.token_ids[trajectory.sampled_mask].tolist() == sampled
     special = set(CHAT.tokenizer.all_special_ids)
-    given = CHAT.prompt_ids("x") + 2 * CHAT.observation_ids("x")
+    frames = CHAT.prompt_ids("x") + 2 * CHAT.observation_ids("x")
     ids = trajectory.token_ids[~trajectory.sampled_mask].tolist()
-    assert [i for i in ids if i in special] == [i for i in given if i in special]  # the frames' own and no others
+    assert [i for i in ids if i in special] == [i for i in frames if i in special]  # the frames' own and no others
     for turn in trajectory.turns[:2]:
         text = CHAT.tokenizer.decode(trajectory.token_ids[slice(*turn.observed)])
         assert PERSON in text
@@ -526,9 +538,10 @@ def test_a_segment_longer_than_the_context_leaves_the_reader_its_instructions():
         lambda name, turn: "NOTES: none" if "reader" in name else [search_turn(), browse_turn(url), answer_turn()][turn]
     )
     one(make_agent(engine, corpus, reader="engine", segment_chars=8000, max_model_len=4000))
-    (given,) = [ids for name, ids, _ in engine.submitted if name.startswith("reader/")]
-    assert len(given) == 3500
-    assert CHAT.tokenizer.decode(given).endswith("<|assistant|>")
+    (asked,) = [ids for name, ids, _ in engine.submitted if name.startswith("reader/")]
+    assert len(asked) == 3500
+    text = CHAT.tokenizer.decode(asked)
+    assert text.startswith(f"<|user|>Question: {questions(1)[0].text}") and text.endswith("<|end|><|assistant|>")
 
 
 def test_tools_run_while_others_generate_in_at_most_tool_threads_and_waiting_for_one_is_not_held_against_them():
@@ -552,7 +565,7 @@ def test_turns_share_the_engine_s_steps():
     engine = Scripted(turns(search_turn(), search_turn(), answer_turn()), lambda *_: 10)
     roll_out(batch(16), make_agent(engine))
     assert engine.most_running == 16
-    assert engine.steps <= 33  # three turns of ten steps; one at a time would be 480
+    assert engine.steps == 30  # three turns of ten steps, nobody late for one; one after another would be 480
 
 
 @pytest.mark.parametrize("when", ["step", "submit"])
@@ -645,3 +658,112 @@ def test_a_deadline_ends_one_trajectory_and_no_other():
     assert [t.stop_reason for t in flat(groups)] == ["answer", "deadline", "answer"]
     assert engine.aborted == ["1/1/0"]
     assert step_sums([], groups)["lost"] == 1
+
+
+def test_next_in_line_goes_first_and_groups_end_together():
+    draw = random.Random(1)
+    durations = {(n, i, turn): draw.randint(1, 6) for n in range(12) for i in range(4) for turn in range(3)}
+
+    def duration(request_id, turn):
+        _, number, index = map(int, request_id.split("/"))
+        return durations[number, index, turn]
+
+    def order(**limits):
+        engine, done = Scripted(turns(search_turn(), search_turn(), answer_turn()), duration), []
+        engine.capacity_tokens = limits.pop("capacity", 10**9)
+        roll_out(batch(12, repeats=4), make_agent(engine, **limits), lambda t: done.append(t.question.id))
+        first = list(dict.fromkeys(name for name, _, _ in engine.submitted))
+        assert first == [f"1/{n}/{i}" for n in range(12) for i in range(4)]  # nobody starts before an older one
+        spans = {name: [i for i, other in enumerate(done) if other == name] for name in done}
+        return engine, max(last[-1] - last[0] for last in spans.values())
+
+    engine, spread = order(max_in_flight=5)
+    assert engine.most_running == 5
+    assert spread < 12  # of 48: a group ends while at most a few others are under way
+    engine, spread = order(capacity=8000)
+    assert 4 < engine.most_running < 16 and engine.most_tokens <= 8000
+    assert spread < 24
+
+
+def test_a_trajectory_larger_than_the_cache_goes_alone():
+    engine = Scripted(turns(search_turn(), search_turn(), answer_turn()), lambda *_: 3, capacity=600)
+    found = flat(roll_out(batch(3), make_agent(engine)))  # a turn alone may take 500 tokens, its prompt more than 100
+    assert [t.stop_reason for t in found] == ["answer"] * 3
+    assert all(len(t.token_ids) > 600 for t in found)
+    assert engine.most_running == 1
+
+
+def test_waiting_for_the_first_turn_is_not_held_against_the_deadline():
+    engine = Scripted(turns(answer_turn()), lambda *_: 40)  # 20 ms or more each
+    found = flat(roll_out(batch(10), make_agent(engine, max_in_flight=1, trajectory_timeout=0.15)))
+    assert [t.stop_reason for t in found] == ["answer"] * 10
+
+
+def test_a_deadline_in_the_queue_blocks_nobody():
+    # The first is let in and never ends its turn; the second waits for room for its second turn, in vain.
+    def write(name, turn):
+        return None if name == "1/0/0" and turn else [search_turn(), answer_turn()][turn]
+
+    engine = Scripted(write, lambda name, turn: 3 if name == "1/1/0" else 1)
+    agent = make_agent(engine, trajectory_timeout=0.3, max_turn_tokens=700)
+    with_source(agent, lambda query: [SearchResult("Title", "https://a.example/", "Summary. " * 100)])
+    engine.capacity_tokens = 2 * (PROMPT + 700) + 500  # both first turns, but not both second ones
+    found = flat(roll_out(batch(3), agent))
+    assert [t.stop_reason for t in found] == ["deadline", "deadline", "answer"]
+    assert not engine.running
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=5), min_size=1, max_size=25),
+    st.integers(20, 200),
+    st.integers(1, 8),
+    st.randoms(use_true_random=False),
+)
+def test_admission_never_overfills_never_overtakes_and_never_stops(growth, capacity, most, draw):
+    engine, cancelled = Scripted(never, capacity=capacity), set()
+
+    class Checked(Scheduler):
+        def leave(self, number: int) -> None:
+            before = set(self.held) - {number}
+            super().leave(number)
+            queue = sorted((n, tokens) for n, tokens, future in self.queue if not future.cancelled())
+            assert all(number < queue[0][0] for number in set(self.held) - before if queue)
+            assert self.used == sum(self.held.values())
+            assert self.used <= capacity or len(self.held) == 1
+            assert len(self.held) <= most
+            if queue:  # for a reason
+                assert self.used + queue[0][1] > capacity or len(self.held) == most
+
+    async def trajectory(scheduler: Scheduler, number: int) -> None:
+        context = 0
+        try:
+            for tokens in growth[number]:
+                context += tokens
+                await scheduler.enter(number, context)
+                for _ in range(draw.randint(0, 4)):
+                    await asyncio.sleep(0)
+        finally:
+            scheduler.leave(number)
+
+    async def session() -> None:
+        scheduler = Checked(engine, most)
+        tasks = [asyncio.create_task(trajectory(scheduler, number)) for number in range(len(growth))]
+        for _ in range(draw.randint(0, 30)):
+            await asyncio.sleep(0)
+        for number in draw.sample(range(len(growth)), draw.randint(0, len(growth) // 3)):  # deadlines
+            cancelled.add(number)
+            tasks[number].cancel()
+        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+        for number, result in enumerate(results):
+            assert result is None or (number in cancelled and isinstance(result, asyncio.CancelledError)), result
+        assert scheduler.used == 0 and not scheduler.held
+
+    asyncio.run(session())
+
+
+def test_a_small_cache_repeats_to_the_bit_too():
+    tight = {"kv_tokens": 4 * 768, "max_in_flight": 32}
+    runs = [flat(roll_out(batch(6, repeats=4), make_agent(Recorder(toy_config(**tight)), **tight))) for _ in range(2)]
+    assert all(map(same, *runs))
+    assert {t.stop_reason for t in runs[0]} <= set(POLICY_STOPS)
