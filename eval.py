@@ -22,12 +22,11 @@ import yaml
 
 from deepresearcher_min import report
 from deepresearcher_min.config import Config, ConfigError, describe, load_config, parse_arguments, save_config
-from deepresearcher_min.data import load_questions
 from deepresearcher_min.reward import explain, f1_score, judge, summarize
 from deepresearcher_min.rollout import Batch, evaluate, roll_out
 from deepresearcher_min.run import Clock, Ranks, complete_checkpoints, newest_run
 from deepresearcher_min.search import Corpus
-from deepresearcher_min.trajectory import Question, Trajectory
+from deepresearcher_min.trajectory import Question, Trajectory, load_questions
 from train import Task, check_needs, load_task, make_agent, progress, quiet_libraries
 
 

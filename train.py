@@ -21,7 +21,6 @@ from transformers import AutoTokenizer
 
 from deepresearcher_min import report, toyworld
 from deepresearcher_min.config import Config, ConfigError, describe, save_config
-from deepresearcher_min.data import QuestionOrder, deal, load_questions
 from deepresearcher_min.engine import make_engine
 from deepresearcher_min.policy import Policy
 from deepresearcher_min.protocol import ChatFormat
@@ -29,7 +28,7 @@ from deepresearcher_min.reward import explain, judge, step_means, step_sums, sum
 from deepresearcher_min.rollout import Agent, Batch, Tools, evaluate, roll_out, seed_of
 from deepresearcher_min.run import Checkpoints, Clock, Ranks, Stop, Watch, open_run
 from deepresearcher_min.search import Corpus, check_search
-from deepresearcher_min.trajectory import Group, Question, Trajectory
+from deepresearcher_min.trajectory import Group, Question, QuestionOrder, Trajectory, deal, load_questions
 from deepresearcher_min.web import Web
 
 

@@ -29,7 +29,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
-from urllib.parse import parse_qs, urlsplit
 
 for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}.items():
     os.environ.setdefault(name, value)  # before torch is imported; see README on threads
@@ -45,6 +44,7 @@ from deepresearcher_min.trajectory import Question  # noqa: E402
 from deepresearcher_min.web import Web  # noqa: E402
 
 PAPER = load_config(["--preset=paper"])
+GROUP = PAPER.group_size
 
 
 # --- the work: what every trajectory will do
@@ -88,6 +88,12 @@ def make_plans(count: int, mean_calls: float, seed: int) -> list[Plan]:
         return Plan(turns, observations, made)
 
     return [plan() for _ in range(count)]
+
+
+def plan_of(request_id: str) -> int:
+    """The rollout's requests are named step/question/index, with GROUP trajectories to a question."""
+    _, question, index = map(int, request_id.split("/"))
+    return question * GROUP + index
 
 
 class PlannedChat:
@@ -158,7 +164,7 @@ class SimulatedEngine:
         self.order = itertools.count()
 
     def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
-        plan = int(request_id.split("/")[1]) * PAPER.group_size + int(request_id.split("/")[2])
+        plan = plan_of(request_id)
         self.queue.append((request_id, plan, self.turns[plan], len(token_ids)))
         self.turns[plan] += 1
 
@@ -232,8 +238,8 @@ def simulate(plans: Sequence[Plan], config: Config, by_tokens: bool = True) -> t
         clock = Clock()
         engine = SimulatedEngine(chat, clock)
         engine.capacity_tokens = KV_TOKENS if by_tokens else 10**12
-        numbers = range(rank, len(plans) // config.group_size, ENGINES)
-        batch = Batch([Question(str(n), str(n), ("",)) for n in numbers], numbers, config.group_size, 1.0, 1.0, step=1)
+        numbers = range(rank, len(plans) // GROUP, ENGINES)
+        batch = Batch([Question(str(n), str(n), ("",)) for n in numbers], numbers, GROUP, 1.0, 1.0, step=1)
         tools = SimulatedTools(chat, SEARCHES_PER_SECOND / ENGINES)
         with closing(asyncio.SelectorEventLoop(clock)) as loop:
             loop.time = lambda clock=clock: clock.now
@@ -241,3 +247,321 @@ def simulate(plans: Sequence[Plan], config: Config, by_tokens: bool = True) -> t
         assert {t.stop_reason for group in groups for t in group} == {"answer"}
         seconds, prefilled = max(seconds, clock.now), prefilled + engine.prefilled
     return seconds, prefilled / 1e6
+
+
+def lock_step(plans: Sequence[Plan], official: bool) -> float:
+    """Seconds for the same work in lock step: everyone's turn, then everyone's tools, then everyone's next turn.
+
+    `official` adds what the published code does: both sides poll for files every 10 s, searches go first and browses
+    after them, each with 1,000 threads, and the KV cache is dropped at every turn.
+    """
+    chat, draw, now, active = PlannedChat(plans, first_code=10), random.Random(1), 0.0, list(range(len(plans)))
+    engines = [SimulatedEngine(chat, Clock(), keep=not official) for _ in range(ENGINES)]
+    for turn in range(MAX_CALLS + 1):
+        for engine in engines:
+            engine.clock.now = now
+        for place, plan in enumerate(active):
+            engine, work = engines[(place if official else plan) % ENGINES], plans[plan]
+            engine.turns[plan] = turn
+            context = PROMPT + sum(work.turns[:turn]) + sum(work.observations[:turn])
+            engine.submit(f"0/{plan // GROUP}/{plan % GROUP}", range(context), None)
+        for engine in engines:
+            while engine.queue or engine.running:
+                engine.step()
+        now = max(engine.clock.now for engine in engines)
+        active = [plan for plan in active if turn < len(plans[plan].calls)]
+        calls = [plans[plan].calls[turn] for plan in active]
+        searches = [latency for kind, latencies in calls if kind == "search" for latency in latencies]
+        browses = [latency for kind, latencies in calls if kind == "browse" for latency in latencies]
+        if official and active:
+            start, now = now, now + draw.uniform(0, 10)
+            now = answered(searches, now, 1000, SEARCHES_PER_SECOND)
+            now = answered(browses, now, 1000, math.inf)
+            now = start + 10 * math.ceil((now - start) / 10)
+        else:
+            searched = answered(searches, now, len(searches), SEARCHES_PER_SECOND)
+            now = max(searched, answered(browses, now, len(browses), math.inf))
+    return now
+
+
+def answered(latencies: Sequence[float], now: float, workers: int, rate: float) -> float:
+    """When the last of these requests is answered, if so many workers send at most `rate` of them a second."""
+    free, slot, last = [now] * workers, now, now
+    for latency in latencies:
+        start = slot = max(heappop(free), slot) + 1 / rate
+        heappush(free, start + latency)
+        last = max(last, start + latency)
+    return last
+
+
+def bench_simulated() -> dict[str, float]:
+    print(
+        f"\nSIMULATED with assumed constants of an H100: 4,096 trajectories on {ENGINES} engines\n"
+        f"{'':48s} {'seconds':>8s} {'prefill [Mtok]':>15s}"
+    )
+    figures = {}
+    for name, mean_calls, cap in (("", 4.0, 160), ("long_", 12.0, 96)):
+        plans = make_plans(4096, mean_calls, seed=0)
+        print(f"{sum(len(plan.calls) for plan in plans) / len(plans):.2f} tool calls each")
+        if not name:
+            figures["sim_official_s"] = lock_step(plans, official=True)
+            print(f"  {'a official: lock step, polling, cache dropped':46s} {figures['sim_official_s']:8.0f}")
+        figures[f"sim_{name}lock_step_s"] = lock_step(plans, official=False)
+        print(f"  {'b lock step':46s} {figures[f'sim_{name}lock_step_s']:8.0f}")
+        free = replace(PAPER, max_in_flight=512)
+        runs = {
+            "uncapped": ("c asynchronous, all 512 of an engine in flight", free, False),
+            "best_cap": (f"c asynchronous, {cap} in flight (the best cap)", replace(free, max_in_flight=cap), False),
+            "async": ("  ours: admission by KV tokens, no cap given", free, True),
+        }
+        for key, (words, config, by_tokens) in runs.items():
+            seconds, prefilled = simulate(plans, config, by_tokens)
+            figures[f"sim_{name}{key}_s"] = seconds
+            print(f"  {words:46s} {seconds:8.0f} {prefilled:15.1f}", flush=True)
+    return figures
+
+
+# --- real: vLLM on the CPU, a tool server on loopback
+
+SCALE = 10  # latencies and lengths of (b) are the workload's divided by this
+CONVERSATIONS, FIRST_CODE = 64, 16
+
+
+def serve_tools(plans: Sequence[Plan], scale: float, port: Any) -> None:
+    """A process of its own: a search service and pages, each answer after its planned latency."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        wbufsize = 65536
+
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            key = json.loads(body)["queries"][0] if body else self.path[1:]
+            plan, turn, i = map(int, key.split("/"))
+            time.sleep(plans[plan].calls[turn][1][i] / scale)
+            pages = [f"{address}{plan}/{n}/0" for n, (kind, _) in enumerate(plans[plan].calls) if kind == "browse"]
+            found = [{"document": {"contents": "Title\nText", "url": url}} for url in pages or [address]]
+            reply = json.dumps({"result": [found]}).encode() if body else PAGE
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json" if body else "text/html")
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 256})(("127.0.0.1", 0), Handler)
+    address = f"http://127.0.0.1:{server.server_port}/"
+    port.send(address)
+    server.serve_forever()
+
+
+PAGE = (
+    "<html><body><main>"
+    + "<p>A sentence about the question, long enough to be kept.</p>" * 40
+    + "</main></body></html>"
+).encode()
+
+
+class PlannedTurns:
+    """A real engine whose turns have planned lengths: it samples all tokens of a turn but the last, the plan's number."""
+
+    def __init__(self, engine: Engine, chat: PlannedChat) -> None:
+        self.engine, self.chat, self.turns = engine, chat, Counter()
+        self.capacity_tokens, self.max_len = engine.capacity_tokens, engine.max_len
+
+    def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
+        plan = plan_of(request_id)
+        length = max(2, self.chat.plans[plan].turns[self.turns[plan]] // SCALE)
+        self.turns[plan] += 1
+        self.engine.submit(request_id, token_ids, replace(sampling, max_tokens=length - 1, stop_token_ids=()))
+
+    def step(self) -> dict[str, Completion]:
+        finished = {}
+        for request_id, sampled in self.engine.step().items():
+            plan = plan_of(request_id)
+            ids = [*sampled.token_ids, self.chat.code(plan, self.turns[plan] - 1)]
+            finished[request_id] = Completion(ids, [*sampled.logprobs, 0.0], "stop")
+        return finished
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        self.engine.abort(request_ids)
+
+
+class LockStep(Scheduler):
+    """All turns, then all tools, then all turns again."""
+
+    async def pump(self) -> None:
+        while True:
+            await self.wake.wait()
+            while len(self.waiting) < len(self.held):
+                await asyncio.sleep(0.001)
+            finished: dict[str, Completion] = {}
+            while len(finished) < len(self.waiting):
+                finished |= self.engine.step()
+            self.wake.clear()
+            for request_id, completion in finished.items():
+                self.waiting.pop(request_id).set_result(completion)
+
+
+def tiny_model(folder: str) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=1024, max_position_embeddings=4096, **sizes)).save_pretrained(folder)
+
+
+def bench_real() -> dict[str, float]:
+    plans = make_plans(CONVERSATIONS, 4.0, seed=0)
+    ahead = [
+        replace(plan, calls=[(kind, [0.0] * len(latencies)) for kind, latencies in plan.calls])
+        for plan in plans[:GROUP]
+    ]
+    ours, theirs = multiprocessing.Pipe()
+    server = multiprocessing.get_context("spawn").Process(target=serve_tools, args=(plans + ahead, SCALE, theirs))
+    server.start()
+    address = ours.recv()
+    changes = {
+        "engine": "vllm", "max_model_len": 4096, "max_turn_tokens": 500, "max_in_flight": CONVERSATIONS,
+        "max_tool_calls": MAX_CALLS, "search": "retriever", "search_url": address, "tool_threads": 64,
+        "allow_private_hosts": True, "connections_per_host": 64, "read_timeout": 30.0,
+        "requests_per_second": SCALE * SEARCHES_PER_SECOND,
+    }  # fmt: skip
+    config = replace(load_config(["--preset=toy"]), **changes)
+    schedulers = {"ours": (Scheduler, 64), "lock step": (LockStep, 64), "serial": (LockStep, 1)}
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model(folder)
+        engine = make_engine(config, folder, tokenizer=None)
+        converse(engine, ahead, config, address, f"{folder}/ahead.sqlite", Scheduler, len(plans))
+        for name, (scheduler, threads) in schedulers.items():
+            its = replace(config, tool_threads=threads)
+            figures[name] = converse(engine, plans, its, address, f"{folder}/{name}.sqlite", scheduler)
+        engine.close()
+    server.terminate()
+    slowest = max(sum(max(latencies) for _, latencies in plan.calls) / SCALE for plan in plans)
+    print(
+        f"\nREAL: vLLM on the CPU, {CONVERSATIONS} conversations; the tools of the slowest alone take {slowest:.1f} s"
+    )
+    tokens = sum(max(2, turn // SCALE) - 1 for plan in plans for turn in plan.turns)
+    for name, seconds in figures.items():
+        print(
+            f"  {name:12s} {seconds:7.1f} s {tokens / seconds:8.0f} sampled tokens/s   {seconds / figures['ours']:5.2f} x ours"
+        )
+    return {
+        "real_tokens_per_s": tokens / figures["ours"],
+        "real_vs_lockstep": figures["lock step"] / figures["ours"],
+        "real_vs_serial": figures["serial"] / figures["ours"],
+    }
+
+
+def converse(
+    engine: Engine, plans: Sequence[Plan], config: Config, address: str, cassette: str, scheduler: type, first: int = 0
+) -> float:
+    """Seconds that these conversations take, from an empty cache."""
+    chat = PlannedChat([*[plans[0]] * first, *plans], FIRST_CODE, address, SCALE)
+    web = Web(config, cassette)
+    tools = Tools(config, chat, web=web)
+    numbers = range(first // GROUP, (first + len(plans)) // GROUP)
+    batch = Batch([Question(str(n), str(n), ("",)) for n in numbers], numbers, GROUP, 1.0, 1.0, step=1)
+    engine.llm.reset_prefix_cache()
+    start = time.monotonic()
+    with patch.object(rollout, "Scheduler", scheduler):
+        groups = roll_out(batch, Agent(config, PlannedTurns(engine, chat), tools, chat))
+    seconds = time.monotonic() - start
+    for trajectory in (trajectory for group in groups for trajectory in group):
+        assert trajectory.stop_reason == "answer", trajectory.stop_reason
+        assert not any(name.startswith("fail") for name in trajectory.cost), trajectory.cost
+    tools.close()
+    web.close()
+    return seconds
+
+
+# --- overhead: an engine that answers at once
+
+
+class InstantEngine:
+    """Answers every request in the next step, with ids that were encoded before: three searches, then the answer."""
+
+    def __init__(self, chat: ChatFormat, name: str) -> None:
+        turns = [f"I need it.{toyworld.CALL_SEARCH}{name}{toyworld.CALL_END}"] * 3
+        turns.append(f"I know the answer.{toyworld.ANSWER}{name}{toyworld.ANSWER_END}")
+        self.written = [chat.tokenizer.encode(turn) + [chat.end_of_turn_id] for turn in turns]
+        self.capacity_tokens, self.max_len = 10**12, 768
+        self.turns: Counter[str] = Counter()
+        self.requests: list[str] = []
+
+    def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
+        self.requests.append(request_id)
+
+    def step(self) -> dict[str, Completion]:
+        finished = {}
+        for request_id in self.requests:
+            ids = self.written[self.turns[request_id]]
+            self.turns[request_id] += 1
+            finished[request_id] = Completion(ids, [-0.5] * len(ids), "stop")
+        self.requests = []
+        return finished
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        raise AssertionError("nothing is aborted here")
+
+
+class InstantSearch:
+    def __init__(self, results: list[SearchResult]) -> None:
+        self.results = results
+
+    def search(self, query: str, counts: Counter) -> list[SearchResult]:
+        return self.results
+
+
+def bench_overhead(figures_of: Sequence[int] = (64, 4096)) -> dict[str, float]:
+    """CPU time of everything but engine and search, of the toy's prompts and observations, by trajectories in flight."""
+    from transformers import AutoTokenizer
+
+    chat, world = ChatFormat(AutoTokenizer.from_pretrained(toyworld.MODEL_DIR), date=""), toyworld.training_world(0)
+    name = next(iter(world.facts))
+    print("\nOVERHEAD: an engine and a search that answer at once, four turns each")
+    figures: dict[str, float] = {}
+    times: dict[int, list[float]] = {count: [] for count in figures_of}
+    config = replace(load_config(["--preset=toy"]), tool_threads=64, max_in_flight=max(figures_of))
+    tools = Tools(config, chat, world.corpus)
+    tools.backend = InstantSearch(world.corpus.search(name, 2))
+    for count in (count for _ in range(3) for count in figures_of):
+        numbers = range(count // GROUP)
+        batch = Batch([Question(str(n), f"Where is {name}?", ("",)) for n in numbers], numbers, GROUP, 1.0, 1.0, step=1)
+        rounds = max(figures_of) // count
+        start = time.process_time()
+        for _ in range(rounds):
+            groups = roll_out(batch, Agent(config, InstantEngine(chat, name), tools, chat))
+            assert sum(len(trajectory.turns) for group in groups for trajectory in group) == 4 * count
+        times[count].append((time.process_time() - start) / (4 * count * rounds) * 1000)
+    tools.close()
+    for count, found in times.items():
+        figures[f"overhead_ms_per_turn_{count}"] = min(found)
+        print(f"  {count:5d} trajectories: {min(found):.3f} ms of CPU for a turn (best of {len(found)}: {found})")
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", choices=("sim", "real", "overhead"))
+    args = parser.parse_args()
+    figures: dict[str, float] = {"load": os.getloadavg()[0], "cpus": os.cpu_count() or 0}
+    print(f"load of this machine: {figures['load']:.1f} on {figures['cpus']} CPUs")
+    parts = {"overhead": bench_overhead, "sim": bench_simulated, "real": bench_real}
+    for name, part in parts.items():
+        if args.only in (None, name):
+            figures |= part()
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from .config import Config, ConfigError
+from deepresearcher_min.config import Config, ConfigError
 
 # HFEngine
 BLOCK = 64  # tokens of the KV cache that are allocated and attended to together

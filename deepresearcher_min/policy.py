@@ -114,7 +114,7 @@ class Policy:
         scorer = TokenScorer(model, self.config.logprob_chunk, self.compute_dtype)
         if self.world_size == 1:
             return scorer.to(self.device)
-        # Offloaded gradients are reduced on the CPU, so the process group needs "cpu:gloo,cuda:nccl" then.
+        # Offloaded gradients are reduced on the CPU: the process group needs "cpu:gloo,cuda:nccl" for them.
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         options = {
             "mesh": dist.init_device_mesh(self.device.type, (self.world_size,)),
@@ -152,13 +152,12 @@ class Policy:
         return self.metrics(sums, norms, sum(totals))
 
     def gather(self, questions: list[list[ScoredTrajectory]]) -> list[list[ScoredTrajectory]]:
-        """All ranks' questions, in the order before they were dealt out one by one (data.deal)."""
+        """All ranks' questions, in the order before they were dealt out one by one (trajectory.deal)."""
         if self.world_size == 1:
             return questions
         shares: list[Any] = [None] * self.world_size
         dist.all_gather_object(shares, questions)
-        longest = max(len(share) for share in shares)
-        return [share[i] for i in range(longest) for share in shares if i < len(share)]
+        return [rows for deal in itertools.zip_longest(*shares) for rows in deal if rows is not None]
 
     def plan(self, rows: Sequence[ScoredTrajectory]) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
@@ -176,7 +175,7 @@ class Policy:
         return check_finite(torch.cat(chunks), batch)
 
     def backward(self, batch: PackedBatch, old_S: torch.Tensor | None, total: int) -> Counter[str]:
-        """Add the gradient of one micro-batch to the others'; returns its sums of metrics. total is N."""
+        """Add one micro-batch's gradient to the others'; returns its sums of metrics. total is N."""
         ref_S = None if self.reference is None else self.score(self.reference, batch)
         options = {key: getattr(self.config, key) for key in LOSS_KEYS}
         chunks, sums = [batch.rollout_S[:0]], Counter()
@@ -196,7 +195,7 @@ class Policy:
         return sums
 
     def optimizer_step(self, rows: Sequence[ScoredTrajectory]) -> float:
-        """Clip, warm up, step; returns the gradient norm before clipping, over all ranks."""
+        """Clip, set the learning rate, step; returns the gradient norm before clipping, over all ranks."""
         norm = self.gradient_norm()
         if not np.isfinite(norm):
             raise FloatingPointError(f"gradient norm {norm} {self.blame(rows)}; this update changed no weights")
@@ -204,8 +203,7 @@ class Policy:
         factor = min(1.0, (self.rollouts + 1) / max(1, self.config.lr_warmup))
         if self.config.lr_decay:
             factor *= max(0.0, 1 - self.rollouts / max(1, self.config.steps))
-        for options in self.optimizer.param_groups:
-            options["lr"] = self.config.lr * factor
+        self.optimizer.param_groups[0]["lr"] = self.config.lr * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -289,8 +287,8 @@ def score_group(group: Group) -> list[ScoredTrajectory]:
         name = f"question {group.question.id!r}, trajectory {i}"
         if not np.isfinite([float(group.rewards[i]), float(advantage)]).all():
             raise FloatingPointError(f"{name}: reward {group.rewards[i]}, advantage {advantage}")
-        arrays = (trajectory.token_ids, trajectory.sampled_mask, trajectory.logprobs)
-        rows.append(ScoredTrajectory(name, *arrays, float(advantage)))
+        ids, mask, logprobs = trajectory.token_ids, trajectory.sampled_mask, trajectory.logprobs
+        rows.append(ScoredTrajectory(name, ids, mask, logprobs, float(advantage)))
     return rows
 
 

@@ -193,7 +193,8 @@ class ChatFormat:
         specials = sorted((str(token) for token in added if token.special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials)))
         tags = [f"<{slash}{tag}>" for tag in ("think", "answer", "tool_call", "tool_response") for slash in ("", "/")]
-        self._unsafe = re.compile("|".join(sorted({re.escape(s) for s in [*map(str, added), *tags] if len(s) > 1})))
+        marks = {str(token) for token in added if token.special or "<" in str(token)}  # not: runs of spaces
+        self._unsafe = re.compile("|".join(sorted(map(re.escape, marks | set(tags)))))
         self._derive_frame()
 
     def _derive_frame(self) -> None:

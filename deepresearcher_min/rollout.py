@@ -17,14 +17,25 @@ from typing import Any
 
 import numpy as np
 
-from .browse import Reader, browse, make_reader
-from .config import Config
-from .engine import Completion, Engine, Sampling
-from .protocol import THINK, Answer, Browse, ChatFormat, Entry, Malformed, Search, page_item, parse_turn, search_item
-from .run import Ranks
-from .search import Backend, Corpus, make_search
-from .trajectory import Question, Trajectory, Turn
-from .web import Web, WebFailure, count
+from deepresearcher_min.browse import Reader, browse, make_reader
+from deepresearcher_min.config import Config
+from deepresearcher_min.engine import Completion, Engine, Sampling
+from deepresearcher_min.protocol import (
+    THINK,
+    Answer,
+    Browse,
+    ChatFormat,
+    Entry,
+    Malformed,
+    Search,
+    page_item,
+    parse_turn,
+    search_item,
+)
+from deepresearcher_min.run import Ranks
+from deepresearcher_min.search import Backend, Corpus, make_search
+from deepresearcher_min.trajectory import Question, Trajectory, Turn
+from deepresearcher_min.web import Web, WebFailure, count
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
 GRACE = 1.0  # after a tool's own deadline its thread is given up, although it cannot be ended [s]

@@ -29,10 +29,9 @@ from transformers import (
 
 from deepresearcher_min import policy as policy_module
 from deepresearcher_min.config import Config, load_config
-from deepresearcher_min.data import deal
 from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.policy import Policy
-from deepresearcher_min.trajectory import Group, Question, Trajectory
+from deepresearcher_min.trajectory import Group, Question, Trajectory, deal
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {  # tied and untied head, as many key heads as query heads and fewer
@@ -58,9 +57,10 @@ def models(tmp_path_factory) -> Path:
 def config(**changes: object) -> Config:
     """Exact arithmetic, plain gradient descent settings; the paper's loss with every term switched on."""
     values = {
-        "dtype": "float64", "lr": 1.0, "lr_warmup": 0, "max_grad_norm": 1e9, "updates_per_rollout": 1, "group_size": 4,
-        "questions_per_step": 4, "kl_coef": 0.05, "entropy_coef": 0.01, "importance_cap": 1.1, "clip_low": 0.1,
-        "clip_high": 0.15, "microbatch_tokens": 100, "logprob_chunk": 16, "gradient_checkpointing": False,
+        "dtype": "float64", "lr": 1.0, "lr_warmup": 0, "lr_decay": False, "max_grad_norm": 1e9, "group_size": 4,
+        "updates_per_rollout": 1, "questions_per_step": 4, "kl_coef": 0.05, "entropy_coef": 0.01, "importance_cap": 1.1,
+        "clip_low": 0.1, "clip_high": 0.15, "microbatch_tokens": 100, "logprob_chunk": 16,
+        "gradient_checkpointing": False,
     }  # fmt: skip
     return dataclasses.replace(load_config([]), **{**values, **changes})
 
@@ -317,6 +317,13 @@ def test_clipping_and_warmup_bound_the_step(models):
     steps = [change(policy, groups) for _ in range(6)]
     assert [m["lr"] for _, m in steps] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
     assert [float(moved.norm()) for moved, _ in steps] == pytest.approx([0.01 * m["lr"] for _, m in steps], rel=1e-2)
+
+
+@pytest.mark.quick
+def test_the_learning_rate_decays_to_zero_over_the_steps(models):
+    policy = make_policy(models, lr=0.5, lr_warmup=2, lr_decay=True, steps=4)
+    rates = [policy.update(make_groups(2))["lr"] for _ in range(5)]
+    assert rates == pytest.approx([0.25, 0.375, 0.25, 0.125, 0.0])  # warm-up 1/2, 1 times decay 4/4, 3/4, 2/4, 1/4, 0
 
 
 @pytest.mark.quick

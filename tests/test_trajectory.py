@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepresearcher_min.data import QuestionOrder, deal, load_questions
-from deepresearcher_min.trajectory import Question
+from deepresearcher_min.trajectory import Question, QuestionOrder, deal, load_questions
 
 pytestmark = pytest.mark.quick
 SHARED = Path(__file__).parents[2] / "shared/data"
