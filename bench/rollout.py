@@ -2,10 +2,10 @@
 
     python bench/rollout.py [--json PATH] [--only sim|real|overhead]
 
-Simulated: the real scheduler under a virtual clock, in front of a model of eight engines and of a slow web. The constants
-are assumptions about an H100 that serves a 7B model, and no measurements. Real: vLLM on this machine's CPU samples every
-token of 64 conversations, whose tools are HTTP requests to a server on loopback; what a turn says and how long a reply
-takes is planned, so that three schedulers meet the same work. Takes about four minutes.
+Simulated: the real scheduler under a virtual clock, in front of a model of eight engines and of a slow web, whose
+constants are assumptions about an H100 that serves a 7B model; nothing of it was measured on one. Real: vLLM on this
+machine's CPU samples the tokens of 64 conversations, whose tools are HTTP requests to a server on loopback; what a turn
+says and how long a reply takes is planned, so that three schedulers meet the same work. Takes about four minutes.
 """
 
 import argparse
@@ -52,7 +52,7 @@ GROUP = PAPER.group_size
 
 @dataclass(frozen=True)
 class Plan:
-    """A trajectory: the length of each turn and of each observation [tokens], and each call's kind and latencies [s]."""
+    """A trajectory: the lengths of its turns and observations [tokens], the kinds and latencies of its calls [s]."""
 
     turns: list[int]
     observations: list[int]
@@ -97,7 +97,7 @@ def plan_of(request_id: str) -> int:
 
 
 class PlannedChat:
-    """Stands for the tokenizer: the last token of a turn is the number of its plan and turn, which says what it says."""
+    """Stands for the tokenizer: the last token of a turn is the number of its plan and turn, which gives its text."""
 
     end_of_turn_id = 0
 
@@ -327,7 +327,7 @@ SCALE = 10  # latencies and lengths of (b) are the workload's divided by this
 CONVERSATIONS, FIRST_CODE = 64, 16
 
 
-def serve_tools(plans: Sequence[Plan], scale: float, port: Any) -> None:
+def serve_tools(plans: Sequence[Plan], port: Any) -> None:
     """A process of its own: a search service and pages, each answer after its planned latency."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -338,7 +338,7 @@ def serve_tools(plans: Sequence[Plan], scale: float, port: Any) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             key = json.loads(body)["queries"][0] if body else self.path[1:]
             plan, turn, i = map(int, key.split("/"))
-            time.sleep(plans[plan].calls[turn][1][i] / scale)
+            time.sleep(plans[plan].calls[turn][1][i] / SCALE)
             pages = [f"{address}{plan}/{n}/0" for n, (kind, _) in enumerate(plans[plan].calls) if kind == "browse"]
             found = [{"document": {"contents": "Title\nText", "url": url}} for url in pages or [address]]
             reply = json.dumps({"result": [found]}).encode() if body else PAGE
@@ -359,15 +359,11 @@ def serve_tools(plans: Sequence[Plan], scale: float, port: Any) -> None:
     server.serve_forever()
 
 
-PAGE = (
-    "<html><body><main>"
-    + "<p>A sentence about the question, long enough to be kept.</p>" * 40
-    + "</main></body></html>"
-).encode()
+PAGE = b"<html><body>" + b"<p>A sentence about the question, long enough to be kept.</p>" * 40 + b"</body></html>"
 
 
 class PlannedTurns:
-    """A real engine whose turns have planned lengths: it samples all tokens of a turn but the last, the plan's number."""
+    """A real engine whose turns have planned lengths: it samples all tokens of a turn but the last, the plan's."""
 
     def __init__(self, engine: Engine, chat: PlannedChat) -> None:
         self.engine, self.chat, self.turns = engine, chat, Counter()
@@ -418,12 +414,12 @@ def tiny_model(folder: str) -> None:
 
 def bench_real() -> dict[str, float]:
     plans = make_plans(CONVERSATIONS, 4.0, seed=0)
-    ahead = [
-        replace(plan, calls=[(kind, [0.0] * len(latencies)) for kind, latencies in plan.calls])
-        for plan in plans[:GROUP]
-    ]
+    at_once = [[(kind, [0.0] * len(latencies)) for kind, latencies in plan.calls] for plan in plans[:GROUP]]
+    warm_up = [replace(plan, calls=calls) for plan, calls in zip(plans, at_once, strict=False)]
     ours, theirs = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=serve_tools, args=(plans + ahead, SCALE, theirs))
+    server = multiprocessing.get_context("spawn").Process(
+        target=serve_tools, args=(plans + warm_up, theirs), daemon=True
+    )
     server.start()
     address = ours.recv()
     changes = {
@@ -438,21 +434,17 @@ def bench_real() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         tiny_model(folder)
         engine = make_engine(config, folder, tokenizer=None)
-        converse(engine, ahead, config, address, f"{folder}/ahead.sqlite", Scheduler, len(plans))
+        converse(engine, warm_up, config, address, f"{folder}/warm_up.sqlite", Scheduler, len(plans))
         for name, (scheduler, threads) in schedulers.items():
             its = replace(config, tool_threads=threads)
             figures[name] = converse(engine, plans, its, address, f"{folder}/{name}.sqlite", scheduler)
         engine.close()
     server.terminate()
     slowest = max(sum(max(latencies) for _, latencies in plan.calls) / SCALE for plan in plans)
-    print(
-        f"\nREAL: vLLM on the CPU, {CONVERSATIONS} conversations; the tools of the slowest alone take {slowest:.1f} s"
-    )
+    print(f"\nREAL: vLLM on the CPU, {CONVERSATIONS} conversations; the slowest waits {slowest:.1f} s for its tools")
     tokens = sum(max(2, turn // SCALE) - 1 for plan in plans for turn in plan.turns)
     for name, seconds in figures.items():
-        print(
-            f"  {name:12s} {seconds:7.1f} s {tokens / seconds:8.0f} sampled tokens/s   {seconds / figures['ours']:5.2f} x ours"
-        )
+        print(f"  {name:12s} {seconds:7.1f} s {tokens / seconds:8.0f} tokens/s {seconds / figures['ours']:8.2f} x ours")
     return {
         "real_tokens_per_s": tokens / figures["ours"],
         "real_vs_lockstep": figures["lock step"] / figures["ours"],
@@ -491,7 +483,7 @@ class InstantEngine:
     def __init__(self, chat: ChatFormat, name: str) -> None:
         turns = [f"I need it.{toyworld.CALL_SEARCH}{name}{toyworld.CALL_END}"] * 3
         turns.append(f"I know the answer.{toyworld.ANSWER}{name}{toyworld.ANSWER_END}")
-        self.written = [chat.tokenizer.encode(turn) + [chat.end_of_turn_id] for turn in turns]
+        self.written = [[*chat.tokenizer.encode(turn), chat.end_of_turn_id] for turn in turns]
         self.capacity_tokens, self.max_len = 10**12, 768
         self.turns: Counter[str] = Counter()
         self.requests: list[str] = []
@@ -520,32 +512,30 @@ class InstantSearch:
         return self.results
 
 
-def bench_overhead(figures_of: Sequence[int] = (64, 4096)) -> dict[str, float]:
-    """CPU time of everything but engine and search, of the toy's prompts and observations, by trajectories in flight."""
+def bench_overhead() -> dict[str, float]:
+    """CPU time of all but engine and search, with the toy's prompts and observations; tools in threads as on the web."""
     from transformers import AutoTokenizer
 
     chat, world = ChatFormat(AutoTokenizer.from_pretrained(toyworld.MODEL_DIR), date=""), toyworld.training_world(0)
     name = next(iter(world.facts))
-    print("\nOVERHEAD: an engine and a search that answer at once, four turns each")
-    figures: dict[str, float] = {}
-    times: dict[int, list[float]] = {count: [] for count in figures_of}
-    config = replace(load_config(["--preset=toy"]), tool_threads=64, max_in_flight=max(figures_of))
+    config = replace(load_config(["--preset=toy"]), tool_threads=64, max_in_flight=4096)
     tools = Tools(config, chat, world.corpus)
     tools.backend = InstantSearch(world.corpus.search(name, 2))
-    for count in (count for _ in range(3) for count in figures_of):
-        numbers = range(count // GROUP)
+    times: dict[int, list[float]] = {64: [], 4096: []}
+    for count in (64, 4096) * 3:  # in turn, so that a busy neighbour disturbs both
+        numbers, rounds = range(count // GROUP), 1024 // count or 1
         batch = Batch([Question(str(n), f"Where is {name}?", ("",)) for n in numbers], numbers, GROUP, 1.0, 1.0, step=1)
-        rounds = max(figures_of) // count
         start = time.process_time()
         for _ in range(rounds):
             groups = roll_out(batch, Agent(config, InstantEngine(chat, name), tools, chat))
-            assert sum(len(trajectory.turns) for group in groups for trajectory in group) == 4 * count
+            assert all(len(trajectory.turns) == 4 for group in groups for trajectory in group)
         times[count].append((time.process_time() - start) / (4 * count * rounds) * 1000)
     tools.close()
+    print("\nOVERHEAD: an engine and a search that answer at once, four turns each")
     for count, found in times.items():
-        figures[f"overhead_ms_per_turn_{count}"] = min(found)
-        print(f"  {count:5d} trajectories: {min(found):.3f} ms of CPU for a turn (best of {len(found)}: {found})")
-    return figures
+        three = ", ".join(f"{value:.3f}" for value in found)
+        print(f"  {count:5d} trajectories in flight: {min(found):.3f} ms of CPU for a turn (the least of {three})")
+    return {f"overhead_ms_per_turn_{count}": min(found) for count, found in times.items()}
 
 
 def main() -> None:

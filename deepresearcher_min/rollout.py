@@ -10,7 +10,7 @@ import heapq
 import logging
 import signal
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,18 +20,7 @@ import numpy as np
 from deepresearcher_min.browse import Reader, browse, make_reader
 from deepresearcher_min.config import Config
 from deepresearcher_min.engine import Completion, Engine, Sampling
-from deepresearcher_min.protocol import (
-    THINK,
-    Answer,
-    Browse,
-    ChatFormat,
-    Entry,
-    Malformed,
-    Search,
-    page_item,
-    parse_turn,
-    search_item,
-)
+from deepresearcher_min.protocol import THINK, Action, ChatFormat, Entry, Search, page_item, parse_turn, search_item
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Backend, Corpus, make_search
 from deepresearcher_min.trajectory import Question, Trajectory, Turn
@@ -80,8 +69,8 @@ class Tools:
         self.pool = ThreadPoolExecutor(max(1, config.tool_threads), "tool")
         self.readings = 0
 
-    async def use(self, action: Search | Browse, record: Recording) -> list[Entry]:
-        """What each query or address of a call brought; with tool_threads 0 one by one, so that the order repeats."""
+    async def use(self, action: Action, record: Recording) -> list[Entry]:
+        """What each query of a search or address of a browse brought; one by one without threads, to be repeatable."""
         searching = isinstance(action, Search)
         keys = action.queries[: self.config.max_queries] if searching else action.urls[: self.config.max_urls]
         jobs = [self.entry(key, searching, record) for key in keys]
@@ -159,7 +148,7 @@ async def agent_loop(record: Recording, generate: Generate, agent: Agent) -> Tra
         kind, reason, observation, ids = type(action).__name__.lower(), None, "", []
         if completion.finish_reason == "length":  # cut off, whatever it reads like
             kind, reason = "malformed", "length" if room > config.max_turn_tokens else "context"
-        elif isinstance(action, Answer | Malformed):
+        elif kind in ("answer", "malformed"):
             reason = kind
         elif len(record.turns) == config.max_tool_calls:
             reason = "tool_budget"
@@ -242,8 +231,8 @@ class Batch:
     step: int
 
 
-async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> list[list[Trajectory]]:
-    """See roll_out. However it ends, no coroutine and no request of the engine is left over."""
+async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterator[list[Trajectory]]:
+    """See roll_out. However it ends, nothing is left over. No list: asyncio.run makes a string of it, in 0.1 s."""
     config = agent.config
     scheduler = agent.tools.scheduler = Scheduler(agent.engine, config.max_in_flight)
     agent.tools.slots = asyncio.Semaphore(config.tool_threads or 2**31)  # whoever waits has no tool's deadline running
@@ -281,7 +270,7 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> list[li
         for task in (pumping, *jobs):
             task.cancel()
         await asyncio.gather(pumping, everything, *jobs, return_exceptions=True)
-    return [flat[start : start + batch.repeats] for start in range(0, len(flat), batch.repeats)]
+    return (flat[start : start + batch.repeats] for start in range(0, len(flat), batch.repeats))
 
 
 def roll_out(batch: Batch, agent: Agent, on_done: OnDone = lambda trajectory: None) -> list[list[Trajectory]]:
@@ -293,7 +282,7 @@ def roll_out(batch: Batch, agent: Agent, on_done: OnDone = lambda trajectory: No
     on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio.run then cancels the main task
     on_terminate = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        return asyncio.run(roll_out_async(batch, agent, on_done))
+        return list(asyncio.run(roll_out_async(batch, agent, on_done)))
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
         signal.signal(signal.SIGTERM, on_terminate)

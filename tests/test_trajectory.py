@@ -1,4 +1,4 @@
-"""data.py with the published files, broken files, and the order of questions over epochs, ranks and restarts."""
+"""Questions: the published files, broken files, and the order of questions over epochs, ranks and restarts."""
 
 import json
 from collections import Counter
