@@ -39,7 +39,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
     policy = Policy(config, task.model_dir, ranks.device, ranks.world_size)
     order = QuestionOrder(task.questions, config.seed)
     checkpoints = Checkpoints(config.run_dir, config.keep_checkpoints, ranks)
-    state = restore(checkpoints, policy, order, agent)
+    state = restore(checkpoints, policy, order)
     metrics = report.MetricsFile(Path(config.run_dir) / "metrics.jsonl", state["step"]) if ranks.rank == 0 else None
     save = partial(save_checkpoint, checkpoints, policy, agent, stop)
 
@@ -47,6 +47,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
         # 0 measure
         earlier = ranks.share([row["eval"] for row in metrics.rows if row["step"] == 0] if metrics else [])
         before = earlier[0] if earlier else measure("before", 0, task, examiner, ranks, metrics)
+        agent.engine.update_weights(policy.named_weights())  # and no cached prefixes, as after a resume
         while state["step"] < config.steps:
             step, lap = state["step"] + 1, Clock()
             questions = deal(order.take(config.questions_per_step), ranks.rank, ranks.world_size)
@@ -77,6 +78,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
                 write_groups(config, f"step-{step:06d}" + f"-rank{ranks.rank}" * (ranks.world_size > 1), step, groups)
             if config.eval_every and step % config.eval_every == 0:
                 measure(f"step-{step:06d}", step, task, examiner, ranks, metrics)
+                agent.engine.update_weights(policy.named_weights())  # as before the first step
             if (broke := 0 < config.max_cost <= state["usd"]) or step % config.save_every == 0 or step == config.steps:
                 save(clock.added_to(state))
             if broke:
@@ -96,15 +98,14 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
     return True
 
 
-def restore(checkpoints: Checkpoints, policy: Policy, order: QuestionOrder, agent: Agent) -> dict[str, Any]:
-    """The state at the end of the newest checkpoint's step, with policy, order and engine set to it; or at step 0."""
+def restore(checkpoints: Checkpoints, policy: Policy, order: QuestionOrder) -> dict[str, Any]:
+    """The state at the end of the newest checkpoint's step, with policy and order set to it; or at step 0."""
     found = checkpoints.newest()
     if found is None:
         return {"step": 0, "order": order.state(), "usd": 0.0, "seconds": 0.0, "cpu_seconds": 0.0}
     folder, state = found
     policy.load(folder / "state")
     order.restore(state["order"])
-    agent.engine.update_weights(policy.named_weights())
     return state
 
 

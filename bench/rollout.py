@@ -359,7 +359,7 @@ def serve_tools(plans: Sequence[Plan], port: Any) -> None:
     server.serve_forever()
 
 
-PAGE = b"<html><body>" + b"<p>A sentence about the question, long enough to be kept.</p>" * 40 + b"</body></html>"
+PAGE = b"<html><body>" + b"<p>A sentence about questions 0, 1, 2, 3 and 4, to be kept.</p>" * 40 + b"</body></html>"
 
 
 class PlannedTurns:
@@ -424,8 +424,8 @@ def bench_real() -> dict[str, float]:
     address = ours.recv()
     changes = {
         "engine": "vllm", "max_model_len": 4096, "max_turn_tokens": 500, "max_in_flight": CONVERSATIONS,
-        "max_tool_calls": MAX_CALLS, "search": "retriever", "search_url": address, "tool_threads": 64,
-        "allow_private_hosts": True, "connections_per_host": 64, "read_timeout": 30.0,
+        "max_tool_calls": MAX_CALLS, "search_results": MAX_CALLS, "search": "retriever", "search_url": address,
+        "tool_threads": 64, "allow_private_hosts": True, "connections_per_host": 64, "read_timeout": 30.0,
         "requests_per_second": SCALE * SEARCHES_PER_SECOND,
     }  # fmt: skip
     config = replace(load_config(["--preset=toy"]), **changes)
@@ -513,7 +513,7 @@ class InstantSearch:
 
 
 def bench_overhead() -> dict[str, float]:
-    """CPU time of all but engine and search, with the toy's prompts and observations; tools in threads as on the web."""
+    """CPU time of all but engine and search, with the toy's prompts and observations; tools in threads."""
     from transformers import AutoTokenizer
 
     chat, world = ChatFormat(AutoTokenizer.from_pretrained(toyworld.MODEL_DIR), date=""), toyworld.training_world(0)
@@ -545,7 +545,7 @@ def main() -> None:
     args = parser.parse_args()
     figures: dict[str, float] = {"load": os.getloadavg()[0], "cpus": os.cpu_count() or 0}
     print(f"load of this machine: {figures['load']:.1f} on {figures['cpus']} CPUs")
-    parts = {"overhead": bench_overhead, "sim": bench_simulated, "real": bench_real}
+    parts = {"real": bench_real, "sim": bench_simulated, "overhead": bench_overhead}
     for name, part in parts.items():
         if args.only in (None, name):
             figures |= part()

@@ -151,7 +151,7 @@ def permute_names(ids: np.ndarray, parts: list[np.ndarray], rng: np.random.Gener
     return np.where(ids < len(table), table[np.minimum(ids, len(table) - 1)], ids)
 
 
-def warm_start(config: Config, folder: Path, steps: int = 3600, tokens: int = 3000, demos: int = 9000) -> None:
+def warm_start(config: Config, folder: Path, steps: int = 2400, tokens: int = 3000, demos: int = 9000) -> None:
     """Train the tiny model on demonstrations from plain initialisation, and save it as a Hugging Face folder.
 
     Next-token loss with weight 1 on the beginners' tokens, 0.5 on observations, 0 on the prompt (copying is learned

@@ -62,6 +62,8 @@ class Setup:
 )
 def setup(request, tmp_path_factory) -> Iterator[Setup]:
     name, kind = request.param
+    if name == "vllm":
+        import bm25s  # noqa: F401  as in a run with a corpus; what it loads must not disturb vLLM
     model_dir = str(tmp_path_factory.mktemp(f"{name}-{kind}"))
     model = random_model(kind, seed=1)
     model.save_pretrained(model_dir)
@@ -318,12 +320,29 @@ def test_hf_shares_prompts_between_requests(model_dir):
 
 
 @pytest.mark.quick
-def test_hf_long_prompts_are_computed_in_pieces(model_dir, monkeypatch):
+def test_hf_long_prompts_are_spread_over_steps(model_dir, monkeypatch):
     requests = prompts(6, seed=120, low=60, high=100)
     expected = run(make_engine(engine_config(), model_dir, None), requests, GREEDY)
     monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 32)
-    pieces = run(make_engine(engine_config(), model_dir, None), requests, GREEDY)
-    assert tokens(pieces) == tokens(expected)
+    engine = make_engine(engine_config(), model_dir, None)
+    for name, prompt in requests.items():
+        engine.submit(name, prompt, GREEDY)
+    for running in range(1, 7):
+        assert not engine.step()
+        assert len(engine.running) == running
+    assert tokens(drain(engine, 6)) == tokens(expected)
+
+
+@pytest.mark.quick
+def test_hf_copies_a_prefix_before_its_row_is_given_away(model_dir):
+    """Two rows. In one step, a request copies the prefix that row 0 holds, and an unrelated one takes row 0 over."""
+    engine = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir, None)
+    prompt, unrelated = prompts(2, seed=115, low=50, high=50).values()
+    run(engine, {"first": prompt}, GREEDY)
+    engine.stats.clear()
+    requests = {"copies": [*prompt, 1, 2, 3], "takes over": unrelated}
+    check_against_model(random_model("qwen2", seed=1), requests, run(engine, requests, GREEDY), GREEDY)
+    assert engine.stats["cached_tokens"] == 50
 
 
 @pytest.mark.quick
