@@ -214,7 +214,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None
         cache[:, row, :, past:end] = new[:, :, tokens]
         mask = torch.ones(n, end, dtype=bool).tril_(past).repeat(heads // kv_heads, 1) if n > 1 else None
         # The query heads that share a key head become its rows: no copies of the keys, as enable_gqa would make.
-        q, (k, v) = query[0, :, tokens].reshape(1, kv_heads, -1, head_dim), cache[:, row, None, :, :end]
+        q, (k, v) = query[0, :, tokens].reshape(1, kv_heads, -1, head_dim), cache[:, row, None, :, :end].unbind()
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=given["scaling"])
         output[tokens] = mixed.view(heads, -1, head_dim).transpose(0, 1)
     return output[None], None

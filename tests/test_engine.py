@@ -346,6 +346,18 @@ def test_hf_copies_a_prefix_before_its_row_is_given_away(model_dir):
 
 
 @pytest.mark.quick
+def test_hf_a_next_turn_goes_on_in_its_own_row(model_dir):
+    """Two rows, both needed: a turn that took the other row would have to compute its prefix again."""
+    engine = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir, None)
+    requests = prompts(2, seed=116, low=50, high=50)
+    done = run(engine, requests, GREEDY)
+    engine.stats.clear()
+    longer = {name: requests[name] + done[name].token_ids + [1, 2, 3] for name in reversed(requests)}
+    check_against_model(random_model("qwen2", seed=1), longer, run(engine, longer, GREEDY), GREEDY)
+    assert engine.stats["prefill_tokens"] == 2 * (3 + 1)
+
+
+@pytest.mark.quick
 def test_hf_few_slots_serve_many_requests(model_dir):
     """Two slots and 12 requests in two turns: evicted prefixes are computed again, results stay the same."""
     requests = prompts(12, seed=130)

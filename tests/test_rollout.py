@@ -548,9 +548,9 @@ def test_tools_run_while_others_generate_in_at_most_tool_threads_and_waiting_for
     engine = Scripted(
         turns(search_turn("a", "b", "c"), answer_turn()), lambda name, turn: random.Random(name).randint(1, 9)
     )
-    agent = make_agent(engine, tool_threads=4, tool_timeout=0.3)
-    source = with_source(agent, lambda query: time.sleep(0.05) or [SearchResult("T", "https://a.example/", "S")])
-    trajectories = flat(roll_out(batch(20), agent))  # 60 searches, 4 at once: 0.75 s, longer than the timeout
+    agent = make_agent(engine, tool_threads=4, tool_timeout=0.2)
+    source = with_source(agent, lambda query: time.sleep(0.1) or [SearchResult("T", "https://a.example/", "S")])
+    trajectories = flat(roll_out(batch(20), agent))  # 60 searches, 4 at once: 1.5 s
     assert source.most_at_once == 4
     assert not any("fail_timeout" in t.cost for t in trajectories)
     assert {t.stop_reason for t in trajectories} == {"answer"}
@@ -650,6 +650,25 @@ def test_cancelling_keeps_what_is_finished_and_ends_every_coroutine():
     assert not engine.running and sorted(engine.aborted) == ["1/0/3", "1/0/4", "1/0/5"]
     engine.write = turns(answer_turn("again"))
     assert {t.answer for t in flat(roll_out(batch(2), agent))} == {"again"}
+
+
+def test_a_turn_that_ends_in_the_step_in_which_it_is_given_up():
+    class Late(Scripted):
+        def step(self):
+            self.task.cancel()
+            return super().step()
+
+    engine = Late(turns(answer_turn()))
+
+    async def session():
+        scheduler = Scheduler(engine, 1)
+        pumping = asyncio.create_task(scheduler.pump())
+        engine.task = asyncio.create_task(scheduler.generate("1/0/0", [1], Sampling(1.0, 1.0, 100, 0, ())))
+        await asyncio.wait([engine.task])
+        assert engine.task.cancelled() and not pumping.done() and not scheduler.waiting
+        pumping.cancel()
+
+    asyncio.run(session())
 
 
 def test_a_deadline_ends_one_trajectory_and_no_other():
