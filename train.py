@@ -59,7 +59,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
                 rollouts = roll_out(batch, agent, on_done)
             # 2 judge: rewards, and advantages inside each group
             seeds = [seed_of(config.seed, step, number) for number in numbers]
-            groups = [judge(*each, config, seed) for *each, seed in zip(questions, rollouts, seeds, strict=True)]
+            groups = [judge(q, found, config, seed) for q, found, seed in zip(questions, rollouts, seeds, strict=True)]
             row = {"step": step, "steps": config.steps, "roll_s": lap.seconds()}
             row |= step_means(ranks.total(step_sums(groups, rollouts)))
             # 3 learn: GRPO on the groups, then the new weights go to the engine

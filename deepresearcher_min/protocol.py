@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 THINK = "<think>"  # forced: part of every generation prompt, never sampled, never trained
@@ -118,17 +117,18 @@ def parse_call(call: str) -> Search | Browse | Malformed:
     if not isinstance(data, dict) or not isinstance(data.get("arguments"), dict):
         return Malformed('the tool call is not {"name": ..., "arguments": {...}}')
     name, arguments = data.get("name"), data["arguments"]
-    kinds = {"web_search": ("query", Search), "browse_webpage": ("url_list", Browse)}
-    if not isinstance(name, str) or name not in kinds:
+    argument = {"web_search": "query", "browse_webpage": "url_list"}.get(str(name))
+    if argument is None:
         return Malformed(f"there is no tool named {str(name)[:50]!r}")
-    argument, action = kinds[name]
     values = arguments.get(argument)
     if isinstance(values, str):  # a single string where a list is asked for: the meaning is plain
         values = [values]
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         return Malformed(f"{name} needs {argument}: a list of strings")
     values = tuple(value.strip() for value in values if value.strip())
-    return action(values) if values else Malformed(f"{name} was called with an empty {argument}")
+    if not values:
+        return Malformed(f"{name} was called with an empty {argument}")
+    return Search(values) if name == "web_search" else Browse(values)
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,6 @@ def render(kind: str, entries: Sequence[Entry], kept: int | None = None) -> str:
         else:
             data.append({"information": items, "url": entry.key})
     return repr(data)
-
-
-def today() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%d")
 
 
 class ChatFormat:

@@ -20,7 +20,18 @@ import numpy as np
 from deepresearcher_min.browse import Reader, browse, make_reader
 from deepresearcher_min.config import Config
 from deepresearcher_min.engine import Completion, Engine, Sampling
-from deepresearcher_min.protocol import THINK, Action, ChatFormat, Entry, Search, page_item, parse_turn, search_item
+from deepresearcher_min.protocol import (
+    THINK,
+    Answer,
+    Browse,
+    ChatFormat,
+    Entry,
+    Malformed,
+    Search,
+    page_item,
+    parse_turn,
+    search_item,
+)
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Backend, Corpus, make_search
 from deepresearcher_min.trajectory import Question, Trajectory, Turn
@@ -55,8 +66,8 @@ class Recording:
         return start, len(self.token_ids)
 
     def finish(self, stop_reason: str, answer: str | None = None) -> Trajectory:
-        arrays = map(np.array, (self.token_ids, self.sampled_mask, self.logprobs))
-        return Trajectory(self.question, *arrays, tuple(self.turns), answer, stop_reason, dict(self.cost))
+        ids, mask, logprobs = map(np.array, (self.token_ids, self.sampled_mask, self.logprobs))
+        return Trajectory(self.question, ids, mask, logprobs, tuple(self.turns), answer, stop_reason, dict(self.cost))
 
 
 class Tools:
@@ -68,12 +79,16 @@ class Tools:
         self.reader: Reader = make_reader(config, web, self.generate_text)
         self.pool = ThreadPoolExecutor(max(1, config.tool_threads), "tool")
         self.readings = 0
+        self.scheduler: Scheduler  # of the rollout that is under way, and how many of its tool calls may be
+        self.slots: asyncio.Semaphore
 
-    async def use(self, action: Action, record: Recording) -> list[Entry]:
+    async def use(self, action: Search | Browse, record: Recording) -> list[Entry]:
         """What each query of a search or address of a browse brought; one by one without threads, to be repeatable."""
-        searching = isinstance(action, Search)
-        keys = action.queries[: self.config.max_queries] if searching else action.urls[: self.config.max_urls]
-        jobs = [self.entry(key, searching, record) for key in keys]
+        if isinstance(action, Search):
+            keys = action.queries[: self.config.max_queries]
+        else:
+            keys = action.urls[: self.config.max_urls]
+        jobs = [self.entry(key, isinstance(action, Search), record) for key in keys]
         return await asyncio.gather(*jobs) if self.config.tool_threads else [await job for job in jobs]
 
     async def entry(self, key: str, searching: bool, record: Recording) -> Entry:
@@ -145,11 +160,14 @@ async def agent_loop(record: Recording, generate: Generate, agent: Agent) -> Tra
         sampled = record.append(completion.token_ids, completion.logprobs)
         text = THINK + chat.decode(completion.token_ids)
         action = parse_turn(text)
-        kind, reason, observation, ids = type(action).__name__.lower(), None, "", []
+        kind, reason, answer, observation = type(action).__name__.lower(), "", None, ""
+        ids: list[int] = []
         if completion.finish_reason == "length":  # cut off, whatever it reads like
             kind, reason = "malformed", "length" if room > config.max_turn_tokens else "context"
-        elif kind in ("answer", "malformed"):
+        elif isinstance(action, Malformed):
             reason = kind
+        elif isinstance(action, Answer):
+            reason, answer = kind, action.text
         elif len(record.turns) == config.max_tool_calls:
             reason = "tool_budget"
         else:
@@ -160,7 +178,7 @@ async def agent_loop(record: Recording, generate: Generate, agent: Agent) -> Tra
                 reason, ids = "context", []
         record.turns.append(Turn(sampled, record.append(ids), text, kind, observation))
         if reason:
-            return record.finish(reason, action.text if reason == "answer" else None)
+            return record.finish(reason, answer)
 
 
 class Scheduler:
@@ -261,8 +279,9 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
     asked = [(q, n, i) for q, n in zip(batch.questions, batch.numbers, strict=True) for i in range(batch.repeats)]
     jobs = [asyncio.create_task(one(age, *each)) for age, each in enumerate(asked)]
     pumping, everything = asyncio.create_task(scheduler.pump()), asyncio.gather(*jobs)
+    both: list[asyncio.Future] = [pumping, everything]
     try:
-        await asyncio.wait([pumping, everything], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if pumping.done():
             pumping.result()  # the engine failed: raise its error instead of waiting for ever
         flat = everything.result()

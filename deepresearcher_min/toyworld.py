@@ -24,13 +24,15 @@ from deepresearcher_min.trajectory import Question, Trajectory
 TRAINING_QUESTIONS = 1000
 MODEL_DIR = Path(__file__).parent / "toy_model"
 SITE = "https://toy.example/"
-RELATIONS = {  # what a question can ask for, by kind of page; the value is the kind of the answer
+# What a question can ask for, by kind of page; the value is the kind of the answer.
+RELATIONS: dict[str, dict[str, str]] = {
     "person": {"birthplace": "city", "employer": "company", "spouse": "person"},
     "company": {"headquarters": "city", "founder": "person"},
     "book": {"author": "person"},
     "city": {"mayor": "person"},
 }
-FILLERS = {  # facts that nobody asks for: they make a search result's one fact less often the right one
+# Facts that nobody asks for: they make a search result's one fact less often the right one.
+FILLERS: dict[str, dict[str, tuple[str, ...]]] = {
     "company": {"product": ("lamps", "boats", "clocks", "paper", "tea", "glass")},
     "book": {"genre": ("comedy", "tragedy", "history", "travel"), "length": ("short", "long", "medium")},
     "city": {"river": ("Aro", "Bel", "Cim", "Dov", "Elt", "Fen"), "climate": ("mild", "dry", "wet", "cold")},
@@ -209,10 +211,10 @@ def behaviour_rates(trajectories: Sequence[Trajectory], world: World) -> dict[st
     seen: dict[str, list[bool]] = {"full_name": [], "browse_when_needed": [], "second_hop": []}
     for trajectory in trajectories:
         subject, relations = chain_of(trajectory.question.text)
-        actions = [(parse_turn(turn.text), turn.observation) for turn in trajectory.turns]
-        if not actions or not isinstance(actions[0][0], Search):
+        first = parse_turn(trajectory.turns[0].text) if trajectory.turns else None
+        if not isinstance(first, Search):
             continue
-        first, shown = actions[0]
+        shown = trajectory.turns[0].observation
         if " " in subject:
             seen["full_name"].append(subject in first.queries[0])
         value = world.follow(subject, relations[:1])
@@ -220,7 +222,7 @@ def behaviour_rates(trajectories: Sequence[Trajectory], world: World) -> dict[st
         if f"'title': '{subject}'" in shown and fact not in shown:
             browsed = [turn for turn in trajectory.turns if turn.kind == "browse" and url_of(subject) in turn.text]
             seen["browse_when_needed"].append(bool(browsed))
-        found = [i for i, (_, text) in enumerate(actions) if fact in text]
+        found = [i for i, turn in enumerate(trajectory.turns) if fact in turn.observation]
         if len(relations) == 2 and found:
             later = [turn for turn in trajectory.turns[found[0] + 1 :] if turn.kind in ("search", "browse")]
             tail = value.split()[-1]

@@ -16,7 +16,7 @@ checkpoint needs just two numbers to continue it. Omitted: streaming; 80,000 que
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -137,38 +137,34 @@ def load_questions(path: str | Path) -> list[Question]:
     ValueError naming the file and the row (parquet: from 0; jsonl: the line, from 1) of the first row that is unusable.
     """
     path = Path(path)
-    readers = {".parquet": parquet_rows, ".jsonl": jsonl_rows}
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: questions come from a file that ends in {' or '.join(readers)}")
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise ValueError(f"{path}: questions come from a file that ends in .parquet or .jsonl")
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
-    questions: list[Question] = []
-    seen: set[str] = set()
-    for where, row in readers[path.suffix](path):
+    questions: dict[str, Question] = {}
+    for where, row in read_rows(path):
         try:
-            question = parse_parquet_row(row) if path.suffix == ".parquet" else parse_jsonl_row(row)
+            question = parse_row(row, official=path.suffix == ".parquet")
         except (KeyError, TypeError, ValueError) as error:
             reason = f"the key {error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(f"{path}, {where}: {reason}") from error
-        row_id = question["id"] or f"{path.stem}, {where}"
-        if row_id in seen:
-            row_id = f"{row_id}, {where}"
-        seen.add(row_id)
-        questions.append(Question(**{**question, "id": row_id}))
+        name = question.id or f"{path.stem}, {where}"
+        name = f"{name}, {where}" if name in questions else name
+        questions[name] = replace(question, id=name)
     if not questions:
         raise ValueError(f"{path}: there are no questions in it")
-    return questions
+    return list(questions.values())
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: not a readable parquet file ({error})") from error
-    return ((f"row {number}", row) for number, row in enumerate(rows))
-
-
-def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Every row of a file, with the words that say where it stands."""
+    if path.suffix == ".parquet":
+        try:
+            rows = pq.read_table(path).to_pylist()
+        except pa.ArrowException as error:
+            raise ValueError(f"{path}: not a readable parquet file ({error})") from error
+        yield from ((f"row {number}", row) for number, row in enumerate(rows))
+        return
     with path.open("rb") as lines:  # bytes: text would also be split at U+2028, which JSON allows inside strings
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -178,45 +174,30 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
 
 
-def parse_parquet_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The official schema: prompt [{role, content}], reward_model {ground_truth}, data_source, extra_info {index}."""
-    users = [message["content"] for message in row["prompt"] or [] if message["role"] == "user"]
-    if len(users) != 1:
-        raise ValueError(f"prompt has {len(users)} user messages, not 1")
-    return {
-        "id": str((row.get("extra_info") or {}).get("index") or ""),
-        "text": check_text(users[0], "prompt"),
-        "answers": split_answers((row["reward_model"] or {})["ground_truth"], "ground_truth"),
-        "source": str(row.get("data_source") or ""),
-    }
-
-
-def parse_jsonl_row(row: Any) -> dict[str, Any]:
+def parse_row(row: Any, official: bool) -> Question:
+    """A question from our keys, or the official ones: prompt, reward_model, data_source, extra_info."""
     if not isinstance(row, dict):
         raise ValueError(f"not an object with question and answers: {str(row)[:80]}")
-    return {
-        "id": str(row.get("id") or ""),
-        "text": check_text(row["question"], "question"),
-        "answers": split_answers(row["answers"], "answers"),
-        "source": str(row.get("source") or ""),
-    }
-
-
-def check_text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} must be a text that is not empty, not {value!r}")
-    return value
-
-
-def split_answers(value: Any, name: str) -> tuple[str, ...]:
-    """Gold answers from one string, joined by <|answer_split|>, or from a list of strings."""
-    parts = value.split(ANSWER_SPLIT) if isinstance(value, str) else value
+    if official:
+        users = [message["content"] for message in row["prompt"] or [] if message["role"] == "user"]
+        if len(users) != 1:
+            raise ValueError(f"prompt has {len(users)} user messages, not 1")
+        row = {
+            "question": users[0],
+            "answers": (row["reward_model"] or {})["ground_truth"],
+            "source": row.get("data_source"),
+            "id": (row.get("extra_info") or {}).get("index"),
+        }
+    text, answers = row["question"], row["answers"]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"question must be a text that is not empty, not {text!r}")
+    parts = answers.split(ANSWER_SPLIT) if isinstance(answers, str) else answers
     if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"{name} must be a string or a list of strings, not {str(value)[:80]!r}")
-    answers = tuple(part.strip() for part in parts if part.strip())
-    if not answers:
-        raise ValueError(f"{name} holds no answer: {str(value)[:80]!r}")
-    return answers
+        raise ValueError(f"answers must be a string or a list of strings, not {str(answers)[:80]!r}")
+    golds = tuple(part.strip() for part in parts if part.strip())
+    if not golds:
+        raise ValueError(f"answers holds no answer: {str(answers)[:80]!r}")
+    return Question(str(row.get("id") or ""), text, golds, str(row.get("source") or ""))
 
 
 class QuestionOrder:

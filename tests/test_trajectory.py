@@ -109,9 +109,9 @@ def official_row(**changes: object) -> dict:
     [
         ({"prompt": []}, "row 1: prompt has 0 user messages, not 1"),
         ({"prompt": None}, "row 1: prompt has 0 user messages, not 1"),
-        ({"prompt": [{"role": "user", "content": ""}]}, "row 1: prompt must be a text"),
+        ({"prompt": [{"role": "user", "content": ""}]}, "row 1: question must be a text"),
         ({"reward_model": None}, "row 1: the key 'ground_truth' is missing"),
-        ({"reward_model": {"ground_truth": "<|answer_split|> ", "style": ""}}, "row 1: ground_truth holds no answer"),
+        ({"reward_model": {"ground_truth": "<|answer_split|> ", "style": ""}}, "row 1: answers holds no answer"),
     ],
 )
 def test_bad_parquet_rows_name_file_and_row(tmp_path, changes, message):
