@@ -9,30 +9,60 @@ Left out: other call syntaxes and parallel calls. A turn makes one call, as in t
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 THINK = "<think>"  # forced: part of every generation prompt, never sampled, never trained
 
-TOOLS: list[dict[str, Any]] = [
-    {
-        "type": "function",
-        "function": {
-            "name": name,
-            "description": description,
-            "parameters": {
-                "type": "object",
-                "properties": {argument: {"type": "array", "items": {"type": "string"}, "description": meaning}},
-                "required": [argument],
-            },
-        },
-    }
-    for name, argument, description, meaning in (
-        ("web_search", "query", "Search the web.", "One to three search queries, answered together."),
-        ("browse_webpage", "url_list", "Read web pages and take notes.", "URLs that an earlier search showed."),
-    )
-]
+
+@dataclass(frozen=True)
+class Tool:
+    """One tool: how the model calls it, with a list of strings, and the shape of what each of them brings."""
+
+    kind: str  # the name in Turn.kind, and of the method of rollout.Tools that does the work
+    description: str
+    argument: str  # of the call: a list of keys (queries, addresses)
+    meaning: str
+    most: str  # the config key that limits the number of keys
+    shape: tuple[str, str]  # in an observation: the name of a key, and that of the list of items that it brought
+    item: Callable[[str], dict[str, Any]]  # one item with these words as its content
+
+
+def search_item(summary: str, title: str = "", url: str = "") -> dict[str, Any]:
+    return {"quick_summary": summary, "title": title, "url": url}
+
+
+def page_item(summary: str, number: int = 0) -> dict[str, Any]:
+    return {"page_number": number, "page_summary": summary}
+
+
+TOOLS = {
+    "web_search": Tool(
+        "search", "Search the web.", "query", "One to three search queries, answered together.", "max_queries",
+        ("search_query", "web_page_info_list"), search_item,
+    ),
+    "browse_webpage": Tool(
+        "browse", "Read web pages and take notes.", "url_list", "URLs that an earlier search showed.", "max_urls",
+        ("url", "information"), page_item,
+    ),
+}  # fmt: skip
+
+
+def tool_of(kind: str) -> Tool:
+    return next(tool for tool in TOOLS.values() if tool.kind == kind)
+
+
+def schemas() -> list[dict[str, Any]]:
+    """The tools as chat templates want them."""
+    described = []
+    for name, tool in TOOLS.items():
+        keys = {"type": "array", "items": {"type": "string"}, "description": tool.meaning}
+        parameters = {"type": "object", "properties": {tool.argument: keys}, "required": [tool.argument]}
+        function = {"name": name, "description": tool.description, "parameters": parameters}
+        described.append({"type": "function", "function": function})
+    return described
+
 
 SYSTEM_PROMPT = """\
 Today is {date} (UTC). You are a research agent. You answer a question by finding the facts on the web; do not
@@ -56,13 +86,9 @@ explanation; for a yes-or-no question it is yes or no."""
 
 
 @dataclass(frozen=True)
-class Search:
-    queries: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Browse:
-    urls: tuple[str, ...]
+class Call:
+    kind: str  # search | browse: Tool.kind
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -75,7 +101,7 @@ class Malformed:
     reason: str
 
 
-Action = Search | Browse | Answer | Malformed
+Action = Call | Answer | Malformed
 
 
 def parse_turn(text: str) -> Action:
@@ -108,7 +134,7 @@ def first_pair(text: str, tag: str) -> str | None:
     return inner if opened and closed else None
 
 
-def parse_call(call: str) -> Search | Browse | Malformed:
+def parse_call(call: str) -> Call | Malformed:
     try:
         # strict=False: models write raw line breaks inside strings. RecursionError: "[[[[..." of some thousand.
         data = json.loads(call, strict=False)
@@ -117,38 +143,27 @@ def parse_call(call: str) -> Search | Browse | Malformed:
     if not isinstance(data, dict) or not isinstance(data.get("arguments"), dict):
         return Malformed('the tool call is not {"name": ..., "arguments": {...}}')
     name, arguments = data.get("name"), data["arguments"]
-    argument = {"web_search": "query", "browse_webpage": "url_list"}.get(str(name))
-    if argument is None:
+    tool = TOOLS.get(str(name))
+    if tool is None:
         return Malformed(f"there is no tool named {str(name)[:50]!r}")
-    values = arguments.get(argument)
+    values = arguments.get(tool.argument)
     if isinstance(values, str):  # a single string where a list is asked for: the meaning is plain
         values = [values]
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        return Malformed(f"{name} needs {argument}: a list of strings")
+        return Malformed(f"{name} needs {tool.argument}: a list of strings")
     values = tuple(value.strip() for value in values if value.strip())
-    if not values:
-        return Malformed(f"{name} was called with an empty {argument}")
-    return Search(values) if name == "web_search" else Browse(values)
+    return Call(tool.kind, values) if values else Malformed(f"{name} was called with an empty {tool.argument}")
 
 
 @dataclass(frozen=True)
 class Entry:
     """What one query or one URL brought: `items` are the droppable parts, best first.
 
-    A search item is {quick_summary, title, url}; a page item is {page_number, page_summary}. A failure is
-    one item of the same shape with the reason in words where the content would be.
+    A failure is one item of the same shape with the reason in words where the content would be.
     """
 
     key: str  # the query or the URL
     items: tuple[dict[str, Any], ...]
-
-
-def search_item(summary: str, title: str = "", url: str = "") -> dict[str, Any]:
-    return {"quick_summary": summary, "title": title, "url": url}
-
-
-def page_item(summary: str, number: int = 0) -> dict[str, Any]:
-    return {"page_number": number, "page_summary": summary}
 
 
 def render(kind: str, entries: Sequence[Entry], kept: int | None = None) -> str:
@@ -159,13 +174,11 @@ def render(kind: str, entries: Sequence[Entry], kept: int | None = None) -> str:
     """
     ranks = sorted((rank, i) for i, entry in enumerate(entries) for rank in range(len(entry.items)))
     chosen = set(ranks[:kept])
+    key_name, items_name = tool_of(kind).shape
     data = []
     for i, entry in enumerate(entries):
         items = [item for rank, item in enumerate(entry.items) if (rank, i) in chosen]
-        if kind == "search":
-            data.append({"search_query": entry.key, "web_page_info_list": items})
-        else:
-            data.append({"information": items, "url": entry.key})
+        data.append(dict(sorted({key_name: entry.key, items_name: items}.items())))
     return repr(data)
 
 
@@ -183,8 +196,8 @@ class ChatFormat:
             self.system = system_prompt.replace("{date}", date)
         else:
             self.system = SYSTEM_PROMPT.format(date=date)
-            if self._render_prompt("x", TOOLS) == self._render_prompt("x", None):  # a template that ignores tools
-                self.system += "\n\nTools:\n" + "\n".join(json.dumps(tool) for tool in TOOLS)
+            if self._render_prompt("x", schemas()) == self._render_prompt("x", None):  # a template that ignores tools
+                self.system += "\n\nTools:\n" + "\n".join(json.dumps(tool) for tool in schemas())
         added = tokenizer.added_tokens_decoder.values()
         specials = sorted((str(token) for token in added if token.special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials)))
@@ -197,7 +210,7 @@ class ChatFormat:
         """Read off the template what stands between an assistant turn, a tool's words and the next turn."""
         turn, words = "ASSISTANT-TURN", "TOOL-WORDS"
         messages = [*self._messages("x"), {"role": "assistant", "content": turn}, {"role": "tool", "content": words}]
-        text = self._template(messages, TOOLS)
+        text = self._template(messages, schemas())
         if turn not in text or words not in text:
             raise ValueError("the chat template leaves out assistant or tool messages; the agent loop needs both")
         between, after = text.split(turn, 1)[1].split(words, 1)
@@ -229,7 +242,7 @@ class ChatFormat:
 
     def prompt_ids(self, question: str) -> list[int]:
         """[P] ids of system, question and generation prompt, the forced <think> included."""
-        return self._encode(self._render_prompt(self.defuse(question), TOOLS))
+        return self._encode(self._render_prompt(self.defuse(question), schemas()))
 
     def message_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """[P] ids of a plain conversation without tools, ready for the model to go on (readers use it)."""
@@ -260,8 +273,8 @@ class ChatFormat:
                 too_many = kept
             kept = (fits + too_many) // 2
         if best is None:
-            item = (search_item if kind == "search" else page_item)("The result is too long to be shown.")
-            text = render(kind, [Entry(entry.key[:100], (item,)) for entry in entries])
+            too_long = tool_of(kind).item("The result is too long to be shown.")
+            text = render(kind, [Entry(entry.key[:100], (too_long,)) for entry in entries])
             best = text, self.observation_ids(text)
         return *best, total - fits
 

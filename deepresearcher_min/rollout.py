@@ -9,7 +9,6 @@ import asyncio
 import heapq
 import logging
 import signal
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,51 +22,24 @@ from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import (
     THINK,
     Answer,
-    Browse,
+    Call,
     ChatFormat,
     Entry,
     Malformed,
-    Search,
     page_item,
     parse_turn,
     search_item,
+    tool_of,
 )
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Backend, Corpus, make_search
-from deepresearcher_min.trajectory import Question, Trajectory, Turn
+from deepresearcher_min.trajectory import Question, Recording, Trajectory, Turn
 from deepresearcher_min.web import Web, WebFailure, count
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
 GRACE = 1.0  # after a tool's own deadline its thread is given up, although it cannot be ended [s]
 Generate = Callable[[list[int], int], Awaitable[Completion]]  # (token ids so far, max new tokens) -> completion
 OnDone = Callable[[Trajectory], None]
-
-
-class Recording:
-    """A trajectory while it grows: three parallel lists that are only ever appended to, and what the agent knows."""
-
-    def __init__(self, question: Question, prompt_ids: Sequence[int]) -> None:
-        self.question = question
-        self.token_ids: list[int] = []
-        self.sampled_mask: list[bool] = []
-        self.logprobs: list[float] = []
-        self.turns: list[Turn] = []
-        self.cost: Counter = Counter()
-        self.shown: set[str] = set()  # every URL that a search of this trajectory has shown
-        self.memory: list[str] = []  # what the reader has noted so far
-        self.append(prompt_ids)
-
-    def append(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> tuple[int, int]:
-        """Add given tokens, or with logprobs sampled ones; returns their span [start, end)."""
-        start = len(self.token_ids)
-        self.token_ids += ids
-        self.sampled_mask += [logprobs is not None] * len(ids)
-        self.logprobs += [float("nan")] * len(ids) if logprobs is None else logprobs
-        return start, len(self.token_ids)
-
-    def finish(self, stop_reason: str, answer: str | None = None) -> Trajectory:
-        ids, mask, logprobs = map(np.array, (self.token_ids, self.sampled_mask, self.logprobs))
-        return Trajectory(self.question, ids, mask, logprobs, tuple(self.turns), answer, stop_reason, dict(self.cost))
 
 
 class Tools:
@@ -82,30 +54,31 @@ class Tools:
         self.scheduler: Scheduler  # of the rollout that is under way, and how many of its tool calls may be
         self.slots: asyncio.Semaphore
 
-    async def use(self, action: Search | Browse, record: Recording) -> list[Entry]:
+    async def use(self, call: Call, record: Recording) -> list[Entry]:
         """What each query of a search or address of a browse brought; one by one without threads, to be repeatable."""
-        if isinstance(action, Search):
-            keys = action.queries[: self.config.max_queries]
-        else:
-            keys = action.urls[: self.config.max_urls]
-        jobs = [self.entry(key, isinstance(action, Search), record) for key in keys]
+        most = getattr(self.config, tool_of(call.kind).most)
+        jobs = [self.entry(call.kind, key, record) for key in call.keys[:most]]
         return await asyncio.gather(*jobs) if self.config.tool_threads else [await job for job in jobs]
 
-    async def entry(self, key: str, searching: bool, record: Recording) -> Entry:
+    async def search(self, query: str, record: Recording) -> list[dict[str, Any]]:
+        results = await self.in_thread(self.backend.search, query, record.cost)
+        record.shown.update(result.url for result in results if result.url)
+        return [search_item(result.snippet, result.title, result.url) for result in results]
+
+    async def browse(self, url: str, record: Recording) -> list[dict[str, Any]]:
+        if url not in record.shown:
+            count(record.cost, "fail_unknown_url")
+            raise WebFailure("unknown_url", "No search has shown this address, so it cannot be opened.")
+        notes = await browse(
+            url, record.question.text, record.memory, config=self.config, web=self.web, corpus=self.corpus,
+            reader=self.reader, counts=record.cost, in_thread=self.in_thread,
+        )  # fmt: skip
+        return [page_item(summary, number) for number, summary in notes]
+
+    async def entry(self, kind: str, key: str, record: Recording) -> Entry:
         try:
             async with self.slots:
-                if searching:
-                    results = await self.in_thread(self.backend.search, key, record.cost)
-                    record.shown.update(result.url for result in results if result.url)
-                    return Entry(key, tuple(search_item(r.snippet, r.title, r.url) for r in results))
-                if key not in record.shown:
-                    count(record.cost, "fail_unknown_url")
-                    raise WebFailure("unknown_url", "No search has shown this address, so it cannot be opened.")
-                notes = await browse(
-                    key, record.question.text, record.memory, config=self.config, web=self.web, corpus=self.corpus,
-                    reader=self.reader, counts=record.cost, in_thread=self.in_thread,
-                )  # fmt: skip
-                return Entry(key, tuple(page_item(summary, number) for number, summary in notes))
+                return Entry(key, tuple(await getattr(self, kind)(key, record)))
         except WebFailure as failure:  # counted where it happened
             words = failure.words
         except TimeoutError:
@@ -115,7 +88,7 @@ class Tools:
             logging.getLogger(__name__).exception("tool call for %.200r", key)
             count(record.cost, "fail_error")
             words = "The tool failed."
-        return Entry(key, (search_item(words) if searching else page_item(words),))
+        return Entry(key, (tool_of(kind).item(words),))
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a blocking function, which keeps tool_timeout itself; TimeoutError if it does not."""
@@ -160,7 +133,8 @@ async def agent_loop(record: Recording, generate: Generate, agent: Agent) -> Tra
         sampled = record.append(completion.token_ids, completion.logprobs)
         text = THINK + chat.decode(completion.token_ids)
         action = parse_turn(text)
-        kind, reason, answer, observation = type(action).__name__.lower(), "", None, ""
+        kind = action.kind if isinstance(action, Call) else type(action).__name__.lower()
+        reason, answer, observation = "", None, ""
         ids: list[int] = []
         if completion.finish_reason == "length":  # cut off, whatever it reads like
             kind, reason = "malformed", "length" if room > config.max_turn_tokens else "context"

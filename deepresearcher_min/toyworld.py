@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from deepresearcher_min.protocol import THINK, Search, parse_turn
+from deepresearcher_min.protocol import THINK, Call, parse_turn
 from deepresearcher_min.search import Corpus
 from deepresearcher_min.trajectory import Question, Trajectory
 
@@ -212,11 +212,11 @@ def behaviour_rates(trajectories: Sequence[Trajectory], world: World) -> dict[st
     for trajectory in trajectories:
         subject, relations = chain_of(trajectory.question.text)
         first = parse_turn(trajectory.turns[0].text) if trajectory.turns else None
-        if not isinstance(first, Search):
+        if not isinstance(first, Call) or first.kind != "search":
             continue
         shown = trajectory.turns[0].observation
         if " " in subject:
-            seen["full_name"].append(subject in first.queries[0])
+            seen["full_name"].append(subject in first.keys[0])
         value = world.follow(subject, relations[:1])
         fact = f"The {relations[0]} is {value}."
         if f"'title': '{subject}'" in shown and fact not in shown:

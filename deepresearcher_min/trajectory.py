@@ -15,6 +15,7 @@ checkpoint needs just two numbers to continue it. Omitted: streaming; 80,000 que
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,6 +111,33 @@ class Trajectory:
             "sampled_mask": self.sampled_mask.astype(int).tolist(),
             "logprobs": [round(float(x), 6) for x in self.logprobs[self.sampled_mask]],
         }
+
+
+class Recording:
+    """A trajectory while it grows: three parallel lists that are only ever appended to, and what the agent knows."""
+
+    def __init__(self, question: Question, prompt_ids: Sequence[int]) -> None:
+        self.question = question
+        self.token_ids: list[int] = []
+        self.sampled_mask: list[bool] = []
+        self.logprobs: list[float] = []
+        self.turns: list[Turn] = []
+        self.cost: Counter = Counter()
+        self.shown: set[str] = set()  # every URL that a search of this trajectory has shown
+        self.memory: list[str] = []  # what the reader has noted so far
+        self.append(prompt_ids)
+
+    def append(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> tuple[int, int]:
+        """Add given tokens, or with logprobs sampled ones; returns their span [start, end)."""
+        start = len(self.token_ids)
+        self.token_ids += ids
+        self.sampled_mask += [logprobs is not None] * len(ids)
+        self.logprobs += [float("nan")] * len(ids) if logprobs is None else logprobs
+        return start, len(self.token_ids)
+
+    def finish(self, stop_reason: str, answer: str | None = None) -> Trajectory:
+        ids, mask, logprobs = map(np.array, (self.token_ids, self.sampled_mask, self.logprobs))
+        return Trajectory(self.question, ids, mask, logprobs, tuple(self.turns), answer, stop_reason, dict(self.cost))
 
 
 @dataclass(frozen=True)

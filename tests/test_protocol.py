@@ -10,16 +10,15 @@ from transformers import AutoTokenizer
 
 from deepresearcher_min import toyworld
 from deepresearcher_min.protocol import (
-    TOOLS,
     Answer,
-    Browse,
+    Call,
     ChatFormat,
     Entry,
     Malformed,
-    Search,
     page_item,
     parse_turn,
     render,
+    schemas,
     search_item,
 )
 
@@ -46,19 +45,22 @@ def toy() -> ChatFormat:
     [
         ("<think> x </think> <answer> Oslo </answer>", Answer("Oslo")),
         ("x </think><answer>Oslo</answer> and more", Answer("Oslo")),
-        (f"<think>x</think>{CALL}", Search(("a", "b"))),
+        (f"<think>x</think>{CALL}", Call("search", ("a", "b"))),
         (f"<think>x</think>{CALL}<answer>y</answer>", Answer("y")),  # an answer wins over a call
-        (f"<think>x</think>{CALL}{CALL.replace('a', 'z')}", Search(("a", "b"))),  # the first pair counts
+        (f"<think>x</think>{CALL}{CALL.replace('a', 'z')}", Call("search", ("a", "b"))),  # the first pair counts
         ("<think>a <answer>no</answer> </think><answer>yes</answer>", Answer("yes")),  # thoughts do not answer
         ("<think>x</think><answer></answer>", Answer("")),
         (
             '<think>x</think><tool_call>\n{"name":"browse_webpage","arguments":{"url_list":["http://a"]}}\n</tool_call>',
-            Browse(("http://a",)),
+            Call("browse", ("http://a",)),
         ),
-        ('<think>x</think><tool_call>{"name":"web_search","arguments":{"query":"one"}}</tool_call>', Search(("one",))),
+        (
+            '<think>x</think><tool_call>{"name":"web_search","arguments":{"query":"one"}}</tool_call>',
+            Call("search", ("one",)),
+        ),
         (
             '<think>x</think><tool_call>{"name":"web_search","arguments":{"query":["a\nb"]}}</tool_call>',
-            Search(("a\nb",)),
+            Call("search", ("a\nb",)),
         ),
     ],
 )
@@ -88,7 +90,7 @@ def test_turns_that_are_malformed(text):
 
 @given(st.text(alphabet=st.sampled_from("<>/think answer tool_call{}[]\"':,\n a"), max_size=300))
 def test_any_text_is_read_as_some_action(text):
-    assert isinstance(parse_turn(text), Search | Browse | Answer | Malformed)
+    assert isinstance(parse_turn(text), Call | Answer | Malformed)
 
 
 def test_an_observation_is_the_repr_with_keys_in_alphabetical_order():
@@ -115,7 +117,7 @@ def conversation(
         ids += chat.observation_ids(observation)
         messages += [{"role": "assistant", "content": "<think>" + turn}]
         messages += [{"role": "tool", "content": chat.defuse(observation)}]
-    return ids, tokenizer.apply_chat_template(messages, tools=TOOLS, add_generation_prompt=True, tokenize=False)
+    return ids, tokenizer.apply_chat_template(messages, tools=schemas(), add_generation_prompt=True, tokenize=False)
 
 
 TEXTS = [

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from loopback import FAULTS, Handler, Server
-from test_rollout import TOY_CHAT, WORLD, Recorder, batch, flat, toy_config
+from scripted import TOY_CHAT, WORLD, Recorder, batch, flat, toy_config
 
 from deepresearcher_min import rollout, toyworld
 from deepresearcher_min.engine import Completion, Request, make_engine
@@ -74,7 +74,7 @@ class HostileWorld(Handler):
             documents = [{"contents": f"{result.title}\n{result.snippet}", "url": result.url} for result in found]
             self.reply(200, {}, {"result": [[{"document": document} for document in documents]]})
         else:
-            text = WORLD.corpus.page(toyworld.SITE + self.path[1:])
+            text = WORLD.corpus.pages.get(toyworld.SITE + self.path[1:])
             self.reply(200, {"Content-Type": "text/plain"}, (text or "").encode())
 
     do_POST = do_GET

@@ -1,0 +1,163 @@
+"""The tools at the rollout's edge: what fails, hangs or lies out there becomes words and a counter."""
+
+import asyncio
+import random
+import time
+
+import pytest
+from scripted import (
+    CHAT,
+    PERSON,
+    Scripted,
+    answer_turn,
+    batch,
+    browse_turn,
+    completion,
+    flat,
+    make_agent,
+    observation,
+    one,
+    questions,
+    raising,
+    same,
+    search_turn,
+    turns,
+    with_source,
+)
+
+from deepresearcher_min import toyworld
+from deepresearcher_min.browse import Notes, OpenAIReader
+from deepresearcher_min.rollout import (
+    roll_out,
+)
+from deepresearcher_min.search import Corpus, SearchResult
+from deepresearcher_min.web import WebFailure
+
+pytestmark = pytest.mark.quick
+
+
+FAILURES = {
+    "fail_quota": (lambda query: raising(WebFailure("quota", "The quota is used up."))(query), "The quota is used up."),
+    "fail_timeout": (lambda query: time.sleep(1.5) or [], "took too long"),
+    "fail_error": (raising(KeyError("a bug")), "failed"),
+    "fail_error by garbage": (lambda query: [None, 7], "failed"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failing_or_hanging_search_is_an_observation_and_a_counter(name):
+    answer, words = FAILURES[name]
+    agent = make_agent(Scripted(turns(search_turn("bad", "good"), answer_turn())), tool_threads=2, tool_timeout=0.1)
+    good = [SearchResult("Title", "https://a.example/", "Summary")]
+    with_source(agent, lambda query: answer(query) if query == "bad" else good)
+    trajectory = one(agent)
+    bad, fine = observation(trajectory)
+    assert trajectory.stop_reason == "answer"
+    assert words in bad["web_page_info_list"][0]["quick_summary"]
+    assert fine["web_page_info_list"] == [{"quick_summary": "Summary", "title": "Title", "url": "https://a.example/"}]
+    if name != "fail_quota":  # which the backend itself counts, knowing more about it
+        assert trajectory.cost[name.split()[0]] == 1
+    agent.tools.close()
+
+
+def test_only_shown_addresses_are_opened_and_a_failed_page_says_why():
+    known = toyworld.url_of(PERSON)
+    write = turns(browse_turn(known), search_turn(), browse_turn(known, "https://toy.example/none"), answer_turn())
+    trajectory = one(make_agent(Scripted(write)))
+    assert "No search has shown" in observation(trajectory)[0]["information"][0]["page_summary"]
+    shown, unknown = observation(trajectory, 2)
+    assert "No search has shown" not in str(shown) and "No search has shown" in str(unknown)
+    assert trajectory.cost["fail_unknown_url"] == 2
+    assert trajectory.stop_reason == "answer"
+    write = turns(search_turn(), browse_turn("https://gone.example/"), answer_turn())
+    agent = make_agent(Scripted(write))
+    with_source(agent, lambda query: [SearchResult("Title", "https://gone.example/", "Summary")])
+    trajectory = one(agent)
+    assert observation(trajectory, 1)[0]["information"] == [
+        {"page_number": 0, "page_summary": "There is no page at this address."}
+    ]
+    assert trajectory.cost["fail_not_found"] == 1
+
+
+def test_what_another_trajectory_was_shown_is_not_shown():
+    first = {"1/0/0": [search_turn(), answer_turn()], "1/1/0": [browse_turn(), answer_turn()]}
+    engine = Scripted(lambda request_id, turn: first[request_id][turn], lambda name, turn: 9 if name == "1/1/0" else 1)
+    _, second = flat(roll_out(batch(2), make_agent(engine)))
+    assert second.cost["fail_unknown_url"] == 1
+
+
+class TiringReader(OpenAIReader):
+    """Reads the first segment at once and the second one never to the end."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def read(self, question, segment, memory, *_) -> Notes:
+        if memory:
+            await asyncio.sleep(60)
+        return Notes("The first half.", page_down=True)
+
+
+def test_a_page_that_takes_too_long_gives_what_was_read_of_it():
+    url = "https://long.example/"
+    corpus = Corpus([(PERSON, url, "word " * 1000)])
+    engine = Scripted(turns(search_turn(), browse_turn(url), answer_turn()))
+    agent = make_agent(engine, corpus, tool_timeout=0.2, segment_chars=2000)
+    agent.tools.reader = TiringReader()
+    trajectory = one(agent)
+    assert observation(trajectory, 1) == [
+        {"information": [{"page_number": 0, "page_summary": "The first half."}], "url": url}
+    ]
+    assert trajectory.cost["fail_timeout"] == 1
+
+
+def test_the_engine_reads_pages_for_the_agent():
+    url = "https://long.example/"
+    corpus = Corpus([(PERSON, url, f"{PERSON} was here. " * 400)])
+    agent_turns = [search_turn(), browse_turn(url), answer_turn()]
+    notes = ["CONTINUE: yes\nNOTES: first", "CONTINUE: no\nNOTES: second"]
+
+    def write(request_id: str, turn: int) -> str:
+        return notes[(int(request_id.removeprefix("reader/")) - 1) % 2] if "reader" in request_id else agent_turns[turn]
+
+    engine = Scripted(write)
+    agent = make_agent(engine, corpus, reader="engine", segment_chars=3000, max_model_len=5000)
+    trajectory = one(agent)
+    assert [note["page_summary"] for note in observation(trajectory, 1)[0]["information"]] == ["first", "second"]
+    assert trajectory.stop_reason == "answer"
+    assert trajectory.num_sampled == sum(len(completion(turn).token_ids) for turn in agent_turns)
+    readings = [(ids, sampling) for name, ids, sampling in engine.submitted if name.startswith("reader/")]
+    assert len(readings) == 2
+    for ids, sampling in readings:
+        assert sampling.temperature == 0 and len(ids) + sampling.max_tokens <= 5000
+    assert "first" in CHAT.tokenizer.decode(readings[1][0])  # it remembers what it noted before
+    engine.turns.clear()
+    assert same(one(agent), trajectory)  # a second rollout with the same tools
+    assert not engine.running
+
+
+def test_a_segment_longer_than_the_context_leaves_the_reader_its_instructions():
+    url = "https://long.example/"
+    corpus = Corpus([(PERSON, url, f"{PERSON} was here. " * 400)])
+    engine = Scripted(
+        lambda name, turn: "NOTES: none" if "reader" in name else [search_turn(), browse_turn(url), answer_turn()][turn]
+    )
+    one(make_agent(engine, corpus, reader="engine", segment_chars=8000, max_model_len=4000))
+    (asked,) = [ids for name, ids, _ in engine.submitted if name.startswith("reader/")]
+    assert len(asked) == 3500
+    text = CHAT.tokenizer.decode(asked)
+    assert text.startswith(f"<|user|>Question: {questions(1)[0].text}") and text.endswith("<|end|><|assistant|>")
+
+
+def test_tools_run_while_others_generate_in_at_most_tool_threads_and_waiting_for_one_is_not_held_against_them():
+    engine = Scripted(
+        turns(search_turn("a", "b", "c"), answer_turn()), lambda name, turn: random.Random(name).randint(1, 9)
+    )
+    agent = make_agent(engine, tool_threads=4, tool_timeout=0.2)
+    source = with_source(agent, lambda query: time.sleep(0.1) or [SearchResult("T", "https://a.example/", "S")])
+    trajectories = flat(roll_out(batch(20), agent))  # 60 searches, 4 at once: 1.5 s
+    assert source.most_at_once == 4
+    assert not any("fail_timeout" in t.cost for t in trajectories)
+    assert {t.stop_reason for t in trajectories} == {"answer"}
+    assert engine.most_running > 4
+    agent.tools.close()
