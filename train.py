@@ -25,7 +25,7 @@ from deepresearcher_min.engine import make_engine
 from deepresearcher_min.policy import Policy
 from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.reward import explain, judge, step_means, step_sums, summarize
-from deepresearcher_min.rollout import Agent, Batch, Tools, evaluate, roll_out, seed_of
+from deepresearcher_min.rollout import Agent, Batch, Tools, evaluate, roll_out
 from deepresearcher_min.run import Checkpoints, Clock, Ranks, Stop, Watch, open_run
 from deepresearcher_min.search import Corpus, check_search
 from deepresearcher_min.trajectory import Group, Question, QuestionOrder, Trajectory, deal, load_questions
@@ -40,26 +40,23 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
     order = QuestionOrder(task.questions, config.seed)
     checkpoints = Checkpoints(config.run_dir, config.keep_checkpoints, ranks)
     state = restore(checkpoints, policy, order)
-    metrics = report.MetricsFile(Path(config.run_dir) / "metrics.jsonl", state["step"]) if ranks.rank == 0 else None
+    metrics = report.MetricsFile(Path(config.run_dir) / "metrics.jsonl", state["step"], write=ranks.rank == 0)
     save = partial(save_checkpoint, checkpoints, policy, agent, stop)
-
     try:
         # 0 measure
-        earlier = ranks.share([row["eval"] for row in metrics.rows if row["step"] == 0] if metrics else [])
+        earlier = ranks.share([row["eval"] for row in metrics.rows if row["step"] == 0])
         before = earlier[0] if earlier else measure("before", 0, task, examiner, ranks, metrics)
         agent.engine.update_weights(policy.named_weights())  # and no cached prefixes, as after a resume
         while state["step"] < config.steps:
             step, lap = state["step"] + 1, Clock()
             questions = deal(order.take(config.questions_per_step), ranks.rank, ranks.world_size)
             numbers = deal(range(config.questions_per_step), ranks.rank, ranks.world_size)
-
             # 1 act: G trajectories for each question
             batch = Batch(questions, numbers, config.group_size, config.temperature, config.top_p, step)
             with progress(f"step {step}", len(questions) * config.group_size, ranks) as on_done:
                 rollouts = roll_out(batch, agent, on_done)
             # 2 judge: rewards, and advantages inside each group
-            seeds = [seed_of(config.seed, step, number) for number in numbers]
-            groups = [judge(q, found, config, seed) for q, found, seed in zip(questions, rollouts, seeds, strict=True)]
+            groups = [judge(question, found, config, step) for question, found in zip(questions, rollouts, strict=True)]
             row = {"step": step, "steps": config.steps, "roll_s": lap.seconds()}
             row |= step_means(ranks.total(step_sums(groups, rollouts)))
             # 3 learn: GRPO on the groups, then the new weights go to the engine
@@ -71,9 +68,8 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
                 state |= {"step": step, "order": order.state(), "usd": state["usd"] + row["cost_usd"]}
                 # 4 report
                 row |= {"update_s": lap.seconds() - row["roll_s"], "usd": state["usd"]}
-                if ranks.rank == 0:
-                    metrics.append(row)
-                    tqdm.write(report.step_line(row))
+                metrics.append(row)
+                ranks.print(report.step_line(row))
             if step % config.log_every == 0:
                 write_groups(config, f"step-{step:06d}" + f"-rank{ranks.rank}" * (ranks.world_size > 1), step, groups)
             if config.eval_every and step % config.eval_every == 0:
@@ -82,7 +78,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
             if (broke := 0 < config.max_cost <= state["usd"]) or step % config.save_every == 0 or step == config.steps:
                 save(clock.added_to(state))
             if broke:
-                tqdm.write(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
+                ranks.print(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
                 return False
         after = measure("after", config.steps, task, examiner, ranks)
     except KeyboardInterrupt:
@@ -179,6 +175,7 @@ def measure(name: str, step: int, task: Task, examiner: Agent, ranks: Ranks, met
 def write_groups(config: Config, name: str, step: int, groups: Sequence[Group]) -> None:
     """All trajectories as JSON lines, and the best and the worst as text."""
     folder = Path(config.run_dir) / "trajectories"
+    (folder / f"{name}.jsonl").unlink(missing_ok=True)  # of a step that was run before a kill, and runs again
     report.write_trajectories(folder / f"{name}.jsonl", step, groups, partial(explain, config=config))
     report.write_readable(folder / f"{name}.txt", groups, partial(explain, config=config))
 

@@ -1,0 +1,91 @@
+"""Every command of README runs: as it stands, made short, or, where it needs GPUs or keys, up to its clear error."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+NEEDS = ("SERPER_API_KEY is not set", "there is no CUDA GPU")
+SHORT = " --steps=1 --questions_per_step=2 --group_size=2 --eval_questions=4"
+SAID = {  # README's line -> what is added here, the exit code, and what must be said
+    "pip install -r requirements-cpu.txt && torchrun train.py": (SHORT, 0, ("F1 on 4 held-out questions went from",)),
+    'python eval.py --question="What is the mayor of the birthplace of Tugos Muvak?"': ("", 0, ("Answer: ",)),
+    "pip install -r requirements-dev.txt && pip uninstall -y torchvision torchaudio torchcodec && pytest": (
+        " --collect-only -q", 0, ("test_readme.py",),
+    ),
+    "python train.py --preset=wiki --model=DIR --corpus=corpus.jsonl --data=questions.jsonl "
+    "--system_prompt_file=prompts/few_shot.txt": (SHORT + " --max_turn_tokens=16", 0, ("F1 on 4 held-out questions",)),
+    "python eval.py --model=DIR --data=dev.parquet --search=local --corpus=corpus.jsonl --limit=20": (
+        " --limit=1 --max_turn_tokens=16", 0, ("hotpotqa",),
+    ),
+    "pip install -r requirements.txt && export SERPER_API_KEY=...": (None, 0, ()),
+    "python train.py --preset=paper --model=Qwen/Qwen2.5-1.5B-Instruct --data=train.parquet": ("", 2, NEEDS),
+    "torchrun --nproc_per_node=8 train.py --preset=paper --data=train.parquet": ("", 1, NEEDS),
+    "torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --master_port=29500 --nproc_per_node=8 train.py "
+    "--preset=paper --data=train.parquet --run_dir=/shared/run1": ("", 1, NEEDS),
+    "python eval.py --model=DIR --data=FILE --cassette=web.sqlite --cassette_mode=record": ("", 2, NEEDS),
+    "python eval.py --model=DIR --data=FILE --cassette=web.sqlite --cassette_mode=replay": ("", 2, NEEDS[1:]),
+}  # fmt: skip
+
+
+def readme_commands() -> list[str]:
+    blocks = (ROOT / "README.md").read_text().split("```bash\n")[1:]
+    return [line for block in blocks for line in block.split("```")[0].splitlines() if line.strip()]
+
+
+@pytest.mark.quick
+def test_every_command_of_readme_is_here():
+    assert sorted(readme_commands()) == sorted(SAID)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with what README's placeholders name: a small model with random weights, real questions and pages."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    if not DATA.is_dir():
+        pytest.skip("the test data is not beside the project")
+    folder = tmp_path_factory.mktemp("readme")
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "qwen2.5-tokenizer")
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size["num_key_value_heads"] = 2
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=151_936, **size)).save_pretrained(folder / "DIR")
+    tokenizer.save_pretrained(folder / "DIR")
+    ours = (
+        "prompts",
+        "tests",
+        "train.py",
+        "eval.py",
+        "pyproject.toml",
+        "deepresearcher_min",
+        "config.yaml",
+        "README.md",
+    )
+    theirs = ("offline_web/corpus.jsonl", "offline_web/questions.jsonl", "official/dev.parquet")
+    for target in [*(ROOT / name for name in ours), *(DATA / name for name in theirs)]:
+        (folder / target.name).symlink_to(target)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [line for line, (added, _, _) in SAID.items() if added is not None])
+def test_a_command_of_readme_does_what_readme_says(line, folder):
+    added, code, words = SAID[line]
+    command = line.rpartition(" && ")[2] + added  # installed it is: this test runs
+    for placeholder, value in {"=FILE": "=questions.jsonl", "HOST0": "127.0.0.1", "/shared/run1": "runs/two"}.items():
+        command = command.replace(placeholder, value)
+    command = command.replace("--nnodes=2", "--nnodes=1").replace("per_node=8", "per_node=2")  # one machine, two cores
+    bin_first = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": bin_first, "HF_HUB_OFFLINE": "1"}
+    environment.pop("SERPER_API_KEY", None)
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    said = done.stdout + done.stderr
+    assert done.returncode == code, said
+    assert all(word in said for word in words), said
+    assert code == 0 or "Traceback" not in done.stderr.partition("torch/distributed")[0], said
