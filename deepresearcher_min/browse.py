@@ -6,13 +6,13 @@ page made to crash or to occupy a parser takes only a child with it. Left out: s
 """
 
 import asyncio
-import functools
 import io
 import json
 import logging
 import os
 import queue
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -20,23 +20,27 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from subprocess import PIPE
+from typing import Any
 
 import webencodings
 
 from deepresearcher_min.config import ROOT, Config, ConfigError, require_environment
 from deepresearcher_min.search import Corpus, content_words
-from deepresearcher_min.web import TIMEOUT, Web, WebFailure, count, seconds_left
+from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, count, seconds_left
 
-PARSERS = 2  # child processes of one rank
+PARSER = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"]  # this module as a process
 MAX_PDF_PAGES = 50
+PARSER_BYTES = 2**31  # address space of a parser process
 SHORT, LOST = 1000, 0.25  # an extract of fewer characters that is less than this share of the page has lost it
 NOT_CONTENT = ["script", "style", "noscript", "template", "svg", "iframe", "nav", "header", "footer", "aside", "form"]
 MAX_SENTENCES = 10  # of one segment that the extractive reader returns
 MEMORY_CHARS = 4000  # of earlier notes that a reader is shown, the newest
-READER_TOKENS = 600  # of one reply of the openai reader
+MAX_TOKENS = 600  # of one reply of the openai reader
+InThread = Callable[..., Awaitable[Any]]  # runs a blocking function: await in_thread(function, *arguments)
+Context = tuple[Counter, float, InThread]  # what readers that wait need: counters, deadline, thread
 CHARSET = re.compile(r"(?i)(?:^[^<]*|<meta[^>]*)\bcharset\s*=\s*[\"']?([\w.:-]+)")  # in a header, or in HTML
-CONTINUE = re.compile(r"(?i)\bcontinue\W{0,4}(yes|no)\b\W*")
+CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
 READER_RULES = (ROOT / "prompts/reader.txt").read_text().strip()
 
 
@@ -68,12 +72,13 @@ def page_text(body: bytes, content_type: str) -> str:
     import trafilatura
 
     found = trafilatura.extract(text, fast=True, include_comments=False) or ""
-    if len(found) >= SHORT or (found and len(found) >= LOST * len(trafilatura.html2txt(text))):
+    if len(found) >= SHORT:
         return found
-    page = bs4.BeautifulSoup(text, "lxml" if found else "html.parser")  # slower, but it forgives everything
+    page = bs4.BeautifulSoup(text, "lxml" if found else "html.parser")  # the slow one forgives everything
     for part in page(NOT_CONTENT):
         part.decompose()
-    return max(found, page.get_text("\n", strip=True), key=len)
+    everything = page.get_text("\n", strip=True)
+    return everything if len(found) < LOST * len(everything) else found
 
 
 def decode(body: bytes, content_type: str) -> str:
@@ -90,12 +95,15 @@ def decode(body: bytes, content_type: str) -> str:
 
 
 class Parsers:
-    """Child processes that run main_text. One that takes too long, or crashes, is replaced."""
+    """Child processes that run main_text, started when needed; one that takes too long or dies is replaced.
+
+    Each has a session of its own, since Ctrl-C is for the parent, whose end closes their input and so ends them.
+    """
 
     def __init__(self, number: int) -> None:
-        self.idle: queue.LifoQueue[subprocess.Popen] = queue.LifoQueue()
+        self.idle: queue.LifoQueue[subprocess.Popen | None] = queue.LifoQueue()
         for _ in range(number):
-            self.idle.put(start_parser())
+            self.idle.put(None)
 
     def text(self, body: bytes, content_type: str, deadline: float) -> str:
         """main_text(body, content_type) from a child; raises WebFailure (timeout, unreadable)."""
@@ -103,36 +111,33 @@ class Parsers:
             child = self.idle.get(timeout=seconds_left(deadline))
         except queue.Empty:
             raise WebFailure(*TIMEOUT) from None
-        alarm = threading.Timer(max(0.0, deadline - time.monotonic()), child.kill)
-        alarm.start()
+        alarm, text = threading.Timer(deadline - time.monotonic(), lambda: child.kill()), None
         try:
+            if child is None or child.poll() is not None:
+                child = subprocess.Popen(PARSER, stdin=PIPE, stdout=PIPE, cwd=ROOT, start_new_session=True)
+            alarm.start()
             child.stdin.write(json.dumps([len(body), content_type]).encode() + b"\n" + body)
             child.stdin.flush()
-            return json.loads(child.stdout.readline())
+            text = json.loads(child.stdout.readline())
         except (OSError, ValueError):  # the child is gone: killed by the alarm, or by the page
-            child.kill()
-            child.communicate()
-            child = start_parser()
             raise WebFailure("unreadable", "The page is built in a way that cannot be read.") from None
         finally:
             alarm.cancel()
+            if text is None and child is not None:  # what it may still send is not to be taken for the next page
+                child.kill()
+                child.communicate()
             self.idle.put(child)
+        return text
 
 
-def start_parser() -> subprocess.Popen:
-    """This module as a process, in a session of its own: Ctrl-C is for the parent, and its end closes the input."""
-    command, pipe = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"], subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=ROOT, start_new_session=True)
-
-
-parsers = functools.cache(Parsers)  # one set for the process, started with the first live page
+PARSERS = Parsers(2)  # of one rank
 
 
 def fetch_text(url: str, web: Web, counts: Counter, deadline: float) -> str:
     """The text of a live page, through the cassette, which records the text and not the page."""
 
     def produce() -> str:
-        text = parsers(PARSERS).text(*web.fetch(url, counts, deadline), deadline)
+        text = PARSERS.text(*web.fetch(url, counts, deadline), deadline)
         if not text:
             raise WebFailure("no_text", "The page holds no text that can be read.")
         return text
@@ -145,13 +150,15 @@ def segments(text: str, max_chars: int) -> list[str]:
 
     Borders in the second half of a piece, best first: paragraph, line, sentence, word; else where it is full.
     """
-    pieces, rest = [], text.strip()
-    while len(rest) > max_chars:
-        borders = [rest.rfind(border, max_chars // 2, max_chars) for border in ("\n\n", "\n", ". ", " ")]
-        cut = next((place + 1 for place in borders if place >= 0), max_chars)
-        pieces.append(rest[:cut].rstrip())
-        rest = rest[cut:].lstrip()
-    return [piece for piece in [*pieces, rest] if piece]
+    pieces, start = [], 0
+    while start < len(text):
+        end = start + max_chars
+        if end < len(text):
+            borders = (text.rfind(border, start + max_chars // 2, end) for border in ("\n\n", "\n", ". ", " "))
+            end = next((place + 1 for place in borders if place >= 0), end)
+        pieces.append(text[start:end].strip())
+        start = end
+    return list(filter(None, pieces))
 
 
 @dataclass(frozen=True)
@@ -162,16 +169,13 @@ class Notes:
     page_down: bool
 
 
-class Reader(Protocol):
-    """Turns a segment into notes; `memory` is what this trajectory read before."""
-
-    async def read(self, question: str, segment: str, memory: Sequence[str], counts: Counter) -> Notes: ...
-
-
 class ExtractiveReader:
-    """No model: the sentences that share content words with the question, those with the most, in page order."""
+    """A reader turns a segment into notes; `memory` is what this trajectory read before.
 
-    async def read(self, question: str, segment: str, memory: Sequence[str], counts: Counter) -> Notes:
+    This one uses no model: it takes the sentences that share most content words with the question, in page order.
+    """
+
+    async def read(self, question: str, segment: str, memory: Sequence[str], context: Context) -> Notes:
         wanted = set(content_words(question))
         sentences = re.split(r"(?<=[.!?])\s+|\n+", segment)
         shared = [len(wanted.intersection(content_words(sentence))) for sentence in sentences]
@@ -202,7 +206,7 @@ class EngineReader:
     def __init__(self, generate_text: Callable[[list[dict[str, str]]], Awaitable[str]]) -> None:
         self.generate_text = generate_text
 
-    async def read(self, question: str, segment: str, memory: Sequence[str], counts: Counter) -> Notes:
+    async def read(self, question: str, segment: str, memory: Sequence[str], context: Context) -> Notes:
         return parse_notes(await self.generate_text(reader_messages(question, segment, memory)))
 
 
@@ -210,30 +214,31 @@ class OpenAIReader:
     """Any endpoint that speaks OpenAI's chat completions; the key comes from READER_API_KEY."""
 
     def __init__(self, config: Config, web: Web) -> None:
-        self.config, self.web = config, web
-        self.url, self.model = config.reader_url.rstrip("/") + "/chat/completions", config.reader_model
+        self.config, self.web, self.url = config, web, config.reader_url.rstrip("/") + "/chat/completions"
         if config.cassette_mode != "replay":
             require_environment("READER_API_KEY", "reader: openai sends it (any word, if the server asks for none)")
         self.headers = {"Authorization": f"Bearer {os.environ.get('READER_API_KEY', '')}"}
 
-    async def read(self, question: str, segment: str, memory: Sequence[str], counts: Counter) -> Notes:
+    async def read(self, question: str, segment: str, memory: Sequence[str], context: Context) -> Notes:
+        counts, deadline, in_thread = context
         messages = reader_messages(question, segment, memory)
-        payload = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": READER_TOKENS}
-        deadline = time.monotonic() + self.config.tool_timeout
+        payload = {"model": self.config.reader_model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
 
         def ask() -> str:
             reply = self.web.fetch_json(self.url, self.headers, payload, counts, deadline)
             try:
-                content = reply["choices"][0]["message"]["content"] + ""
-                usage = reply.get("usage") or {"total_tokens": len(f"{messages}{content}") // 4}  # or a rough estimate
-                count(counts, "reader_tokens", usage["total_tokens"])
-                count(counts, "usd", usage["total_tokens"] * self.config.price_reader_token)
-                return content
+                text = reply["choices"][0]["message"]["content"] + ""
+                tokens = (reply.get("usage") or {}).get("total_tokens") or len(f"{messages}{text}") // 4  # an estimate
+                count(counts, "reader_tokens", tokens)
+                count(counts, "usd", tokens * self.config.price_reader_token)
+                return text
             except (LookupError, TypeError, AttributeError):
-                raise WebFailure("bad_reply", "The service that reads pages sent no notes.") from None
+                raise WebFailure(*BAD_REPLY) from None
 
-        cached = functools.partial(self.web.cached, "reader", [self.url, payload], ask, counts, deadline)
-        return parse_notes(await asyncio.to_thread(cached))
+        return parse_notes(await in_thread(self.web.cached, "reader", [self.url, payload], ask, counts, deadline))
+
+
+Reader = ExtractiveReader | EngineReader | OpenAIReader  # or anything else that reads as they do
 
 
 def make_reader(config: Config, web: Web | None, generate_text: Callable[..., Awaitable[str]] | None = None) -> Reader:
@@ -248,18 +253,10 @@ def make_reader(config: Config, web: Web | None, generate_text: Callable[..., Aw
 
 
 async def browse(
-    url: str,
-    question: str,
-    memory: list[str],
-    *,
-    config: Config,
-    web: Web | None,
-    corpus: Corpus | None,
-    reader: Reader,
-    counts: Counter,
-    in_thread: Callable[..., Awaitable[Any]],
-) -> list[tuple[int, str]]:
-    """Read a page: (page_number, page_summary) for each segment with new information, also appended to `memory`.
+    url: str, question: str, memory: Sequence[str], *, config: Config, web: Web | None, corpus: Corpus | None,
+    reader: Reader, counts: Counter, in_thread: InThread,
+) -> list[tuple[int, str]]:  # fmt: skip
+    """Read a page: (page_number, page_summary) for each segment with new information; `memory` is what was read before.
 
     Stops when the reader does, at the last segment, at max_segments, or after tool_timeout, with the notes so far.
     Raises WebFailure, in words, where there is nothing to note.
@@ -268,18 +265,18 @@ async def browse(
     deadline = time.monotonic() + config.tool_timeout
     notes: list[tuple[int, str]] = []
     try:
-        text = corpus.page(url) if corpus is not None else None
-        if text is None and web is None:
-            raise WebFailure("not_found", "There is no page at this address.")
+        text = corpus.pages.get(url) if corpus is not None else None
         if text is None:
+            if web is None:
+                raise WebFailure("not_found", "There is no page at this address.")
             text = await in_thread(fetch_text, url, web, counts, deadline)
         for number, segment in enumerate(segments(text, config.segment_chars)[: config.max_segments]):
             # An engine's reading is bounded in tokens instead: the clock would make it unrepeatable.
             async with asyncio.timeout(seconds_left(deadline) if isinstance(reader, OpenAIReader) else None):
-                found = await reader.read(question, segment, tuple(memory), counts)
+                earlier = [*memory, *(note for _, note in notes)]
+                found = await reader.read(question, segment, earlier, (counts, deadline, in_thread))
             if found.information:
                 notes.append((number, found.information))
-                memory.append(found.information)
             if not found.page_down:
                 break
         if not notes:
@@ -294,6 +291,8 @@ async def browse(
 
 if __name__ == "__main__":  # a parser: [length, content type] and a body in, one line of JSON out, until no more comes
     logging.disable()
+    if sys.platform == "linux":  # a PDF of a few kB can ask for gigabytes; elsewhere only the deadline ends it
+        resource.setrlimit(resource.RLIMIT_AS, (PARSER_BYTES, PARSER_BYTES))
     while line := sys.stdin.buffer.readline():
         length, content_type = json.loads(line)
         print(json.dumps(main_text(sys.stdin.buffer.read(length), content_type)), flush=True)

@@ -58,7 +58,10 @@ class Tools:
         """What each query of a search or address of a browse brought; one by one without threads, to be repeatable."""
         most = getattr(self.config, tool_of(call.kind).most)
         jobs = [self.entry(call.kind, key, record) for key in call.keys[:most]]
-        return await asyncio.gather(*jobs) if self.config.tool_threads else [await job for job in jobs]
+        entries = await asyncio.gather(*jobs) if self.config.tool_threads else [await job for job in jobs]
+        for key in call.keys[:most]:  # in this order, whichever page was read first: a replay asks the reader the same
+            record.memory += record.notes.pop(key, [])
+        return entries
 
     async def search(self, query: str, record: Recording) -> list[dict[str, Any]]:
         results = await self.in_thread(self.backend.search, query, record.cost)
@@ -73,6 +76,7 @@ class Tools:
             url, record.question.text, record.memory, config=self.config, web=self.web, corpus=self.corpus,
             reader=self.reader, counts=record.cost, in_thread=self.in_thread,
         )  # fmt: skip
+        record.notes[url] = [summary for _, summary in notes]
         return [page_item(summary, number) for number, summary in notes]
 
     async def entry(self, kind: str, key: str, record: Recording) -> Entry:

@@ -124,7 +124,8 @@ class Recording:
         self.turns: list[Turn] = []
         self.cost: Counter = Counter()
         self.shown: set[str] = set()  # every URL that a search of this trajectory has shown
-        self.memory: list[str] = []  # what the reader has noted so far
+        self.memory: list[str] = []  # what the reader noted in earlier turns
+        self.notes: dict[str, list[str]] = {}  # and in this one, by page
         self.append(prompt_ids)
 
     def append(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> tuple[int, int]:

@@ -1,9 +1,9 @@
-"""The only place that opens a socket to the web; search.py and browse.py ask it, nothing else does.
+"""The only place that opens a socket to the web: search.py and browse.py go through it.
 
-`cached` is the cassette (one SQLite file, cache and recording at once); of identical requests at one time it sends
-one. `fetch` retries. `check_url` says which addresses the model may open. `_exchange` is one pooled exchange with a
-checked address, every wait of which ends at the deadline of the tool call. What goes wrong out there is a WebFailure
-in words for the model, never a crash. Left out on purpose: cookies, scripts, robots.txt, HTTP/2, proxies.
+`cached` is the cassette (one SQLite file, cache and recording at once), `fetch` retries, `check_url` says which
+addresses the model may open, `_exchange` is one exchange over a pooled connection to a checked address. Every wait
+ends at the deadline of the tool call; what goes wrong out there is a WebFailure, in words for the model.
+Left out on purpose: cookies, scripts, robots.txt, HTTP/2, proxies.
 """
 
 import hashlib
@@ -18,8 +18,9 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
@@ -34,9 +35,10 @@ USER_AGENT = "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)"
 READABLE = re.compile(r"$|text/(html|plain|markdown)|application/(xhtml\+xml|pdf)")  # content types of pages
 GET_PAGE = {"method": "GET", "headers": {"Accept": "text/html,application/pdf,text/plain"}}
 MAX_REDIRECTS = 5
-TIMEOUT = ("timeout", "The server did not answer in time.")
-CONNECTION = ("connection", "The connection to the server failed.")
 FAILURE_TTL = 60.0  # a failure is remembered so long, in mode live [s]
+TIMEOUT = ("timeout", "The server did not answer in time.")
+BAD_REPLY = ("bad_reply", "The service sent a reply that cannot be read.")
+REFUSED = ("refused_address", "Only plain http and https addresses of the public internet can be opened.")
 GLOBAL_IPV6, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
 # Not public, although some Python versions call them global: protocol assignments, 6to4 relays, the metadata service
 # of Azure, Teredo and its neighbours, documentation.
@@ -44,9 +46,7 @@ NETWORKS = "192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23", "2
 NOT_PUBLIC = list(map(ipaddress.ip_network, NETWORKS))
 RESOLVERS = ThreadPoolExecutor(16, "resolver")  # getaddrinfo knows no deadline; waiting for a thread does
 COUNT_LOCK = threading.Lock()
-Page = tuple[bytes, str]  # body, content type
-Reply = tuple[int, dict[str, str], bytearray]  # status, headers (names in lower case), body (decompressed)
-EXCHANGE = threading.local()  # .deadline and .silence [s] of the exchange that this thread is in
+EXCHANGE = threading.local()  # .deadline of the exchange that this thread is in
 
 
 class WebFailure(Exception):
@@ -78,13 +78,12 @@ def seconds_left(deadline: float) -> float:
 def is_public(address: str) -> bool:
     """Whether an IP address belongs to the public internet; IPv4 inside IPv6 is judged as IPv4."""
     ip = ipaddress.ip_address(address)
+    if ip in NAT64:
+        ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     if ip.version == 6:
-        inner = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None)
-        if inner is not None:
-            return is_public(str(inner))
-        if ip not in GLOBAL_IPV6:
-            return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or any(ip in net for net in NOT_PUBLIC))
+        ip = ip.ipv4_mapped or ip.sixtofour or ip
+    of_the_internet = ip.is_global and (ip.version == 4 or ip in GLOBAL_IPV6)
+    return of_the_internet and not (ip.is_multicast or ip.is_reserved or any(ip in net for net in NOT_PUBLIC))
 
 
 def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tuple[Url, list[str]]:
@@ -97,17 +96,19 @@ def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tu
         parts = parse_url(url)
     except errors.LocationParseError:
         parts = Url()
-    if parts.scheme not in ("http", "https") or not parts.host or re.search(r"[\\\x00-\x20\x7f]|^[^/]*$", url):
-        raise BlockedURL("refused_address", "Only complete http and https addresses can be opened.")
-    if re.match("[^/]*//[^/?#]*@", url) or not (allow_private or parts.port in (None, 80, 443)):
-        raise BlockedURL("refused_address", "Addresses with a user name or an unusual port are not opened.")
+    complete = parts.scheme in ("http", "https") and parts.host and re.match(r"[^/]+//[^\\\x00-\x20\x7f]*$", url)
+    with_user = re.match("[^/]*//[^/?#]*@", url)
+    if not complete or with_user or not (allow_private or parts.port in (None, 80, 443)):
+        raise BlockedURL(*REFUSED)
+    lookup = RESOLVERS.submit(socket.getaddrinfo, parts.host.strip("[]"), None, type=socket.SOCK_STREAM)
     try:
-        query = RESOLVERS.submit(socket.getaddrinfo, parts.host.strip("[]"), None, type=socket.SOCK_STREAM)
-        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in query.result(seconds)))
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in lookup.result(seconds)))
     except (OSError, UnicodeError):  # no such name, or no answer in time
         raise BlockedURL("dns", f"No server with the name {parts.host} can be found.") from None
+    finally:
+        lookup.cancel()  # one that nobody waits for any more must not hold up the others
     if not allow_private and not all(map(is_public, addresses)):
-        raise BlockedURL("refused_address", "This address is not on the public internet.")
+        raise BlockedURL(*REFUSED)
     return parts, addresses
 
 
@@ -119,7 +120,7 @@ class DeadlineResponse(http.client.HTTPResponse):
         receive = self.fp.raw.readinto  # of the buffered file that http.client has just made over the socket
 
         def receive_in_time(buffer: Any) -> int | None:
-            sock.settimeout(min(seconds_left(EXCHANGE.deadline), EXCHANGE.silence))
+            sock.settimeout(min(seconds_left(EXCHANGE.deadline), sock.gettimeout()))
             return receive(buffer)
 
         self.fp.raw.readinto = receive_in_time
@@ -131,7 +132,7 @@ def deadline_pool(pool: type) -> type:
     return type("Pool", (pool,), {"ConnectionCls": connection})
 
 
-def status_failure(status: int, body: bytearray) -> WebFailure:
+def status_failure(status: int, body: bytes) -> WebFailure:
     """The failure that an HTTP status other than success stands for."""
     if status in (402, 432) or (status == 400 and b"credit" in body[:1000].lower()):  # "Not enough credits" is Serper's
         return WebFailure("quota", "The quota of the service is used up.")
@@ -177,7 +178,7 @@ class Web:
         self.cassette = Cassette(Path(cassette_path), config.cassette_mode, config.search_ttl)
         self.flights = [threading.Lock() for _ in range(65536)]  # one for each first two bytes of a key
         self.tls = ssl.create_default_context()
-        self.pools = urllib3.PoolManager(num_pools=100)
+        self.pools = urllib3.PoolManager(num_pools=100, block=True, retries=False)
         standard = self.pools.pool_classes_by_scheme
         self.pools.pool_classes_by_scheme = {scheme: deadline_pool(pool) for scheme, pool in standard.items()}
         self.jitter = random.Random(rank)
@@ -197,7 +198,7 @@ class Web:
             if reply is not None:
                 count(counts, "cache_hits")
             elif self.config.cassette_mode == "replay":
-                reply = {"failure": ("replay_miss", "This is not in the recording that is being replayed.")}
+                raise WebFailure("replay_miss", "This is not in the recording that is being replayed.")
             else:
                 try:
                     reply = {"value": produce()}
@@ -210,91 +211,86 @@ class Web:
             raise WebFailure(*reply["failure"])
         return reply["value"]
 
-    def fetch(self, url: str, counts: Counter, deadline: float, sent: Any = GET_PAGE, own: bool = False) -> Page:
-        """Body (decompressed) and content type of a successful reply, after up to 1 + max_retries attempts.
+    def fetch(self, url: str, counts: Counter, deadline: float, sent: Any = GET_PAGE, own: bool = False) -> Any:
+        """(body, decompressed; content type) of a successful reply, after up to 1 + max_retries attempts.
 
         `sent`: method, headers and json, as urllib3 calls them. `own` marks a service of the operator: any address,
-        any content type, no redirects. Raises WebFailure: timeout, connection, tls, dns, refused_address, redirects,
-        content_type, too_large, quota, unauthorized, rate_limited, bad_reply, http_<status>.
+        any content type, no redirects. Raises WebFailure.
         """
         for attempt in range(self.config.max_retries + 1):
-            backoff = 0.5 * 2**attempt * self.jitter.uniform(0.5, 1.5)
+            pause = 0.5 * 2**attempt * self.jitter.uniform(0.5, 1.5)
             try:
                 status, headers, body = self._follow(url, sent, own, attempt, counts, deadline)
                 if 200 <= status < 300:
-                    return bytes(body), headers.get("content-type", "")
+                    return bytes(body), headers.get("Content-Type", "")
                 failure = status_failure(status, body)
-                pause = urllib3.Retry().parse_retry_after(headers.get("retry-after", ""))
+                with suppress(errors.InvalidHeader, ValueError):  # no Retry-After, or one that cannot be read
+                    pause = urllib3.Retry().parse_retry_after(headers.get("Retry-After", ""))
             except WebFailure as raised:
-                failure, pause = raised, backoff
-            except errors.InvalidHeader:  # no Retry-After, or one that cannot be read
-                pause = backoff
+                failure = raised
             again = failure.kind in ("timeout", "connection", "rate_limited") or failure.kind.startswith("http_5")
             if not again or attempt == self.config.max_retries or time.monotonic() + pause >= deadline:
                 break
             time.sleep(pause)
         raise failure
 
-    def fetch_json(self, url: str, headers: Mapping[str, str], payload: Any, counts: Counter, deadline: float) -> Any:
+    def fetch_json(self, url: str, headers: Any, payload: Any, counts: Counter, deadline: float) -> Any:
         """The JSON reply of a service of the operator, to a POST of `payload`, or a GET if that is None."""
         sent = {"method": "GET" if payload is None else "POST", "headers": headers, "json": payload}
         try:
             return json.loads(self.fetch(url, counts, deadline, sent, own=True)[0])
         except (ValueError, RecursionError):
-            raise WebFailure("bad_reply", "The service sent a reply that cannot be read.") from None
+            raise WebFailure(*BAD_REPLY) from None
 
-    def _follow(self, url: str, sent: Any, own: bool, attempt: int, counts: Counter, deadline: float) -> Reply:
+    def _follow(self, url: str, sent: Any, own: bool, attempt: int, counts: Counter, deadline: float) -> Any:
+        """(status, headers, body) at the end of the redirects; attempts take turns with the addresses of a name."""
         for _ in range(MAX_REDIRECTS + 1):
             parts, addresses = check_url(url, own or self.config.allow_private_hosts, seconds_left(deadline))
             reply = self._exchange(parts, addresses[attempt % len(addresses)], sent, own, counts, deadline)
             status, headers, _ = reply
-            if own or status not in (301, 302, 303, 307, 308) or "location" not in headers:
+            if own or status not in (301, 302, 303, 307, 308) or "Location" not in headers:
                 return reply
-            url = headers["location"]
+            url = headers["Location"].encode("latin-1", "replace").decode("utf-8", "replace").replace(" ", "%20")
+            with suppress(ValueError):  # it is no address at all, which check_url says
+                url = urljoin(parts.url, url)
         raise WebFailure("redirects", "The address leads from redirect to redirect without end.")
 
-    def _exchange(self, url: Url, address: str, sent: Any, own: bool, counts: Counter, deadline: float) -> Reply:
-        left = seconds_left(deadline)
-        EXCHANGE.deadline, EXCHANGE.silence = deadline, self.config.read_timeout
-        options: dict[str, Any] = {"block": True, "maxsize": self.config.connections_per_host}
-        if own:
-            options["maxsize"] = max(1, self.config.tool_threads)
+    def _exchange(self, url: Url, address: str, sent: Any, own: bool, counts: Counter, deadline: float) -> Any:
+        config, EXCHANGE.deadline = self.config, deadline
+        third = seconds_left(deadline) / 3  # each for a place in the pool, the connection and its TLS: together in time
+        options: dict[str, Any] = {"maxsize": max(1, config.tool_threads) if own else config.connections_per_host}
         if url.scheme == "https":  # the checked address is dialled; the certificate must be that of the name
             name = url.host.strip("[]")
             options |= {"ssl_context": self.tls, "server_hostname": name, "assert_hostname": name}
-        wait = urllib3.Timeout(min(self.config.connect_timeout, left / 2), min(self.config.read_timeout, left))
+        wait = urllib3.Timeout(connect=min(config.connect_timeout, third), read=config.read_timeout)
         headers = {"Host": url.netloc, "User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate", **sent["headers"]}
-        request = {**sent, "url": url.request_uri, "headers": headers, "timeout": wait, "pool_timeout": left / 2}
-        request |= {"retries": False, "redirect": False, "assert_same_host": False, "preload_content": False}
+        request = {**sent, "url": url.request_uri, "headers": headers, "timeout": wait, "pool_timeout": third}
         count(counts, "requests")
         try:
             pool = self.pools.connection_from_host(address, url.port, url.scheme, options)
-            response = pool.request(**request)
+            response = pool.request(**request, redirect=False, preload_content=False)
             try:
-                head, content = {name.lower(): value for name, value in response.headers.items()}, bytearray()
-                if "location" in head:
-                    head["location"] = urljoin(url.url, head["location"])
-                kind = head.get("content-type", "").strip().lower()
+                kind, body = response.headers.get("Content-Type", "").strip().lower(), bytearray()
                 if not own and response.status == 200 and not READABLE.match(kind):
                     raise WebFailure("content_type", f"This is not a page to read but a file of type {kind[:60]}.")
                 while chunk := response.read(65536):  # decompresses at most so much at a time
-                    content += chunk
-                    if len(content) > self.config.max_page_bytes:
+                    body += chunk
+                    if len(body) > config.max_page_bytes:
                         raise WebFailure("too_large", "The page is too large to be read.")
                 count(counts, "bytes", response.tell())
-                return response.status, head, content
+                return response.status, response.headers, body
             finally:  # both: a connection with unread bytes is closed, and its place in the pool given back
                 response.close()
                 response.release_conn()
         except (errors.SSLError, ssl.SSLError):
             raise WebFailure("tls", "No secure connection to the server is possible.") from None
-        except errors.NewConnectionError:  # for urllib3 a kind of timeout
-            raise WebFailure(*CONNECTION) from None
-        except (errors.TimeoutError, errors.EmptyPoolError):
-            raise WebFailure(*TIMEOUT) from None
-        except (errors.HTTPError, OSError, http.client.HTTPException, ValueError):
-            raise WebFailure(*CONNECTION) from None
+        except (errors.HTTPError, OSError, http.client.HTTPException, ValueError) as error:
+            timed_out = isinstance(error, errors.TimeoutError | errors.EmptyPoolError)
+            if timed_out and not isinstance(error, errors.NewConnectionError):  # for urllib3 a kind of timeout
+                raise WebFailure(*TIMEOUT) from None
+            raise WebFailure("connection", "The connection to the server failed.") from None
 
     def close(self) -> None:
         self.pools.clear()
-        self.cassette.db.close()
+        with self.cassette.lock:  # not under the hands of a thread that was given up
+            self.cassette.db.close()

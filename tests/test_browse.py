@@ -4,15 +4,20 @@ import asyncio
 import json
 import random
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from loopback import Server
 
+from deepresearcher_min import browse as browse_module
 from deepresearcher_min.browse import (
     ExtractiveReader,
     Notes,
@@ -52,7 +57,6 @@ def test_corpus_page_gives_the_sentences_that_answer():
     memory = []
     notes, counts = read_page("toy:amra", "Where was Amra Sool born?", Corpus([("Amra", "toy:amra", PAGE)]), memory)
     assert notes == [(0, "Amra Sool is a writer. She was born in Velden.")]
-    assert memory == ["Amra Sool is a writer. She was born in Velden."]
     assert counts == {"pages": 1}
 
 
@@ -76,8 +80,14 @@ def test_segments_prefer_paragraph_borders():
     assert segments("x" * 25, 10) == ["x" * 10, "x" * 10, "x" * 5]
 
 
+def test_a_long_text_is_cut_in_linear_time():
+    start = time.process_time()
+    assert sum(map(len, segments("word " * 1_000_000, 8000))) > 4_900_000
+    assert time.process_time() - start < 0.3  # 0.01 s measured
+
+
 def test_extractive_reader_returns_nothing_where_nothing_is_shared():
-    notes = asyncio.run(ExtractiveReader().read("zebra?", PAGE, [], Counter()))
+    notes = asyncio.run(ExtractiveReader().read("zebra?", PAGE, [], None))
     assert notes.information == ""
 
 
@@ -260,13 +270,27 @@ def test_a_parser_that_takes_too_long_or_dies_is_replaced():
     child.kill()
     child.wait()
     own.idle.put(child)
-    with pytest.raises(WebFailure, match="unreadable"):
-        own.text(body, HTML, time.monotonic() + 30)
-    assert "Velden" in own.text(body, HTML, time.monotonic() + 30)
+    assert "Velden" in own.text(body, HTML, time.monotonic() + 30)  # one that died meanwhile harms no page
     held = own.idle.get()
     with pytest.raises(WebFailure, match="timeout"):
         own.text(body, HTML, time.monotonic() + 0.1)
     held.communicate()
+
+
+def test_many_threads_that_need_a_parser_at_once_start_no_more_than_there_may_be(monkeypatch):
+    started, start = [], subprocess.Popen
+
+    def counted(*args, **options):
+        started.append(start(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(browse_module.subprocess, "Popen", counted)
+    own = Parsers(2)
+    with ThreadPoolExecutor(8) as threads:
+        texts = list(threads.map(lambda i: own.text(b"page %d" % i, "text/plain", time.monotonic() + 60), range(16)))
+    assert texts == [f"page {i}" for i in range(16)] and 1 <= len(started) <= 2
+    for child in started:
+        child.communicate()
 
 
 # --- readers
@@ -278,6 +302,9 @@ def test_notes_are_read_from_tidy_and_untidy_replies():
     assert parse_notes("<think>hm</think>**Continue**: No\n**Notes:** none") == Notes("", False)
     assert parse_notes("She was born in Velden.") == Notes("She was born in Velden.", False)
     assert parse_notes("") == parse_notes("none.") == Notes("", False)
+    told = "The talks continue. No date is known."
+    assert parse_notes(f"CONTINUE: yes\nNOTES: {told}") == Notes(told, True)
+    assert parse_notes(f"NOTES: {told}\nCONTINUE: yes") == Notes(told, True)
 
 
 class Scripted:
@@ -302,7 +329,7 @@ def test_the_reader_goes_on_while_it_wants_to_remembers_and_stops_at_the_last_se
         ["before"],
     )
     notes, _ = read_page("toy:long", "q", long_page(9), memory, config, reader=make_reader(config, None, engine))
-    assert notes == [(0, "A."), (2, "C.")] and memory == ["before", "A.", "C."]
+    assert notes == [(0, "A."), (2, "C.")] and memory == ["before"]
     assert "Part 0" in engine.prompts[0][1]["content"] and "before\nA." in engine.prompts[1][1]["content"]
     always = Scripted(*["CONTINUE: yes\nNOTES: More."] * 9)
     for parts, read in ((9, 4), (2, 2)):
@@ -376,6 +403,26 @@ def test_a_slow_reader_meets_the_deadline_of_the_call(live):
     with pytest.raises(WebFailure, match="timeout"):
         read_page(server.url + "/page", "q", None, [], replace(config, tool_timeout=1.0), web)
     assert time.monotonic() - start < 1.5
+    replay = Web(replace(config, cassette_mode="replay"), web.cassette.db.execute("PRAGMA database_list").fetchone()[2])
+    time.sleep(0.5)  # a reply that comes too late is not what is recorded
+    with pytest.raises(WebFailure, match="timeout"):
+        read_page(server.url + "/page", "q", None, [], replace(config, tool_timeout=1.0), replay)
+    replay.close()
+
+
+def test_a_reader_waits_in_the_thread_that_tools_are_given_and_counts_tokens_as_it_can(live):
+    server, config, web = live
+    server.pages["/v1/chat/completions"] = completion("NOTES: The Ost.", usage={"prompt_tokens": 7})
+    asked = []
+
+    async def in_thread(function, *args):
+        asked.append(function.__name__)
+        return function(*args)
+
+    reader, counts = make_reader(config, web), Counter()
+    call = dict(config=config, web=web, corpus=None, reader=reader, counts=counts, in_thread=in_thread)
+    assert asyncio.run(browse(server.url + "/page", "Which river?", [], **call)) == [(0, "The Ost.")]
+    assert asked == ["fetch_text", "cached"] and counts["reader_tokens"] > 100
 
 
 def test_live_pages_that_cannot_be_read_say_so(live):
@@ -404,3 +451,12 @@ def test_readers_say_what_they_lack(monkeypatch):
         make_reader(replace(TOY, reader="openai"), None)
     with pytest.raises(ConfigError, match="READER_API_KEY"):
         make_reader(replace(TOY, reader="openai", reader_url="http://x/v1", reader_model="m"), object())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's memory")
+def test_a_parser_cannot_take_all_memory():
+    parsers = Parsers(1)
+    assert parsers.text(b"<p>A word.</p>", "text/html", time.monotonic() + 30) == "A word."
+    child = parsers.idle.get()
+    assert re.search(r"address space +2147483648 ", Path(f"/proc/{child.pid}/limits").read_text())
+    child.kill()

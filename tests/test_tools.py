@@ -26,11 +26,11 @@ from scripted import (
 )
 
 from deepresearcher_min import toyworld
-from deepresearcher_min.browse import Notes, OpenAIReader
-from deepresearcher_min.rollout import (
-    roll_out,
-)
+from deepresearcher_min.browse import ExtractiveReader, Notes, OpenAIReader
+from deepresearcher_min.protocol import Call
+from deepresearcher_min.rollout import roll_out
 from deepresearcher_min.search import Corpus, SearchResult
+from deepresearcher_min.trajectory import Recording
 from deepresearcher_min.web import WebFailure
 
 pytestmark = pytest.mark.quick
@@ -161,3 +161,28 @@ def test_tools_run_while_others_generate_in_at_most_tool_threads_and_waiting_for
     assert {t.stop_reason for t in trajectories} == {"answer"}
     assert engine.most_running > 4
     agent.tools.close()
+
+
+def test_notes_of_one_call_are_remembered_in_its_order_whichever_page_was_read_first():
+    asked: list[list[str]] = []
+
+    class Slow(ExtractiveReader):
+        async def read(self, question, segment, memory, context):
+            asked.append(list(memory))
+            await asyncio.sleep(0.05 if "first" in segment else 0.0)
+            return Notes(segment, page_down=False)
+
+    pages = {"https://a.example/": "first page", "https://b.example/": "other page"}
+    agent = make_agent(Scripted(turns(browse_turn(*pages), browse_turn(*pages), answer_turn())), tool_threads=4)
+    agent.tools.corpus = Corpus([("T", url, text) for url, text in pages.items()])
+    agent.tools.reader = Slow()
+    record = Recording(questions(1)[0], [1])
+    record.shown |= set(pages)
+
+    async def twice():
+        agent.tools.slots = asyncio.Semaphore(4)
+        for _ in range(2):
+            await agent.tools.use(Call("browse", tuple(pages)), record)
+
+    asyncio.run(twice())
+    assert asked == [[], [], ["first page", "other page"], ["first page", "other page"]]

@@ -40,7 +40,7 @@ def test_questions_are_different_balanced_and_answered_by_the_pages():
     for question in questions:
         subject, relations = chain_of(question.text)
         for relation in relations:  # follow the chain by reading pages only
-            page = world.corpus.page(toyworld.url_of(subject))
+            page = world.corpus.pages.get(toyworld.url_of(subject))
             subject = page.partition(f"The {relation} is ")[2].partition(".")[0]
         assert (subject,) == question.answers
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback import Server
 
@@ -27,7 +27,7 @@ from deepresearcher_min.web import BlockedURL, Web, WebFailure, check_url, is_pu
 
 pytestmark = pytest.mark.quick
 CONFIG = replace(
-    load_config(["--preset=paper"]), allow_private_hosts=True, max_retries=0, read_timeout=0.4, connect_timeout=0.4
+    load_config(["--preset=paper"]), allow_private_hosts=True, max_retries=0, read_timeout=5.0, connect_timeout=0.4
 )
 
 
@@ -112,6 +112,7 @@ def test_public_addresses_pass(url):
     assert len(addresses) == 1 and is_public(addresses[0])
 
 
+@settings(deadline=None)
 @given(st.ip_addresses(v=4))
 def test_ipv4_inside_ipv6_is_judged_as_ipv4(ip):
     public = is_public(str(ip))
@@ -203,8 +204,9 @@ FAULTS = [
     ("bad_chunk", "connection"), ("no_http", "connection"), ("nothing", "connection"), ("bad_gzip", "connection"),
     ("bomb", "too_large"), ("bomb_of_bombs", "too_large"), ("ten_megabytes", "too_large"), ("no_end", "too_large"),
     ("circle", "redirects"), ("to_file", "refused_address"), ("to_user", "refused_address"),
-    ("to_nowhere", "redirects"), ("to_nonsense", "connection"), ("picture", "content_type"), ("video", "content_type"),
-    ("missing", "http_404"), ("forbidden", "unauthorized"), ("broken", "http_500"), ("busy", "rate_limited"),
+    ("to_nowhere", "redirects"), ("to_nonsense", "refused_address"), ("picture", "content_type"),
+    ("video", "content_type"), ("missing", "http_404"), ("forbidden", "unauthorized"), ("broken", "http_500"),
+    ("busy", "rate_limited"),
 ]  # fmt: skip
 
 
@@ -217,15 +219,33 @@ def one_web(tmp_path_factory):
 
 @pytest.mark.parametrize(("fault", "kind"), FAULTS)
 def test_faults_become_words_before_the_deadline(one_web, server, fault, kind):
-    got, words, seconds = failure_of(one_web, f"{server.url}/fault/{fault}")
+    limit = 1.0 if kind == "timeout" else 10.0  # a busy machine needs its time for ten megabytes
+    got, words, seconds = failure_of(one_web, f"{server.url}/fault/{fault}", seconds=limit)
     assert got == kind and words.endswith(".") and words[0].isupper()
-    assert seconds < 1.3
+    assert seconds < limit + 0.3
+
+
+def test_a_silence_ends_before_the_deadline(open_web, server):
+    kind, _, seconds = failure_of(open_web(read_timeout=0.3), server.url + "/fault/silence", seconds=9)
+    assert kind == "timeout" and seconds < 5
 
 
 def test_server_down_and_tls_errors(open_web, server):
     web = open_web()
     assert failure_of(web, "http://127.0.0.1:9/")[0] == "connection"
     assert failure_of(web, server.url.replace("http:", "https:") + "/page")[0] == "tls"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent_url = f"https://127.0.0.1:{silent.getsockname()[1]}/"
+        kind, _, seconds = failure_of(open_web("b", connect_timeout=9.0), silent_url, seconds=0.9)
+        assert kind == "timeout" and seconds < 1.3
+
+
+def test_a_redirect_is_read_as_browsers_read_it(open_web):
+    for sent, asked in (("/ü".encode().decode("latin-1"), "/%C3%BC"), ("/a b", "/a%20b")):
+        with Server({"/here": (302, {"Location": sent}, b"")}) as server:
+            server.pages[asked] = (200, {}, b"there")
+            open_web().fetch(server.url + "/here", Counter(), time.monotonic() + 5)
+            assert [path for path, *_ in server.sent] == ["/here", asked]
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
@@ -254,7 +274,26 @@ def test_a_failed_exchange_gives_its_place_in_the_pool_back(open_web, server):
     web = open_web(connections_per_host=1)
     for fault in ("ten_megabytes", "picture", "drip_body", "reset_in_body", "silence", "missing", "circle"):
         failure_of(web, f"{server.url}/fault/{fault}", seconds=0.6)
-        assert web.fetch(server.url + "/page", Counter(), time.monotonic() + 1)[0] == b"<p>hello"
+        assert web.fetch(server.url + "/page", Counter(), time.monotonic() + 9)[0] == b"<p>hello"
+
+
+def test_names_that_nobody_waits_for_any_more_do_not_hold_up_the_others(monkeypatch):
+    asked, found, over = [], [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("1.1.1.1", 0))], threading.Event()
+
+    def slow(host, *_, **__):
+        asked.append(host)
+        if host.startswith("slow"):
+            over.wait(60)
+        return found
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with ThreadPoolExecutor(64) as threads:
+        for future in [threads.submit(check_url, f"http://slow{i}.example/", seconds=0.1) for i in range(64)]:
+            with pytest.raises(BlockedURL, match="dns"):
+                future.result()
+    over.set()
+    assert check_url("http://fast.example/", seconds=30)[1] == ["1.1.1.1"]
+    assert len(asked) <= 17  # 16 at a time; the other 48 were given up before their turn
 
 
 # --- politeness
@@ -280,26 +319,30 @@ def test_retries_after_errors_until_it_works_and_no_more_than_max_retries(open_w
     def flaky(number):
         return (200, {}, b"at last") if number == 3 else (503, {"Retry-After": "0"}, b"")
 
-    with Server({"/flaky": flaky, "/broken": lambda _: (502, {"Retry-After": "0"}, b"")}) as server:
+    broken, odd = (502, {"Retry-After": "0"}, b""), (503, {"Retry-After": "9" * 5000}, b"")
+    with Server({"/flaky": flaky, "/broken": broken, "/odd": odd}) as server:
         web, counts = open_web(max_retries=4), Counter()
         assert web.fetch(server.url + "/flaky", counts, time.monotonic() + 5)[0] == b"at last"
         assert counts["requests"] == 3
         assert failure_of(web, server.url + "/broken", counts=counts)[0] == "http_502"
         assert server.requests["/broken"] == 5
+        assert failure_of(web, server.url + "/odd", seconds=0.3)[0] == "http_503"
         assert failure_of(web, server.url + "/missing")[0] == "http_404"
         assert server.requests["/missing"] == 1  # asking again does not help
 
 
 def test_retry_after_is_honoured_within_the_deadline_and_else_not_waited_for(open_web):
+    times = []
+
     def limited(number):
-        return (200, {}, b"ok") if number > 1 else (429, {"Retry-After": "1"}, b"")
+        times.append(time.monotonic())
+        return (200, {}, b"ok") if number > 1 else (429, {"Retry-After": "3"}, b"")
 
     with Server({"/": limited}) as server:
-        start = time.monotonic()
-        open_web(max_retries=4).fetch(server.url + "/", Counter(), start + 5)
-        assert 1.0 <= time.monotonic() - start < 2
-        kind, _, seconds = failure_of(open_web("b", max_retries=4), server.url + "/fault/busy", seconds=5)
-        assert kind == "rate_limited" and seconds < 0.5 and server.requests["/fault/busy"] == 1
+        open_web(max_retries=4).fetch(server.url + "/", Counter(), time.monotonic() + 30)
+        assert len(times) == 2 and times[1] - times[0] >= 2.9  # a pause of our own is 0.75 s at most
+        kind, _, seconds = failure_of(open_web("b", max_retries=4), server.url + "/fault/busy", seconds=30)
+        assert kind == "rate_limited" and seconds < 15 and server.requests["/fault/busy"] == 1
 
 
 # --- services of the operator
