@@ -1,38 +1,70 @@
 """Evaluate a model on questions, or let it answer one in the terminal.
 
   python eval.py                                       the newest run's model on that run's held-out questions
+  python eval.py --model=DIR                           any model on the official test set (fetched once), live search
   python eval.py --model=DIR --data=FILE --limit=20    any model on any questions, 20 of each data source
-  python eval.py --question="..."                      one question: thoughts, searches, pages, answer
+  python eval.py --method=cot                          the paper's baselines: no tools (rag: one search, in the prompt)
+  python eval.py --resume                              goes on with the newest evaluation, killed or stopped
+  python eval.py --question="..."                      one question: thoughts, searches, pages, answer, sources
 
 Every key of config.yaml can be given as in train.py. The model of a run brings that run's config with it; any other
 model starts from preset wiki for a local search, else from preset paper.
 """
 
+import asyncio
+import csv
+import hashlib
 import json
+import os
+import re
+import signal
 import sys
-from collections import Counter, defaultdict
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from tqdm import tqdm
 
 from deepresearcher_min import report
-from deepresearcher_min.config import Config, ConfigError, describe, load_config, parse_arguments, save_config
-from deepresearcher_min.reward import explain, f1_score, judge, summarize
-from deepresearcher_min.rollout import Batch, evaluate, roll_out
-from deepresearcher_min.run import Clock, Ranks, complete_checkpoints, newest_run
-from deepresearcher_min.search import Corpus
-from deepresearcher_min.trajectory import Question, Trajectory, load_questions
-from train import Task, check_needs, load_task, make_agent, progress, quiet_libraries
+from deepresearcher_min.config import ROOT, Config, ConfigError, describe, load_config, parse_arguments, save_config
+from deepresearcher_min.protocol import ChatFormat, Entry
+from deepresearcher_min.reward import ask_judge, explain, judge, measures, summarize
+from deepresearcher_min.rollout import EVALUATION, Agent, Batch, roll_out
+from deepresearcher_min.run import RUNS, Clock, Ranks, complete_checkpoints, newest_run, open_run
+from deepresearcher_min.search import INDEX_CACHE, Corpus
+from deepresearcher_min.trajectory import Question, Recording, Trajectory, load_questions
+from deepresearcher_min.web import Web, WebFailure
+from train import Task, check_needs, load_task, make_agent, quiet_libraries
+
+# The revision is the one at which a public copy of the official repository has the file; never fetched by us (there is
+# no internet here). What decides is the checksum, which is that of the published file, 3,197 questions.
+OFFICIAL = "https://raw.githubusercontent.com/GAIR-NLP/DeepResearcher"
+TEST_SET_URL = f"{OFFICIAL}/b576f0cc08e1ca39027f29a56a99548b743bfd3b/data/test.parquet"
+TEST_SET_SHA256 = "30c21c7da1872af08d7db1aacb5f45a57d0a7f038dd7f7baed51231bf6c5e10e"
+CAPTION = """\
+Method {method}, model {model}, search {search} (cot: none), temperature {eval_temperature:g}. F1, EM: official scorer;
+no answer is 0; interval: 2,000 bootstraps of questions. MBE: {judge}. Ended by the harness, left out: {lost}.
+"plans" to "admits": words in thoughts, see report.behaviours. "paper": F1/MBE of 7B models as published in tables 1
+and 2 of arXiv 2504.03160: whole sets, the web of then, judge gpt-4o-mini."""
 
 
 def resolve(argv: list[str]) -> Config:
-    """The config of an evaluation: of the run that the model belongs to, else a preset; argv over it."""
+    """The config of a stopped evaluation, or of the run that the model belongs to, or a preset; argv over it."""
     typed = parse_arguments(argv)
+    if "resume" in typed:
+        stopped = sorted(RUNS.glob("eval-*/config.yaml"), key=lambda file: file.stat().st_mtime)
+        if typed["resume"] == "newest" and not stopped:
+            raise ConfigError("resume: there is no evaluation under runs/")
+        return open_run([*argv, f"--resume={stopped[-1].parent}"] if typed["resume"] == "newest" else argv)
     folder = Path(typed.get("model") or newest_run())
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     base = None
@@ -46,96 +78,216 @@ def resolve(argv: list[str]) -> Config:
     elif "preset" not in typed:
         argv = [f"--preset={'wiki' if typed.get('search') == 'local' else 'paper'}", *argv]
     now = datetime.now(UTC)
-    extra = {"run_dir": typed.get("run_dir") or f"runs/eval-{now:%Y%m%d-%H%M%S}", "model": str(folder)}
-    extra |= {"date": typed.get("date") or f"{now:%Y-%m-%d}"}
-    return load_config([*argv, *(f"--{key}={value}" for key, value in extra.items())], base=base)
+    extra = {"run_dir": f"{RUNS}/eval-{now:%Y%m%d-%H%M%S}", "date": f"{now:%Y-%m-%d}", **typed, "model": folder}
+    extra |= {"eval_data": typed["data"]} if "data" in typed else {}
+    config = load_config([*argv, *(f"--{key}={value}" for key, value in extra.items())], base=base)
+    if (Path(config.run_dir) / "config.yaml").exists():
+        raise ConfigError(f"run_dir={config.run_dir!r} is taken; an evaluation goes on with --resume={config.run_dir}")
+    if config.method == "agent":
+        return config
+    # cot never searches: wikipedia stands there because it needs neither a key nor a corpus.
+    search = "wikipedia" if config.method == "cot" and config.search != "toy" else config.search
+    prompt = config.system_prompt_file or str(ROOT / "prompts/baseline.txt")
+    return replace(config, max_tool_calls=0, search=search, system_prompt_file=prompt)
 
 
-def load_examination(config: Config) -> Task:
-    """The questions to be asked, at most `limit` of each data source, and the offline web, if there is one."""
-    if config.search == "toy":
+def test_set(config: Config) -> str:
+    """The official test set, fetched once and kept under ~/.cache; ConfigError if it cannot be had or is not that."""
+    path = INDEX_CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
+    if not path.exists():
+        web = Web(replace(config, cassette_mode="live"), ":memory:")
+        try:
+            body, _ = web.fetch(TEST_SET_URL, Counter(), time.monotonic() + 120, own=True)
+        except WebFailure as failure:
+            raise ConfigError(f"the official test set: {failure.words} ({TEST_SET_URL}) Or name --data=FILE") from None
+        finally:
+            web.close()
+        if (found := hashlib.sha256(body).hexdigest()) != TEST_SET_SHA256:
+            raise ConfigError(f"{TEST_SET_URL} sent another file: sha256 {found}, not {TEST_SET_SHA256}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_bytes(body)
+        path.with_suffix(".part").replace(path)
+    return str(path)
+
+
+def load_examination(config: Config, ranks: Ranks, asked: str) -> Task:
+    """The questions, at most `limit` of each data source, and the offline web, if there is one.
+
+    They are those of eval_data (or --data), else those that the model's run set aside, else the official test set.
+    """
+    file = config.eval_data
+    if config.search == "toy" or (config.data and not file):
         task = load_task(config)
     else:
-        file = config.eval_data or config.data  # none for a typed question
+        if not file and not asked:
+            file = ranks.share(test_set(config) if ranks.rank == 0 else None)
         corpus = Corpus.from_jsonl(config.corpus) if config.corpus else None
         task = Task(config.model, [], load_questions(file) if file else [], corpus, corpus)
-    taken: Counter[str] = Counter()
-    kept = []
+    taken: dict[str, list[Question]] = {}
     for question in task.held_out:
-        taken[question.source] += 1
-        if not config.limit or taken[question.source] <= config.limit:
-            kept.append(question)
-    return replace(task, held_out=kept)
+        taken.setdefault(question.source, []).append(question)
+    kept = {question.id for each in taken.values() for question in each[: config.limit or None]}
+    return replace(task, held_out=[question for question in task.held_out if question.id in kept])
 
 
-def evaluate_all(config: Config, task: Task, ranks: Ranks) -> None:
-    """Ask every question once; write trajectories, summary.json and report.html; print a table of data sources."""
-    clock = Clock()
-    _, examiner = make_agent(config, task, ranks)
+class PlainChat(ChatFormat):
+    """The prompt of the baselines: rules and question, no tools, and for rag what a search for the question found."""
+
+    def __init__(self, chat: ChatFormat, found: Mapping[str, str]) -> None:
+        super().__init__(chat.tokenizer, "", chat.system)
+        self.found = found
+
+    def prompt_ids(self, question: str) -> list[int]:
+        text = "\n\nSearch results: ".join(filter(None, (question, self.found.get(question))))
+        return self._encode(self._render_prompt(self.defuse(text), None))
+
+
+def search_once(questions: Sequence[Question], agent: Agent) -> tuple[dict[str, str], dict[str, Counter]]:
+    """For rag: what a search for each question finds, as the agent would see it, by its text; and the costs by id."""
+    records = [Recording(question, []) for question in questions]
+
+    async def search() -> list[Entry]:
+        agent.tools.slots = asyncio.Semaphore(agent.config.tool_threads or 1)
+        return await asyncio.gather(*(agent.tools.entry("search", one.question.text, one) for one in records))
+
+    fit = partial(agent.chat.fit, max_tokens=agent.config.max_observation_tokens)
+    texts = {entry.key: fit("search", [entry])[0] for entry in asyncio.run(search())}
+    return texts, {one.question.id: one.cost for one in records}
+
+
+def finished(run_dir: str) -> dict[str, Trajectory]:
+    """The trajectories of an evaluation so far, by question; what the harness ended is not among them."""
+    files = sorted((Path(run_dir) / "trajectories").glob("eval*.jsonl"))
+    return {one.question.id: one for file in files for one in report.read_trajectories(file)}
+
+
+def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
+    """Ask what has no result yet. Each trajectory is written as it ends, so that no kill loses or repeats one."""
+    path = Path(config.run_dir) / "trajectories" / ("eval" + f"-rank{ranks.rank}" * (ranks.world_size > 1) + ".jsonl")
+    done = ranks.share(finished(config.run_dir) if ranks.rank == 0 else None)
+    mine = range(ranks.rank, len(task.held_out), ranks.world_size)
+    numbers = [number for number in mine if task.held_out[number].id not in done]
+    questions = [task.held_out[number] for number in numbers]
+    _, agent = make_agent(config, task, ranks)
+    found, prepaid = search_once(questions, agent) if config.method == "rag" else ({}, {})
+    if config.method != "agent":
+        agent = replace(agent, chat=PlainChat(agent.chat, found))
+    bar = tqdm(total=len(mine), initial=len(mine) - len(numbers), desc=config.method, disable=ranks.rank > 0 or None)
+    sums = sum((Counter(measures(one)) for one in done.values()), Counter(n=len(done)))
+
+    def on_done(one: Trajectory) -> None:
+        one = replace(one, cost={**prepaid.get(one.question.id, {}), **one.cost})
+        group = judge(one.question, [one], config, 0)  # empty for what the harness ended
+        report.write_trajectories(path, 0, [group], partial(explain, config=config))
+        sums.update(measures(one) | {"n": len(group.trajectories)})
+        bar.update()
+        bar.set_postfix_str(f"F1 {sums['f1'] / max(1, sums['n']):.3f}, ${sums['usd']:.2f}")
+        if 0 < config.max_cost <= sums["usd"]:
+            signal.raise_signal(signal.SIGINT)  # ends as Ctrl-C does
+
     try:
-        with progress("evaluation", len(task.held_out) // ranks.world_size, ranks) as on_done:
-            trajectories = evaluate(task.held_out, examiner, ranks, on_done)
+        roll_out(Batch(questions, numbers, 1, config.eval_temperature, 1.0, EVALUATION), agent, on_done)
     finally:
-        examiner.tools.close()
-        examiner.engine.close()
-    if ranks.rank != 0:
-        return
-    run = Path(config.run_dir)
-    by_source: dict[str, list[Trajectory]] = defaultdict(list)
-    for trajectory in trajectories:
-        by_source[trajectory.question.source or "all questions"].append(trajectory)
-    sources = {name: summarize(found) for name, found in sorted(by_source.items())}
-    overall = summarize(trajectories)
-    summary: dict[str, Any] = {"seed": config.seed, "model": config.model, "seconds": round(clock.seconds(), 1)}
-    summary |= {"sources": sources, "overall": overall}
+        bar.close()
+        agent.tools.close()
+        agent.engine.close()
+
+
+def ask_judge_all(config: Config, results: Sequence[Trajectory]) -> tuple[dict[str, float | None], str]:
+    """MBE by question, and a sentence on who judged and what stayed without a verdict; empty without a judge."""
+    if not config.judge_url:
+        return {}, "not measured (judge_url is empty)"
+    web, counts = Web(config, config.cassette or Path(config.run_dir) / "cassette.sqlite"), Counter()
+    with ThreadPoolExecutor(max(1, config.tool_threads)) as pool:
+        verdicts = pool.map(lambda one: ask_judge(one, config, web, counts), results)
+        verdicts = list(tqdm(verdicts, "judge", len(results), disable=None))
+    web.close()
+    causes = ", ".join(f"{amount} {name}" for name, amount in counts.items() if name.startswith("judge_"))
+    sentence = f"by {config.judge_model}; without a verdict, left out: {verdicts.count(None)} ({causes or '-'})"
+    return {one.question.id: each for one, each in zip(results, verdicts, strict=True)}, sentence
+
+
+def scores_of(found: Sequence[Trajectory], verdicts: Mapping[str, float | None]) -> dict[str, object]:
+    """summarize(), and the 95 % bootstrap interval of F1, MBE over the answers with a verdict, shares of behaviours."""
+    f1 = [measures(one)["f1"] for one in found]
+    means = np.random.default_rng(0).choice(f1, (2000, len(f1))).mean(axis=1)
+    judged = [each for one in found if (each := verdicts.get(one.question.id)) is not None]
+    shown = Counter(name for one in found for name in report.behaviours(one))
+    scores = {name: shown[name] / len(found) for name in report.BEHAVIOURS}
+    scores |= {"f1_interval": np.quantile(means, (0.025, 0.975)).round(3).tolist()}
+    scores |= {"mbe": sum(judged) / len(judged) if judged else None}
+    scores |= {"usd": sum(one.cost.get("usd", 0.0) for one in found)}
+    return summarize(found) | scores
+
+
+def conclude(config: Config, task: Task, clock: Clock) -> None:
+    """Judge the answers; write summary.json, results.md and report.html from the files; print the table."""
+    run, known = Path(config.run_dir), finished(config.run_dir)
+    results = [known[question.id] for question in task.held_out if question.id in known]
+    if not results:
+        raise ValueError(f"not one of {len(task.held_out)} questions has a result; see trajectory_timeout")
+    verdicts, sentence = ask_judge_all(config, results)
+    names = sorted({one.question.source for one in results})
+    by_source = [(name, [one for one in results if one.question.source == name]) for name in names]
+    sources = {name or "no source": scores_of(found, verdicts) for name, found in by_source}
+    overall = scores_of(results, verdicts)
+    table = report.score_rows({**sources, "all": overall})
+    published = csv.DictReader((ROOT / "docs/paper.csv").read_text().splitlines())
+    paper = [row for row in published if sources.keys() & row.keys()]
+    table += [[f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])] for row in paper]
+    lost = len(task.held_out) - len(results)
+    caption = textwrap.fill(CAPTION.format(**config.to_dict(), judge=sentence, lost=lost), 118)
+    summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": clock.seconds()}
+    summary |= {"sources": sources, "overall": overall, "table": table, "caption": caption}
     (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1))
-    groups = [judge(t.question, [t], config, 0) for t in trajectories]
-    report.write_trajectories(run / "trajectories" / "eval.jsonl", 0, groups, partial(explain, config=config))
+    (run / "results.md").write_text(f"{report.text_table(table, markdown=True)}\n\n{caption}\n")
     report.write_html(run)
-    print(report.source_table(sources, overall))
-    print(
-        f"\n{clock.seconds():.0f} s. Every trajectory is in {run / 'report.html'}, the scores in {run / 'summary.json'}"
-    )
+    print(f"{report.text_table(table)}\n\n{caption}\n")
+    print(f"{clock.seconds():.0f} s. Every trajectory is in {run}/report.html, the table in {run}/results.md")
 
 
 def ask(config: Config, task: Task, text: str, ranks: Ranks) -> None:
     """Answer one question and print the whole trajectory; a known question is scored, too."""
-    known = {question.text: question for question in task.held_out}
-    question = known.get(text, Question("typed", text, ("",), "typed"))
-    _, examiner = make_agent(config, task, ranks)
+    question = next((each for each in task.held_out if each.text == text), Question("typed", text, ("",)))
+    _, agent = make_agent(config, task, ranks)
     try:
-        batch = Batch([question], [0], 1, config.eval_temperature, 1.0, step=0)
-        ((trajectory,),) = roll_out(batch, examiner)
+        ((one,),) = roll_out(Batch([question], [0], 1, config.eval_temperature, 1.0, step=0), agent)
     finally:
-        examiner.tools.close()
-        examiner.engine.close()
-    for turn in trajectory.turns:
-        print(report.readable_turn(turn))
-    print(f"Answer: {trajectory.answer if trajectory.answer is not None else f'none ({trajectory.stop_reason})'}")
-    if text in known:
-        print(
-            f"Gold: {' | '.join(question.answers)} (F1 {f1_score(trajectory.answer or '', list(question.answers)):.2f})"
-        )
+        agent.tools.close()
+        agent.engine.close()
+    print(report.readable(one, explain(one, config) if question.id != "typed" else ""))
+    seen = [turn.observation for turn in one.turns if turn.kind == "browse"] or [turn.observation for turn in one.turns]
+    sources = re.findall(r"'url': '([^']+)'", " ".join(seen))
+    print("\n  ".join(["Sources:", *dict.fromkeys(sources)]))
 
 
 def main(argv: list[str]) -> int:
-    typed = [word for word in argv if word.startswith("--question=")]
-    argv = [word for word in argv if word not in typed]
+    typed = "".join(word.partition("=")[2] for word in argv if word.startswith("--question="))
+    argv = [word for word in argv if not word.startswith("--question=")]
     quiet_libraries()
-    ranks = Ranks.start()
+    ranks, clock = Ranks.start(), Clock()
     try:
         config = ranks.share(resolve(argv) if ranks.rank == 0 else None)
-        check_needs(config, questions=not typed)
+        check_needs(config, questions=False)
+        if config.judge_url and not os.environ.get("JUDGE_API_KEY"):
+            raise ConfigError("JUDGE_API_KEY is not set: judge_url needs it (any word, if the server asks for none)")
         torch.set_num_threads(config.threads)
-        task = load_examination(config)
+        task = load_examination(config, ranks, typed)
         if typed:
-            ask(config, task, typed[-1].partition("=")[2], ranks)
+            ask(config, task, typed, ranks)
             return 0
         if ranks.rank == 0:
             Path(config.run_dir).mkdir(parents=True, exist_ok=True)
             save_config(config, Path(config.run_dir) / "config.yaml")
             print(f"What differs from config.yaml:\n{describe(config)}\n", flush=True)
-        evaluate_all(config, task, ranks)
+        try:
+            ask_all(config, task, ranks)
+        except KeyboardInterrupt:
+            print(f"Stopped. Go on with: python eval.py --resume={config.run_dir}")
+            return 130
+        ranks.gather([None])  # every rank's file is complete
+        if ranks.rank == 0:
+            conclude(config, task, clock)
     except (ConfigError, ValueError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2

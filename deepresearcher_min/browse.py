@@ -108,10 +108,11 @@ class Parsers:
     def text(self, body: bytes, content_type: str, deadline: float) -> str:
         """main_text(body, content_type) from a child; raises WebFailure (timeout, unreadable)."""
         try:
-            child = self.idle.get(timeout=seconds_left(deadline))
+            child: Any = self.idle.get(timeout=seconds_left(deadline))
         except queue.Empty:
             raise WebFailure(*TIMEOUT) from None
-        alarm, text = threading.Timer(deadline - time.monotonic(), lambda: child.kill()), None
+        text: Any = None
+        alarm = threading.Timer(deadline - time.monotonic(), lambda: child.kill())
         try:
             if child is None or child.poll() is not None:
                 child = subprocess.Popen(PARSER, stdin=PIPE, stdout=PIPE, cwd=ROOT, start_new_session=True)
@@ -137,7 +138,8 @@ def fetch_text(url: str, web: Web, counts: Counter, deadline: float) -> str:
     """The text of a live page, through the cassette, which records the text and not the page."""
 
     def produce() -> str:
-        text = PARSERS.text(*web.fetch(url, counts, deadline), deadline)
+        body, content_type = web.fetch(url, counts, deadline)
+        text = PARSERS.text(body, content_type, deadline)
         if not text:
             raise WebFailure("no_text", "The page holds no text that can be read.")
         return text

@@ -42,6 +42,7 @@ class Config:
     eval_data: str
     eval_questions: int
     limit: int
+    method: str
     questions_per_step: int
     group_size: int
     steps: int
@@ -113,6 +114,7 @@ class Config:
 
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
+    "method": ("agent", "cot", "rag"),
     "engine": ("auto", "vllm", "hf"),
     "search": ("serper", "searxng", "wikipedia", "retriever", "local", "toy"),
     "reader": ("engine", "openai", "extractive"),
@@ -206,7 +208,7 @@ def convert(key: str, value: Any) -> Any:
     if kind is str:
         return "" if value is None else str(value)
     try:
-        return kind(value)
+        return (int if kind is int else float)(value)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}={value!r}: not {'a whole number' if kind is int else 'a number'}") from error
 
@@ -247,7 +249,9 @@ def describe(config: Config, file: Path = CONFIG_FILE) -> str:
 
 def save_config(config: Config, path: Path) -> None:
     """Write all keys as YAML. API keys are never part of the config; they come from the environment."""
-    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    aside = path.with_suffix(".part")
+    aside.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    aside.replace(path)  # a kill in between leaves the old file whole
 
 
 def require_environment(name: str, purpose: str) -> str:

@@ -40,9 +40,7 @@ class Completion:
     """What one request sampled, the stop token included."""
 
     token_ids: list[int]
-    # Of the distribution that was sampled from, after temperature and top_p; of greedy requests, at temperature 1
-    # (vLLM: only in batches that are greedy throughout).
-    logprobs: list[float]
+    logprobs: list[float]  # after temperature and top_p; greedy: at temperature 1 (vLLM: if the whole batch is greedy)
     finish_reason: str  # stop | length (max_tokens, or the context is full) | aborted (by the engine itself)
 
 
@@ -101,14 +99,12 @@ class HFEngine(Engine):
 
     All new tokens of a step, of prompts and of running turns, pass the linear layers as one flat sequence [1, N];
     `attend` replaces the model's attention and keeps requests apart. The KV cache has a row for each request, where its
-    next turn goes on; others with the same beginning copy that. Every request has a random stream of its own, so that
-    its tokens do not depend on who shares the batch (as long as the last bits of float sums decide nothing).
+    next turn goes on; others with the same beginning copy that. Every request has a random stream of its own.
     """
 
     def __init__(self, config: Config, model_dir: str) -> None:
         AttentionInterface.register("rows", attend)
-        load = AutoModelForCausalLM.from_pretrained
-        self.model = load(model_dir, dtype=getattr(torch, config.dtype), attn_implementation="rows").eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=config.dtype, attn_implementation="rows")
         model = self.model.config
         if any(kind != "full_attention" for kind in getattr(model, "layer_types", None) or []):
             raise ConfigError(f"model={model_dir}: engine=hf has no sliding-window attention")
@@ -126,8 +122,6 @@ class HFEngine(Engine):
 
     def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
         super().submit(request_id, token_ids, sampling)
-        if any(request.request_id == request_id for request in self.waiting + self.running):
-            raise ValueError(f"request {request_id!r} is still running")
         generator = torch.Generator().manual_seed(sampling.seed)
         self.waiting.append(Request(request_id, np.array(token_ids, np.int32), sampling, generator))
 
@@ -152,14 +146,11 @@ class HFEngine(Engine):
         if not self.running:
             return {}
         spans = [request.span for request in self.running]
-        logits = self.model(
-            input_ids=torch.from_numpy(np.concatenate([self.ids[row, past:end] for row, _, past, end in spans]))[None],
-            position_ids=torch.cat([torch.arange(past, end) for *_, past, end in spans])[None],
-            use_cache=False,
-            logits_to_keep=torch.tensor([end - past for *_, past, end in spans]).cumsum(0) - 1,  # the last of each
-            cache=self.cache,
-            spans=spans,
-        ).logits[0]
+        ids = torch.from_numpy(np.concatenate([self.ids[row, past:end] for row, _, past, end in spans]))
+        positions = torch.cat([torch.arange(past, end) for *_, past, end in spans])
+        last = torch.tensor([end - past for *_, past, end in spans]).cumsum(0) - 1  # of each request
+        inputs = {"input_ids": ids[None], "position_ids": positions[None], "logits_to_keep": last}
+        logits = self.model(**inputs, use_cache=False, cache=self.cache, spans=spans).logits[0]
         finished = {}
         for request, token_id, logprob in zip(self.running, *sample(logits, self.running), strict=True):
             row, *_, end = request.span
@@ -185,14 +176,11 @@ class HFEngine(Engine):
 
     @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        if count := len(self.running + self.waiting):
-            raise RuntimeError(f"update_weights: {count} requests are running")
-        missing = dict(self.model.named_parameters())  # a tied head counts once, as the embedding
-        for name, tensor in named_tensors:
-            if name not in missing:
-                raise ValueError(f"update_weights: the model has no tensor {name!r}")
-            missing.pop(name).copy_(tensor)
-        if missing:
+        if self.running or self.waiting:
+            raise RuntimeError("update_weights: requests are running")
+        parameters = dict(self.model.named_parameters())  # a tied head counts once, as the embedding
+        given = {name: parameters[name].copy_(tensor) for name, tensor in named_tensors}
+        if missing := parameters.keys() - given.keys():
             raise ValueError(f"update_weights: no values for {sorted(missing)}")
         # The rows' order is as new, too: who shares whose prefix decides the last bits, and a resumed run has no past.
         self.held[:], self.names, self.idle = 0, [None] * len(self.names), sorted(self.idle)
@@ -245,7 +233,7 @@ class VLLMEngine(Engine):
 
     def __init__(self, config: Config, model_dir: str, world_size: int) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's core in this process
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no telemetry
+        os.environ["VLLM_NO_USAGE_STATS"] = "1"  # no telemetry
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm  # 10-30 s; reads the environment
 
@@ -260,20 +248,13 @@ class VLLMEngine(Engine):
         # vLLM 0.32 looks into all loaded modules. This one (bm25s loads it) breaks that: its `lib` fakes a __dict__.
         ffi = sys.modules.pop("llvmlite.binding.ffi", None)
         self.llm = vllm.LLM(
-            model=model_dir,
-            dtype=config.dtype,
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # the model's own sampling defaults and stop tokens are not used
-            max_model_len=self.max_len,
-            max_num_seqs=config.max_in_flight,
-            enable_prefix_caching=True,
-            block_size=block,
-            num_gpu_blocks_override=config.kv_tokens // block or None,
+            model=model_dir, dtype=config.dtype, max_model_len=self.max_len, max_num_seqs=config.max_in_flight,
+            skip_tokenizer_init=True, generation_config="vllm",  # not the model's sampling defaults and stop tokens
+            enable_prefix_caching=True, block_size=block, num_gpu_blocks_override=config.kv_tokens // block or None,
             logprobs_mode="processed_logprobs",  # after temperature and top_p
             # GPU: LOCAL_RANK's device; the default takes the first (vllm/v1/executor/uniproc_executor.py).
-            distributed_executor_backend="external_launcher" if world_size > 1 else None,
-            **device,
-        )
+            distributed_executor_backend="external_launcher" if world_size > 1 else None, **device,
+        )  # fmt: skip
         sys.modules.update({ffi.__name__: ffi} if ffi else {})
         self.engine = self.llm.llm_engine
         self.capacity_tokens = self.engine.vllm_config.cache_config.num_gpu_blocks * block
@@ -299,21 +280,20 @@ class VLLMEngine(Engine):
         self.engine.abort_request(list(request_ids))
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        if count := self.engine.get_num_unfinished_requests():
-            raise RuntimeError(f"update_weights: {count} requests are running")
+        # Cached prefixes hold the keys of the old weights.
+        if self.engine.has_unfinished_requests() or not self.llm.reset_prefix_cache():
+            raise RuntimeError("update_weights: requests are running")
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
         if not self.gpu:
             # vLLM multiplies with repacked copies of weights; the reload misses that of a tied head, which is not sent.
             self.llm.apply_model(lambda model: model.lm_head.quant_method.process_weights_after_loading(model.lm_head))
-        if not self.llm.reset_prefix_cache():  # else cached prefixes keep the keys of the old weights
-            raise RuntimeError("update_weights: vLLM did not reset its prefix cache, requests still hold blocks")
 
     def sleep(self) -> None:
         if self.sleeps:  # GPU: level 2 drops weights and KV cache, keeps buffers (vllm/v1/worker/gpu_worker.py)
             self.llm.sleep(level=2)
 
     def wake_up(self) -> None:
-        if self.sleeps:  # GPU: the weights are undefined until update_weights
+        if self.sleeps:  # GPU: empties PyTorch's cache first (vllm/device_allocator/cumem.py); weights are undefined
             self.llm.wake_up()
 
     def close(self) -> None:

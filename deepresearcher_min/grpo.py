@@ -25,6 +25,7 @@ Shape suffixes of tensor names:
 Omitted: a value function, reward shaping and sequence-level ratios; the paper uses none of them in its code.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -49,12 +50,11 @@ def group_advantages(rewards: Sequence[float] | np.ndarray | torch.Tensor, norma
     exact zeros, which float arithmetic alone does not: the float32 mean of seven times 0.1 is not 0.1.
     Raises ValueError for a reward that is not finite. Example: [0, 0, 1] -> [-0.577, -0.577, 1.155].
     """
-    rewards_G = torch.as_tensor(rewards, dtype=torch.float64)
+    given_G = torch.as_tensor(rewards)
+    dtype, rewards_G = given_G.dtype if given_G.is_floating_point() else torch.float32, given_G.double()
     if not torch.isfinite(rewards_G).all():
         raise ValueError(f"rewards of a group must be finite, not {rewards_G.tolist()}")
-    given = torch.as_tensor(rewards).dtype
-    dtype = given if given.is_floating_point else torch.float32
-    if rewards_G.numel() == 0 or rewards_G.max() == rewards_G.min():
+    if (rewards_G == rewards_G[:1]).all():
         return torch.zeros_like(rewards_G, dtype=dtype)
     advantages_G = rewards_G - rewards_G.mean()
     if normalize_std:
@@ -64,23 +64,18 @@ def group_advantages(rewards: Sequence[float] | np.ndarray | torch.Tensor, norma
 
 @dataclass(frozen=True)
 class ScoredTrajectory:
-    """What the loss needs of one trajectory: arrays over its tokens ([length] each), and its advantage."""
+    """What the loss needs of one trajectory; nothing behind the last sampled token matters."""
 
     name: str  # which one it is, for error messages
-    token_ids: np.ndarray
-    sampled_mask: np.ndarray
-    rollout_logprobs: np.ndarray  # nan where nothing was sampled
+    token_ids: np.ndarray  # up to the last sampled one, which is only ever predicted
+    sampled: np.ndarray  # indices into token_ids
+    rollout_logprobs: np.ndarray  # of the sampled tokens
     advantage: float
 
     @property
-    def num_sampled(self) -> int:
-        return int(self.sampled_mask.sum())
-
-    @property
     def num_inputs(self) -> int:
-        """Tokens that the model must read: all before the last sampled one, which is only ever predicted."""
-        sampled = np.flatnonzero(self.sampled_mask)
-        return int(sampled[-1]) if len(sampled) else 0
+        """Tokens that the model must read."""
+        return len(self.token_ids) - 1
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,6 @@ class PackedBatch:
     The sampled token i of a sequence is predicted at position i-1, so predict_S points one before it.
     """
 
-    rows: tuple[ScoredTrajectory, ...]
     lengths: tuple[int, ...]  # of each sequence, sums to T
     token_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
@@ -98,11 +92,7 @@ class PackedBatch:
     targets_S: torch.Tensor
     rollout_S: torch.Tensor
     advantages_S: torch.Tensor
-
-    def row_of(self, s: int) -> ScoredTrajectory:
-        """The trajectory that the s-th sampled token belongs to."""
-        ends = np.cumsum([row.num_sampled for row in self.rows])
-        return self.rows[int(np.searchsorted(ends, s, side="right"))]
+    names_S: np.ndarray  # of the trajectories that the sampled tokens belong to
 
 
 def pack(rows: Sequence[ScoredTrajectory], device: torch.device | str = "cpu") -> PackedBatch:
@@ -110,27 +100,28 @@ def pack(rows: Sequence[ScoredTrajectory], device: torch.device | str = "cpu") -
 
     No rows give a batch of one token and no trained position: a rank with nothing to do still runs the model,
     because the other ranks wait for it in collective operations.
-    Raises ValueError when a first token counts as sampled, since nothing could have predicted it.
+    Raises ValueError when nothing, or a first token, counts as sampled, since nothing could have predicted it.
     """
     for row in rows:
-        if row.num_sampled == 0 or row.sampled_mask[0]:
+        if 0 in row.sampled or row.num_inputs == 0:
             raise ValueError(f"{row.name}: it needs a prompt and a sampled token")
-    lengths = [row.num_inputs for row in rows]
-    starts = np.cumsum([0, *lengths])
-    sampled = [np.flatnonzero(row.sampled_mask) for row in rows]  # indices into each row
+    nothing = np.zeros(0, np.int64)
+    rows = rows or [ScoredTrajectory("nobody", np.zeros(2), nothing, nothing, 0.0)]
+    lengths, counts = [row.num_inputs for row in rows], [len(row.sampled) for row in rows]
+    starts = itertools.accumulate(lengths, initial=0)
 
-    def tensor(arrays: Iterable[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([np.zeros(0), *arrays])).to(device, dtype)
+    def tensor(arrays: Iterable[np.ndarray], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(list(arrays))).to(device, dtype)
 
     return PackedBatch(
-        rows=tuple(rows),
-        lengths=tuple(lengths) or (1,),
-        token_ids_T=tensor([row.token_ids[: row.num_inputs] for row in rows] or [np.zeros(1)], torch.int64),
-        position_ids_T=tensor([np.arange(length) for length in lengths or [1]], torch.int64),
-        predict_S=tensor([start + where - 1 for start, where in zip(starts, sampled, strict=False)], torch.int64),
-        targets_S=tensor([row.token_ids[where] for row, where in zip(rows, sampled, strict=True)], torch.int64),
-        rollout_S=tensor([row.rollout_logprobs[row.sampled_mask] for row in rows], torch.float32),
-        advantages_S=tensor([np.full(row.num_sampled, row.advantage) for row in rows], torch.float32),
+        lengths=tuple(lengths),
+        token_ids_T=tensor(row.token_ids[:-1] for row in rows),
+        position_ids_T=tensor(np.arange(length) for length in lengths),
+        predict_S=tensor(start + row.sampled - 1 for start, row in zip(starts, rows, strict=False)),
+        targets_S=tensor(row.token_ids[row.sampled] for row in rows),
+        rollout_S=tensor((row.rollout_logprobs for row in rows), torch.float32),
+        advantages_S=tensor([np.repeat([row.advantage for row in rows], counts)], torch.float32),
+        names_S=np.repeat([row.name for row in rows], counts),
     )
 
 
@@ -147,15 +138,12 @@ def plan_microbatches(
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     work = [0.0] * world_size
     plan: list[list[list[int]]] = [[] for _ in range(world_size)]
-    used = [math.inf] * world_size  # tokens in the rank's open micro-batch
     for i in order:
         rank = work.index(min(work))
         work[rank] += lengths[i] + lengths[i] ** 2 / (12 * hidden_size)
-        if used[rank] + lengths[i] > budget:
+        if not plan[rank] or sum(lengths[j] for j in plan[rank][-1]) + lengths[i] > budget:
             plan[rank].append([])
-            used[rank] = 0
         plan[rank][-1].append(i)
-        used[rank] += lengths[i]
     count = max(1, *(len(batches) for batches in plan))
     return [batches + [[] for _ in range(count - len(batches))] for batches in plan]
 
@@ -191,10 +179,10 @@ def token_losses(
     ratio_S = (new_S - old_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     clipped_S = ratio_S.clamp(1 - clip_low, 1 + clip_high)
     # The weight corrects for the engine's numerics only; the change since the rollout is the ratio's business.
-    weights_S = (old_S - rollout_S).exp()
-    capped_S = weights_S > (importance_cap or math.inf)
-    weights_S = weights_S.clamp(max=importance_cap) if importance_cap else torch.ones_like(weights_S)
-    losses_S = -weights_S * torch.minimum(ratio_S * advantages_S, clipped_S * advantages_S)
+    weights_S, cap = (old_S - rollout_S).exp(), importance_cap or math.inf
+    losses_S = -torch.minimum(ratio_S * advantages_S, clipped_S * advantages_S)
+    if importance_cap:
+        losses_S = losses_S * weights_S.clamp(max=cap)
     kl_S = torch.zeros_like(new_S) if ref_S is None else kl_k3(new_S, ref_S)
     if kl_coef:
         losses_S = losses_S + kl_coef * kl_S
@@ -206,7 +194,7 @@ def token_losses(
         "mismatch": (old_S - rollout_S).abs(),
         "entropy": entropy_S,
         "clip_fraction": ratio_S * advantages_S > clipped_S * advantages_S,
-        "capped_fraction": capped_S,
+        "capped_fraction": weights_S > cap,
         "tokens": torch.ones_like(new_S),
     }
     return losses_S, {name: value_S.detach().double().sum() for name, value_S in metrics.items()}
@@ -224,20 +212,18 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_SD: torch.Tensor, weight_VD: torch.Tensor, targets_S: torch.Tensor,
-        temperature: float, chunk: int, loss: ChunkLoss,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any, hidden_SD: torch.Tensor, weight_VD: torch.Tensor, targets_S: torch.Tensor, chunk: int, loss: ChunkLoss
+    ) -> torch.Tensor:
         training, weight = hidden_SD.requires_grad, weight_VD.to(hidden_SD.dtype)
         wide = torch.promote_types(hidden_SD.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden_SD.device)
         if training:
             ctx.gradients = torch.zeros_like(hidden_SD), torch.zeros_like(weight)
         for start in range(0, len(hidden_SD), chunk):
+            logits = logprobs = probs = d_logits = None  # frees the last chunk's before the next one's are made
             part = slice(start, start + chunk)
             hidden, targets = hidden_SD[part], targets_S[part, None]
             logits = (hidden @ weight.T).to(wide)
-            if temperature != 1:
-                logits /= temperature
             logprobs = logits.log_softmax(-1)
             probs = torch.exp(logprobs, out=logits)  # takes over the memory of the logits
             new = logprobs.gather(-1, targets)[:, 0].requires_grad_(training)
@@ -247,14 +233,11 @@ class HeadLoss(torch.autograd.Function):
             if not training:
                 continue
             total += value.detach()
-            d_new, d_entropy = torch.autograd.grad(
-                value, (new, entropy), value.detach().new_tensor(1 / temperature), allow_unused=True
-            )
-            if d_entropy is None:  # no entropy bonus
-                d_logits = probs.mul_(-d_new[:, None])
-            else:
-                d_logits = probs.mul_(-d_new[:, None] - d_entropy[:, None] * (logprobs + entropy[:, None]))
-            d_logits = d_logits.scatter_add_(-1, targets, d_new[:, None]).to(hidden.dtype)
+            d_new, d_entropy = torch.autograd.grad(value, (new, entropy), allow_unused=True)
+            factor = -d_new[:, None]
+            if d_entropy is not None:  # with an entropy bonus
+                factor = factor - d_entropy[:, None] * (logprobs + entropy[:, None])
+            d_logits = probs.mul_(factor).scatter_add_(-1, targets, d_new[:, None]).to(hidden.dtype)
             ctx.gradients[0][part] = d_logits @ weight
             ctx.gradients[1].addmm_(d_logits.T, hidden)
         return total
@@ -263,4 +246,4 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, d_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         d_hidden_SD, d_weight_VD = (gradient.mul_(d_total) for gradient in ctx.gradients)
         ctx.gradients = None  # [V, D] is large: let go of it as early as possible
-        return d_hidden_SD, d_weight_VD, None, None, None, None
+        return d_hidden_SD, d_weight_VD, None, None, None

@@ -16,7 +16,6 @@ Never run by us, for want of a GPU: everything that needs one (FSDP over NCCL, o
 """
 
 import itertools
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,9 +36,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedTok
 from deepresearcher_min import grpo
 from deepresearcher_min.config import Config
 from deepresearcher_min.grpo import ChunkLoss, PackedBatch, ScoredTrajectory
+from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Group, Trajectory
 
 LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap")  # of the config
+METRICS = ("loss", "kl", "mismatch", "entropy", "clip_fraction", "capped_fraction")  # of grpo.token_losses
 
 
 def packed_attention(
@@ -62,7 +63,6 @@ def packed_attention(
 
 
 AttentionInterface.register("packed", packed_attention)
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # saving with one rank needs no process group
 
 
 class TokenScorer(nn.Module):
@@ -77,9 +77,9 @@ class TokenScorer(nn.Module):
         with torch.autocast(batch.token_ids_T.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
             tokens = {"input_ids": batch.token_ids_T[None], "position_ids": batch.position_ids_T[None]}
             output = self.model.base_model(**tokens, lengths=batch.lengths, use_cache=False)
-        hidden_SD = output.last_hidden_state[0, batch.predict_S].to(self.dtype)
+        hidden_SD = output.last_hidden_state[0, batch.predict_S].to(self.dtype) / temperature
         weight_VD = self.model.get_output_embeddings().weight
-        return grpo.HeadLoss.apply(hidden_SD, weight_VD, batch.targets_S, temperature, self.chunk, loss)
+        return grpo.HeadLoss.apply(hidden_SD, weight_VD, batch.targets_S, self.chunk, loss)
 
 
 class Policy:
@@ -93,7 +93,7 @@ class Policy:
         if config.offload_optimizer and world_size == 1:
             raise ValueError("offload_optimizer=true needs FSDP: start with torchrun and at least 2 processes")
         self.config, self.device, self.world_size = config, torch.device(device), world_size
-        self.rank = dist.get_rank() if world_size > 1 else 0
+        self.ranks = Ranks(dist.get_rank() if world_size > 1 else 0, world_size, self.device)
         self.compute_dtype = getattr(torch, config.dtype)
         self.scorer = self.load_model(model_dir)
         self.model = self.scorer.model
@@ -134,14 +134,14 @@ class Policy:
         weights (kl_coef and entropy_coef 0); its tokens stay in N. Raises FloatingPointError naming the question
         whose reward, log-probability or gradient is not finite, before that update touches the weights.
         """
-        questions = self.gather([score_group(group) for group in groups])
+        questions = self.ranks.gather([score_group(group) for group in groups])
         updates = self.config.updates_per_rollout
         cuts = [len(questions) * u // updates for u in range(updates + 1)]
         parts = [[row for rows in questions[a:b] for row in rows] for a, b in itertools.pairwise(cuts)]
         plans = [self.plan(rows) for rows in parts]
         # For the first update old is new itself; for later ones it must be computed before the weights move.
         old = [[None] * len(plans[0])] + [[self.score(self.scorer, batch) for batch in plan] for plan in plans[1:]]
-        totals = [sum(row.num_sampled for row in rows) for rows in parts]  # N of each update
+        totals = [sum(len(row.sampled) for row in rows) for rows in parts]  # N of each update
         sums, norms = Counter(), []
         for rows, plan, old_plan, total in zip(parts, plans, old, totals, strict=True):
             if total:
@@ -151,21 +151,13 @@ class Policy:
         self.rollouts += 1
         return self.metrics(sums, norms, sum(totals))
 
-    def gather(self, questions: list[list[ScoredTrajectory]]) -> list[list[ScoredTrajectory]]:
-        """All ranks' questions, in the order before they were dealt out one by one (trajectory.deal)."""
-        if self.world_size == 1:
-            return questions
-        shares: list[Any] = [None] * self.world_size
-        dist.all_gather_object(shares, questions)
-        return [rows for deal in itertools.zip_longest(*shares) for rows in deal if rows is not None]
-
     def plan(self, rows: Sequence[ScoredTrajectory]) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
         moving = self.config.kl_coef > 0 or self.config.entropy_coef > 0
-        kept = [row for row in rows if row.num_inputs and (moving or row.advantage != 0)]
+        kept = [row for row in rows if moving or row.advantage != 0]
         lengths, budget = [row.num_inputs for row in kept], self.config.microbatch_tokens
         plan = grpo.plan_microbatches(lengths, budget, self.world_size, self.model.config.hidden_size)
-        return [grpo.pack([kept[i] for i in indices], self.device) for indices in plan[self.rank]]
+        return [grpo.pack([kept[i] for i in indices], self.device) for indices in plan[self.ranks.rank]]
 
     @torch.no_grad()
     def score(self, scorer: TokenScorer, batch: PackedBatch, temperature: float | None = None) -> torch.Tensor:
@@ -200,10 +192,9 @@ class Policy:
         if not np.isfinite(norm):
             raise FloatingPointError(f"gradient norm {norm} {self.blame(rows)}; this update changed no weights")
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.max_grad_norm, torch.tensor(norm))
-        factor = min(1.0, (self.rollouts + 1) / max(1, self.config.lr_warmup))
-        if self.config.lr_decay:
-            factor *= max(0.0, 1 - self.rollouts / max(1, self.config.steps))
-        self.optimizer.param_groups[0]["lr"] = self.config.lr * factor
+        warmup = min(1.0, (self.rollouts + 1) / max(1, self.config.lr_warmup))
+        decay = max(0.0, 1 - self.rollouts / max(1, self.config.steps)) if self.config.lr_decay else 1.0
+        self.optimizer.param_groups[0]["lr"] = self.config.lr * warmup * decay
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -214,26 +205,20 @@ class Policy:
 
     def blame(self, rows: Sequence[ScoredTrajectory]) -> str:
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
-        rows = [row for row in rows if row.num_inputs]
         plan = grpo.plan_microbatches([row.num_inputs for row in rows], 1, self.world_size)
         for indices in zip(*plan, strict=True):  # one trajectory of each rank at a time
             self.optimizer.zero_grad()
-            self.backward(grpo.pack([rows[i] for i in indices[self.rank]], self.device), None, 1)
+            self.backward(grpo.pack([rows[i] for i in indices[self.ranks.rank]], self.device), None, 1)
             if not np.isfinite(self.gradient_norm()):
                 return "from " + " or ".join(rows[i].name for own in indices for i in own)
         return "from all trajectories together, from none alone"
 
     def metrics(self, sums: Counter[str], norms: list[float], total: int) -> dict[str, float]:
         """Means over all ranks: the loss over all N tokens, the rest over those whose trajectory was not skipped."""
-        names = ("loss", "kl", "mismatch", "entropy", "clip_fraction", "capped_fraction", "tokens")
-        values = torch.tensor([float(sums[name]) for name in names], dtype=torch.float64, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        reduced = dict(zip(names, values.tolist(), strict=True))
-        scored = reduced.pop("tokens")
-        means = {name: value / max(1, total if name == "loss" else scored) for name, value in reduced.items()}
-        means |= {"grad_norm": sum(norms) / max(1, len(norms)), "lr": self.optimizer.param_groups[0]["lr"]}
-        return means | {"updates": len(norms), "trained_tokens": total}
+        sums = self.ranks.total(Counter({name: float(value) for name, value in sums.items()}))
+        means = {name: sums[name] / max(1, sums["tokens"]) for name in METRICS}
+        means |= {"loss": sums["loss"] / max(1, total), "grad_norm": sum(norms) / max(1, len(norms))}
+        return means | {"lr": self.optimizer.param_groups[0]["lr"], "updates": len(norms), "trained_tokens": total}
 
     def logprobs(self, trajectories: Sequence[Trajectory], temperature: float) -> list[np.ndarray]:
         """Log-probabilities of the sampled tokens of each trajectory; with several ranks, all must pass the same."""
@@ -271,8 +256,8 @@ class Policy:
 
     def export(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a plain Hugging Face folder (rank 0 writes), which transformers and vLLM load."""
-        weights = {name: tensor.cpu().contiguous() for name, tensor in self.named_weights() if self.rank == 0}
-        if self.rank == 0:
+        weights = {name: tensor.cpu().contiguous() for name, tensor in self.named_weights() if self.ranks.rank == 0}
+        if self.ranks.rank == 0:
             config = self.model.config.to_dict() | {"dtype": self.compute_dtype}
             self.model.config.from_dict(config).save_pretrained(folder)
             self.model.generation_config.save_pretrained(folder)
@@ -281,20 +266,21 @@ class Policy:
 
 
 def score_group(group: Group) -> list[ScoredTrajectory]:
-    """A group's trajectories with their advantages; a reward or advantage that is not finite is an error."""
+    """A group's trajectories that sampled anything; a reward or advantage that is not finite is an error."""
     rows = []
     for i, (trajectory, advantage) in enumerate(zip(group.trajectories, group.advantages, strict=True)):
         name = f"question {group.question.id!r}, trajectory {i}"
         if not np.isfinite([float(group.rewards[i]), float(advantage)]).all():
             raise FloatingPointError(f"{name}: reward {group.rewards[i]}, advantage {advantage}")
-        ids, mask, logprobs = trajectory.token_ids, trajectory.sampled_mask, trajectory.logprobs
-        rows.append(ScoredTrajectory(name, ids, mask, logprobs, float(advantage)))
+        if len(sampled := np.flatnonzero(trajectory.sampled_mask)):
+            ids, logprobs = trajectory.token_ids[: sampled[-1] + 1], trajectory.logprobs[sampled]
+            rows.append(ScoredTrajectory(name, ids, sampled, logprobs, float(advantage)))
     return rows
 
 
 def check_finite(logprobs_S: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """The log-probabilities unchanged, or an error that names the first trajectory with a bad one."""
-    bad = (~torch.isfinite(logprobs_S)).nonzero()
-    if len(bad):
-        raise FloatingPointError(f"{batch.row_of(int(bad[0])).name}: log-probability {logprobs_S[bad[0]].item()}")
+    bad = (~torch.isfinite(logprobs_S)).nonzero()[:, 0].tolist()
+    if bad:
+        raise FloatingPointError(f"{batch.names_S[bad[0]]}: log-probability {logprobs_S[bad[0]].item()}")
     return logprobs_S

@@ -18,7 +18,6 @@ import math
 import os
 import re
 import textwrap
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from deepresearcher_min.trajectory import Group, Trajectory, Turn
+from deepresearcher_min.trajectory import Group, Question, Trajectory, Turn
 
 Scores = Mapping[str, Any]  # one evaluation: {"f1": 0.41, "em": 0.35, ...}
 Explain = Callable[[Trajectory], str]  # the reward in words (reward.explain)
@@ -42,12 +41,17 @@ STEP_LINE = (  # {key:width|format}
     "grad {grad_norm:5|.2f} | roll {roll_s:5|.1f}s upd {update_s:5|.1f}s | ${usd:1|.2f}"
 )
 SCORES = {  # key of an evaluation: its name in tables and how it prints
-    "n": ("questions", "d"), "f1": ("F1", ".3f"), "em": ("EM", ".3f"), "mbe": ("MBE", ".3f"),
+    "n": ("questions", "d"), "f1": ("F1", ".3f"), "f1_interval": ("F1, 95 % interval", ".2f"),
+    "em": ("EM", ".3f"), "mbe": ("MBE", ".3f"),
     "f1_1hop": ("F1, 1-hop questions", ".3f"), "f1_2hop": ("F1, 2-hop questions", ".3f"),
     "searches": ("searches", ".2f"), "pages": ("pages opened", ".2f"), "calls": ("tool calls", ".2f"),
     "format_errors": ("format errors", ".1%"), "full_name": ("full name in the query", ".1%"),
     "browse_when_needed": ("browses when needed", ".1%"), "second_hop": ("takes the second hop", ".1%"),
+    "plans": ("plans", ".1%"), "cross-checks": ("cross-checks", ".1%"), "reflects": ("reflects", ".1%"),
+    "admits": ("admits not knowing", ".1%"),
 }  # fmt: skip
+WORDS = yaml.safe_load(Path(__file__).with_name("behaviours.yaml").read_text())
+BEHAVIOURS = {name: re.compile("|".join(words), re.I | re.S) for name, words in WORDS.items()}
 
 
 def step_line(metrics: Mapping[str, Any]) -> str:
@@ -64,18 +68,14 @@ def step_line(metrics: Mapping[str, Any]) -> str:
 
 
 def score_rows(named: Mapping[str, Scores]) -> list[list[str]]:
-    """One row of cells for each evaluation, the head first; columns that no evaluation has are left out."""
-    keys = [key for key in SCORES if any(scores.get(key) is not None for scores in named.values())]
-    rows = [["data source", *(SCORES[key][0] for key in keys)]]
-    for name, scores in named.items():
-        values = [(scores.get(key), SCORES[key][1]) for key in keys]
-        rows.append([printable(name), *("-" if value is None else format(value, form) for value, form in values)])
+    """A table of evaluations side by side, the head first; what none of them measured is left out."""
+    rows = [["", *map(printable, named)]]
+    for key, (name, form) in SCORES.items():
+        values = [scores.get(key) for scores in named.values()]
+        if any(value is not None for value in values):
+            cells = ["-" if value is None else "–".join(format(x, form) for x in np.ravel(value)) for value in values]
+            rows.append([name, *cells])
     return rows
-
-
-def compare_rows(before: Scores, after: Scores) -> list[list[str]]:
-    columns = score_rows({"before": before, "after": after})
-    return [["", "before", "after"], *(list(row) for row in list(zip(*columns, strict=True))[1:])]
 
 
 def text_table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
@@ -89,14 +89,9 @@ def text_table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
     return "\n".join(lines)
 
 
-def compare_table(before: Scores, after: Scores, markdown: bool = False) -> str:
+def compare_table(before: Scores, after: Scores) -> str:
     """The evaluations before and after training side by side."""
-    return text_table(compare_rows(before, after), markdown)
-
-
-def source_table(sources: Mapping[str, Scores], overall: Scores, markdown: bool = False) -> str:
-    """Scores for each data source, and over all questions."""
-    return text_table(score_rows({**sources, "all": overall}), markdown)
+    return text_table(score_rows({"before": before, "after": after}))
 
 
 def text_plot(series: Sequence[tuple[int, float | None]], width: int = 64, height: int = 8) -> str:
@@ -115,35 +110,21 @@ def text_plot(series: Sequence[tuple[int, float | None]], width: int = 64, heigh
 
 
 def curve_png(metrics: Sequence[Mapping[str, Any]], path: Path, before: Scores, after: Scores) -> None:
-    """Draw F1 and reward of the sampled trajectories with greedy F1 before and after; tool calls; format errors."""
-    import matplotlib as mpl  # here: only this picture needs it
-    from matplotlib.figure import Figure
+    """Draw reward and F1 of the sampled trajectories, and greedy F1 before and after; the page has all the curves."""
+    from matplotlib.figure import Figure  # here: only this picture needs it
 
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.spines.bottom": False, "font.size": 8.5}
-    style |= {"axes.grid": True, "axes.grid.axis": "y", "axes.titlelocation": "left", "grid.color": "#e4e7eb"}
     steps = [row["step"] for row in metrics]
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(9, 3.8), dpi=160, layout="constrained")
-        panels = figure.subplot_mosaic([["answers", "calls"], ["answers", "format"]], width_ratios=[2, 1])
-        for panel, key, label, color, width in (
-            ("answers", "reward", "reward, sampled", "#9aa5b1", 1.2),
-            ("answers", "f1", "F1, sampled", "#1f66b0", 2.2),
-            ("calls", "calls", "", "#7c5cad", 1.6),
-            ("format", "bad_format", "", "#b7791f", 1.6),
-        ):
-            values = [math.nan if row.get(key) is None else row[key] for row in metrics]
-            panels[panel].plot(steps, values, label=label, color=color, lw=width)
-            panels[panel].axhline(0, color="#8c959f", lw=0.8)
-            panels[panel].xaxis.get_major_locator().set_params(integer=True)
-        for step, scores in ((0, before), (max(steps, default=1), after)):
-            f1 = scores.get("f1", math.nan)
-            panels["answers"].plot(step, f1, "o", color="#c2410c")
-            panels["answers"].annotate(f"{f1:.2f}", (step, f1), (0, 7), textcoords="offset points", ha="center")
-        panels["answers"].set(title="Answers (dots: greedy, held-out questions)", xlabel="step", ylim=(None, 1.1))
-        panels["answers"].legend(frameon=False)
-        panels["calls"].set(title="Tool calls per trajectory")
-        panels["format"].set(title="Format errors, share of trajectories")
-        figure.savefig(path)
+    figure = Figure(figsize=(8, 3.6), dpi=160, layout="constrained")
+    axes = figure.subplots()
+    for key, color in (("reward", "#9aa5b1"), ("f1", "#1f66b0")):
+        values = [math.nan if row.get(key) is None else row[key] for row in metrics]
+        axes.plot(steps, values, label=f"{key}, sampled", color=color)
+    greedy = [scores.get("f1", math.nan) for scores in (before, after)]
+    axes.plot([0, max(steps, default=1)], greedy, "o", label="f1, greedy, held-out questions", color="#c2410c")
+    axes.set(xlabel="step", ylim=(None, 1.1))
+    axes.grid(axis="y", alpha=0.4)
+    axes.legend(frameon=False)
+    figure.savefig(path)
 
 
 def printable(text: str) -> str:
@@ -175,11 +156,14 @@ def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 class MetricsFile:
     """metrics.jsonl: `rows` in memory, and one line for each on disk as soon as `append` returns.
 
-    Opening it drops the rows after `resumed_step`, whose steps will run again, and a torn last line.
+    Opening it drops the rows after `resumed_step`, whose steps will run again, and a torn last line. Only rank 0 has a
+    file: on the others `write` is false, nothing is read or written, and rows are not kept.
     """
 
-    def __init__(self, path: Path, resumed_step: int = 0) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, resumed_step: int = 0, write: bool = True) -> None:
+        self.path, self.write, self.rows = Path(path), write, list[dict[str, Any]]()
+        if not write:
+            return
         self.rows = [row for row in read_json_lines(self.path) if row["step"] <= resumed_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_suffix(".part")
@@ -188,50 +172,68 @@ class MetricsFile:
 
     def append(self, metrics: Mapping[str, Any]) -> None:
         """Add the metrics of one step; their key 'step' is its number."""
+        if not self.write:
+            return
         self.rows.append(jsonable(metrics))
         append_json_lines(self.path, self.rows[-1:])
 
 
-def write_trajectories(path: Path, step: int, groups: Sequence[Group], explain: Explain, policy: Any = None) -> None:
-    """Append each trajectory as one JSON line: to_json() with step, index in the group, reward, why, and advantage.
+def behaviours(trajectory: Trajectory) -> list[str]:
+    """Which behaviours of the paper's section 6 the words of its turns show: cheap, and rough.
 
-    A turn also gets the mean log-probability of its sampled tokens, and where `policy` ([group][index] -> [T]
-    log-probabilities under the policy) is given, their mean absolute difference from those as `mismatch`.
+    plans: the first thought names several steps. After that, in thoughts that go on to a tool: cross-checks, another
+    look at what was found; reflects, the results did not help and the search changes. admits: the last turn says that
+    the answer was not found (honesty). Accuracy on hand-labelled trajectories: tests/test_report.py.
     """
-    for g, group in enumerate(groups):
+    turns = trajectory.turns
+    later = [turn for turn in turns[1:] if turn.kind not in ("answer", "malformed")]
+    scope = {"plans": turns[:1], "cross-checks": later, "reflects": later, "admits": turns[-1:]}
+    texts = {name: " ".join(turn.text.partition("<tool_call>")[0] for turn in scope[name]) for name in scope}
+    return [name for name, words in BEHAVIOURS.items() if words.search(texts[name])]
+
+
+def write_trajectories(path: Path, step: int, groups: Sequence[Group], explain: Explain) -> None:
+    """Append each trajectory as one JSON line: to_json(), what is known of its reward, each turn's mean logprob."""
+    for group in groups:
         for i, one in enumerate(group.trajectories):
             turns = [{**vars(turn), "logprob": one.logprobs[slice(*turn.sampled)].mean()} for turn in one.turns]
-            for turn in turns if policy is not None else ():
-                turn["mismatch"] = np.abs(policy[g][i] - one.logprobs)[slice(*turn["sampled"])].mean()
             scores = {"step": step, "index": i, "reward": group.rewards[i], "advantage": group.advantages[i]}
-            own = jsonable(scores | {"why": explain(one), "turns": turns})
+            own = jsonable(scores | {"why": explain(one), "behaviours": behaviours(one), "turns": turns})
             append_json_lines(path, [one.to_json() | own])
 
 
-def readable_turn(turn: Turn) -> str:
-    """What the model wrote in a turn, and, indented, what it was shown."""
-    indent = {"initial_indent": "    ", "subsequent_indent": "    "}
-    return printable(f"{turn.text}\n\n{textwrap.fill(turn.observation, 116, **indent)}".rstrip() + "\n")
+def read_trajectories(path: Path) -> Iterator[Trajectory]:
+    """What write_trajectories wrote, the log-probabilities rounded to six digits."""
+    for row in read_json_lines(path):
+        logprobs = np.full(len(row["token_ids"]), np.nan)
+        logprobs[np.flatnonzero(row["sampled_mask"])] = row["logprobs"]
+        spans = [(tuple(turn["sampled"]), tuple(turn["observed"])) for turn in row["turns"]]
+        texts = [(turn["text"], turn["kind"], turn["observation"]) for turn in row["turns"]]
+        turns = tuple(Turn(*span, *text) for span, text in zip(spans, texts, strict=True))
+        question = Question(row["id"], row["question"], tuple(row["answers"]), row["source"])
+        ended = row["answer"], row["stop_reason"], row["cost"]
+        yield Trajectory(question, row["token_ids"], row["sampled_mask"], logprobs, turns, *ended)
 
 
-def readable(trajectory: Trajectory, reward: float, advantage: float, why: str = "") -> str:
-    """A trajectory as text for people: question, gold answers, reward in words, what was written and observed."""
+def readable(trajectory: Trajectory, why: str = "") -> str:
+    """A trajectory as text for people: question, gold answers, what was written and observed, and the reward."""
     question = trajectory.question
-    parts = [
-        f"Question ({question.source or 'no source'}): {question.text}\nGold: {' | '.join(question.answers)}\n"
-        f"Answer: {trajectory.answer}\nReward {reward:.3f}, advantage {advantage:+.3f}; {why}\n"
-    ]
-    parts += [f"--- turn {i}: {turn.kind}\n{readable_turn(turn)}" for i, turn in enumerate(trajectory.turns, 1)]
-    return printable("\n".join(parts)) + f"\n--- end: {trajectory.stop_reason}\n"
+    parts = [f"Question ({question.source or 'no source'}): {question.text}"]
+    for i, turn in enumerate(trajectory.turns, 1):
+        observed = textwrap.fill(turn.observation, 116, initial_indent="    ", subsequent_indent="    ")
+        parts += [f"\n--- turn {i}: {turn.kind}", turn.text, *([f"\n{observed}"] if observed else [])]
+    parts += [f"\n--- end: {trajectory.stop_reason}", f"Answer: {trajectory.answer}"]
+    parts += [f"Gold: {' | '.join(question.answers)}\n{why}"] if why else []
+    return printable("\n".join(parts))
 
 
 def write_readable(path: Path, groups: Sequence[Group], explain: Explain) -> None:
     """The trajectories with the highest and with the lowest reward of these groups, as one text file."""
-    scored = [row for group in groups for row in zip(group.trajectories, group.rewards, group.advantages, strict=True)]
+    scored = [row for group in groups for row in zip(group.rewards, group.advantages, group.trajectories, strict=True)]
     text = ""
-    for name, pick in (("highest", max), ("lowest", min)) if scored else ():
-        trajectory, reward, advantage = pick(scored, key=lambda row: row[1])
-        text += f"=== {name} reward\n\n{readable(trajectory, reward, advantage, explain(trajectory))}\n"
+    for name, pick in (("Highest", max), ("Lowest", min)) if scored else ():
+        reward, advantage, one = pick(scored, key=lambda row: row[0])
+        text += f"=== {name} reward: {reward:.3f}, advantage {advantage:+.3f}\n{readable(one, explain(one))}\n\n"
     path.write_text(text, encoding="utf-8")
 
 
@@ -243,13 +245,13 @@ def write_html(run_dir: Path) -> Path:
     run_dir = Path(run_dir).resolve()
     config, scores = run_dir / "config.yaml", run_dir / "summary.json"
     summary = json.loads(scores.read_text()) if scores.exists() else {}
+    measured = {name: summary[name] for name in ("before", "after") if name in summary}
     page = load_trajectories(run_dir / "trajectories") | {
         "name": run_dir.name,
         "config": yaml.safe_load(config.read_text()) if config.exists() else {},
         "summary": summary,
         "metrics": list(read_json_lines(run_dir / "metrics.jsonl")),
-        "compared": compare_rows(summary["before"], summary["after"]) if {"before", "after"} <= summary.keys() else [],
-        "sources": score_rows({**summary["sources"], "all": summary["overall"]}) if "sources" in summary else [],
+        "compared": score_rows(measured) if len(measured) == 2 else [],
     }
     data = json.dumps(jsonable(page), ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element
     template = TEMPLATE.read_text(encoding="utf-8")
@@ -263,37 +265,28 @@ def write_html(run_dir: Path) -> Path:
 
 
 def load_trajectories(folder: Path) -> dict[str, Any]:
-    """What the page embeds of trajectories/*.jsonl, without arrays and with long texts cut, and a sentence about it.
+    """What the page embeds of trajectories/*.jsonl, evaluations and late steps first, and a sentence about it.
 
-    Evaluations come first, then the last file, the middle one, the quarters and so on, until the page is full.
+    Without arrays; when the page is full, without observations. A step that ran again after a resume is shown once.
     """
-    files = sorted(folder.glob("*.jsonl"))
-    order = [(not f.stem.startswith("eval"), f"{len(files) - 1 - i:032b}"[::-1], f) for i, f in enumerate(files)]
-    rows: dict[tuple, dict[str, Any]] = {}  # a step that ran again after a resume replaces its first try
-    for _, _, file in sorted(order):
+    files = sorted(folder.glob("*.jsonl"), key=lambda file: (file.stem.startswith("eval"), file.stem), reverse=True)
+    rows: dict[tuple, dict[str, Any]] = {}
+    for file in files:
         for row in read_json_lines(file) if len(rows) < MAX_TRAJECTORIES else ():
             row |= {"file": file.stem, "tokens": len(row["token_ids"])}
             row["answers"] = [answer[:300] for answer in row["answers"][:20]]  # official data has some of 40 kB
             del row["token_ids"], row["sampled_mask"], row["logprobs"]
             rows[file.stem, row["step"], row["id"], row["index"]] = row
-    kept = list(rows.values())[:MAX_TRAJECTORIES]
-    left, cut = MAX_PAGE_TEXT, 0
+    kept, left, cut = list(rows.values())[:MAX_TRAJECTORIES], MAX_PAGE_TEXT, 0
     # By question, so that the trajectories that stay whole are those that can be compared with each other.
-    for row in sorted(kept, key=lambda row: zlib.crc32(repr(row["id"]).encode())):
-        size = sum(len(turn["text"]) + len(turn["observation"]) for turn in row["turns"])
-        fits = size <= left
-        left, cut = left - size * fits, cut + (not fits)
+    for row in sorted(kept, key=lambda row: hashlib.sha256(repr(row["id"]).encode()).digest()):
+        left -= sum(len(turn["text"]) + len(turn["observation"]) for turn in row["turns"])
+        cut += left < 0
         for turn in row["turns"]:
-            turn["text"] = turn["text"] if fits else turn["text"][:MAX_TURN]
-            turn["observation"] = unpack(turn["observation"]) if fits else None
+            if left < 0:
+                turn |= {"text": turn["text"][:MAX_TURN], "observation": turn["observation"] and None}
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                turn["observation"] = ast.literal_eval(turn["observation"])  # a list, which the page can fold
     note = f"{len(kept):,} trajectories from {len({row['file'] for row in kept})} of {len(files)} files"
     note += f"; {cut:,} of them without observations, to keep the page small" if cut else ""
     return {"trajectories": sorted(kept, key=lambda row: (row["step"], row["file"])), "note": note}
-
-
-def unpack(observation: str) -> Any:
-    """The list whose repr an observation is, so that the page can fold it; else the text itself."""
-    try:
-        return ast.literal_eval(observation)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return observation

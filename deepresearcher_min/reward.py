@@ -1,24 +1,30 @@
 """The reward: word-level F1 of the answer, or a penalty when there is no answer in the right format.
 
-Place in the loop: train.py calls `reward` on every finished trajectory; eval.py calls `f1_score` and `exact_match`.
+Place in the loop: train.py calls `judge` on every group, and `reward` decides; eval.py calls `measures`, `ask_judge`.
 A fork with another reward changes `reward` and nothing else.
 
 The scorer follows the published one to the bit: words are sets, so neither order nor repetition counts; articles
 count as words; lower case; each ASCII punctuation mark is a space; the best of all gold answers counts. (SQuAD's
 F1, which many papers quote, drops articles and counts repeated words.)
 
+MBE, the paper's other measure, asks a language model whether an answer is right; for evaluations only.
+
 Omitted: any reward for the way (tool use, length, style). The paper rewards the outcome only.
 """
 
+import json
+import os
 import random
+import re
 import string
+import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from deepresearcher_min.config import Config
+from deepresearcher_min.config import ROOT, Config
 from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Trajectory
+from deepresearcher_min.web import Web, WebFailure, count
 
 PUNCTUATION_TO_SPACE = str.maketrans({mark: " " for mark in string.punctuation})
 
@@ -30,14 +36,9 @@ FORMAT_FAILURES = {
     "context": "it reached the limit of tokens for a whole trajectory (max_model_len)",
 }
 
-
-class Score(NamedTuple):
-    """How one prediction compares with one gold answer."""
-
-    f1: float
-    precision: float
-    recall: float
-    gold: str
+JUDGE_RULES = (ROOT / "prompts/judge.txt").read_text()
+JUDGE_TRIES = 3  # replies without a verdict, before an answer stays without one
+VERDICT = re.compile(r"\W*(CORRECT|INCORRECT)\W*", re.I)
 
 
 def words(text: str) -> list[str]:
@@ -45,8 +46,8 @@ def words(text: str) -> list[str]:
     return text.lower().translate(PUNCTUATION_TO_SPACE).split()
 
 
-def best_score(prediction: str, answers: Sequence[str]) -> Score:
-    """The gold answer with the highest F1 (the first of equals), and precision and recall against it.
+def best_score(prediction: str, answers: Sequence[str]) -> tuple[float, float, float, str]:
+    """F1, precision, recall and the gold answer, for that with the highest F1 (the first of equals).
 
     Raises ValueError without gold answers, and TypeError for a single string, whose letters would pass as answers.
     """
@@ -55,15 +56,15 @@ def best_score(prediction: str, answers: Sequence[str]) -> Score:
     if not answers:
         raise ValueError("a question needs at least one gold answer")
     predicted = set(words(prediction))
-    best = Score(0.0, 0.0, 0.0, answers[0])
+    best = (0.0, 0.0, 0.0, answers[0])
     for gold in answers:
         wanted = set(words(gold))
         common = len(predicted & wanted)
         if common == 0:  # also when either has no words: an empty answer never scores
             continue
         precision, recall = common / len(predicted), common / len(wanted)
-        score = Score(2 * precision * recall / (precision + recall), precision, recall, gold)
-        best = max(best, score, key=lambda each: each.f1)
+        score = (2 * precision * recall / (precision + recall), precision, recall, gold)
+        best = max(best, score, key=lambda each: each[0])
     return best
 
 
@@ -72,7 +73,7 @@ def f1_score(prediction: str, answers: list[str]) -> float:
 
     Example: 'downtown diner' against ['A DINER'] has precision 1/2, recall 1/2, F1 1/2.
     """
-    return best_score(prediction, answers).f1
+    return best_score(prediction, answers)[0]
 
 
 def exact_match(prediction: str, answers: list[str]) -> float:
@@ -103,17 +104,16 @@ def explain(trajectory: Trajectory, config: Config) -> str:
     value = reward(trajectory, config)
     if trajectory.stop_reason != "answer":
         return f"reward {value:g} for the format: {FORMAT_FAILURES[trajectory.stop_reason]}"
-    score = best_score(trajectory.answer, trajectory.question.answers)
-    if score.f1 == 0:
-        golds = " / ".join(shorten(gold) for gold in trajectory.question.answers[:3])
+    f1, precision, recall, gold = best_score(trajectory.answer, trajectory.question.answers)
+    if f1 == 0:
+        golds = " / ".join(map(shorten, trajectory.question.answers[:3]))
         return f"reward 0: {shorten(trajectory.answer)!r} shares no word with the gold answers ({golds})"
     verdict = " (exact match)" if exact_match(trajectory.answer, list(trajectory.question.answers)) else ""
-    predicted, wanted = set(words(trajectory.answer)), set(words(score.gold))
-    common = len(predicted & wanted)
+    given, wanted = set(words(trajectory.answer)), set(words(gold))
+    common = len(given & wanted)
     return (
-        f"reward {value:.3g}{verdict}: against {shorten(score.gold)!r}, {common} of the {len(predicted)} words given "
-        f"are right (precision {score.precision:.2f}), {common} of the {len(wanted)} wanted are there "
-        f"(recall {score.recall:.2f})"
+        f"reward {value:.3g}{verdict}: against {shorten(gold)!r}, {common} of the {len(given)} words given are right "
+        f"(precision {precision:.2f}), {common} of the {len(wanted)} wanted are there (recall {recall:.2f})"
     )
 
 
@@ -121,7 +121,7 @@ def shorten(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def judge(question: Question, trajectories: Sequence[Trajectory], config: Config, seed: int) -> Group:
+def judge(question: Question, trajectories: Sequence[Trajectory], config: Config, step: int) -> Group:
     """Rewards and advantages of one question's trajectories; what the harness ended is left out.
 
     With config.shuffle_rewards (a control experiment) the rewards are permuted inside the group.
@@ -129,36 +129,73 @@ def judge(question: Question, trajectories: Sequence[Trajectory], config: Config
     kept = [trajectory for trajectory in trajectories if trajectory.stop_reason in POLICY_STOPS]
     rewards = [reward(trajectory, config) for trajectory in kept]
     if config.shuffle_rewards:
-        random.Random(seed).shuffle(rewards)
+        random.Random(f"{config.seed} {step} {question.id}").shuffle(rewards)
     return Group(question, kept, rewards, group_advantages(rewards, config.advantage_std).tolist())
 
 
+def ask_judge(trajectory: Trajectory, config: Config, web: Web, counts: Counter) -> float | None:
+    """MBE of one answer: 1 or 0; None, and a count by cause, where the judge could not be had or gave no verdict.
+
+    The judge sees the answer as it was given. As in the official code, no answer is wrong and an exact match is right
+    without asking. A verdict is the word CORRECT or INCORRECT alone on the reply's last line.
+    """
+    question, answer = trajectory.question, trajectory.answer
+    if answer is None or exact_match(answer, list(question.answers)):
+        return float(answer is not None)
+    case = json.dumps({"question": question.text, "accepted": question.answers, "given": answer}, ensure_ascii=False)
+    messages = [{"role": "system", "content": JUDGE_RULES}, {"role": "user", "content": case}]
+    url = config.judge_url.rstrip("/") + "/chat/completions"
+    payload = {"model": config.judge_model, "messages": messages}
+    headers = {"Authorization": f"Bearer {os.environ.get('JUDGE_API_KEY', '')}"}
+    deadline = time.monotonic() + config.tool_timeout
+
+    def ask() -> float:
+        for _ in range(JUDGE_TRIES):
+            reply = web.fetch_json(url, headers, payload | {"temperature": 0}, counts, deadline)
+            try:
+                found = VERDICT.fullmatch(reply["choices"][0]["message"]["content"].strip().splitlines()[-1])
+            except (LookupError, TypeError, AttributeError):
+                found = None
+            if found:
+                return float(found[1].upper() == "CORRECT")
+        raise WebFailure("no_verdict", "The judge gave no verdict.")
+
+    try:
+        return web.cached("judge", [url, payload], ask, counts, deadline)
+    except WebFailure as failure:
+        count(counts, f"judge_{failure.kind}")
+        return None
+
+
+def measures(trajectory: Trajectory) -> dict[str, float]:
+    """What counts about one trajectory: f1 and em (0 without an answer), format_errors (0 or 1), calls, costs."""
+    answer, answers = trajectory.answer, list(trajectory.question.answers)
+    return {
+        "f1": f1_score(answer, answers) if answer is not None else 0.0,
+        "em": exact_match(answer, answers) if answer is not None else 0.0,
+        "format_errors": float(trajectory.stop_reason != "answer"),
+        "calls": sum(turn.kind not in ("answer", "malformed") for turn in trajectory.turns),
+        "searches": trajectory.cost.get("searches", 0),
+        "pages": trajectory.cost.get("pages", 0),
+        "usd": trajectory.cost.get("usd", 0.0),
+    }
+
+
 def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Means over trajectories: f1, em (0 without an answer), format_errors [share], calls, searches, pages; and n.
+    """Means of `measures` over the trajectories that the policy ended; n, their number.
 
     Where data sources are named ..._1hop and ..._2hop, f1_1hop and f1_2hop are their F1.
     """
     kept = [trajectory for trajectory in trajectories if trajectory.stop_reason in POLICY_STOPS]
 
-    def mean(values: Sequence[float]) -> float:
-        return sum(values) / len(values) if values else 0.0
-
-    def f1(trajectory: Trajectory) -> float:
-        return f1_score(trajectory.answer, list(trajectory.question.answers)) if trajectory.answer is not None else 0.0
-
-    scores = {
-        "n": len(kept),
-        "f1": mean([f1(t) for t in kept]),
-        "em": mean([exact_match(t.answer, list(t.question.answers)) if t.answer is not None else 0.0 for t in kept]),
-        "format_errors": mean([t.stop_reason != "answer" for t in kept]),
-        "calls": mean([sum(turn.kind in ("search", "browse") for turn in t.turns) for t in kept]),
-        "searches": mean([t.cost.get("searches", 0) for t in kept]),
-        "pages": mean([t.cost.get("pages", 0) for t in kept]),
-    }
+    rows = [measures(trajectory) for trajectory in kept]
+    scores = {"n": len(rows)}
+    for name in ("f1", "em", "format_errors", "calls", "searches", "pages"):
+        scores[name] = sum(row[name] for row in rows) / max(1, len(rows))
     for hops in ("1hop", "2hop"):
-        chosen = [t for t in kept if t.question.source.endswith(hops)]
+        chosen = [row["f1"] for t, row in zip(kept, rows, strict=True) if t.question.source.endswith(hops)]
         if chosen:
-            scores[f"f1_{hops}"] = mean([f1(t) for t in chosen])
+            scores[f"f1_{hops}"] = sum(chosen) / len(chosen)
     return scores
 
 
@@ -171,19 +208,16 @@ def step_sums(groups: Sequence[Group], rollouts: Sequence[Sequence[Trajectory]])
     for group in groups:
         sums["tied_groups"] += not any(group.advantages)
         for trajectory, value in zip(group.trajectories, group.rewards, strict=True):
-            answered = trajectory.answer is not None
-            sums["trajectories"] += 1
-            sums["reward"] += value
-            sums["f1"] += f1_score(trajectory.answer, list(trajectory.question.answers)) if answered else 0.0
-            sums["bad_format"] += trajectory.stop_reason != "answer"
-            sums["calls"] += sum(turn.kind in ("search", "browse") for turn in trajectory.turns)
-            sums["tokens"] += len(trajectory.token_ids)
+            sums.update(
+                measures(trajectory) | {"trajectories": 1, "reward": value, "tokens": len(trajectory.token_ids)}
+            )
     return sums
 
 
 def step_means(sums: Counter[str]) -> dict[str, float]:
     """Means over the trajectories of all ranks; `tied` is the share of groups; lost and cost_... stay totals."""
     count = max(1, sums["trajectories"])
-    means = {name: sums[name] / count for name in ("reward", "f1", "bad_format", "calls", "tokens")}
+    means = {name: sums[name] / count for name in ("reward", "f1", "format_errors", "calls", "tokens")}
+    means["bad_format"] = means.pop("format_errors")
     totals = {name: value for name, value in sums.items() if name.startswith("cost_") or name == "lost"}
     return means | {"tied": sums["tied_groups"] / max(1, sums["groups"])} | totals

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
+from tqdm import tqdm
 
 from deepresearcher_min.config import Config, ConfigError, load_config, parse_arguments
 
@@ -80,9 +81,8 @@ class Ranks:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         if world_size > 1:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=60)
-            )
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=60))
         return cls(rank, world_size, device)
 
     def share(self, value: Any) -> Any:
@@ -99,15 +99,19 @@ class Ranks:
             return items
         shares: list[Any] = [None] * self.world_size
         dist.all_gather_object(shares, items)
-        longest = max(map(len, shares))
-        return [share[i] for i in range(longest) for share in shares if i < len(share)]
+        return [share[i] for i in range(max(map(len, shares))) for share in shares if i < len(share)]
 
     def total(self, sums: Counter[str]) -> Counter[str]:
         """The sums of all ranks added up."""
         result: Counter[str] = Counter()
         for share in self.gather([sums]):
-            result.update(share)
+            result.update(share)  # `+` would drop negative sums
         return result
+
+    def print(self, text: str) -> None:
+        """Only rank 0 says it, above its progress bar."""
+        if self.rank == 0:
+            tqdm.write(text)
 
     def stop(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
@@ -117,40 +121,38 @@ class Ranks:
 class Watch:
     """Ends this process when another rank's has died or hangs, so that nobody waits for it in a collective for ever.
 
-    Every process counts up its own number in a store of rank 0 and looks at the others' numbers. A loop that runs
+    Every process counts up its own number in torchrun's store and looks at the others' numbers. A loop that runs
     wild inside a live process is not seen; the collectives' own timeout ends that.
     """
 
     def __init__(self, ranks: Ranks, limit: float) -> None:
         self.ranks, self.limit, self.finished = ranks, limit, threading.Event()
-        if ranks.world_size == 1:
-            return
-        host, wait = os.environ["MASTER_ADDR"], timedelta(seconds=limit)
-        store = (
-            dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait) if ranks.rank == 0 else None
-        )
-        port = ranks.share(store.port if store else None)
-        self.store = store or dist.TCPStore(host, port, is_master=False, timeout=wait)
-        threading.Thread(target=self.run, daemon=True).start()
+        if ranks.world_size > 1:
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=limit))
+            self.store = dist.PrefixStore("watch", store)
+            threading.Thread(target=self.run, daemon=True).start()
 
     def run(self) -> None:
-        heard = {rank: (0, time.monotonic()) for rank in range(self.ranks.world_size)}
+        heard: dict[int, tuple[int, float]] = {}  # of every rank: its number, and when that was new
         while not self.finished.wait(self.limit / 10):
-            silent = 0  # if the store itself does not answer
             try:
                 self.store.add(str(self.ranks.rank), 1)
-                for rank, (count, _) in list(heard.items()):
-                    now = self.store.add(str(rank), 0)
-                    if now != count:
-                        heard[rank] = (now, time.monotonic())
-                silent = min(heard, key=lambda rank: heard[rank][1])
-                if time.monotonic() - heard[silent][1] < self.limit:
-                    continue
+                numbers = [self.store.add(str(rank), 0) for rank in range(self.ranks.world_size)]
             except RuntimeError:
-                if self.finished.wait(self.limit / 10):  # rank 0 was only faster to its end
+                if self.finished.wait(self.limit / 10):  # the others were only faster to their end
                     return
-            print(f"rank {silent} has not been heard of for {self.limit:g} s (rank_timeout): this run ends", flush=True)
-            os._exit(1)  # torchrun then ends the other ranks
+                self.end("the first node")
+            now = time.monotonic()
+            for rank, number in enumerate(numbers):
+                if rank not in heard or heard[rank][0] != number:
+                    heard[rank] = number, now
+                elif now - heard[rank][1] > self.limit:
+                    self.end(f"rank {rank}")
+
+    def end(self, silent: str) -> None:
+        print(f"{silent} has not been heard of for {self.limit:g} s (rank_timeout): this run ends", flush=True)
+        os._exit(1)  # torchrun then ends the other ranks
 
     def stop(self) -> None:
         """To be called after the last collective, or on the way out with an error."""
@@ -161,12 +163,12 @@ class Checkpoints:
     """checkpoints/step-000020/: a plain Hugging Face folder, with the training state in state/ and state.json."""
 
     def __init__(self, run_dir: str | Path, keep: int, ranks: Ranks) -> None:
-        self.folder = Path(run_dir) / "checkpoints"
-        self.keep, self.ranks = keep, ranks
+        self.run, self.keep, self.ranks = Path(run_dir), keep, ranks
 
-    def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
-        """`write(folder)` on every rank, then state.json, then rename; older ones beyond `keep` are deleted."""
-        final, aside = self.folder / f"step-{step:06d}", self.folder / f".step-{step:06d}.part"
+    def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> None:
+        """`write(folder)` on every rank, then state.json, then rename; all but the newest `keep` are deleted."""
+        final = self.run / "checkpoints" / f"step-{step:06d}"
+        aside = final.with_name(f".{final.name}.part")
         if self.ranks.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -177,21 +179,18 @@ class Checkpoints:
             (aside / "state.json").write_text(json.dumps(state))
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
-            for old in self.complete()[: -self.keep]:
+            kept = complete_checkpoints(self.run)[-self.keep :]
+            for old in set(final.parent.glob("step-*")) - set(kept):  # also what a kill left half deleted
                 shutil.rmtree(old)
         self.ranks.share(None)
-        return final
-
-    def complete(self) -> list[Path]:
-        """All checkpoints that were written to the end, oldest first."""
-        return complete_checkpoints(self.folder.parent)
 
     def steps(self) -> list[int]:
-        return [int(folder.name.removeprefix("step-")) for folder in self.complete()]
+        """The steps that have a complete checkpoint."""
+        return [int(folder.name.removeprefix("step-")) for folder in complete_checkpoints(self.run)]
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint and its state, the same on every rank; None if there is none."""
-        found = self.ranks.share(self.complete()[-1:])
+        found = self.ranks.share(complete_checkpoints(self.run)[-1:])
         return (found[0], json.loads((found[0] / "state.json").read_text())) if found else None
 
 

@@ -232,7 +232,7 @@ Backend = LocalSearch | LiveSearch  # or anything else that searches, counts and
 def make_search(config: Config, web: Web | None, corpus: Corpus | None) -> Backend:
     """The backend that `search:` names: local and toy need a corpus, all others a Web."""
     check_search(config)
-    if config.search in SERVICES:
+    if config.search in SERVICES and web is not None:
         return LiveSearch(config, web)
     if corpus is None:
         raise ConfigError(f"search={config.search!r} needs a corpus")

@@ -18,7 +18,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -61,7 +61,7 @@ class BlockedURL(WebFailure):
     """An address that may not be opened, or whose name does not resolve."""
 
 
-def count(counts: Counter, name: str, amount: float = 1) -> None:
+def count(counts: MutableMapping[str, Any], name: str, amount: float = 1) -> None:
     """Add to a counter that several tool threads of one trajectory may share."""
     with COUNT_LOCK:
         counts[name] += amount
@@ -96,15 +96,16 @@ def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tu
         parts = parse_url(url)
     except errors.LocationParseError:
         parts = Url()
-    complete = parts.scheme in ("http", "https") and parts.host and re.match(r"[^/]+//[^\\\x00-\x20\x7f]*$", url)
+    host = (parts.host or "").strip("[]")
+    complete = parts.scheme in ("http", "https") and host and re.match(r"[^/]+//[^\\\x00-\x20\x7f]*$", url)
     with_user = re.match("[^/]*//[^/?#]*@", url)
     if not complete or with_user or not (allow_private or parts.port in (None, 80, 443)):
         raise BlockedURL(*REFUSED)
-    lookup = RESOLVERS.submit(socket.getaddrinfo, parts.host.strip("[]"), None, type=socket.SOCK_STREAM)
+    lookup = RESOLVERS.submit(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
     try:
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in lookup.result(seconds)))
     except (OSError, UnicodeError):  # no such name, or no answer in time
-        raise BlockedURL("dns", f"No server with the name {parts.host} can be found.") from None
+        raise BlockedURL("dns", f"No server with the name {host} can be found.") from None
     finally:
         lookup.cancel()  # one that nobody waits for any more must not hold up the others
     if not allow_private and not all(map(is_public, addresses)):
@@ -120,13 +121,13 @@ class DeadlineResponse(http.client.HTTPResponse):
         receive = self.fp.raw.readinto  # of the buffered file that http.client has just made over the socket
 
         def receive_in_time(buffer: Any) -> int | None:
-            sock.settimeout(min(seconds_left(EXCHANGE.deadline), sock.gettimeout()))
+            sock.settimeout(min(seconds_left(EXCHANGE.deadline), sock.gettimeout() or 0.0))
             return receive(buffer)
 
-        self.fp.raw.readinto = receive_in_time
+        self.fp.raw.readinto = receive_in_time  # type: ignore[method-assign]
 
 
-def deadline_pool(pool: type) -> type:
+def deadline_pool(pool: Any) -> type:
     """A connection pool class of urllib3 whose responses are DeadlineResponses."""
     connection = type("Connection", (pool.ConnectionCls,), {"response_class": DeadlineResponse})
     return type("Pool", (pool,), {"ConnectionCls": connection})
@@ -260,7 +261,7 @@ class Web:
         third = seconds_left(deadline) / 3  # each for a place in the pool, the connection and its TLS: together in time
         options: dict[str, Any] = {"maxsize": max(1, config.tool_threads) if own else config.connections_per_host}
         if url.scheme == "https":  # the checked address is dialled; the certificate must be that of the name
-            name = url.host.strip("[]")
+            name = str(url.host).strip("[]")
             options |= {"ssl_context": self.tls, "server_hostname": name, "assert_hostname": name}
         wait = urllib3.Timeout(connect=min(config.connect_timeout, third), read=config.read_timeout)
         headers = {"Host": url.netloc, "User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate", **sent["headers"]}

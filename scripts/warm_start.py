@@ -11,7 +11,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from deepresearcher_min.config import Config, load_config
-from deepresearcher_min.engine import Completion, HFEngine, Sampling
+from deepresearcher_min.engine import Completion, Engine, HFEngine, Sampling
 from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.report import score_rows, text_table
 from deepresearcher_min.reward import summarize
@@ -59,7 +59,7 @@ class Skill:
         return cls(*(low + talent * 0.6 for low in (0.15, 0.15, 0.35, 0.3)))
 
 
-def beginner(question: str, rng: random.Random, skill: Skill) -> Iterator[str]:
+def beginner(question: str, rng: random.Random, skill: Skill) -> Generator[str, str, None]:
     """A generator of turns (without the forced <think>); each search or browse turn is sent its observation.
 
     It knows nothing of the world but what it is shown. Its thoughts restate the evidence word for word, which is
@@ -99,13 +99,13 @@ def stated(text: str, relation: str) -> str | None:
     return match.group(1) if match else None
 
 
-class ScriptedEngine:
+class ScriptedEngine(Engine):
     """Beginners behind the engine protocol, so that demonstrations are made by the very code that rolls out."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         self.tokenizer, self.seed = tokenizer, seed
         self.capacity_tokens = 10**9
-        self.scripts: dict[str, Iterator[str]] = {}
+        self.scripts: dict[str, Generator[str, str, None]] = {}
         self.turns: dict[str, str] = {}
 
     def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
@@ -127,7 +127,7 @@ class ScriptedEngine:
         self.turns = {}
         return done
 
-    def abort(self, request_ids: Sequence[str]) -> None:
+    def abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             self.turns.pop(request_id, None)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import random
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -215,10 +216,27 @@ def test_weights_are_in_place_after_an_update(setup):
     assert tokens(run(engine, requests, GREEDY)) == tokens(before)
 
 
+def test_weights_are_taken_one_at_a_time(setup):
+    """Of tensors that nobody else holds, an engine keeps the last one and, vLLM, those of one module."""
+    given, most = [], 0
+
+    def copy(parameter: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        tensor = parameter.detach().clone()
+        given.append(weakref.ref(tensor))
+        most = max(most, sum(reference() is not None for reference in given))
+        return tensor
+
+    setup.engine.update_weights((name, copy(parameter)) for name, parameter in setup.model.named_parameters())
+    assert len(given) > 20 and most <= (2 if isinstance(setup.engine, engine_module.HFEngine) else 8)
+    requests = prompts(3, seed=95)
+    check_against_model(setup.model, requests, run(setup.engine, requests, GREEDY), GREEDY)
+
+
 def test_updates_are_refused_while_requests_run(setup):
     setup.engine.submit("running", [1, 2, 3], GREEDY)
     setup.engine.step()
-    with pytest.raises(RuntimeError, match="1 requests are running"):
+    with pytest.raises(RuntimeError, match="requests are running"):
         setup.engine.update_weights(setup.model.named_parameters())
     drain(setup.engine, 1)
     setup.engine.update_weights(setup.model.named_parameters())
@@ -374,12 +392,10 @@ def test_hf_few_slots_serve_many_requests(model_dir):
 @pytest.mark.quick
 def test_hf_refuses_what_it_cannot_do(model_dir):
     engine = make_engine(engine_config(), model_dir, None)
-    engine.submit("a", [1], GREEDY)
-    for name, ids in (("a", [1]), ("empty", []), ("long", [1] * 256)):
+    for ids in ([], [1] * 256):
         with pytest.raises(ValueError):
-            engine.submit(name, ids, GREEDY)
-    engine.abort(["a"])
-    with pytest.raises(ValueError, match="no tensor 'typo'"):
+            engine.submit("a", ids, GREEDY)
+    with pytest.raises(KeyError, match="typo"):
         engine.update_weights([("typo", torch.zeros(1))])
     with pytest.raises(ValueError, match=r"no values for .*model\.norm\.weight"):
         engine.update_weights((n, p) for n, p in engine.model.named_parameters() if n != "model.norm.weight")

@@ -1,5 +1,6 @@
 """grpo.py against numbers worked by hand, and the properties that any GRPO must have."""
 
+import gc
 import math
 
 import numpy as np
@@ -191,7 +192,7 @@ def test_head_gradient_written_out_equals_autograd(chunk, temperature, entropy_c
         value = (new**2 + 3 * new).sum()
         return value - entropy_coef * entropy.sum() if entropy_coef else value
 
-    total = HeadLoss.apply(hidden, weight, targets, temperature, chunk, loss)
+    total = HeadLoss.apply(hidden / temperature, weight, targets, chunk, loss)
     (2 * total).backward()
     assert total.item() == pytest.approx(expected.item())
     torch.testing.assert_close(torch.cat([new for new, _ in seen]), new_expected.detach())
@@ -200,10 +201,22 @@ def test_head_gradient_written_out_equals_autograd(chunk, temperature, entropy_c
     torch.testing.assert_close(weight.grad, expected_gradients[1])
 
 
+def test_two_tensors_of_chunk_times_vocabulary_exist_at_a_time():
+    hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(33, 8, requires_grad=True)
+    alive = []
+
+    def loss(new, entropy, part):
+        alive.append(sum(type(thing) is torch.Tensor and thing.shape == (4, 33) for thing in gc.get_objects()))
+        return new.sum()
+
+    HeadLoss.apply(hidden, weight, torch.zeros(20, dtype=torch.int64), 4, loss)
+    assert alive == [2] * 5
+
+
 def test_head_with_nothing_to_train_gives_zero_gradients():
     hidden = torch.zeros(0, 8, requires_grad=True)
     weight = torch.randn(30, 8, requires_grad=True)
-    HeadLoss.apply(hidden, weight, torch.zeros(0, dtype=torch.int64), 1.0, 4, lambda *_: 1 / 0).backward()
+    HeadLoss.apply(hidden, weight, torch.zeros(0, dtype=torch.int64), 4, lambda *_: 1 / 0).backward()
     assert hidden.grad.shape == (0, 8)
     assert weight.grad.eq(0).all()
 
@@ -212,15 +225,15 @@ def test_head_with_nothing_to_train_gives_zero_gradients():
 
 
 def trajectory(mask: str, first_id: int = 0, advantage: float = 0.0) -> ScoredTrajectory:
-    sampled = np.array([c == "1" for c in mask])
-    ids = np.arange(first_id, first_id + len(mask), dtype=np.int32)
-    return ScoredTrajectory(f"t{first_id}", ids, sampled, np.where(sampled, -ids / 100, np.nan), advantage)
+    sampled = np.array([i for i, c in enumerate(mask) if c == "1"], int)
+    ids = np.arange(first_id, first_id + sampled.max(initial=0) + 1, dtype=np.int32)
+    return ScoredTrajectory(f"t{first_id}", ids, sampled, -ids[sampled] / 100, advantage)
 
 
 def test_pack_worked_by_hand():
-    rows = [trajectory("0010110", 10, 0.5), trajectory("01", 40, -1.0)]
+    rows = [trajectory("001011", 10, 0.5), trajectory("01", 40, -1.0)]
     batch = pack(rows)
-    # Inputs end before the last sampled token: 10..14 (15 is only predicted, 16 is never needed) and 40.
+    # Inputs end before the last sampled token: 10..14 (15 is only predicted) and 40.
     assert batch.lengths == (5, 1)
     assert batch.token_ids_T.tolist() == [10, 11, 12, 13, 14, 40]
     assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 0]
@@ -229,14 +242,14 @@ def test_pack_worked_by_hand():
     assert batch.targets_S.tolist() == [12, 14, 15, 41]
     assert batch.rollout_S.tolist() == pytest.approx([-0.12, -0.14, -0.15, -0.41])
     assert batch.advantages_S.tolist() == [0.5, 0.5, 0.5, -1.0]
-    assert [batch.row_of(s).name for s in range(4)] == ["t10", "t10", "t10", "t40"]
-    assert rows[0].token_ids.tolist() == list(range(10, 17))
+    assert batch.names_S.tolist() == ["t10", "t10", "t10", "t40"]
+    assert rows[0].token_ids.tolist() == list(range(10, 16))
 
 
 def test_pack_of_nothing_still_feeds_the_model_one_token():
     batch = pack([])
     assert batch.token_ids_T.tolist() == [0]
-    assert (batch.lengths, batch.rows, len(batch.predict_S)) == ((1,), (), 0)
+    assert (batch.lengths, len(batch.predict_S), len(batch.names_S)) == ((1,), 0, 0)
 
 
 @pytest.mark.parametrize("mask", ["000", "101"])

@@ -146,13 +146,15 @@ def reference_update(folder: Path, groups: list[Group], config: Config) -> tuple
                 rho = torch.exp(new - old[g][i])
                 clipped = torch.clip(rho, 1 - config.clip_low, 1 + config.clip_high)
                 weight = torch.exp(old[g][i] - rollout)
+                capped = (weight > (config.importance_cap or torch.inf)).double()
                 weight = torch.clip(weight, max=config.importance_cap) if config.importance_cap else 1.0
                 d = ref[g][i] - new
                 k3 = torch.clip(torch.exp(d) - d - 1, -10, 10)
                 surrogate = torch.minimum(rho * advantage, clipped * advantage)
                 losses.append(-(weight * surrogate - config.kl_coef * k3 + config.entropy_coef * entropy))
                 held = (rho * advantage > clipped * advantage).double()
-                metrics.append(torch.stack([losses[-1], k3, entropy, held, (old[g][i] - rollout).abs()]).detach())
+                mismatch = (old[g][i] - rollout).abs()
+                metrics.append(torch.stack([losses[-1], k3, entropy, held, capped, mismatch]).detach())
         loss = torch.cat(losses)
         optimizer.zero_grad()
         loss.mean().backward()
@@ -160,7 +162,7 @@ def reference_update(folder: Path, groups: list[Group], config: Config) -> tuple
         tokens += len(loss)
         sums = sums + torch.cat(metrics, dim=1).sum(1)
     moved = [(a - b).flatten() for a, b in zip(start.parameters(), model.parameters(), strict=True)]
-    names = ("loss", "kl", "entropy", "clip_fraction", "mismatch")
+    names = ("loss", "kl", "entropy", "clip_fraction", "capped_fraction", "mismatch")
     return torch.cat(moved).detach(), dict(zip(names, (sums / tokens).tolist(), strict=True))
 
 
@@ -363,22 +365,23 @@ def test_bad_rewards_stop_before_the_weights_move(models, bad):
     assert all(before[name].equal(tensor) for name, tensor in weights(policy).items())
 
 
-def spoil(policy: Policy, token: int, backward: bool) -> None:
-    """Make the model return nan for one token id, going forward or only in the gradient."""
+def spoil(policy: Policy, token: int, backward: bool, bad: float = float("nan")) -> None:
+    """Make the model return nan or infinity for one token id, going forward or only in the gradient."""
 
     def forward_hook(module, inputs, output):
         hit = (inputs[0] == token)[..., None]
         if backward and output.requires_grad:
-            output.register_hook(lambda gradient: gradient.masked_fill(hit, float("nan")))
-        return output if backward else output.masked_fill(hit, float("nan"))
+            output.register_hook(lambda gradient: gradient.masked_fill(hit, bad))
+        return output if backward else output.masked_fill(hit, bad)
 
     policy.model.get_input_embeddings().register_forward_hook(forward_hook)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("updates", [1, 2])
-@pytest.mark.parametrize(("backward", "what"), [(False, "log-probability nan"), (True, "gradient norm nan")])
-def test_bad_logprobs_and_gradients_name_their_trajectory(models, backward, what, updates):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("backward", "what"), [(False, "log-probability nan"), (True, "gradient norm (nan|inf)")])
+def test_bad_logprobs_and_gradients_name_their_trajectory(models, backward, what, bad, updates):
     groups = make_groups()
     victim = groups[1 if updates == 2 else 3]
     ids = victim.trajectories[2].token_ids.copy()
@@ -393,7 +396,7 @@ def test_bad_logprobs_and_gradients_name_their_trajectory(models, backward, what
     broken[2] = dataclasses.replace(broken[2], token_ids=ids)
     groups[index] = Group(victim.question, broken, groups[index].rewards, groups[index].advantages)
     policy = make_policy(models, updates_per_rollout=updates)
-    spoil(policy, 59, backward)
+    spoil(policy, 59, backward, bad)
     before = weights(policy)
     with pytest.raises(FloatingPointError, match=what) as caught:
         policy.update(groups)

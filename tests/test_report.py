@@ -16,7 +16,8 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepresearcher_min import report
@@ -26,6 +27,9 @@ from deepresearcher_min.trajectory import Group, Question, Trajectory, Turn
 PAYLOADS = Path(__file__).parents[2] / "shared" / "data" / "transcripts" / "deepresearcher_signal"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+
+
+WORDS = ("plans", "cross-checks", "reflects", "admits")
 
 
 def explain(trajectory):
@@ -48,12 +52,12 @@ def build(question, script, answer, stop_reason="answer", seed=0):
 
 
 def researcher(question, answer, seed=0, title="Ray Lake", note="He lived in Liverpool.", stop_reason="answer"):
-    url = "https://example.org/lake"
+    url, look = "https://example.org/lake", "I look first, then I read." if question.id == "q3" else "Look."
     hits = (search_item(f"About {title}", title, url), search_item("b", "B", "u"))
     found = render("search", [Entry(f"ray lake {title}", hits)])
     notes = render("browse", [Entry(url, (page_item(note), page_item("More.", 1)))])
     script = [
-        ("search", '<think> Look. </think>\n<tool_call>{"name": "web_search"}</tool_call>', found),
+        ("search", f'<think> {look} </think>\n<tool_call>{{"name": "web_search"}}</tool_call>', found),
         ("browse", '<think> Read. </think>\n<tool_call>{"name": "browse_webpage"}</tool_call>', notes),
         ("answer", f"<think> Known. </think>\n<answer> {answer} </answer>", ""),
     ]
@@ -118,12 +122,8 @@ def test_step_lines_align_and_missing_values_are_dashes():
     bars = [[i for i, c in enumerate(line) if c == "|"] for line in lines]
     assert bars[0] == bars[1] == bars[2]
     assert "reward -1.00" in lines[1] and "f1 1.00" in lines[1] and "bad_format 100%" in lines[1]
-    assert (
-        "reward   nan" in lines[2]
-        and "tokens   142" in lines[2]
-        and "kl      -" in lines[2]
-        and lines[2].endswith("$-")
-    )
+    assert "reward   nan" in lines[2] and "tokens   142" in lines[2] and "kl      -" in lines[2]
+    assert lines[2].endswith("$-")
 
 
 @pytest.mark.quick
@@ -139,15 +139,21 @@ def test_compare_table_has_the_rows_that_exist():
 
 
 @pytest.mark.quick
-def test_source_table_as_text_and_markdown():
-    sources = {"nq": {"n": 512, "f1": 0.396, "em": 0.3}, "Bamboogle\x1b[31m": {"n": 125, "f1": 0.71, "em": 0.6}}
-    overall = {"n": 637, "f1": 0.4576, "em": 0.36}
-    text = report.source_table(sources, overall)
-    assert text.splitlines()[-1].split() == ["all", "637", "0.458", "0.360"] and "\x1b" not in text
-    markdown = report.source_table(sources, overall, markdown=True).splitlines()
-    assert markdown[0].split("|")[1].strip() == "data source"
+def test_table_of_sources_as_text_and_markdown():
+    sources = {"nq": {"n": 512, "f1": 0.396, "em": 0.3}, "Bamboogle\x1b[31m": {"n": 125, "f1": 0.71, "mbe": 0.6}}
+    rows = report.score_rows({**sources, "all": {"n": 637, "f1": 0.4576, "f1_interval": [0.4, 0.511], "em": None}})
+    assert rows[1:] == [
+        ["questions", "512", "125", "637"],
+        ["F1", "0.396", "0.710", "0.458"],
+        ["F1, 95 % interval", "-", "-", "0.40–0.51"],
+        ["EM", "0.300", "-", "-"],
+        ["MBE", "-", "0.600", "-"],
+    ]
+    text = report.text_table(rows)
+    assert "\x1b" not in text and len({len(line) for line in text.splitlines()[1:]}) == 1
+    markdown = report.text_table(rows, markdown=True).splitlines()
     assert re.fullmatch(r"\| -+ \| -+: \| -+: \| -+: \|", markdown[1])
-    assert len(markdown) == 5 and all(line.count("|") == 5 for line in markdown)
+    assert len(markdown) == 7 and all(line.count("|") == 5 for line in markdown)
 
 
 @pytest.mark.quick
@@ -161,6 +167,7 @@ def test_text_plot_worked_example():
 
 
 @pytest.mark.quick
+@settings(deadline=None)  # another process may hold the core
 @given(
     values=st.lists(st.none() | st.floats(-2, 2) | st.just(float("nan")), max_size=200),
     width=st.integers(10, 90),
@@ -221,17 +228,26 @@ def test_trajectory_lines_worked_by_hand(tmp_path):
     logprobs = [nan, -0.2, -0.4, nan, -1.0]
     one = Trajectory(question, [5, 6, 7, 8, 9], [0, 1, 1, 0, 1], logprobs, turns, "her", "answer", {"searches": 1})
     before = copy.deepcopy(vars(one.turns[0]))
-    policy = np.array([0.0, -0.3, -0.4, 0.0, -0.5])
     path = tmp_path / "trajectories" / "step.jsonl"
-    report.write_trajectories(path, 7, [Group(question, [one], [1.0], [nan])], explain, [[policy]])
+    report.write_trajectories(path, 7, [Group(question, [one], [1.0], [nan])], explain)
     (row,) = report.read_json_lines(path)
     assert {key: row[key] for key in ("step", "index", "reward", "advantage", "why")} == {
         "step": 7, "index": 0, "reward": 1.0, "advantage": None, "why": "because answer",
     }  # fmt: skip
     assert [turn["logprob"] for turn in row["turns"]] == pytest.approx([-0.3, -1.0])
-    assert [turn["mismatch"] for turn in row["turns"]] == pytest.approx([0.05, 0.5])
+    assert row["behaviours"] == []
     assert {key: value for key, value in one.to_json().items() if key != "turns"}.items() <= row.items()
     assert vars(one.turns[0]) == before  # the input is as it was
+
+
+@pytest.mark.quick
+def test_trajectories_are_read_as_they_were_written(tmp_path):
+    groups, path = [group(0), group(1)], tmp_path / "eval.jsonl"
+    report.write_trajectories(path, 0, groups, explain)
+    written = [one for each in groups for one in each.trajectories]
+    for one, again in zip(written, report.read_trajectories(path), strict=True):
+        assert json.dumps(again.to_json()) == json.dumps(one.to_json()) and again.turns == one.turns
+        assert np.allclose(again.logprobs, one.logprobs, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.quick
@@ -243,6 +259,34 @@ def test_a_torn_line_costs_one_trajectory_and_no_other(tmp_path):
     assert [row["id"] for row in report.read_json_lines(path)] == ["q0"] * 3 + ["q1"] * 4
 
 
+# --- behaviours
+
+
+def acted(case):
+    """A trajectory from the short form of behaviour_cases.yaml; the calls hold words that must not count."""
+    turns = []
+    for ((kind, text),) in map(dict.items, case["turns"]):
+        thought, _, answer = text.partition(" => ")
+        end = (
+            f"<answer> {answer} </answer>"
+            if kind == "answer"
+            else '<tool_call>{"query": ["confirm, wrong"]}</tool_call>'
+        )
+        turns.append(Turn((0, 0), (0, 0), f"<think> {thought} </think>\n{end}", kind))
+    return Trajectory(Question("q", "?", ("x",)), [], [], [], tuple(turns), "x", "answer")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("part", "right", "false_alarms"), [("fitted", 48, 0), ("held_out", 43, 0)])
+def test_behaviours_on_hand_labelled_trajectories(part, right, false_alarms):
+    """12 trajectories x 4 behaviours: all of those fitted; 43 of 48 held out, where 8 of 13 shown are found."""
+    cases = yaml.safe_load(Path(__file__).with_name("behaviour_cases.yaml").read_text())[part]
+    decisions = [(name in case["shows"], name in report.behaviours(acted(case))) for case in cases for name in WORDS]
+    print(f"{part}: {sum(map(lambda pair: pair[0] == pair[1], decisions))} of {len(decisions)} right")
+    assert sum(shown == found for shown, found in decisions) == right
+    assert sum(found and not shown for shown, found in decisions) == false_alarms
+
+
 # --- trajectories as text
 
 
@@ -250,9 +294,9 @@ def test_a_torn_line_costs_one_trajectory_and_no_other(tmp_path):
 def test_readable_tells_the_whole_story_without_control_characters():
     question = Question("q", "Where?\x1b]0;owned\x07", ("Liverpool", "L'pool"), "nq")
     one = researcher(question, "Liver\x9bpool\ud800", note="\x1b[2J\x08He lived there.")
-    text = report.readable(one, 0.5, -0.25, "against 'Liverpool'")
+    text = report.readable(one, "reward 0.5: against 'Liverpool'")
     assert "Where?" in text and "Liverpool | L'pool" in text and "He lived there." in text
-    assert "Reward 0.500, advantage -0.250; against 'Liverpool'" in text
+    assert text.endswith("reward 0.5: against 'Liverpool'") and "Gold" not in report.readable(one)
     assert "--- turn 2: browse" in text and "<think> Known. </think>" in text and "--- end: answer" in text
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
     text.encode()  # UTF-8 can hold it
@@ -263,8 +307,9 @@ def test_write_readable_picks_best_and_worst(tmp_path):
     groups = [group(number) for number in range(6)]
     rewards = [reward for each in groups for reward in each.rewards]
     report.write_readable(tmp_path / "step.txt", groups, explain)
-    found = [float(value) for value in re.findall(r"Reward (-?[\d.]+),", (tmp_path / "step.txt").read_text())]
-    assert found == [max(rewards), min(rewards)]
+    text = (tmp_path / "step.txt").read_text()
+    found = [float(value) for value in re.findall(r"est reward: (-?[\d.]+), advantage [+-]\d", text)]
+    assert found == [max(rewards), min(rewards)] and text.count("because ") == 2
     report.write_readable(tmp_path / "empty.txt", [], explain)
     assert (tmp_path / "empty.txt").read_text() == ""
 
@@ -310,10 +355,9 @@ def test_real_tool_payloads_unfold(tmp_path):
 def test_page_of_an_evaluation_and_of_a_run_that_was_stopped(tmp_path):
     (tmp_path / "a").mkdir()
     assert page_data(report.write_html(tmp_path / "a"))["trajectories"] == []
-    summary = {"sources": {"nq": {"n": 2, "f1": 0.5}}, "overall": {"n": 2, "f1": 0.5}}
-    (tmp_path / "a" / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "a" / "summary.json").write_text(json.dumps({"table": [["", "nq"], ["F1", "0.500"]]}))
     data = page_data(report.write_html(tmp_path / "a"))
-    assert data["sources"] == [["data source", "questions", "F1"], ["nq", "2", "0.500"], ["all", "2", "0.500"]]
+    assert data["summary"]["table"][1] == ["F1", "0.500"] and data["compared"] == []
 
 
 @pytest.mark.quick
@@ -325,18 +369,17 @@ def test_a_step_that_ran_twice_is_shown_once(tmp_path):
 
 
 @pytest.mark.quick
-def test_a_full_page_keeps_evaluations_and_spreads_over_the_run(tmp_path, monkeypatch):
+def test_a_full_page_keeps_evaluations_and_the_last_steps(tmp_path, monkeypatch):
     write_run(tmp_path, steps=8, questions=2, size=4)
-    monkeypatch.setattr(report, "MAX_TRAJECTORIES", 2 + 3 * 8)
+    monkeypatch.setattr(report, "MAX_TRAJECTORIES", 2 + 2 * 8)
     rows = page_data(report.write_html(tmp_path))["trajectories"]
-    # the evaluation, the last file, the middle one, and a quarter
-    assert sorted({row["file"] for row in rows}) == ["eval-before", "step-000004", "step-000006", "step-000008"]
-    assert len(rows) == 26 and rows[0]["step"] == 0 and rows[-1]["step"] == 8
+    assert sorted({row["file"] for row in rows}) == ["eval-before", "step-000007", "step-000008"]
+    assert len(rows) == 18 and rows[0]["step"] == 0 and rows[-1]["step"] == 8
 
 
 @pytest.mark.quick
 def test_a_full_page_keeps_observations_by_question(tmp_path, monkeypatch):
-    questions = [Question(f"q{number}", "Where?", ("Liverpool",), "nq") for number in range(8)]
+    questions = [Question(f"q{number}", "Where?", ("Liverpool",), "nq") for number in range(10, 18)]
     groups = [Group(each, [researcher(each, "Liverpool")] * 2, [1.0] * 2, [0.0] * 2) for each in questions]
     for step in (1, 2):
         report.write_trajectories(tmp_path / "trajectories" / f"step-{step:06d}.jsonl", step, groups, explain)
@@ -348,7 +391,12 @@ def test_a_full_page_keeps_observations_by_question(tmp_path, monkeypatch):
     whole = [row for row in data["trajectories"] if row["turns"][0]["observation"] is not None]
     assert len(cut) == len(whole) == 16 and "; 16 of them without observations" in data["note"]
     assert {row["id"] for row in cut}.isdisjoint({row["id"] for row in whole})
-    assert {turn["text"] for row in cut for turn in row["turns"]} == {"<think> Lo", "<think> Re", "<think> Kn"}
+    assert {turn["text"] for row in cut for turn in row["turns"]} <= {
+        "<think> Lo",
+        "<think> I ",
+        "<think> Re",
+        "<think> Kn",
+    }
     assert all(turn["text"].endswith(">") for row in whole for turn in row["turns"])
 
 
@@ -418,7 +466,10 @@ def hostile_run(folder, url):
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "f1": 0.5, "reward": 0.5, "note": attacks(url)}))
     (folder / "config.yaml").write_text(json.dumps({"model": "".join(attacks(url)[:6]), "search": attacks(url)[2]}))
     scores = {attack: {"n": 1, "f1": 0.5} for attack in attacks(url)}
-    (folder / "summary.json").write_text(json.dumps({"sources": scores, "overall": {"n": 1, "f1": 0.5}}))
+    table = report.score_rows(scores)
+    (folder / "summary.json").write_text(
+        json.dumps({"overall": {"f1": 0.5}, "table": table, "caption": attacks(url)[2]})
+    )
     return folder
 
 
@@ -486,15 +537,16 @@ const choose = (i, start) => {
 const type = text => { const box = document.querySelector("input"); box.value = text; box.oninput(); };
 say("all", state(), buttons());
 if (list.querySelector(".more")) { list.querySelector(".more").click(); say("more", buttons()); }
-choose(0, "step-000001"); say("step", state());
+choose(0, "step-000002"); say("step", state());
 choose(0, "all"); choose(1, "2wiki"); say("source", state());
 choose(1, "all"); choose(2, "malformed"); say("stop", state());
 choose(2, "all"); choose(3, "below 0"); say("reward", state());
-choose(3, "all"); choose(4, "lowest"); say("lowest", list.querySelector("button b").textContent);
-choose(4, "highest"); say("highest", list.querySelector("button b").textContent);
+choose(3, "all"); choose(4, "plans"); say("behaviour", state());
+choose(4, "all"); choose(5, "lowest"); say("lowest", list.querySelector("button b").textContent);
+choose(5, "highest"); say("highest", list.querySelector("button b").textContent);
 type("NUMBER 3 "); say("words", state());
 type("no such words"); say("nothing", state());
-type(""); choose(0, "step-000001");
+type(""); choose(0, "step-000002");
 list.querySelectorAll("button")[1].click();
 const titles = [...document.querySelectorAll(".strip span")].map(node => node.title.replaceAll("\n", ", "));
 say("titles", titles.join(" / "));
@@ -526,9 +578,12 @@ def test_filters_order_and_hover(tmp_path):
     assert said["source"] == count(lambda row: row["source"] == "2wiki")
     assert said["stop"] == count(lambda row: row["stop_reason"] == "malformed")
     assert said["reward"] == count(lambda row: row["reward"] < 0)
+    assert (
+        said["behaviour"] == count(lambda row: row["id"] == "q3") == count(lambda row: row["behaviours"] == ["plans"])
+    )
     assert said["lowest"] == "−1.00" and said["highest"] == "1.00"
     assert said["words"] == count(lambda row: row["id"] == "q3") and said["nothing"] == "0 of 100"
-    second = [row for row in rows if row["file"] == "step-000001"]
+    second = [row for row in rows if row["file"] == "step-000002"]
     second = sorted(second, key=lambda row: -row["reward"])[1]
     titles = said["titles"].split(" / ")
     assert [title.split(",")[0] for title in titles[:4]] == ["Prompt", "<think>", "Turn 1: search", "Observation"]

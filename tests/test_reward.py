@@ -115,21 +115,21 @@ def test_explanations_name_gold_precision_and_recall():
 def test_judge_leaves_out_what_the_harness_ended():
     stops = ("deadline", "malformed", "cancelled")
     trajectories = [trajectory("answer", "Paris"), *(trajectory(stop) for stop in stops)]
-    group = judge(trajectories[0].question, trajectories, CONFIG, seed=0)
+    group = judge(trajectories[0].question, trajectories, CONFIG, step=0)
     assert list(group.rewards) == [1.0, -0.75]
     assert group.advantages == pytest.approx([0.7071, -0.7071], abs=1e-3)  # +-0.875 / std 1.2374
     assert group.trajectories == [trajectories[0], trajectories[2]]
-    nothing = judge(trajectories[0].question, [trajectory("deadline")], CONFIG, seed=0)
+    nothing = judge(trajectories[0].question, [trajectory("deadline")], CONFIG, step=0)
     assert (list(nothing.rewards), list(nothing.advantages)) == ([], [])
 
 
 def test_shuffled_rewards_stay_in_their_group_and_follow_the_seed():
     config = load_config(["--shuffle_rewards"])
     trajectories = [trajectory("answer", "Paris")] * 2 + [trajectory("answer", "Rome")] * 6
-    groups = [judge(trajectories[0].question, trajectories, config, seed=seed) for seed in range(20)]
+    groups = [judge(trajectories[0].question, trajectories, config, step=step) for step in range(20)]
     assert all(sorted(group.rewards) == [0.0] * 6 + [1.0] * 2 for group in groups)
     assert len({tuple(group.rewards) for group in groups}) > 5
-    assert judge(trajectories[0].question, trajectories, config, seed=3).rewards == groups[3].rewards
+    assert judge(trajectories[0].question, trajectories, config, step=3).rewards == groups[3].rewards
 
 
 def test_summaries_are_means_over_what_the_policy_did():
@@ -138,7 +138,7 @@ def test_summaries_are_means_over_what_the_policy_did():
     scores = summarize(rollout)
     assert (scores["n"], scores["em"], scores["format_errors"]) == pytest.approx((3, 1 / 3, 1 / 3))
     assert scores["f1"] == pytest.approx((1 + 2 / 3) / 3)
-    group = judge(rollout[0].question, rollout, CONFIG, seed=0)
+    group = judge(rollout[0].question, rollout, CONFIG, step=0)
     halves = step_sums([group], [rollout[:2]]), step_sums([], [rollout[2:]])
     means = step_means(halves[0] + halves[1])
     assert means["reward"] == pytest.approx((1 + 2 / 3 - 0.75) / 3)
