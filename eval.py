@@ -197,10 +197,10 @@ def ask_judge_all(config: Config, results: Sequence[Trajectory]) -> tuple[dict[s
     """MBE by question, and a sentence on who judged and what stayed without a verdict; empty without a judge."""
     if not config.judge_url:
         return {}, "not measured (judge_url is empty)"
-    web, counts = Web(config, config.cassette or Path(config.run_dir) / "cassette.sqlite"), Counter()
+    web, counts = Web(config, config.cassette or Path(config.run_dir) / "cassette.sqlite"), Counter[str]()
     with ThreadPoolExecutor(max(1, config.tool_threads)) as pool:
-        verdicts = pool.map(lambda one: ask_judge(one, config, web, counts), results)
-        verdicts = list(tqdm(verdicts, "judge", len(results), disable=None))
+        asked = pool.map(lambda one: ask_judge(one, config, web, counts), results)
+        verdicts = list(tqdm(asked, "judge", len(results), disable=None))
     web.close()
     causes = ", ".join(f"{amount} {name}" for name, amount in counts.items() if name.startswith("judge_"))
     sentence = f"by {config.judge_model}; without a verdict, left out: {verdicts.count(None)} ({causes or '-'})"
@@ -213,11 +213,11 @@ def scores_of(found: Sequence[Trajectory], verdicts: Mapping[str, float | None])
     means = np.random.default_rng(0).choice(f1, (2000, len(f1))).mean(axis=1)
     judged = [each for one in found if (each := verdicts.get(one.question.id)) is not None]
     shown = Counter(name for one in found for name in report.behaviours(one))
-    scores = {name: shown[name] / len(found) for name in report.BEHAVIOURS}
+    scores: dict[str, object] = {name: shown[name] / len(found) for name in report.BEHAVIOURS}
     scores |= {"f1_interval": np.quantile(means, (0.025, 0.975)).round(3).tolist()}
     scores |= {"mbe": sum(judged) / len(judged) if judged else None}
     scores |= {"usd": sum(one.cost.get("usd", 0.0) for one in found)}
-    return summarize(found) | scores
+    return {**summarize(found), **scores}
 
 
 def conclude(config: Config, task: Task, clock: Clock) -> None:

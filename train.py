@@ -190,7 +190,7 @@ def save_checkpoint(checkpoints: Checkpoints, policy: Policy, agent: Agent, stop
 
 
 @contextmanager
-def progress(name: str, total: int, ranks: Ranks) -> Iterator[Callable[[Trajectory], None]]:
+def progress(name: str, total: int, ranks: Ranks) -> Iterator[Callable[[Trajectory], Any]]:
     """A bar over trajectories, on rank 0's terminal only; it leaves nothing behind."""
     hidden = ranks.rank != 0 or not sys.stderr.isatty()
     with tqdm(total=total, desc=name, unit="trajectory", leave=False, disable=hidden) as bar:

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class Completion:
     finish_reason: str  # stop | length (max_tokens, or the context is full) | aborted (by the engine itself)
 
 
-class Engine(Protocol):
+class Engine:
     """What rollout.py and train.py need of an engine."""
 
     capacity_tokens: int  # size of the KV cache, for admission
@@ -118,7 +118,7 @@ class HFEngine(Engine):
         self.held = np.zeros(rows, np.int64)  # so many ids of a row are in the cache, or will be after the next step
         self.names: list[str | None] = [None] * rows  # whose request each row holds, or held last
         self.idle = list(range(rows))  # the first has been idle for longest
-        self.waiting, self.running, self.stats = [], [], Counter()
+        self.waiting, self.running, self.stats = list[Request](), list[Request](), Counter[str]()
 
     def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
         super().submit(request_id, token_ids, sampling)
@@ -241,7 +241,7 @@ class VLLMEngine(Engine):
         self.gpu = torch.cuda.is_available()
         self.sleeps = self.gpu and config.engine_sleep
         # CPU: no prompts in pieces. vLLM would rewind the request's generator ("CPU Generator does not use offset").
-        device = dict(kv_cache_memory_bytes=2**30, enable_chunked_prefill=False, enforce_eager=True)
+        device: dict[str, Any] = dict(kv_cache_memory_bytes=2**30, enable_chunked_prefill=False, enforce_eager=True)
         if self.gpu:  # GPU: a share of its memory for weights and KV cache; sleep is in vllm/device_allocator
             device = dict(gpu_memory_utilization=config.engine_memory, enable_sleep_mode=self.sleeps)
         block = 16 if self.gpu else 32  # tokens; a CPU's default of 128 would share few prefixes, and 16 is refused

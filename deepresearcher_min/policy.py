@@ -142,7 +142,7 @@ class Policy:
         # For the first update old is new itself; for later ones it must be computed before the weights move.
         old = [[None] * len(plans[0])] + [[self.score(self.scorer, batch) for batch in plan] for plan in plans[1:]]
         totals = [sum(len(row.sampled) for row in rows) for rows in parts]  # N of each update
-        sums, norms = Counter(), []
+        sums, norms = Counter[str](), []
         for rows, plan, old_plan, total in zip(parts, plans, old, totals, strict=True):
             if total:
                 for batch, old_S in zip(plan, old_plan, strict=True):
@@ -170,7 +170,7 @@ class Policy:
         """Add one micro-batch's gradient to the others'; returns its sums of metrics. total is N."""
         ref_S = None if self.reference is None else self.score(self.reference, batch)
         options = {key: getattr(self.config, key) for key in LOSS_KEYS}
-        chunks, sums = [batch.rollout_S[:0]], Counter()
+        chunks, sums = [batch.rollout_S[:0]], Counter[str]()
 
         def loss(new: torch.Tensor, entropy: torch.Tensor, part: slice) -> torch.Tensor:
             old = new.detach() if old_S is None else old_S[part]

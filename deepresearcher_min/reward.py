@@ -102,7 +102,7 @@ def explain(trajectory: Trajectory, config: Config) -> str:
     if trajectory.stop_reason not in POLICY_STOPS:
         return f"no reward: the harness ended this trajectory ({trajectory.stop_reason}), so it is left out"
     value = reward(trajectory, config)
-    if trajectory.stop_reason != "answer":
+    if trajectory.answer is None:
         return f"reward {value:g} for the format: {FORMAT_FAILURES[trajectory.stop_reason]}"
     f1, precision, recall, gold = best_score(trajectory.answer, trajectory.question.answers)
     if f1 == 0:
@@ -189,7 +189,7 @@ def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     kept = [trajectory for trajectory in trajectories if trajectory.stop_reason in POLICY_STOPS]
 
     rows = [measures(trajectory) for trajectory in kept]
-    scores = {"n": len(rows)}
+    scores: dict[str, float] = {"n": len(rows)}
     for name in ("f1", "em", "format_errors", "calls", "searches", "pages"):
         scores[name] = sum(row[name] for row in rows) / max(1, len(rows))
     for hops in ("1hop", "2hop"):

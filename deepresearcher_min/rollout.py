@@ -39,7 +39,7 @@ from deepresearcher_min.web import Web, WebFailure, count
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
 GRACE = 1.0  # after a tool's own deadline its thread is given up, although it cannot be ended [s]
 Generate = Callable[[list[int], int], Awaitable[Completion]]  # (token ids so far, max new tokens) -> completion
-OnDone = Callable[[Trajectory], None]
+OnDone = Callable[[Trajectory], Any]
 
 
 class Tools:

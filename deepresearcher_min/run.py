@@ -58,10 +58,10 @@ def open_run(argv: list[str]) -> Config:
         return replace(load_config(argv, base=saved), run_dir=str(folder), resume=str(folder))
     config = load_config(argv)
     now = datetime.now(UTC)
-    folder = config.run_dir or str(RUNS / f"{config.preset}-{now:%Y%m%d-%H%M%S}")
-    if (Path(folder) / "config.yaml").exists():
-        raise ConfigError(f"run_dir={folder!r} holds a run already; continue it with --resume={folder}")
-    return replace(config, run_dir=folder, date=config.date or f"{now:%Y-%m-%d}")
+    run_dir = config.run_dir or str(RUNS / f"{config.preset}-{now:%Y%m%d-%H%M%S}")
+    if Path(run_dir, "config.yaml").exists():
+        raise ConfigError(f"run_dir={run_dir!r} holds a run already; continue it with --resume={run_dir}")
+    return replace(config, run_dir=run_dir, date=config.date or f"{now:%Y-%m-%d}")
 
 
 @dataclass(frozen=True)
