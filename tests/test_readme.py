@@ -1,6 +1,8 @@
 """Every command of README runs: as it stands, made short, or, where it needs GPUs or keys, up to its clear error."""
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ SAID = {  # README's line -> what is added here, the exit code, and what must be
     "torchrun --nproc_per_node=8 train.py --preset=paper --data=train.parquet": ("", 1, NEEDS),
     "torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --master_port=29500 --nproc_per_node=8 train.py "
     "--preset=paper --data=train.parquet --run_dir=/shared/run1": ("", 1, NEEDS),
+    "export SERPER_API_KEY=... && python eval.py --model=GAIR/DeepResearcher-7b": ("", 2, NEEDS),
     "python eval.py --model=DIR --data=FILE --cassette=web.sqlite --cassette_mode=record": ("", 2, NEEDS),
     "python eval.py --model=DIR --data=FILE --cassette=web.sqlite --cassette_mode=replay": ("", 2, NEEDS[1:]),
 }  # fmt: skip
@@ -40,6 +43,16 @@ def readme_commands() -> list[str]:
 @pytest.mark.quick
 def test_every_command_of_readme_is_here():
     assert sorted(readme_commands()) == sorted(SAID)
+
+
+@pytest.mark.quick
+def test_every_name_in_readme_exists():
+    names = re.findall(r"`([a-z]+)\.([A-Za-z_]\w*)", (ROOT / "README.md").read_text())
+    modules = {path.stem for path in (ROOT / "deepresearcher_min").glob("*.py")}
+    found = [(module, name) for module, name in names if module in modules and name not in ("py", "html")]
+    assert len(found) > 10
+    for module, name in found:
+        assert hasattr(importlib.import_module(f"deepresearcher_min.{module}"), name), f"{module}.{name}"
 
 
 @pytest.fixture(scope="module")
