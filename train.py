@@ -149,7 +149,7 @@ def make_agent(config: Config, task: Task, ranks: Ranks) -> tuple[Agent, Agent]:
         cassette = config.cassette or str(Path(config.run_dir) / "cassette.sqlite")
         web = Web(config, cassette, ranks.rank, ranks.world_size)
     tools = Tools(config, chat, task.corpus, web)
-    engine = make_engine(config, task.model_dir, tokenizer, ranks.rank, ranks.world_size)
+    engine = make_engine(config, task.model_dir, ranks.world_size)
     agent = Agent(config, engine, tools, chat)
     if task.held_out_corpus is task.corpus:
         return agent, agent

@@ -117,7 +117,7 @@ def work(plan: Plan, offload: bool) -> None:
 
     policy = Policy(config, model_dir, ranks.device, ranks.world_size)
     phases["policy"] = memory(ranks.device)
-    engine = make_engine(config, model_dir, None, ranks.rank, ranks.world_size)
+    engine = make_engine(config, model_dir, ranks.world_size)
     engine.update_weights(policy.named_weights())
     phases["+ engine"] = memory(ranks.device)
     chat = ChatFormat(AutoTokenizer.from_pretrained(model_dir), "2025-01-01", "")

@@ -154,7 +154,7 @@ def bench_real() -> dict[str, float]:
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         tiny_model(folder)
-        engine = make_engine(config, folder, tokenizer=None)
+        engine = make_engine(config, folder)
         converse(engine, warm_up, config, address, f"{folder}/warm_up.sqlite", Scheduler, len(plans))
         for name, (scheduler, threads) in schedulers.items():
             its = replace(config, tool_threads=threads)

@@ -70,7 +70,7 @@ class Engine:
     def close(self) -> None: ...  # the engine cannot be used afterwards
 
 
-def make_engine(config: Config, model_dir: str, tokenizer: Any, rank: int = 0, world_size: int = 1) -> Engine:
+def make_engine(config: Config, model_dir: str, world_size: int = 1) -> Engine:
     """The engine that config.engine names; auto is vllm where it is installed and a GPU is there, else hf."""
     has_vllm = importlib.util.find_spec("vllm") is not None
     if config.engine == "hf" or (config.engine == "auto" and not (has_vllm and torch.cuda.is_available())):

@@ -68,7 +68,7 @@ def setup(request, tmp_path_factory) -> Iterator[Setup]:
     model_dir = str(tmp_path_factory.mktemp(f"{name}-{kind}"))
     model = random_model(kind, seed=1)
     model.save_pretrained(model_dir)
-    engine = make_engine(engine_config(engine=name), model_dir, tokenizer=None)
+    engine = make_engine(engine_config(engine=name), model_dir)
     yield Setup(engine, model, kind, model_dir)
     engine.close()
 
@@ -315,10 +315,10 @@ def two_turns(engine: Engine) -> list[tuple[list[int], list[float]]]:
 def test_hf_repeats_bit_for_bit(model_dir):
     config = engine_config()
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    first = two_turns(make_engine(config, model_dir, None))
+    first = two_turns(make_engine(config, model_dir))
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     torch.rand(5)
-    engine = make_engine(config, model_dir, None)
+    engine = make_engine(config, model_dir)
     assert two_turns(engine) == first
     engine.update_weights(engine.model.named_parameters())  # forgets all prefixes
     assert two_turns(engine) == first
@@ -327,22 +327,22 @@ def test_hf_repeats_bit_for_bit(model_dir):
 @pytest.mark.quick
 def test_hf_shares_prompts_between_requests(model_dir):
     """Eight requests with one prompt of 50 tokens: it is computed once, then each computes its last token."""
-    engine = make_engine(engine_config(), model_dir, None)
+    engine = make_engine(engine_config(), model_dir)
     (prompt,) = prompts(1, seed=110, low=50, high=50).values()
     samplings = {str(i): Sampling(1.0, 1.0, 10, i, ()) for i in range(8)}
     done = run(engine, {name: prompt for name in samplings}, samplings)
     assert engine.stats["prefill_tokens"] == 50 + 7
     for name, completion in done.items():
-        fresh = make_engine(engine_config(), model_dir, None)
+        fresh = make_engine(engine_config(), model_dir)
         assert run(fresh, {name: prompt}, samplings[name])[name].token_ids == completion.token_ids
 
 
 @pytest.mark.quick
 def test_hf_long_prompts_are_spread_over_steps(model_dir, monkeypatch):
     requests = prompts(6, seed=120, low=60, high=100)
-    expected = run(make_engine(engine_config(), model_dir, None), requests, GREEDY)
+    expected = run(make_engine(engine_config(), model_dir), requests, GREEDY)
     monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 32)
-    engine = make_engine(engine_config(), model_dir, None)
+    engine = make_engine(engine_config(), model_dir)
     for name, prompt in requests.items():
         engine.submit(name, prompt, GREEDY)
     for running in range(1, 7):
@@ -354,7 +354,7 @@ def test_hf_long_prompts_are_spread_over_steps(model_dir, monkeypatch):
 @pytest.mark.quick
 def test_hf_copies_a_prefix_before_its_row_is_given_away(model_dir):
     """Two rows. In one step, a request copies the prefix that row 0 holds, and an unrelated one takes row 0 over."""
-    engine = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir, None)
+    engine = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir)
     prompt, unrelated = prompts(2, seed=115, low=50, high=50).values()
     run(engine, {"first": prompt}, GREEDY)
     engine.stats.clear()
@@ -366,7 +366,7 @@ def test_hf_copies_a_prefix_before_its_row_is_given_away(model_dir):
 @pytest.mark.quick
 def test_hf_a_next_turn_goes_on_in_its_own_row(model_dir):
     """Two rows, both needed: a turn that took the other row would have to compute its prefix again."""
-    engine = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir, None)
+    engine = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir)
     requests = prompts(2, seed=116, low=50, high=50)
     done = run(engine, requests, GREEDY)
     engine.stats.clear()
@@ -379,8 +379,8 @@ def test_hf_a_next_turn_goes_on_in_its_own_row(model_dir):
 def test_hf_few_slots_serve_many_requests(model_dir):
     """Two slots and 12 requests in two turns: evicted prefixes are computed again, results stay the same."""
     requests = prompts(12, seed=130)
-    small = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir, None)
-    large = make_engine(engine_config(), model_dir, None)
+    small = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir)
+    large = make_engine(engine_config(), model_dir)
     assert small.capacity_tokens == 512
     for _ in range(2):
         done = run(small, requests, GREEDY)
@@ -391,7 +391,7 @@ def test_hf_few_slots_serve_many_requests(model_dir):
 
 @pytest.mark.quick
 def test_hf_refuses_what_it_cannot_do(model_dir):
-    engine = make_engine(engine_config(), model_dir, None)
+    engine = make_engine(engine_config(), model_dir)
     for ids in ([], [1] * 256):
         with pytest.raises(ValueError):
             engine.submit("a", ids, GREEDY)
@@ -405,13 +405,13 @@ def test_hf_refuses_what_it_cannot_do(model_dir):
 def test_missing_vllm_is_said_clearly(model_dir, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="vllm is not installed"):
-        make_engine(engine_config(engine="vllm"), model_dir, None)
-    assert isinstance(make_engine(engine_config(engine="auto"), model_dir, None), engine_module.HFEngine)
+        make_engine(engine_config(engine="vllm"), model_dir)
+    assert isinstance(make_engine(engine_config(engine="auto"), model_dir), engine_module.HFEngine)
 
 
 @pytest.mark.quick
 def test_hf_owns_its_weights(model_dir):
-    engine = make_engine(engine_config(), model_dir, None)
+    engine = make_engine(engine_config(), model_dir)
     other = AutoModelForCausalLM.from_pretrained(model_dir)
     engine.update_weights(other.named_parameters())
     before = run(engine, {"a": [1, 2, 3]}, GREEDY)

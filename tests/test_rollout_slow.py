@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 def test_vllm_computes_only_what_is_new_in_a_turn():
     config = toy_config(engine="vllm", max_in_flight=32, tool_threads=8)
-    engine = make_engine(config, str(MODEL_DIR), tokenizer=None)
+    engine = make_engine(config, str(MODEL_DIR))
     try:
         agent = Agent(config, engine, Tools(config, TOY_CHAT, WORLD.corpus), TOY_CHAT)
         trajectories = flat(roll_out(batch(8, repeats=4), agent))
