@@ -81,16 +81,16 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
                 ranks.print(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
                 return False
         after = measure("after", config.steps, task, examiner, ranks)
+        if ranks.rank == 0:
+            conclude(config, clock.added_to(state), before, after, metrics.rows)
+        ranks.share(None)  # all wait for the report: vLLM's end is that of the process group
     except KeyboardInterrupt:
-        # Several ranks are stopped at different places and cannot save together; their last checkpoint counts.
-        if ranks.world_size == 1 and state["step"] not in checkpoints.steps():
+        if ranks.world_size == 1 and state["step"] not in checkpoints.steps():  # several cannot save together now
             save(clock.added_to(state))
         return False
     finally:
         for part in (agent.tools, examiner.tools, agent.engine):
             part.close()
-    if ranks.rank == 0:
-        conclude(config, clock.added_to(state), before, after, metrics.rows)
     return True
 
 
@@ -251,7 +251,6 @@ def main(argv: list[str]) -> int:
         if not train(config, ranks, Stop()):
             print(f"Stopped. Continue with: python train.py --resume={config.run_dir}")
             return 130
-        ranks.share(None)  # rank 0 wrote the report meanwhile
         watch.stop()
     except (ConfigError, ValueError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)

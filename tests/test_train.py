@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,11 +256,19 @@ def test_a_rank_that_hangs_or_dies_ends_the_job(blow, words, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_the_same_run_through_vllm(tmp_path):
-    done = torchrun("--standalone", "train.py", *SMALL, "--engine=vllm", f"--run_dir={tmp_path / 'run'}")
+def test_a_run_of_one_rank_goes_on_with_two_and_through_vllm_which_then_loads_what_it_exported(tmp_path, two_steps):
+    folder = tmp_path / "run"
+    shutil.copytree(two_steps, folder)
+    goes_on = ["train.py", f"--resume={folder}", "--engine=vllm", "--steps=3"]
+    done = torchrun("--standalone", "--nproc_per_node=2", *goes_on)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = metrics(tmp_path / "run")
-    assert rows[-1]["step"] == 2 and all(row["mismatch"] < 1e-4 for row in rows if "mismatch" in row)
+    rows = metrics(folder)
+    assert rows[-1]["step"] == 3 and rows[-1]["mismatch"] < 1e-4 and rows[:-1] == metrics(two_steps)
+    command = [sys.executable, "eval.py", f"--model={folder}", "--engine=vllm", f"--run_dir={tmp_path / 'eval'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    exported, engine = (json.loads((f / "summary.json").read_text()) for f in (tmp_path / "eval", folder))
+    assert exported["overall"]["f1"] == pytest.approx(engine["after"]["f1"], abs=0.11)  # rounding may turn one of ten
 
 
 @pytest.mark.slow
