@@ -187,6 +187,7 @@ def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
 
     try:
         roll_out(Batch(questions, numbers, 1, config.eval_temperature, 1.0, EVALUATION), agent, on_done)
+        ranks.gather([None])  # every rank's file is complete; vLLM's end is that of the process group
     finally:
         bar.close()
         agent.tools.close()
@@ -214,9 +215,8 @@ def scores_of(found: Sequence[Trajectory], verdicts: Mapping[str, float | None])
     judged = [each for one in found if (each := verdicts.get(one.question.id)) is not None]
     shown = Counter(name for one in found for name in report.behaviours(one))
     scores: dict[str, object] = {name: shown[name] / len(found) for name in report.BEHAVIOURS}
-    scores |= {"f1_interval": np.quantile(means, (0.025, 0.975)).round(3).tolist()}
-    scores |= {"mbe": sum(judged) / len(judged) if judged else None}
-    scores |= {"usd": sum(one.cost.get("usd", 0.0) for one in found)}
+    interval, usd = np.quantile(means, (0.025, 0.975)).round(3).tolist(), sum(one.cost.get("usd", 0.0) for one in found)
+    scores |= {"f1_interval": interval, "usd": usd, "mbe": sum(judged) / len(judged) if judged else None}
     return {**summarize(found), **scores}
 
 
@@ -257,11 +257,12 @@ def ask(config: Config, task: Task, text: str, ranks: Ranks) -> None:
         agent.engine.close()
     print(report.readable(one, explain(one, config) if question.id != "typed" else ""))
     seen = [turn.observation for turn in one.turns if turn.kind == "browse"] or [turn.observation for turn in one.turns]
-    sources = re.findall(r"'url': '([^']+)'", " ".join(seen))
-    print("\n  ".join(["Sources:", *dict.fromkeys(sources)]))
+    print("\n  ".join(["Sources:", *dict.fromkeys(re.findall(r"'url': '([^']+)'", " ".join(seen)))]))
 
 
 def main(argv: list[str]) -> int:
+    if "--question" in argv:  # and its text as an argument of its own
+        argv = [*argv[: (i := argv.index("--question"))], "=".join(argv[i : i + 2]), *argv[i + 2 :]]
     typed = "".join(word.partition("=")[2] for word in argv if word.startswith("--question="))
     argv = [word for word in argv if not word.startswith("--question=")]
     quiet_libraries()
@@ -285,7 +286,6 @@ def main(argv: list[str]) -> int:
         except KeyboardInterrupt:
             print(f"Stopped. Go on with: python eval.py --resume={config.run_dir}")
             return 130
-        ranks.gather([None])  # every rank's file is complete
         if ranks.rank == 0:
             conclude(config, task, clock)
     except (ConfigError, ValueError) as error:

@@ -168,7 +168,7 @@ def test_eval_measures_a_run_and_answers_a_question(two_steps, tmp_path, capsys)
     assert evaluation.main([f"--model={two_steps}", f"--question={json.loads(question)['question']}"]) == 0
     shown = capsys.readouterr().out
     assert "<think>" in shown and "Answer:" in shown and "Gold:" in shown
-    assert evaluation.main([f"--model={two_steps}", "--question=Who was Napoleon 💡?"]) == 0
+    assert evaluation.main([f"--model={two_steps}", "--question", "Who was Napoleon 💡?"]) == 0
 
 
 def start(folder: Path, *extra: str) -> subprocess.Popen:
@@ -264,8 +264,8 @@ def test_a_run_of_one_rank_goes_on_with_two_and_through_vllm_which_then_loads_wh
     assert done.returncode == 0, done.stdout + done.stderr
     rows = metrics(folder)
     assert rows[-1]["step"] == 3 and rows[-1]["mismatch"] < 1e-4 and rows[:-1] == metrics(two_steps)
-    command = [sys.executable, "eval.py", f"--model={folder}", "--engine=vllm", f"--run_dir={tmp_path / 'eval'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    measures = ["eval.py", f"--model={folder}", "--engine=vllm", f"--run_dir={tmp_path / 'eval'}"]
+    done = torchrun("--standalone", "--nproc_per_node=2", *measures)
     assert done.returncode == 0, done.stdout + done.stderr
     exported, engine = (json.loads((f / "summary.json").read_text()) for f in (tmp_path / "eval", folder))
     assert exported["overall"]["f1"] == pytest.approx(engine["after"]["f1"], abs=0.11)  # rounding may turn one of ten
