@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -488,6 +489,10 @@ def work_as_rank(models: Path, out: Path, shares: str) -> None:
     policy.load(out / "state1")
     loaded = weights(policy)
     policy.save(out / "again")
+    whole: list[weakref.ref] = []  # the weights as the engine gets them, gathered: never two at once
+    for _, tensor in policy.named_weights():
+        whole.append(weakref.ref(tensor))
+        assert sum(each() is not None for each in whole) == 1
     if rank == 0:
         torch.save({"moved": moved, "metrics": metrics, "dealt": dealt, "loaded": loaded}, out / "result.pt")
     dist.destroy_process_group()
