@@ -76,7 +76,7 @@ def test_a_broken_download_starts_again(published, monkeypatch):
     assert published.requests["/fault/cut_once"] == 2
 
 
-@pytest.mark.quick
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "words"),
     [

@@ -211,7 +211,7 @@ def test_a_deadline_in_the_queue_blocks_nobody():
     assert not engine.running
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=5), min_size=1, max_size=25),
     st.integers(20, 200),
