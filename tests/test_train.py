@@ -77,7 +77,7 @@ def test_the_weights_change_and_checkpoints_are_plain_hugging_face_folders(two_s
     assert any(not torch.equal(second[name], first[name]) for name in start)
 
 
-@pytest.mark.quick
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_bit_for_bit(two_steps, tmp_path):
     assert run_small(tmp_path / "again") == metrics(two_steps)
     for name, tensor in weights(two_steps, 2).items():
@@ -89,12 +89,12 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(two_steps, tmp_path):
     assert one == other
 
 
-@pytest.mark.quick
+@pytest.mark.slow
 def test_another_seed_gives_another_run(two_steps, tmp_path):
     assert run_small(tmp_path / "other", "--seed=1") != metrics(two_steps)
 
 
-@pytest.mark.quick
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(two_steps, tmp_path):
     folder = tmp_path / "resumed"
     run_small(folder, "--steps=1")
@@ -111,7 +111,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(two_steps, tmp_path):
     assert train.main([*SMALL, f"--run_dir={folder}"]) == 2  # a run is never overwritten
 
 
-@pytest.mark.quick
+@pytest.mark.slow
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     run_small(tmp_path / "run", "--steps=3", "--keep_checkpoints=2")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
