@@ -17,7 +17,7 @@ from deepresearcher_min.rollout import Agent, Tools, roll_out
 from deepresearcher_min.toyworld import MODEL_DIR
 from train import load_task
 
-pytestmark = pytest.mark.quick
+pytestmark = pytest.mark.slow
 
 
 def test_a_new_tool_is_one_row_and_one_method(monkeypatch):

@@ -19,7 +19,7 @@ from deepresearcher_min.rollout import Agent, Tools, evaluate
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.web import Web
 
-pytestmark = pytest.mark.quick
+pytestmark = pytest.mark.slow
 
 
 class ToyOnline(Server):
