@@ -114,8 +114,10 @@ class Ranks:
             tqdm.write(text)
 
     def stop(self) -> None:
+        """Leave the process group; to be called last."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+            time.sleep(1)  # gloo's threads free the last collective's tensors late, which aborts an ending interpreter
 
 
 class Watch:

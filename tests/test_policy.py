@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -32,6 +31,7 @@ from deepresearcher_min import policy as policy_module
 from deepresearcher_min.config import Config, load_config
 from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.policy import Policy
+from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Group, Question, Trajectory, deal
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -472,8 +472,8 @@ def test_export_loads_as_a_plain_model(models, tmp_path, name, dtype):
 
 def work_as_rank(models: Path, out: Path, shares: str) -> None:
     """One rank of the tests below: update on a share of the questions, and load and save together."""
-    dist.init_process_group("gloo")
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    ranks = Ranks.start()
+    rank, world_size = ranks.rank, ranks.world_size
     groups, counts = make_groups(), json.loads(shares)
     policy = make_policy(models, "llama", world_size)
     if counts == "nan on the last rank":
@@ -495,7 +495,7 @@ def work_as_rank(models: Path, out: Path, shares: str) -> None:
         assert sum(each() is not None for each in whole) == 1
     if rank == 0:
         torch.save({"moved": moved, "metrics": metrics, "dealt": dealt, "loaded": loaded}, out / "result.pt")
-    dist.destroy_process_group()
+    ranks.stop()
 
 
 def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
