@@ -135,11 +135,10 @@ class PlainChat(ChatFormat):
 
     def __init__(self, chat: ChatFormat, found: Mapping[str, str]) -> None:
         super().__init__(chat.tokenizer, "", chat.system)
-        self.found = found
+        self.tools, self.found = None, found
 
     def prompt_ids(self, question: str) -> list[int]:
-        text = "\n\nSearch results: ".join(filter(None, (question, self.found.get(question))))
-        return self._encode(self._render_prompt(self.defuse(text), None))
+        return super().prompt_ids("\n\nSearch results: ".join(filter(None, (question, self.found.get(question)))))
 
 
 def search_once(questions: Sequence[Question], agent: Agent) -> tuple[dict[str, str], dict[str, Counter]]:

@@ -21,6 +21,7 @@ from deepresearcher_min.config import Config
 from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import (
     THINK,
+    TOOLS,
     Answer,
     Call,
     ChatFormat,
@@ -29,7 +30,6 @@ from deepresearcher_min.protocol import (
     page_item,
     parse_turn,
     search_item,
-    tool_of,
 )
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Backend, Corpus, make_search
@@ -56,7 +56,7 @@ class Tools:
 
     async def use(self, call: Call, record: Recording) -> list[Entry]:
         """What each query of a search or address of a browse brought; one by one without threads, to be repeatable."""
-        most = getattr(self.config, tool_of(call.kind).most)
+        most = getattr(self.config, TOOLS[call.kind].most)
         jobs = [self.entry(call.kind, key, record) for key in call.keys[:most]]
         entries = await asyncio.gather(*jobs) if self.config.tool_threads else [await job for job in jobs]
         for key in call.keys[:most]:  # in this order, whichever page was read first: a replay asks the reader the same
@@ -92,7 +92,7 @@ class Tools:
             logging.getLogger(__name__).exception("tool call for %.200r", key)
             count(record.cost, "fail_error")
             words = "The tool failed."
-        return Entry(key, (tool_of(kind).item(words),))
+        return Entry(key, (TOOLS[kind].item(words),))
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a blocking function, which keeps tool_timeout itself; TimeoutError if it does not."""

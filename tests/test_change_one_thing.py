@@ -26,7 +26,7 @@ def test_a_new_tool_is_one_row_and_one_method(monkeypatch):
             return [protocol.search_item(str(eval(expression, {"__builtins__": {}})))]
 
     words = ("Do arithmetic.", "sums", "Expressions of Python.", "max_queries", ("sum", "results"))
-    monkeypatch.setitem(protocol.TOOLS, "calculator", protocol.Tool("calculate", *words, protocol.search_item))
+    monkeypatch.setitem(protocol.TOOLS, "calculate", protocol.Tool("calculator", *words, protocol.search_item))
     agent = make_agent(Scripted(turns(call("calculator", sums=["6*7", "6/0"]), answer_turn("42"))))
     agent = dataclasses.replace(agent, tools=Calculating(agent.config, agent.chat, agent.tools.corpus))
     trajectory = one(agent)
