@@ -152,7 +152,7 @@ class ChatFormat:
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; use an instruction-tuned (chat) model")
         self.tokenizer, self.encode = tokenizer, partial(tokenizer.encode, add_special_tokens=False)
-        self.tools: list[dict[str, Any]] | None = schemas()
+        self.tools: list[dict[str, Any]] | None = schemas()  # None: eval.py's baselines have none
         self.system = (system_prompt or SYSTEM_PROMPT).replace("{date}", date)
         asked = self.opening("x")
         if not system_prompt and self.template(asked, self.tools) == self.template(asked, None):  # it ignores tools

@@ -16,23 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from deepresearcher_min.browse import Reader, browse, make_reader
+from deepresearcher_min import protocol
+from deepresearcher_min.browse import browse, make_reader
 from deepresearcher_min.config import Config
 from deepresearcher_min.engine import Completion, Engine, Sampling
-from deepresearcher_min.protocol import (
-    THINK,
-    TOOLS,
-    Answer,
-    Call,
-    ChatFormat,
-    Entry,
-    Malformed,
-    page_item,
-    parse_turn,
-    search_item,
-)
+from deepresearcher_min.protocol import THINK, Answer, Call, ChatFormat, Entry, Malformed, parse_turn
 from deepresearcher_min.run import Ranks
-from deepresearcher_min.search import Backend, Corpus, make_search
+from deepresearcher_min.search import Corpus, make_search
 from deepresearcher_min.trajectory import Question, Recording, Trajectory, Turn
 from deepresearcher_min.web import Web, WebFailure, count
 
@@ -47,8 +37,8 @@ class Tools:
 
     def __init__(self, config: Config, chat: ChatFormat, corpus: Corpus | None = None, web: Web | None = None) -> None:
         self.config, self.chat, self.corpus, self.web = config, chat, corpus, web
-        self.backend: Backend = make_search(config, web, corpus)
-        self.reader: Reader = make_reader(config, web, self.generate_text)
+        self.backend = make_search(config, web, corpus)
+        self.reader = make_reader(config, web, self.generate_text)
         self.pool = ThreadPoolExecutor(max(1, config.tool_threads), "tool")
         self.readings = 0
         self.scheduler: Scheduler  # of the rollout that is under way, and how many of its tool calls may be
@@ -56,17 +46,17 @@ class Tools:
 
     async def use(self, call: Call, record: Recording) -> list[Entry]:
         """What each query of a search or address of a browse brought; one by one without threads, to be repeatable."""
-        most = getattr(self.config, TOOLS[call.kind].most)
-        jobs = [self.entry(call.kind, key, record) for key in call.keys[:most]]
+        keys = call.keys[: getattr(self.config, protocol.TOOLS[call.kind].most)]
+        jobs = [self.entry(call.kind, key, record) for key in keys]
         entries = await asyncio.gather(*jobs) if self.config.tool_threads else [await job for job in jobs]
-        for key in call.keys[:most]:  # in this order, whichever page was read first: a replay asks the reader the same
+        for key in keys:  # in this order, whichever page was read first: a replay asks the reader the same
             record.memory += record.notes.pop(key, [])
         return entries
 
     async def search(self, query: str, record: Recording) -> list[dict[str, Any]]:
         results = await self.in_thread(self.backend.search, query, record.cost)
         record.shown.update(result.url for result in results if result.url)
-        return [search_item(result.snippet, result.title, result.url) for result in results]
+        return [protocol.search_item(result.snippet, result.title, result.url) for result in results]
 
     async def browse(self, url: str, record: Recording) -> list[dict[str, Any]]:
         if url not in record.shown:
@@ -77,7 +67,7 @@ class Tools:
             reader=self.reader, counts=record.cost, in_thread=self.in_thread,
         )  # fmt: skip
         record.notes[url] = [summary for _, summary in notes]
-        return [page_item(summary, number) for number, summary in notes]
+        return [protocol.page_item(summary, number) for number, summary in notes]
 
     async def entry(self, kind: str, key: str, record: Recording) -> Entry:
         try:
@@ -92,7 +82,7 @@ class Tools:
             logging.getLogger(__name__).exception("tool call for %.200r", key)
             count(record.cost, "fail_error")
             words = "The tool failed."
-        return Entry(key, (TOOLS[kind].item(words),))
+        return Entry(key, (protocol.TOOLS[kind].item(words),))
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a blocking function, which keeps tool_timeout itself; TimeoutError if it does not."""
@@ -127,36 +117,31 @@ class Agent:
 async def agent_loop(record: Recording, generate: Generate, agent: Agent) -> Trajectory:
     """Think, act, observe, until an answer or a limit (stop reasons: see trajectory.py)."""
     config, chat = agent.config, agent.chat
-    while True:
-        room = config.max_model_len - len(record.token_ids)
-        if room < 1:
-            return record.finish("context")
+    while (room := config.max_model_len - len(record.token_ids)) > 0:
         completion = await generate(record.token_ids, min(config.max_turn_tokens, room))
         if completion.finish_reason == "aborted":
             return record.finish("cancelled")
         sampled = record.append(completion.token_ids, completion.logprobs)
         text = THINK + chat.decode(completion.token_ids)
         action = parse_turn(text)
-        kind = action.kind if isinstance(action, Call) else type(action).__name__.lower()
-        reason, answer, observation = "", None, ""
-        ids: list[int] = []
+        stop, observation, ids = "", "", list[int]()
         if completion.finish_reason == "length":  # cut off, whatever it reads like
-            kind, reason = "malformed", "length" if room > config.max_turn_tokens else "context"
-        elif isinstance(action, Malformed):
-            reason = kind
-        elif isinstance(action, Answer):
-            reason, answer = kind, action.text
+            action = Malformed("the turn was cut off")
+            stop = "length" if room > config.max_turn_tokens else "context"
+        elif not isinstance(action, Call):
+            stop = action.kind
         elif len(record.turns) == config.max_tool_calls:
-            reason = "tool_budget"
+            stop = "tool_budget"
         else:
             entries = await agent.tools.use(action, record)
-            observation, ids, dropped = chat.fit(kind, entries, config.max_observation_tokens)
+            observation, ids, dropped = chat.fit(action.kind, entries, config.max_observation_tokens)
             count(record.cost, "dropped_results", dropped)
             if len(record.token_ids) + len(ids) >= config.max_model_len:
-                reason, ids = "context", []
-        record.turns.append(Turn(sampled, record.append(ids), text, kind, observation))
-        if reason:
-            return record.finish(reason, answer)
+                stop, ids = "context", []
+        record.turns.append(Turn(sampled, record.append(ids), text, action.kind, observation))
+        if stop:
+            return record.finish(stop, action.text if isinstance(action, Answer) else None)
+    return record.finish("context")
 
 
 class Scheduler:
@@ -176,7 +161,7 @@ class Scheduler:
 
     async def enter(self, number: int, tokens: int) -> None:
         """Wait for room, in place of what the trajectory has held so far."""
-        admitted = asyncio.get_running_loop().create_future()
+        admitted = asyncio.Future[None]()
         heapq.heappush(self.queue, (number, tokens, admitted))
         self.leave(number)
         await admitted
@@ -185,30 +170,30 @@ class Scheduler:
         self.used -= self.held.pop(number, 0)
         while self.queue:
             number, tokens, admitted = self.queue[0]
+            full = self.used + tokens > self.engine.capacity_tokens or len(self.held) == self.most
+            if full and self.held and not admitted.cancelled():
+                return
+            heapq.heappop(self.queue)
             if not admitted.cancelled():
-                if self.held and (self.used + tokens > self.engine.capacity_tokens or len(self.held) == self.most):
-                    return
                 self.held[number] = tokens
                 self.used += tokens
                 admitted.set_result(None)
-            heapq.heappop(self.queue)
 
     async def generate(self, request_id: str, token_ids: list[int], sampling: Sampling) -> Completion:
         self.engine.submit(request_id, token_ids, sampling)
-        future = self.waiting[request_id] = asyncio.get_running_loop().create_future()
+        self.waiting[request_id] = asyncio.Future()
         self.wake.set()
         try:
-            return await future
+            return await self.waiting[request_id]
         finally:
-            if self.waiting.pop(request_id, None) is not None:  # cancelled: the engine must not go on with it
+            if self.waiting.pop(request_id, None):  # cancelled: the engine must not go on with it
                 self.engine.abort([request_id])
 
     async def pump(self) -> None:
         while True:
             await self.wake.wait()
             for request_id, completion in self.engine.step().items():
-                future = self.waiting.pop(request_id, None)
-                if future is not None and not future.done():  # else it was given up a moment ago
+                if (future := self.waiting.pop(request_id, None)) and not future.done():  # else given up a moment ago
                     future.set_result(completion)
             if not self.waiting:
                 self.wake.clear()
@@ -228,7 +213,7 @@ class Batch:
 
 
 async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterator[list[Trajectory]]:
-    """See roll_out. However it ends, nothing is left over. No list: asyncio.run makes a string of it, in 0.1 s."""
+    """See roll_out. However it ends, nothing is left over. Not a list: asyncio.run would make a string of that."""
     config = agent.config
     scheduler = agent.tools.scheduler = Scheduler(agent.engine, config.max_in_flight)
     agent.tools.slots = asyncio.Semaphore(config.tool_threads or 2**31)  # whoever waits has no tool's deadline running
@@ -239,7 +224,7 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
         async def generate(token_ids: list[int], max_tokens: int) -> Completion:
             if turn := len(record.turns):
                 await scheduler.enter(age, len(token_ids) + max_tokens)
-            seed = seed_of(config.seed, batch.step, number, index, turn)
+            seed = int(np.random.SeedSequence((config.seed, batch.step, number, index, turn)).generate_state(1)[0])
             sampling = Sampling(batch.temperature, batch.top_p, max_tokens, seed, (agent.chat.end_of_turn_id,))
             return await scheduler.generate(f"{batch.step}/{number}/{index}", token_ids, sampling)
 
@@ -256,13 +241,11 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
 
     asked = [(q, n, i) for q, n in zip(batch.questions, batch.numbers, strict=True) for i in range(batch.repeats)]
     jobs = [asyncio.create_task(one(age, *each)) for age, each in enumerate(asked)]
-    pumping, everything = asyncio.create_task(scheduler.pump()), asyncio.gather(*jobs)
-    both: list[asyncio.Future] = [pumping, everything]
+    everything: asyncio.Future = asyncio.gather(*jobs)
+    pumping: asyncio.Future = asyncio.create_task(scheduler.pump())
     try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if pumping.done():
-            pumping.result()  # the engine failed: raise its error instead of waiting for ever
-        flat = everything.result()
+        # The pump ends only by an error of the engine, which is raised here instead of waiting for ever.
+        flat = await next(asyncio.as_completed([everything, pumping]))
     finally:
         for task in (pumping, *jobs):
             task.cancel()
@@ -290,8 +273,3 @@ def evaluate(questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done:
     numbers = range(ranks.rank, len(questions), ranks.world_size)
     batch = Batch([questions[n] for n in numbers], numbers, 1, agent.config.eval_temperature, 1.0, step=EVALUATION)
     return ranks.gather([trajectory for (trajectory,) in roll_out(batch, agent, on_done)])
-
-
-def seed_of(*numbers: int) -> int:
-    """One 32-bit seed from a tuple of non-negative integers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -32,12 +32,7 @@ from scripted import (
 
 from deepresearcher_min.engine import Completion
 from deepresearcher_min.reward import step_sums
-from deepresearcher_min.rollout import (
-    EVALUATION,
-    evaluate,
-    roll_out,
-    seed_of,
-)
+from deepresearcher_min.rollout import EVALUATION, evaluate, roll_out
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Corpus
 from deepresearcher_min.trajectory import HARNESS_STOPS, Question
@@ -120,7 +115,7 @@ def test_seeds_depend_on_seed_step_question_index_and_turn_only():
     assert dealt == everything
     assert not set(seeds(range(4), step=2).values()) & set(everything.values())
     assert not set(seeds(range(4), seed=1).values()) & set(everything.values())
-    assert everything["1/3/1", 1] == seed_of(0, 1, 3, 1, 1)
+    assert everything["1/3/1", 1] == np.random.SeedSequence((0, 1, 3, 1, 1)).generate_state(1)[0]
 
 
 def test_results_are_by_question_and_index_whatever_finishes_first():

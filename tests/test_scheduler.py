@@ -30,10 +30,7 @@ from scripted import (
 from deepresearcher_min import rollout
 from deepresearcher_min.engine import Sampling
 from deepresearcher_min.reward import step_sums
-from deepresearcher_min.rollout import (
-    Scheduler,
-    roll_out,
-)
+from deepresearcher_min.rollout import Scheduler, roll_out
 from deepresearcher_min.search import SearchResult
 from deepresearcher_min.trajectory import POLICY_STOPS
 
@@ -198,9 +195,10 @@ def test_waiting_for_the_first_turn_is_not_held_against_the_deadline():
 
 
 def test_a_deadline_in_the_queue_blocks_nobody():
-    # The first is let in and never ends its turn; the second waits for room for its second turn, in vain.
+    # The first is let in and never ends its turn; the second waits for room for its second turn, in vain. (Should its
+    # deadline come a moment after the first one's, which gives it room, it never ends its turn either.)
     def write(name, turn):
-        return None if name == "1/0/0" and turn else [search_turn(), answer_turn()][turn]
+        return None if name != "1/2/0" and turn else [search_turn(), answer_turn()][turn]
 
     engine = Scripted(write, lambda name, turn: 3 if name == "1/1/0" else 1)
     agent = make_agent(engine, trajectory_timeout=0.3, max_turn_tokens=700)
