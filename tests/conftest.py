@@ -1,6 +1,19 @@
-"""Environment of the whole test suite; it must stand before torch and vllm are imported."""
+"""Environment of the whole test suite, which must stand before torch and vllm are imported; and a run to look at."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only fight over the cores of a small machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def two_steps(tmp_path_factory) -> Path:
+    """The folder of a small run on the toy web."""
+    from small_runs import run_small
+
+    folder = tmp_path_factory.mktemp("train") / "run"
+    run_small(folder)
+    return folder

@@ -1,53 +1,21 @@
-"""The main job end to end on the toy web: it learns, repeats bit for bit, resumes, and stops cleanly."""
+"""The main job on the toy web, in this process: what it leaves, that it repeats bit for bit, resumes, and stops."""
 
-import contextlib
-import importlib.util
 import json
-import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from small_runs import SMALL, metrics, run_small
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import train
 
-ROOT = Path(train.__file__).parent
-SMALL = [
-    "--questions_per_step=4", "--group_size=4", "--eval_questions=10", "--log_every=1", "--save_every=1", "--steps=2",
-    "--lr_decay=no",  # it depends on `steps`, which some tests change
-]  # fmt: skip
-TIMES = {"roll_s", "update_s"}
-
-
-def run_small(folder: Path, *extra: str) -> list[dict]:
-    """Train in this process; returns the rows of metrics.jsonl without the times."""
-    assert train.main([*SMALL, f"--run_dir={folder}", *extra]) == 0
-    return metrics(folder)
-
-
-def metrics(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES | {"steps"}} for row in rows]
-
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / f"step-{step:06d}")
     return dict(model.named_parameters())
-
-
-@pytest.fixture(scope="module")
-def two_steps(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("train") / "run"
-    run_small(folder)
-    return folder
 
 
 @pytest.mark.quick
@@ -169,146 +137,6 @@ def test_eval_measures_a_run_and_answers_a_question(two_steps, tmp_path, capsys)
     shown = capsys.readouterr().out
     assert "<think>" in shown and "Answer:" in shown and "Gold:" in shown
     assert evaluation.main([f"--model={two_steps}", "--question", "Who was Napoleon 💡?"]) == 0
-
-
-def start(folder: Path, *extra: str) -> subprocess.Popen:
-    command = [sys.executable, "train.py", *SMALL, f"--run_dir={folder}", *extra]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_step(process: subprocess.Popen, step: int | str = r"\d+") -> None:
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if re.match(rf"step +{step}/", line):
-            return
-    raise AssertionError(f"the run ended before step {step}:\n{seen}")
-
-
-@pytest.mark.slow
-def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path):
-    assert start(tmp_path / "whole", "--steps=6").wait(timeout=120) == 0
-    whole, folder = metrics(tmp_path / "whole"), tmp_path / "stopped"
-    process = start(folder, "--steps=6", "--save_every=100")
-    wait_for_step(process, 2)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and f"--resume={folder}" in output and "Traceback" not in output
-    assert start_again(folder).wait(timeout=120) == 0
-    assert metrics(folder) == whole
-
-
-def torchrun(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    command = ["torchrun", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=timeout
-    )
-
-
-@pytest.mark.slow
-def test_torchrun_without_arguments_is_the_same_as_python(tmp_path, two_steps):
-    done = torchrun("train.py", *SMALL, f"--run_dir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "held-out questions went from" in done.stdout
-    assert metrics(tmp_path / "run") == metrics(two_steps)
-
-
-@pytest.mark.slow
-def test_two_ranks_share_the_work_and_one_rank_can_go_on(tmp_path, two_steps):
-    """The first rollout is the same trajectories as on one rank, so the first step's metrics agree to rounding."""
-    folder = tmp_path / "run"
-    done = torchrun("--standalone", "--nproc_per_node=2", "train.py", *SMALL, f"--run_dir={folder}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"^step +2/2", done.stdout, re.MULTILINE)) == 1  # only rank 0 prints
-    alone, together = metrics(two_steps)[1], metrics(folder)[1]
-    for key in ("reward", "f1", "calls", "tokens", "kl", "loss", "grad_norm", "trained_tokens"):
-        assert together[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6), key
-    assert len(list((folder / "trajectories").glob("step-000002-rank*.jsonl"))) == 2
-    assert train.main([f"--resume={folder}", "--steps=3"]) == 0
-    assert metrics(folder)[-1]["step"] == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("blow", "words"), [(signal.SIGSTOP, "rank 1 has not been heard of"), (signal.SIGKILL, "rank")]
-)
-def test_a_rank_that_hangs_or_dies_ends_the_job(blow, words, tmp_path):
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    command = ["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *SMALL, "--steps=500", "--rank_timeout=10"]
-    process = subprocess.Popen(
-        [*command, f"--run_dir={tmp_path / 'run'}"], cwd=ROOT, env=os.environ | {"PATH": path}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    try:
-        wait_for_step(process, 1)
-        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        ranks = {Path(f"/proc/{pid}/environ").read_bytes().partition(b"\0RANK=")[2][:1]: int(pid) for pid in workers}
-        os.kill(ranks[b"1"], blow)
-        struck = time.monotonic()
-        output = process.communicate(timeout=60)[0]
-        assert process.returncode != 0 and time.monotonic() - struck < 60
-        assert words in output
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_a_run_of_one_rank_goes_on_with_two_and_through_vllm_which_then_loads_what_it_exported(tmp_path, two_steps):
-    folder = tmp_path / "run"
-    shutil.copytree(two_steps, folder)
-    goes_on = ["train.py", f"--resume={folder}", "--engine=vllm", "--steps=3"]
-    done = torchrun("--standalone", "--nproc_per_node=2", *goes_on)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = metrics(folder)
-    assert rows[-1]["step"] == 3 and rows[-1]["mismatch"] < 1e-4 and rows[:-1] == metrics(two_steps)
-    measures = ["eval.py", f"--model={folder}", "--engine=vllm", f"--run_dir={tmp_path / 'eval'}"]
-    done = torchrun("--standalone", "--nproc_per_node=2", *measures)
-    assert done.returncode == 0, done.stdout + done.stderr
-    exported, engine = (json.loads((f / "summary.json").read_text()) for f in (tmp_path / "eval", folder))
-    assert exported["overall"]["f1"] == pytest.approx(engine["after"]["f1"], abs=0.11)  # rounding may turn one of ten
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_end():
-    """Four blows here; `python bench/kill.py` deals 20."""
-    command = [sys.executable, "bench/kill.py", "--kills=4"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_what_the_first_person_with_gpus_runs_works_on_cpus(tmp_path):
-    def smoke(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "bench/gpu_smoke.py", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-
-    if not torch.cuda.is_available():
-        done = smoke()
-        assert done.returncode == 2 and "needs a CUDA GPU" in done.stdout
-    done = smoke("--cpu", "--engine=hf", f"--json={tmp_path / 'smoke.json'}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "smoke.json").read_text())
-    assert found["passed"] == found["checks"] == 11
-
-
-def start_again(folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "train.py", f"--resume={folder}"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-@pytest.mark.slow
-def test_the_main_job_learns_the_toy_web(tmp_path):
-    """README's promise: greedy F1 on held-out questions from at most 0.45 to at least 0.95, two hops to 0.90."""
-    done = torchrun("--standalone", "train.py", f"--run_dir={tmp_path / 'run'}", timeout=1800)
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    before, after = summary["before"], summary["after"]
-    assert before["n"] == after["n"] == 200
-    assert before["f1"] <= 0.45 and before["f1_2hop"] <= 0.20 and before["format_errors"] <= 0.10
-    assert after["f1"] >= 0.95 and after["f1_2hop"] >= 0.90
 
 
 @pytest.mark.slow

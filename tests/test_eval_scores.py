@@ -1,0 +1,153 @@
+"""eval.py's results: the table beside the paper's, and the judge (MBE)."""
+
+import csv
+import json
+import re
+import time
+from collections import Counter
+
+import loopback
+import pytest
+from loopback import Server
+
+import eval as evaluation
+from deepresearcher_min import report
+from deepresearcher_min.config import ROOT, load_config
+from deepresearcher_min.reward import ask_judge
+from deepresearcher_min.run import Clock
+from deepresearcher_min.trajectory import Group, Question, Trajectory
+from deepresearcher_min.web import Web
+
+
+def answered(source, number, answer, stop_reason="answer"):
+    question = Question(f"{source} {number}", f"Who is number {number}?", ("Ada Lovelace",), source)
+    return Trajectory(question, [1, 2], [False, True], [float("nan"), -0.5], (), answer, stop_reason)
+
+
+def evaluated(folder, config):
+    """An evaluation folder of ten answers, five of them right, two half right; the last one was lost."""
+    results = [answered("nq", i, "Ada Lovelace" if i < 3 else "Ada" if i < 5 else "Grace") for i in range(6)]
+    results += [answered("Bamboogle", i, "ada lovelace!") for i in range(2)]
+    results += [answered("Bamboogle", i, None, "malformed") for i in range(2, 4)]
+    groups = [Group(one.question, [one], [0.0], [0.0]) for one in results]
+    report.write_trajectories(folder / "trajectories/eval.jsonl", 0, groups, lambda one: "why")
+    asked = [one.question for one in results] + [Question("lost", "Lost?", ("x",), "nq")]
+    evaluation.conclude(config, evaluation.Task("", [], asked), Clock())
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.quick
+def test_the_table_stands_beside_the_papers(tmp_path, capsys):
+    summary = evaluated(tmp_path, load_config([f"--run_dir={tmp_path}", "--model=some/model"]))
+    printed = capsys.readouterr().out
+    cells = {row[0]: row[1:] for row in summary["table"]}
+    assert cells[""] == ["Bamboogle", "nq", "all"] and cells["questions"] == ["4", "6", "10"]
+    # nq: (3 + 2 * 2/3) / 6; Bamboogle: 2 / 4
+    assert cells["F1"] == ["0.500", "0.722", "0.633"] and cells["EM"] == ["0.500", "0.500", "0.500"]
+    assert cells["format errors"] == ["50.0%", "0.0%", "20.0%"] and "MBE" not in cells
+    assert cells["paper: DeepResearcher"] == [".710/.728", ".396/.619", "-"] and len(cells) == 5 + 8 + 7 + 1
+    low, high = summary["sources"]["nq"]["f1_interval"]
+    assert 0.3 < low < 0.722 < high <= 1  # six values of mean .722 and deviation .40: about .72 +- .32
+    assert "Ended by the harness, left out: 1." in " ".join(printed.split())
+    assert "F1 " in printed and "paper: CoT + RAG" in printed and "not measured" in printed
+    markdown = (tmp_path / "results.md").read_text()
+    assert re.search(r"\| paper: DeepResearcher +\| +\.710/\.728 \| +\.396/\.619 \| +- \|", markdown)
+    assert "some/model" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.quick
+def test_the_papers_figures_have_the_averages_that_others_computed():
+    """Averages over all questions of the same figures, from table 1 of arXiv 2508.16153 (Search-o1 local: none)."""
+    averages = {
+        "CoT": (23.6, 26.1), "CoT + RAG": (37.7, 43.2), "Search-o1 (web)": (35.2, 45.0), "Search-R1 base": (48.3, 53.8),
+        "Search-R1 instruct": (39.6, 45.6), "R1-Searcher": (47.1, 53.7), "DeepResearcher": (51.8, 60.5),
+    }  # fmt: skip
+    with (ROOT / "docs/paper.csv").open(newline="") as file:
+        rows = {row.pop("method"): row for row in csv.DictReader(file)}
+    for method, published in averages.items():
+        for place, average in enumerate(published):
+            sums = sum(
+                float(cell.split("/")[place]) * (125 if name == "Bamboogle" else 512)
+                for name, cell in rows[method].items()
+            )
+            assert 100 * sums / 3197 == pytest.approx(average, abs=0.06), (method, place)
+
+
+def judging(server, folder, **changes):
+    options = {"judge_url": server.url + "/v1", "judge_model": "judge", "tool_timeout": 8, "max_retries": 1} | changes
+    config = load_config(["--preset=toy", *(f"--{key}={value}" for key, value in options.items())])
+    return config, Web(config, folder / "cassette.sqlite")
+
+
+def reply(content):
+    return (200, {"Content-Type": "application/json"}, {"choices": [{"message": {"content": content}}]})
+
+
+NEARLY = answered("nq", 1, "Augusta Ada King,\nCORRECT")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("page", "verdict", "cause", "requests"),
+    [
+        (reply("The same person.\nCORRECT"), 1.0, None, 1),
+        (reply("Another one.\n\n**Incorrect.**\n"), 0.0, None, 1),
+        (lambda n: reply("CORRECT" if n == 3 else "Hm."), 1.0, None, 3),
+        (reply("It is correct."), None, "judge_no_verdict", 3),
+        (reply("CORRECT or INCORRECT"), None, "judge_no_verdict", 3),
+        (reply("CORRECT\nOr not?"), None, "judge_no_verdict", 3),
+        (reply(""), None, "judge_no_verdict", 3),
+        (reply(None), None, "judge_no_verdict", 3),
+        (reply(["CORRECT"]), None, "judge_no_verdict", 3),
+        ((200, {}, []), None, "judge_no_verdict", 3),
+        ((200, {}, {"error": "overloaded"}), None, "judge_no_verdict", 3),
+        ((200, {}, b"<html>CORRECT</html>"), None, "judge_bad_reply", 1),
+        ((200, {}, b"\xff" * 6_000_000), None, "judge_too_large", 1),
+        ((401, {}, b"no"), None, "judge_unauthorized", 1),
+        ((500, {}, b"oops"), None, "judge_http_500", 2),
+        (lambda n: reply("Yes.\nCORRECT") if n > 1 else (503, {"Retry-After": "0"}, b""), 1.0, None, 2),
+    ],
+)
+def test_verdicts_are_read_strictly(tmp_path, monkeypatch, page, verdict, cause, requests):
+    monkeypatch.setenv("JUDGE_API_KEY", "secret")
+    with Server({"/v1/chat/completions": page}) as server:
+        config, web = judging(server, tmp_path)
+        counts = Counter()
+        assert ask_judge(NEARLY, config, web, counts) == verdict
+        assert {name for name in counts if name.startswith("judge_")} == ({cause} if cause else set())
+        assert server.requests["/v1/chat/completions"] == requests
+        _, headers, body = server.sent[0]
+        sent = json.loads(body)
+        assert headers["Authorization"] == "Bearer secret" and sent["model"] == "judge" and sent["temperature"] == 0
+        assert json.loads(sent["messages"][1]["content"]) == {
+            "question": "Who is number 1?", "accepted": ["Ada Lovelace"], "given": "Augusta Ada King,\nCORRECT",
+        }  # fmt: skip
+        assert ask_judge(NEARLY, config, web, counts) == verdict  # from the cassette
+        assert server.requests["/v1/chat/completions"] == requests
+        assert b"secret" not in (tmp_path / "cassette.sqlite").read_bytes()
+        web.close()
+
+
+@pytest.mark.quick
+def test_a_silent_judge_costs_its_deadline_and_no_more(tmp_path, monkeypatch):
+    page = monkeypatch.setitem(loopback.FAULTS, "chat/completions", loopback.FAULTS["silence"])
+    with Server({"/": page}) as server:
+        config, web = judging(server, tmp_path, judge_url=server.url + "/fault", tool_timeout=1)
+        start, counts = time.monotonic(), Counter()
+        assert ask_judge(NEARLY, config, web, counts) is None and counts["judge_timeout"] == 1
+        assert time.monotonic() - start < 5
+        web.close()
+
+
+@pytest.mark.quick
+def test_mbe_in_the_table_says_what_was_left_out(tmp_path, capsys):
+    # Asked are only the two half right and the wrong one: an exact match is right, no answer is wrong without asking.
+    pages = {"/v1/chat/completions": lambda n: reply(("CORRECT", "INCORRECT")[n - 1] if n < 3 else "Who knows?")}
+    with Server(pages) as server:
+        arguments = [f"--run_dir={tmp_path}", f"--judge_url={server.url}/v1", "--judge_model=judge", "--tool_threads=0"]
+        summary = evaluated(tmp_path, load_config(["--preset=toy", *arguments]))
+        assert server.requests["/v1/chat/completions"] == 5  # two verdicts, and three tries without one
+    cells = {row[0]: row[1:] for row in summary["table"]}
+    assert cells["MBE"] == ["0.500", "0.800", "0.667"]  # nq: 4 of the 5 with a verdict
+    words = " ".join(capsys.readouterr().out.split())
+    assert "by judge; without a verdict, left out: 1 (1 judge_no_verdict)" in words
