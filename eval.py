@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -236,7 +236,7 @@ def conclude(config: Config, task: Task, clock: Clock) -> None:
     paper = [row for row in published if sources.keys() & row.keys()]
     table += [[f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])] for row in paper]
     lost = len(task.held_out) - len(results)
-    caption = textwrap.fill(CAPTION.format(**config.to_dict(), judge=sentence, lost=lost), 118)
+    caption = textwrap.fill(CAPTION.format(**asdict(config), judge=sentence, lost=lost), 118)
     summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": clock.seconds()}
     summary |= {"sources": sources, "overall": overall, "table": table, "caption": caption}
     (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1))
