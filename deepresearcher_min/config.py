@@ -41,22 +41,7 @@ class ConfigError(ValueError):
 
 
 class Config(make_dataclass("Keys", TYPES.items(), frozen=True)):  # type: ignore[misc]
-    """All keys of config.yaml, each in its type, checked and never changed; dataclasses.replace makes another."""
-
-    def __init__(self, **values: Any) -> None:
-        super().__init__(**{key: convert(key, value) for key, value in values.items()})
-        for key in CHOICES:
-            check_choice(key, getattr(self, key))
-        for key in TYPES.keys() - MAY_BE_NEGATIVE:
-            check_number(key, getattr(self, key))
-        if self.max_turn_tokens >= self.max_model_len:
-            limit = f"max_model_len={self.max_model_len}"
-            raise ConfigError(f"max_turn_tokens={self.max_turn_tokens}: must be less than {limit}")
-        if self.questions_per_step % self.updates_per_rollout:
-            whole = f"questions_per_step={self.questions_per_step}"
-            raise ConfigError(f"updates_per_rollout={self.updates_per_rollout}: must divide {whole}")
-        if self.group_size < 2:
-            raise ConfigError(f"group_size={self.group_size}: a group needs at least 2 trajectories to compare")
+    """All keys of config.yaml, each in its type; never changed (dataclasses.replace makes another, unchecked)."""
 
 
 def load_config(argv: list[str], base: dict[str, Any] | None = None) -> Config:
@@ -68,7 +53,10 @@ def load_config(argv: list[str], base: dict[str, Any] | None = None) -> Config:
     preset = typed.get("preset", DEFAULTS["preset"])
     check_choice("preset", preset)
     laid_over = PRESETS[preset] if base is None or "preset" in typed else {}
-    return Config(**{**DEFAULTS, **(base or {}), **laid_over, **typed})
+    values = {**DEFAULTS, **(base or {}), **laid_over, **typed}
+    config = Config(**{key: convert(key, value) for key, value in values.items()})
+    check(config)
+    return config
 
 
 def parse_arguments(argv: list[str]) -> dict[str, str]:
@@ -122,9 +110,21 @@ def check_choice(key: str, value: str) -> None:
         raise ConfigError(f"{key}={value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
 
 
-def check_number(key: str, value: Any) -> None:
-    if TYPES[key] in (int, float) and not (0 < value < float("inf") or (value == 0 and key in MAY_BE_ZERO)):
-        raise ConfigError(f"{key}={value}: must be {'at least 0' if key in MAY_BE_ZERO else 'greater than 0'}")
+def check(config: Config) -> None:
+    for key in CHOICES:
+        check_choice(key, getattr(config, key))
+    for key in TYPES.keys() - MAY_BE_NEGATIVE:
+        value, limit = getattr(config, key), "at least 0" if key in MAY_BE_ZERO else "greater than 0"
+        if TYPES[key] in (int, float) and not (0 < value < float("inf") or (value == 0 and key in MAY_BE_ZERO)):
+            raise ConfigError(f"{key}={value}: must be {limit}")
+    if config.max_turn_tokens >= config.max_model_len:
+        limit = f"max_model_len={config.max_model_len}"
+        raise ConfigError(f"max_turn_tokens={config.max_turn_tokens}: must be less than {limit}")
+    if config.questions_per_step % config.updates_per_rollout:
+        whole = f"questions_per_step={config.questions_per_step}"
+        raise ConfigError(f"updates_per_rollout={config.updates_per_rollout}: must divide {whole}")
+    if config.group_size < 2:
+        raise ConfigError(f"group_size={config.group_size}: a group needs at least 2 trajectories to compare")
 
 
 def describe(config: Config) -> str:
