@@ -15,7 +15,6 @@ import asyncio
 import csv
 import hashlib
 import json
-import os
 import re
 import signal
 import sys
@@ -24,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ import yaml
 from tqdm import tqdm
 
 from deepresearcher_min import report
-from deepresearcher_min.config import ROOT, Config, ConfigError, describe, load_config, parse_arguments, save_config
+from deepresearcher_min.config import ROOT, Config, ConfigError, load_config, parse_arguments, require_environment
 from deepresearcher_min.protocol import ChatFormat, Entry
 from deepresearcher_min.reward import ask_judge, explain, judge, measures, summarize
 from deepresearcher_min.rollout import EVALUATION, Agent, Batch, roll_out
@@ -43,7 +42,7 @@ from deepresearcher_min.run import RUNS, Clock, Ranks, complete_checkpoints, new
 from deepresearcher_min.search import INDEX_CACHE, Corpus
 from deepresearcher_min.trajectory import Question, Recording, Trajectory, load_questions
 from deepresearcher_min.web import Web, WebFailure
-from train import Task, check_needs, load_task, make_agent, quiet_libraries
+from train import Task, begin, check_needs, load_task, make_agent, quiet_libraries
 
 # The revision is the one at which a public copy of the official repository has the file; never fetched by us (there is
 # no internet here). What decides is the checksum, which is that of the published file, 3,197 questions.
@@ -110,7 +109,7 @@ def test_set(config: Config) -> str:
     return str(path)
 
 
-def load_examination(config: Config, ranks: Ranks, asked: str) -> Task:
+def load_examination(config: Config, ranks: Ranks) -> Task:
     """The questions, at most `limit` of each data source, and the offline web, if there is one.
 
     They are those of eval_data (or --data), else those that the model's run set aside, else the official test set.
@@ -119,7 +118,7 @@ def load_examination(config: Config, ranks: Ranks, asked: str) -> Task:
     if config.search == "toy" or (config.data and not file):
         task = load_task(config)
     else:
-        if not file and not asked:
+        if not file and not config.question:
             file = ranks.share(test_set(config) if ranks.rank == 0 else None)
         corpus = Corpus.from_jsonl(config.corpus) if config.corpus else None
         task = Task(config.model, [], load_questions(file) if file else [], corpus, corpus)
@@ -235,7 +234,7 @@ def conclude(config: Config, task: Task, clock: Clock) -> None:
     paper = [row for row in published if sources.keys() & row.keys()]
     table += [[f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])] for row in paper]
     lost = len(task.held_out) - len(results)
-    caption = textwrap.fill(CAPTION.format(**config.to_dict(), judge=sentence, lost=lost), 118)
+    caption = textwrap.fill(CAPTION.format(**asdict(config), judge=sentence, lost=lost), 118)
     summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": clock.seconds()}
     summary |= {"sources": sources, "overall": overall, "table": table, "caption": caption}
     (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1))
@@ -245,45 +244,39 @@ def conclude(config: Config, task: Task, clock: Clock) -> None:
     print(f"{clock.seconds():.0f} s. Every trajectory is in {run}/report.html, the table in {run}/results.md")
 
 
-def ask(config: Config, task: Task, text: str, ranks: Ranks) -> None:
+def ask(config: Config, task: Task, ranks: Ranks) -> None:
     """Answer one question and print the whole trajectory; a known question is scored, too."""
-    question = next((each for each in task.held_out if each.text == text), Question("typed", text, ("",)))
+    typed = Question("typed", config.question, ("",))
+    question = next((each for each in task.held_out if each.text == typed.text), typed)
     _, agent = make_agent(config, task, ranks)
     try:
         ((one,),) = roll_out(Batch([question], [0], 1, config.eval_temperature, 1.0, step=0), agent)
     finally:
         agent.tools.close()
         agent.engine.close()
-    print(report.readable(one, explain(one, config) if question.id != "typed" else ""))
+    print(report.readable(one, explain(one, config) if question is not typed else ""))
     seen = [turn.observation for turn in one.turns if turn.kind == "browse"] or [turn.observation for turn in one.turns]
     print("\n  ".join(["Sources:", *dict.fromkeys(re.findall(r"'url': '([^']+)'", " ".join(seen)))]))
 
 
 def main(argv: list[str]) -> int:
-    if "--question" in argv:  # and its text as an argument of its own
-        argv = [*argv[: (i := argv.index("--question"))], "=".join(argv[i : i + 2]), *argv[i + 2 :]]
-    typed = "".join(word.partition("=")[2] for word in argv if word.startswith("--question="))
-    argv = [word for word in argv if not word.startswith("--question=")]
     quiet_libraries()
     ranks, clock = Ranks.start(), Clock()
     try:
         config = ranks.share(resolve(argv) if ranks.rank == 0 else None)
         check_needs(config, questions=False)
-        if config.judge_url and not os.environ.get("JUDGE_API_KEY"):
-            raise ConfigError("JUDGE_API_KEY is not set: judge_url needs it (any word, if the server asks for none)")
+        if config.judge_url:
+            require_environment("JUDGE_API_KEY", "judge_url needs it (any word, if the server asks for none)")
         torch.set_num_threads(config.threads)
-        task = load_examination(config, ranks, typed)
-        if typed:
-            ask(config, task, typed, ranks)
+        task = load_examination(config, ranks)
+        if config.question:
+            ask(config, task, ranks)
             return 0
-        if ranks.rank == 0:
-            Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-            save_config(config, Path(config.run_dir) / "config.yaml")
-            print(f"What differs from config.yaml:\n{describe(config)}\n", flush=True)
+        begin(config, ranks)
         try:
             ask_all(config, task, ranks)
         except KeyboardInterrupt:
-            print(f"Stopped. Go on with: python eval.py --resume={config.run_dir}")
+            ranks.print(f"Stopped. Go on with: python eval.py --resume={config.run_dir}")
             return 130
         if ranks.rank == 0:
             conclude(config, task, clock)

@@ -235,6 +235,14 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: that is meant
 
 
+def begin(config: Config, ranks: Ranks) -> None:
+    """Open the run folder, and say what is special about this run."""
+    if ranks.rank == 0:
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        save_config(config, Path(config.run_dir) / "config.yaml")
+        print(f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n", flush=True)
+
+
 def main(argv: list[str]) -> int:
     quiet_libraries()
     ranks = Ranks.start()
@@ -244,12 +252,9 @@ def main(argv: list[str]) -> int:
         watch = Watch(ranks, config.rank_timeout)
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        if ranks.rank == 0:
-            Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-            save_config(config, Path(config.run_dir) / "config.yaml")
-            print(f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n", flush=True)
+        begin(config, ranks)
         if not train(config, ranks, Stop()):
-            print(f"Stopped. Continue with: python train.py --resume={config.run_dir}")
+            ranks.print(f"Stopped. Continue with: python train.py --resume={config.run_dir}")
             return 130
         watch.stop()
     except (ConfigError, ValueError, FloatingPointError) as error:

@@ -114,7 +114,7 @@ def test_what_cannot_be_done_is_said(whole, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.quick
 def test_one_question_with_its_sources(capsys):
-    (task,) = [evaluation.load_examination(load_config(TOY), RANKS, "asked")]
+    (task,) = [evaluation.load_examination(load_config(TOY), RANKS)]
     question = task.held_out[0]
     assert evaluation.main([*TOY, f"--question={question.text}"]) == 0
     said = capsys.readouterr().out
