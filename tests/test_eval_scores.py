@@ -132,7 +132,7 @@ def test_verdicts_are_read_strictly(tmp_path, monkeypatch, page, verdict, cause,
 def test_a_silent_judge_costs_its_deadline_and_no_more(tmp_path, monkeypatch):
     page = monkeypatch.setitem(loopback.FAULTS, "chat/completions", loopback.FAULTS["silence"])
     with Server({"/": page}) as server:
-        config, web = judging(server, tmp_path, judge_url=server.url + "/fault", tool_timeout=1)
+        config, web = judging(server, tmp_path, judge_url=server.url + "/fault", tool_timeout=0.4)
         start, counts = time.monotonic(), Counter()
         assert ask_judge(NEARLY, config, web, counts) is None and counts["judge_timeout"] == 1
         assert time.monotonic() - start < 5

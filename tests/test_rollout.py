@@ -90,7 +90,7 @@ def test_a_turn_computes_only_what_is_new(toy):
 
 def test_same_seed_same_trajectories_to_the_bit_and_another_seed_others(toy):
     first, again, other = (
-        flat(roll_out(batch(6, repeats=4, temperature=1.0), agent))
+        flat(roll_out(batch(3, repeats=4, temperature=1.0), agent))
         for agent in (make_agent(Recorder(toy_config())), make_agent(Recorder(toy_config())), make_agent(toy, seed=1))
     )
     assert all(map(same, first, again))

@@ -91,18 +91,18 @@ def test_ctrl_c_ends_the_rollout_between_steps_and_leaves_the_engine_as_new(kind
         engine.model.forward = interrupted
         agent, finished = make_agent(engine), []
         with pytest.raises(KeyboardInterrupt):
-            roll_out(batch(6, repeats=4), agent, finished.append)
+            roll_out(batch(3, repeats=4), agent, finished.append)
         assert engine.at_rest()
         assert signal.getsignal(kind) is stop
         engine.model.forward = forward
-        again = flat(roll_out(batch(6, repeats=4), agent))
-        expected = flat(roll_out(batch(6, repeats=4), make_agent(Recorder(toy_config()))))
+        again = flat(roll_out(batch(3, repeats=4), agent))
+        expected = flat(roll_out(batch(3, repeats=4), make_agent(Recorder(toy_config()))))
         close = [
             np.allclose(a.logprobs, b.logprobs, atol=1e-4, equal_nan=True)
             for a, b in zip(again, expected, strict=True)
             if np.array_equal(a.token_ids, b.token_ids)
         ]
-        assert len(close) >= 20 and all(close)
+        assert len(close) >= 10 and all(close)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -260,6 +260,6 @@ def test_admission_never_overfills_never_overtakes_and_never_stops(growth, capac
 
 def test_a_small_cache_repeats_to_the_bit_too():
     tight = {"kv_tokens": 4 * 768, "max_in_flight": 32}
-    runs = [flat(roll_out(batch(6, repeats=4), make_agent(Recorder(toy_config(**tight)), **tight))) for _ in range(2)]
+    runs = [flat(roll_out(batch(4, repeats=4), make_agent(Recorder(toy_config(**tight)), **tight))) for _ in range(2)]
     assert all(map(same, *runs))
     assert {t.stop_reason for t in runs[0]} <= set(POLICY_STOPS)

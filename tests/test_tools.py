@@ -25,7 +25,7 @@ from scripted import (
     with_source,
 )
 
-from deepresearcher_min import toyworld
+from deepresearcher_min import rollout, toyworld
 from deepresearcher_min.browse import ExtractiveReader, Notes, OpenAIReader
 from deepresearcher_min.protocol import Call
 from deepresearcher_min.rollout import roll_out
@@ -45,7 +45,8 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failing_or_hanging_search_is_an_observation_and_a_counter(name):
+def test_a_failing_or_hanging_search_is_an_observation_and_a_counter(name, monkeypatch):
+    monkeypatch.setattr(rollout, "GRACE", 0.4)
     answer, words = FAILURES[name]
     agent = make_agent(Scripted(turns(search_turn("bad", "good"), answer_turn())), tool_threads=2, tool_timeout=0.1)
     good = [SearchResult("Title", "https://a.example/", "Summary")]
@@ -149,13 +150,16 @@ def test_a_segment_longer_than_the_context_leaves_the_reader_its_instructions():
     assert text.startswith(f"<|user|>Question: {questions(1)[0].text}") and text.endswith("<|end|><|assistant|>")
 
 
-def test_tools_run_while_others_generate_in_at_most_tool_threads_and_waiting_for_one_is_not_held_against_them():
+def test_tools_run_while_others_generate_in_at_most_tool_threads_and_waiting_for_one_is_not_held_against_them(
+    monkeypatch,
+):
+    monkeypatch.setattr(rollout, "GRACE", 0.5)
     engine = Scripted(
         turns(search_turn("a", "b", "c"), answer_turn()), lambda name, turn: random.Random(name).randint(1, 9)
     )
     agent = make_agent(engine, tool_threads=4, tool_timeout=0.2)
-    source = with_source(agent, lambda query: time.sleep(0.1) or [SearchResult("T", "https://a.example/", "S")])
-    trajectories = flat(roll_out(batch(20), agent))  # 60 searches, 4 at once: 1.5 s
+    source = with_source(agent, lambda query: time.sleep(0.05) or [SearchResult("T", "https://a.example/", "S")])
+    trajectories = flat(roll_out(batch(20), agent))  # 60 searches, 4 at once: 0.75 s
     assert source.most_at_once == 4
     assert not any("fail_timeout" in t.cost for t in trajectories)
     assert {t.stop_reason for t in trajectories} == {"answer"}
