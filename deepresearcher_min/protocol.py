@@ -120,20 +120,16 @@ def parse_call(text: str) -> Call | Malformed:
 
 @dataclass(frozen=True)
 class Entry:
-    """What one query or one URL brought: `items` are the droppable parts, best first.
-
-    A failure is one item of the same shape with the reason in words where the content would be.
-    """
+    """What one query or one URL brought; a failure is one item with the reason in words as its content."""
 
     key: str  # the query or the URL
-    items: tuple[dict[str, Any], ...]
+    items: tuple[dict[str, Any], ...]  # best first
 
 
 def render(kind: str, entries: Sequence[Entry], kept: int | None = None) -> str:
     """The observation: the Python repr of a list of dicts with keys in alphabetical order.
 
-    `kept` limits the number of items over all entries, taken by rank: first every entry's best, then every
-    entry's second, and so on.
+    `kept` limits the items of all entries together, by rank: every entry's best, then every entry's second, and so on.
     """
     ranks = sorted((rank, i) for i, entry in enumerate(entries) for rank in range(len(entry.items)))
     shown = Counter(i for _, i in ranks[:kept])  # so many items of each entry

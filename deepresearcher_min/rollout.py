@@ -32,6 +32,46 @@ Generate = Callable[[list[int], int], Awaitable[Completion]]  # (token ids so fa
 OnDone = Callable[[Trajectory], Any]
 
 
+@dataclass(frozen=True)
+class Agent:
+    """What a rollout needs beside questions."""
+
+    config: Config
+    engine: Engine
+    tools: "Tools"
+    chat: ChatFormat
+
+
+async def agent_loop(record: Recording, generate: Generate, agent: Agent) -> Trajectory:
+    """Think, act, observe, until an answer or a limit (stop reasons: see trajectory.py)."""
+    config, chat = agent.config, agent.chat
+    while (room := config.max_model_len - len(record.token_ids)) > 0:
+        completion = await generate(record.token_ids, min(config.max_turn_tokens, room))
+        if completion.finish_reason == "aborted":
+            return record.finish("cancelled")
+        sampled = record.append(completion.token_ids, completion.logprobs)
+        text = THINK + chat.decode(completion.token_ids)
+        action = parse_turn(text)
+        stop, observation, ids = "", "", list[int]()
+        if completion.finish_reason == "length":  # cut off, whatever it reads like
+            action = Malformed("the turn was cut off")
+            stop = "length" if room > config.max_turn_tokens else "context"
+        elif not isinstance(action, Call):
+            stop = action.kind
+        elif len(record.turns) == config.max_tool_calls:
+            stop = "tool_budget"
+        else:
+            entries = await agent.tools.use(action, record)
+            observation, ids, dropped = chat.fit(action.kind, entries, config.max_observation_tokens)
+            count(record.cost, "dropped_results", dropped)
+            if len(record.token_ids) + len(ids) >= config.max_model_len:
+                stop, ids = "context", []
+        record.turns.append(Turn(sampled, record.append(ids), text, action.kind, observation))
+        if stop:
+            return record.finish(stop, action.text if isinstance(action, Answer) else None)
+    return record.finish("context")
+
+
 class Tools:
     """What the agent can do to the world; failures of the world come back as words and are counted."""
 
@@ -102,46 +142,6 @@ class Tools:
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
-
-
-@dataclass(frozen=True)
-class Agent:
-    """What a rollout needs beside questions."""
-
-    config: Config
-    engine: Engine
-    tools: Tools
-    chat: ChatFormat
-
-
-async def agent_loop(record: Recording, generate: Generate, agent: Agent) -> Trajectory:
-    """Think, act, observe, until an answer or a limit (stop reasons: see trajectory.py)."""
-    config, chat = agent.config, agent.chat
-    while (room := config.max_model_len - len(record.token_ids)) > 0:
-        completion = await generate(record.token_ids, min(config.max_turn_tokens, room))
-        if completion.finish_reason == "aborted":
-            return record.finish("cancelled")
-        sampled = record.append(completion.token_ids, completion.logprobs)
-        text = THINK + chat.decode(completion.token_ids)
-        action = parse_turn(text)
-        stop, observation, ids = "", "", list[int]()
-        if completion.finish_reason == "length":  # cut off, whatever it reads like
-            action = Malformed("the turn was cut off")
-            stop = "length" if room > config.max_turn_tokens else "context"
-        elif not isinstance(action, Call):
-            stop = action.kind
-        elif len(record.turns) == config.max_tool_calls:
-            stop = "tool_budget"
-        else:
-            entries = await agent.tools.use(action, record)
-            observation, ids, dropped = chat.fit(action.kind, entries, config.max_observation_tokens)
-            count(record.cost, "dropped_results", dropped)
-            if len(record.token_ids) + len(ids) >= config.max_model_len:
-                stop, ids = "context", []
-        record.turns.append(Turn(sampled, record.append(ids), text, action.kind, observation))
-        if stop:
-            return record.finish(stop, action.text if isinstance(action, Answer) else None)
-    return record.finish("context")
 
 
 class Scheduler:
