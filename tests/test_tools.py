@@ -25,7 +25,7 @@ from scripted import (
     with_source,
 )
 
-from deepresearcher_min import rollout, toyworld
+from deepresearcher_min import toyworld
 from deepresearcher_min.browse import ExtractiveReader, Notes, OpenAIReader
 from deepresearcher_min.protocol import Call
 from deepresearcher_min.rollout import roll_out
@@ -46,7 +46,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failing_or_hanging_search_is_an_observation_and_a_counter(name, monkeypatch):
-    monkeypatch.setattr(rollout, "GRACE", 0.4)
+    monkeypatch.setattr("deepresearcher_min.rollout.GRACE", 0.4)
     answer, words = FAILURES[name]
     agent = make_agent(Scripted(turns(search_turn("bad", "good"), answer_turn())), tool_threads=2, tool_timeout=0.1)
     good = [SearchResult("Title", "https://a.example/", "Summary")]
@@ -153,7 +153,7 @@ def test_a_segment_longer_than_the_context_leaves_the_reader_its_instructions():
 def test_tools_run_while_others_generate_in_at_most_tool_threads_and_waiting_for_one_is_not_held_against_them(
     monkeypatch,
 ):
-    monkeypatch.setattr(rollout, "GRACE", 0.5)
+    monkeypatch.setattr("deepresearcher_min.rollout.GRACE", 0.5)
     engine = Scripted(
         turns(search_turn("a", "b", "c"), answer_turn()), lambda name, turn: random.Random(name).randint(1, 9)
     )
