@@ -127,9 +127,10 @@ def test_step_lines_align_and_missing_values_are_dashes():
 
 
 @pytest.mark.quick
-def test_compare_table_has_the_rows_that_exist():
+def test_the_table_before_and_after_has_the_rows_that_exist():
     before = {"f1": 0.26, "f1_2hop": 0.11, "format_errors": 0.085, "calls": 1.4}
-    text = report.compare_table(before, {**before, "f1": 0.991, "second_hop": 1.0})
+    after = {**before, "f1": 0.991, "second_hop": 1.0}
+    text = report.text_table(report.score_rows({"before": before, "after": after}))
     lines = text.splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == [
         "F1", "F1, 2-hop questions", "tool calls", "format errors", "takes the second hop",

@@ -7,10 +7,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepresearcher_min.trajectory import Question, QuestionOrder, deal, load_questions
+from deepresearcher_min.run import Ranks
+from deepresearcher_min.trajectory import Question, QuestionOrder, load_questions
 
 pytestmark = pytest.mark.quick
 SHARED = Path(__file__).parents[2] / "shared/data"
@@ -182,9 +184,9 @@ def test_state_of_another_run_is_refused():
 @settings(deadline=None)
 @given(st.integers(0, 30), st.integers(1, 8))
 def test_deal_gives_every_item_to_one_rank(count, world_size):
-    shares = [deal(list(range(count)), rank, world_size) for rank in range(world_size)]
+    shares = [Ranks(rank, world_size, torch.device("cpu")).deal(range(count)) for rank in range(world_size)]
     assert sorted(item for share in shares for item in share) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    # What policy.gather does: round by round gives the original order.
+    # What Ranks.gather does: round by round gives the original order.
     rounds = [share[i] for i in range(count) for share in shares if i < len(share)]
     assert rounds == list(range(count))
