@@ -81,10 +81,9 @@ class Ranks:
 
     def share(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
-        if self.world_size == 1:
-            return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def deal(self, items: Sequence[Any]) -> list[Any]:
@@ -93,10 +92,9 @@ class Ranks:
 
     def gather(self, items: list[Any]) -> list[Any]:
         """Every rank's items in one list, in the order before they were dealt."""
-        if self.world_size == 1:
-            return items
-        shares: list[Any] = [None] * self.world_size
-        dist.all_gather_object(shares, items)
+        shares = [items] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(shares, items)
         return [share[i] for i in range(max(map(len, shares))) for share in shares if i < len(share)]
 
     def total(self, sums: Counter[str]) -> Counter[str]:
@@ -134,7 +132,7 @@ class Watch:
             threading.Thread(target=self.run, daemon=True).start()
 
     def run(self) -> None:
-        heard: dict[int, tuple[int, float]] = {}  # of every rank: its number, and when that was new
+        heard = [(0, time.monotonic())] * self.ranks.world_size  # of every rank: its number, and when that was new
         while not self.finished.wait(self.limit / 10):
             try:
                 self.store.add(str(self.ranks.rank), 1)
@@ -145,7 +143,7 @@ class Watch:
                 self.end("the first node")
             now = time.monotonic()
             for rank, number in enumerate(numbers):
-                if rank not in heard or heard[rank][0] != number:
+                if heard[rank][0] != number:
                     heard[rank] = number, now
                 elif now - heard[rank][1] > self.limit:
                     self.end(f"rank {rank}")

@@ -11,6 +11,7 @@ for people. Rewards and advantages live in the Group, so that no field of a traj
 Omitted: reading questions as a stream; 80,000 are a few dozen MB.
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -219,14 +220,11 @@ class QuestionOrder:
 
     def take(self, n: int) -> list[Question]:
         """The next n questions, in the same order on every rank; goes on with the next epoch where one ends."""
-        taken: list[Question] = []
-        while len(taken) < n:
-            shuffled = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.questions))
-            piece = shuffled[self.position : self.position + n - len(taken)]
-            taken += [self.questions[i] for i in piece]
-            self.position += len(piece)
-            if self.position == len(self.questions):
-                self.epoch, self.position = self.epoch + 1, 0
+        size, epochs = len(self.questions), itertools.count(self.epoch)
+        shuffles = (np.random.default_rng([self.seed, epoch]).permutation(size) for epoch in epochs)
+        numbers = itertools.islice(itertools.chain.from_iterable(shuffles), self.position, self.position + n)
+        taken = [self.questions[number] for number in numbers]
+        self.epoch, self.position = self.epoch + (self.position + n) // size, (self.position + n) % size
         return taken
 
     def state(self) -> dict[str, int]:

@@ -7,11 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Question, QuestionOrder, load_questions
 
 pytestmark = pytest.mark.quick
@@ -179,14 +177,3 @@ def test_state_of_another_run_is_refused():
         QuestionOrder(QUESTIONS[:9], 5).restore(state)
     with pytest.raises(ValueError, match="no questions"):
         QuestionOrder([], 0)
-
-
-@settings(deadline=None)
-@given(st.integers(0, 30), st.integers(1, 8))
-def test_deal_gives_every_item_to_one_rank(count, world_size):
-    shares = [Ranks(rank, world_size, torch.device("cpu")).deal(range(count)) for rank in range(world_size)]
-    assert sorted(item for share in shares for item in share) == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    # What Ranks.gather does: round by round gives the original order.
-    rounds = [share[i] for i in range(count) for share in shares if i < len(share)]
-    assert rounds == list(range(count))
