@@ -143,7 +143,7 @@ class Group:
     def __post_init__(self) -> None:
         if not len(self.trajectories) == len(self.rewards) == len(self.advantages):
             lengths = [len(each) for each in (self.trajectories, self.rewards, self.advantages)]
-            raise ValueError(f"group of question {self.question.id!r}: trajectories, rewards, advantages: {lengths}")
+            raise ValueError(f"group of question {self.question.id!r}: trajectories, rewards, advantages {lengths}")
 
 
 def load_questions(path: str | Path) -> list[Question]:
