@@ -1,4 +1,4 @@
-"""Questions: the published files, broken files, and the order of questions over epochs, ranks and restarts."""
+"""What flows, and questions: published files, broken files, and their order over epochs, ranks and restarts."""
 
 import json
 from collections import Counter
