@@ -28,7 +28,7 @@ from deepresearcher_min.reward import explain, judge, step_means, step_sums, sum
 from deepresearcher_min.rollout import Agent, Batch, Tools, evaluate, roll_out
 from deepresearcher_min.run import Checkpoints, Clock, Ranks, Stop, Watch, open_run
 from deepresearcher_min.search import Corpus, check_search
-from deepresearcher_min.trajectory import Group, Question, QuestionOrder, Trajectory, deal, load_questions
+from deepresearcher_min.trajectory import Group, Question, QuestionOrder, Trajectory, load_questions
 from deepresearcher_min.web import Web
 
 
@@ -49,8 +49,8 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
         agent.engine.update_weights(policy.named_weights())  # and no cached prefixes, as after a resume
         while state["step"] < config.steps:
             step, lap = state["step"] + 1, Clock()
-            questions = deal(order.take(config.questions_per_step), ranks.rank, ranks.world_size)
-            numbers = deal(range(config.questions_per_step), ranks.rank, ranks.world_size)
+            questions = ranks.deal(order.take(config.questions_per_step))
+            numbers = ranks.deal(range(config.questions_per_step))
             # 1 act: G trajectories for each question
             batch = Batch(questions, numbers, config.group_size, config.temperature, config.top_p, step)
             with progress(f"step {step}", len(questions) * config.group_size, ranks) as on_done:
@@ -85,7 +85,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
             conclude(config, clock.added_to(state), before, after, metrics.rows)
         ranks.share(None)  # all wait for the report: vLLM's end is that of the process group
     except KeyboardInterrupt:
-        if ranks.world_size == 1 and state["step"] not in checkpoints.steps():  # several cannot save together now
+        if ranks.world_size == 1:  # several cannot save together now
             save(clock.added_to(state))
         return False
     finally:
@@ -206,7 +206,7 @@ def conclude(config: Config, state: dict[str, Any], before: dict, after: dict, r
     report.curve_png(steps, run / "curve.png", before, after)
     report.write_html(run)
     print(f"\nF1 of the sampled answers, step by step:\n{report.text_plot([(r['step'], r['f1']) for r in steps])}")
-    print(f"\n{report.compare_table(before, after)}\n")
+    print(f"\n{report.text_table(report.score_rows({'before': before, 'after': after}))}\n")
     print(
         f"F1 on {before['n']} held-out questions went from {before['f1']:.2f} to {after['f1']:.2f} in "
         f"{state['step']} steps of GRPO ({state['seconds']:.0f} s). The curve is in {run / 'curve.png'}, every "
@@ -256,7 +256,7 @@ def main(argv: list[str]) -> int:
         if not train(config, ranks, Stop()):
             ranks.print(f"Stopped. Continue with: python train.py --resume={config.run_dir}")
             return 130
-        watch.stop()
+        watch.finished.set()
     except (ConfigError, ValueError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

@@ -1,22 +1,51 @@
-"""Questions: the published files, broken files, and the order of questions over epochs, ranks and restarts."""
+"""What flows, and questions: published files, broken files, and their order over epochs, ranks and restarts."""
 
 import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepresearcher_min.trajectory import Question, QuestionOrder, deal, load_questions
+from deepresearcher_min.trajectory import Group, Question, QuestionOrder, Recording, Trajectory, load_questions
 
 pytestmark = pytest.mark.quick
 SHARED = Path(__file__).parents[2] / "shared/data"
 SOURCES = ("nq", "tq", "hotpotqa", "2wiki", "musique", "popqa")  # and Bamboogle
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the published data in ../shared")
 QUESTIONS = [Question(f"q{i}", f"text {i}", ("a",)) for i in range(10)]
+
+
+def test_a_recording_becomes_a_trajectory_that_nobody_can_change():
+    record = Recording(QUESTIONS[0], [5, 6])
+    assert record.append([7, 8], [-0.5, -0.25]) == (2, 4) and record.append([9]) == (4, 5)
+    one = record.finish("answer", "a")
+    assert one.token_ids.tolist() == [5, 6, 7, 8, 9] and one.token_ids.dtype == np.int32
+    assert one.sampled_mask.tolist() == [False, False, True, True, False] and one.num_sampled == 2
+    assert np.isnan(one.logprobs).tolist() == [True, True, False, False, True] and one.logprobs.dtype == np.float32
+    with pytest.raises(ValueError, match="read-only"):
+        one.token_ids[0] = 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "logprobs", "stop", "message"),
+    [
+        ([1, 2], [0, 1], [-1.0], "answer", r"question 'q0': lengths differ: \(2, 2, 1\)"),
+        ([1, 2], [0, 1], [-1.0, float("nan")], "answer", "question 'q0': a sampled token has no finite logprob"),
+        ([1, 2], [0, 1], [-1.0, float("-inf")], "answer", "question 'q0': a sampled token has no finite logprob"),
+        ([1, 2], [0, 1], [float("nan"), -1.0], "tired", "unknown stop reason 'tired'"),
+    ],
+)
+def test_constructors_refuse_what_cannot_be(ids, mask, logprobs, stop, message):
+    with pytest.raises(ValueError, match=message):
+        Trajectory(QUESTIONS[0], ids, mask, logprobs, (), None, stop)
+    one = Recording(QUESTIONS[0], [1]).finish("context")
+    with pytest.raises(ValueError, match=r"group of question 'q0': trajectories, rewards, advantages \[2, 1, 2\]"):
+        Group(QUESTIONS[0], [one, one], [1.0], [0.0, 0.0])
 
 
 @needs_shared
@@ -177,14 +206,3 @@ def test_state_of_another_run_is_refused():
         QuestionOrder(QUESTIONS[:9], 5).restore(state)
     with pytest.raises(ValueError, match="no questions"):
         QuestionOrder([], 0)
-
-
-@settings(deadline=None)
-@given(st.integers(0, 30), st.integers(1, 8))
-def test_deal_gives_every_item_to_one_rank(count, world_size):
-    shares = [deal(list(range(count)), rank, world_size) for rank in range(world_size)]
-    assert sorted(item for share in shares for item in share) == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    # What policy.gather does: round by round gives the original order.
-    rounds = [share[i] for i in range(count) for share in shares if i < len(share)]
-    assert rounds == list(range(count))
