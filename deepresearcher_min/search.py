@@ -186,7 +186,7 @@ def wikipedia(query: str, results: int, ask: Ask) -> Rows:
     reply = ask(f"/w/api.php?action=query&list=search&format=json&formatversion=2&{wanted}")
     for row in reply["query"]["search"]:
         snippet = html.unescape(re.sub("<[^>]*>", "", row["snippet"]))  # matches come marked up
-        yield row["title"], "/wiki/" + quote(row["title"].replace(" ", "_")), snippet
+        yield row["title"], "/wiki/" + quote(row["title"].replace(" ", "_"), errors="replace"), snippet
 
 
 def retriever(query: str, results: int, ask: Ask) -> Rows:

@@ -108,7 +108,8 @@ SEARXNG = {"results": [{"url": "https://one.example/", "title": "One", "content"
 WIKIPEDIA = {
     "query": {
         "search": [
-            {"title": "C&A (shop)", "snippet": 'a <span class="searchmatch">shop</span> &amp; more', "pageid": 7}
+            {"title": "C&A (shop)", "snippet": 'a <span class="searchmatch">shop</span> &amp; more', "pageid": 7},
+            {"title": "half an emoji \ud83d", "snippet": ""},
         ]
     }
 }
@@ -165,8 +166,9 @@ def test_searxng_wikipedia_and_retriever(tmp_path):
         assert site.backend.search(" a\n b? ", site.counts) and site.counts["cache_hits"] == 1
         assert site.backend.search("half an emoji \ud83d", site.counts)
     with Site("wikipedia", WIKIPEDIA, tmp_path / "b") as site:
-        url = site.server.url + "/wiki/C%26A_%28shop%29"
-        assert site.backend.search("shop", site.counts) == [SearchResult("C&A (shop)", url, "a shop & more")]
+        shop, emoji = (f"{site.server.url}/wiki/{name}" for name in ("C%26A_%28shop%29", "half_an_emoji_%3F"))
+        found = [SearchResult("C&A (shop)", shop, "a shop & more"), SearchResult("half an emoji ?", emoji, "")]
+        assert site.backend.search("shop", site.counts) == found
     with Site("retriever", RETRIEVER, tmp_path / "c", search_results=3) as site:
         assert site.backend.search("Ost", site.counts) == [SearchResult("Ost", "passage:7", "The Ost is a river.")]
         assert json.loads(site.server.sent[0][2]) == {"queries": ["Ost"], "topk": 3, "return_scores": True}
