@@ -210,13 +210,13 @@ def test_errors_of_a_service_have_names_and_words(tmp_path, reply, kind):
 
 
 def test_requests_keep_to_the_rate_that_the_ranks_share(tmp_path):
-    config = replace(CONFIG, search="serper", requests_per_second=40.0)
+    config = replace(CONFIG, search="serper", requests_per_second=80.0)
     with Server({"/search": (200, {}, SERPER)}) as server, ThreadPoolExecutor(8) as threads:
         config = replace(config, search_url=server.url)
-        web = Web(config, tmp_path / "cassette.sqlite", rank=1, world_size=2)  # half of it: 20 a second
+        web = Web(config, tmp_path / "cassette.sqlite", rank=1, world_size=2)  # half of it: 40 a second
         backend, start = make_search(config, web, None), time.monotonic()
         list(threads.map(lambda i: backend.search(f"query {i}", Counter()), range(8)))
-        assert time.monotonic() - start >= 7 / 20
+        assert time.monotonic() - start >= 7 / 40
         hasty = make_search(replace(config, requests_per_second=0.1, tool_timeout=1.0), web, None)
         assert hasty.search("first", Counter())
         with pytest.raises(WebFailure, match="rate_limited"):
