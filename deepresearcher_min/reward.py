@@ -38,35 +38,27 @@ def words(text: str) -> list[str]:
     return text.lower().translate(PUNCTUATION_TO_SPACE).split()
 
 
-def best_match(prediction: str, answers: Sequence[str]) -> tuple[float, str]:
-    """The highest F1, and the gold answer that gives it (the first of equals).
+def f1_score(prediction: str, answers: Sequence[str]) -> float:
+    """Word-level F1 of a prediction, 0 to 1, best over the gold answers (the official scorer).
 
-    Raises ValueError without gold answers, and TypeError for a single string, whose letters would pass as answers.
+    Example: 'downtown diner' against ['A DINER'] has precision 1/2, recall 1/2, F1 1/2. Raises ValueError without
+    gold answers, and TypeError for a single string, whose letters would pass as answers.
     """
     if isinstance(answers, str):
         raise TypeError(f"answers must be a list of strings, not one string {answers[:50]!r}")
     if not answers:
         raise ValueError("a question needs at least one gold answer")
-    predicted, best = set(words(prediction)), (0.0, answers[0])
-    for gold in answers:
-        wanted = set(words(gold))
-        if common := len(predicted & wanted):  # an empty answer never scores, not even against an empty one
-            precision, recall = common / len(predicted), common / len(wanted)
-            best = max(best, (2 * precision * recall / (precision + recall), gold), key=lambda match: match[0])
+    given, best = set(words(prediction)), 0.0
+    for wanted in (set(words(gold)) for gold in answers):
+        if common := len(given & wanted):  # an empty answer never scores, not even against an empty one
+            precision, recall = common / len(given), common / len(wanted)
+            best = max(best, 2 * precision * recall / (precision + recall))
     return best
-
-
-def f1_score(prediction: str, answers: Sequence[str]) -> float:
-    """Word-level F1 of a prediction, 0 to 1, best over the gold answers (the official scorer).
-
-    Example: 'downtown diner' against ['A DINER'] has precision 1/2, recall 1/2, F1 1/2.
-    """
-    return best_match(prediction, answers)[0]
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1.0 if the prediction's words equal those of a gold answer, in order, else 0.0 (the official scorer)."""
-    best_match(prediction, answers)  # the same complaints about unusable answers
+    f1_score(prediction, answers)  # the same complaints about unusable answers
     return float(any(words(prediction) == words(gold) for gold in answers))
 
 
@@ -91,15 +83,15 @@ def explain(trajectory: Trajectory, config: Config) -> str:
     value, answer, golds = reward(trajectory, config), trajectory.answer, trajectory.question.answers
     if answer is None:
         return f"reward {value:g} for the format: {FORMAT_FAILURES[trajectory.stop_reason]}"
-    f1, gold = best_match(answer, golds)
-    if f1 == 0:
+    best = max(golds, key=lambda gold: f1_score(answer, [gold]))
+    given, wanted = set(words(answer)), set(words(best))
+    right = len(given & wanted)
+    if not right:
         shown = " / ".join(map(shorten, golds[:3]))
         return f"reward 0: {shorten(answer)!r} shares no word with the gold answers ({shown})"
     verdict = " (exact match)" if exact_match(answer, golds) else ""
-    given, wanted = set(words(answer)), set(words(gold))
-    right = len(given & wanted)
     return (
-        f"reward {value:.3g}{verdict}: against {shorten(gold)!r}, {right} of the {len(given)} words given are right "
+        f"reward {value:.3g}{verdict}: against {shorten(best)!r}, {right} of the {len(given)} words given are right "
         f"(precision {right / len(given):.2f}), {right} of the {len(wanted)} wanted are there "
         f"(recall {right / len(wanted):.2f})"
     )
