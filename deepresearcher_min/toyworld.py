@@ -108,14 +108,12 @@ class World:
         for source, chains, wanted in (("toy_1hop", one_hop, count - count // 2), ("toy_2hop", two_hop, count // 2)):
             for subject, *relations in rng.sample(chains, min(wanted, len(chains))):
                 text = f"What is the {' of the '.join(reversed(relations))} of {subject}?"
-                questions.append(Question(f"{source}:{text}", text, (self.follow(subject, relations),), source))
+                answer = subject
+                for relation in relations:
+                    answer = self.facts[answer][relation]
+                questions.append(Question(f"{source}:{text}", text, (answer,), source))
         rng.shuffle(questions)
         return questions
-
-    def follow(self, subject: str, relations: Sequence[str]) -> str:
-        for relation in relations:
-            subject = self.facts[subject][relation]
-        return subject
 
 
 def training_world(seed: int) -> World:
@@ -202,7 +200,7 @@ def behaviour_rates(trajectories: Sequence[Trajectory], world: World) -> dict[st
             continue
         if " " in subject:
             seen["full_name"].append(subject in first.keys[0])
-        value = world.follow(subject, relations[:1])
+        value = world.facts[subject][relations[0]]
         fact = f"The {relations[0]} is {value}."
         if f"'title': '{subject}'" in turns[0].observation and fact not in turns[0].observation:
             browsed = any(turn.kind == "browse" and url_of(subject) in turn.text for turn in turns)
