@@ -102,13 +102,10 @@ def shorten(text: str, limit: int = 80) -> str:
 
 
 def judge(question: Question, trajectories: Sequence[Trajectory], config: Config, step: int) -> Group:
-    """Rewards and advantages of one question's trajectories; what the harness ended is left out.
-
-    With config.shuffle_rewards (a control experiment) the rewards are permuted inside the group.
-    """
+    """Rewards and advantages of one question's trajectories; what the harness ended is left out."""
     kept = [trajectory for trajectory in trajectories if trajectory.stop_reason in POLICY_STOPS]
     rewards = [reward(trajectory, config) for trajectory in kept]
-    if config.shuffle_rewards:
+    if config.shuffle_rewards:  # a control experiment
         random.Random(f"{config.seed} {step} {question.id}").shuffle(rewards)
     return Group(question, kept, rewards, group_advantages(rewards, config.advantage_std).tolist())
 
