@@ -11,7 +11,6 @@ for people. Rewards and advantages live in the Group, so that no field of a traj
 Omitted: reading questions as a stream; 80,000 are a few dozen MB.
 """
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -80,11 +79,6 @@ class Trajectory:
             raise ValueError(f"trajectory of question {self.question.id!r}: a sampled token has no finite logprob")
         if self.stop_reason not in POLICY_STOPS + HARNESS_STOPS:
             raise ValueError(f"unknown stop reason {self.stop_reason!r}")
-
-    @property
-    def num_sampled(self) -> int:
-        """Number of sampled tokens, end-of-turn tokens included."""
-        return int(self.sampled_mask.sum())
 
     def to_json(self) -> dict[str, Any]:
         """A dict that json.dumps accepts; log-probabilities only of the sampled tokens, in order."""
@@ -209,31 +203,12 @@ def parse_row(row: Any) -> Question:
     return Question(str(row.get("id") or ""), text, golds, str(row.get("source") or ""))
 
 
-class QuestionOrder:
-    """An endless order of questions: each epoch is a shuffle of its own, a function of seed and epoch only."""
+def take_questions(questions: Sequence[Question], seed: int, start: int, count: int) -> list[Question]:
+    """Questions `start` to `start + count` of an endless order, a function of the seed and so the same on all ranks.
 
-    def __init__(self, questions: Sequence[Question], seed: int):
-        if not questions:
-            raise ValueError("there are no questions to put in order")
-        self.questions, self.seed = tuple(questions), seed
-        self.epoch, self.position = 0, 0
-
-    def take(self, n: int) -> list[Question]:
-        """The next n questions, in the same order on every rank; goes on with the next epoch where one ends."""
-        size, epochs = len(self.questions), itertools.count(self.epoch)
-        shuffles = (np.random.default_rng([self.seed, epoch]).permutation(size) for epoch in epochs)
-        numbers = itertools.islice(itertools.chain.from_iterable(shuffles), self.position, self.position + n)
-        taken = [self.questions[number] for number in numbers]
-        self.epoch, self.position = self.epoch + (self.position + n) // size, (self.position + n) % size
-        return taken
-
-    def state(self) -> dict[str, int]:
-        """What restore() needs to continue after the last question taken; JSON-serialisable."""
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "questions": len(self.questions)}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Continue from state(); ValueError if it belongs to another seed or another number of questions."""
-        for name, mine in (("seed", self.seed), ("questions", len(self.questions))):
-            if state[name] != mine:
-                raise ValueError(f"the saved data order has {name}={state[name]}, this run has {name}={mine}")
-        self.epoch, self.position = state["epoch"], state["position"]
+    Each epoch is a shuffle of its own. A checkpoint needs only the number of questions taken so far.
+    """
+    size = len(questions)
+    epochs = range(start // size, (start + count) // size + 1)
+    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(size) for epoch in epochs])
+    return [questions[number] for number in order[start % size :][:count]]

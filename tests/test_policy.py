@@ -257,7 +257,7 @@ def test_equal_rewards_change_nothing_and_stay_in_n(models):
     moved, metrics = change(policy, mixed)
     assert relative(moved, expected) < 1e-6
     assert metrics["loss"] == pytest.approx(expected_metrics["loss"])
-    assert metrics["trained_tokens"] == sum(t.num_sampled for g in mixed for t in g.trajectories)
+    assert metrics["trained_tokens"] == sum(t.sampled_mask.sum() for g in mixed for t in g.trajectories)
     # With a KL term they are trained, as soon as the policy has left the start model.
     policy = make_policy(models)
     policy.update(groups)
