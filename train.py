@@ -28,7 +28,7 @@ from deepresearcher_min.reward import explain, judge, step_means, step_sums, sum
 from deepresearcher_min.rollout import Agent, Batch, Tools, evaluate, roll_out
 from deepresearcher_min.run import Checkpoints, Clock, Ranks, Stop, Watch, open_run
 from deepresearcher_min.search import Corpus, check_search
-from deepresearcher_min.trajectory import Group, Question, QuestionOrder, Trajectory, deal, load_questions
+from deepresearcher_min.trajectory import Group, Question, Trajectory, load_questions, take_questions
 from deepresearcher_min.web import Web
 
 
@@ -37,9 +37,8 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
     clock, task = Clock(), load_task(config)
     agent, examiner = make_agent(config, task, ranks)
     policy = Policy(config, task.model_dir, ranks.device, ranks.world_size)
-    order = QuestionOrder(task.questions, config.seed)
     checkpoints = Checkpoints(config.run_dir, config.keep_checkpoints, ranks)
-    state = restore(checkpoints, policy, order)
+    state = restore(checkpoints, policy)
     metrics = report.MetricsFile(Path(config.run_dir) / "metrics.jsonl", state["step"], write=ranks.rank == 0)
     save = partial(save_checkpoint, checkpoints, policy, agent, stop)
     try:
@@ -49,8 +48,8 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
         agent.engine.update_weights(policy.named_weights())  # and no cached prefixes, as after a resume
         while state["step"] < config.steps:
             step, lap = state["step"] + 1, Clock()
-            questions = deal(order.take(config.questions_per_step), ranks.rank, ranks.world_size)
-            numbers = deal(range(config.questions_per_step), ranks.rank, ranks.world_size)
+            asked = take_questions(task.questions, config.seed, state["asked"], config.questions_per_step)
+            questions, numbers = ranks.deal(asked), ranks.deal(range(len(asked)))
             # 1 act: G trajectories for each question
             batch = Batch(questions, numbers, config.group_size, config.temperature, config.top_p, step)
             with progress(f"step {step}", len(questions) * config.group_size, ranks) as on_done:
@@ -65,7 +64,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
                 row |= policy.update(groups)
                 agent.engine.wake_up()
                 agent.engine.update_weights(policy.named_weights())
-                state |= {"step": step, "order": order.state(), "usd": state["usd"] + row["cost_usd"]}
+                state |= {"step": step, "asked": state["asked"] + len(asked), "usd": state["usd"] + row["cost_usd"]}
                 # 4 report
                 row |= {"update_s": lap.seconds() - row["roll_s"], "usd": state["usd"]}
                 metrics.append(row)
@@ -85,7 +84,8 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
             conclude(config, clock.added_to(state), before, after, metrics.rows)
         ranks.share(None)  # all wait for the report: vLLM's end is that of the process group
     except KeyboardInterrupt:
-        if ranks.world_size == 1 and state["step"] not in checkpoints.steps():  # several cannot save together now
+        stop.asked = True  # a rollout has caught the signal itself; the next one must not spoil the saving
+        if ranks.world_size == 1:  # several cannot save together now
             save(clock.added_to(state))
         return False
     finally:
@@ -94,14 +94,13 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
     return True
 
 
-def restore(checkpoints: Checkpoints, policy: Policy, order: QuestionOrder) -> dict[str, Any]:
-    """The state at the end of the newest checkpoint's step, with policy and order set to it; or at step 0."""
+def restore(checkpoints: Checkpoints, policy: Policy) -> dict[str, Any]:
+    """The state at the end of the newest checkpoint's step, with the policy set to it; or at step 0."""
     found = checkpoints.newest()
     if found is None:
-        return {"step": 0, "order": order.state(), "usd": 0.0, "seconds": 0.0, "cpu_seconds": 0.0}
+        return {"step": 0, "asked": 0, "usd": 0.0, "seconds": 0.0, "cpu_seconds": 0.0}
     folder, state = found
     policy.load(folder / "state")
-    order.restore(state["order"])
     return state
 
 
@@ -206,7 +205,7 @@ def conclude(config: Config, state: dict[str, Any], before: dict, after: dict, r
     report.curve_png(steps, run / "curve.png", before, after)
     report.write_html(run)
     print(f"\nF1 of the sampled answers, step by step:\n{report.text_plot([(r['step'], r['f1']) for r in steps])}")
-    print(f"\n{report.compare_table(before, after)}\n")
+    print(f"\n{report.text_table(report.score_rows({'before': before, 'after': after}))}\n")
     print(
         f"F1 on {before['n']} held-out questions went from {before['f1']:.2f} to {after['f1']:.2f} in "
         f"{state['step']} steps of GRPO ({state['seconds']:.0f} s). The curve is in {run / 'curve.png'}, every "
@@ -256,7 +255,7 @@ def main(argv: list[str]) -> int:
         if not train(config, ranks, Stop()):
             ranks.print(f"Stopped. Continue with: python train.py --resume={config.run_dir}")
             return 130
-        watch.stop()
+        watch.finished.set()
     except (ConfigError, ValueError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

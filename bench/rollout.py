@@ -41,6 +41,7 @@ from deepresearcher_min.rollout import Agent, Batch, Scheduler, Tools, roll_out
 from deepresearcher_min.search import SearchResult
 from deepresearcher_min.trajectory import Question
 from deepresearcher_min.web import Web
+from scripts import toy_tokenizer
 
 # --- real: vLLM on the CPU, a tool server on loopback
 
@@ -202,8 +203,8 @@ class InstantEngine:
     """Answers every request in the next step, with ids that were encoded before: three searches, then the answer."""
 
     def __init__(self, chat: ChatFormat, name: str) -> None:
-        turns = [f"I need it.{toyworld.CALL_SEARCH}{name}{toyworld.CALL_END}"] * 3
-        turns.append(f"I know the answer.{toyworld.ANSWER}{name}{toyworld.ANSWER_END}")
+        turns = [f"I need it.{toy_tokenizer.CALL_SEARCH}{name}{toy_tokenizer.CALL_END}"] * 3
+        turns.append(f"I know the answer.{toy_tokenizer.ANSWER}{name}{toy_tokenizer.ANSWER_END}")
         self.written = [[*chat.tokenizer.encode(turn), chat.end_of_turn_id] for turn in turns]
         self.capacity_tokens, self.max_len = 10**12, 768
         self.turns: Counter[str] = Counter()

@@ -104,7 +104,7 @@ Contestant = tuple[torch.nn.Module, Callable[[], float]]
 def ours(folder: str, group: Group) -> Contestant:
     policy = Policy(load_config(SETTINGS), folder, "cpu")
     rows = score_group(group)
-    total, plan = sum(t.num_sampled for t in group.trajectories), policy.plan(rows)
+    total, plan = sum(t.sampled_mask.sum() for t in group.trajectories), policy.plan(rows)
 
     def run() -> float:
         sums: Counter[str] = Counter()

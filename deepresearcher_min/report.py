@@ -1,11 +1,8 @@
 """What a run tells people: console line, metrics.jsonl, curves, tables, trajectories as text, report.html.
 
-Place in the loop: the last word of train.py (measure, act, judge, learn, report) and of eval.py. It reads groups
-and metrics and writes files; nothing flows back into training. What the web and the model wrote is hostile until
-shown otherwise: text files get it without control characters, the page gets it as JSON and renders it as text nodes.
-
-Omitted: trackers; metrics.jsonl is one JSON object for each step, which any tracker, pandas or jq reads. The page
-shows runs of tokens (a turn, an observation) and not single tokens, whose texts are not kept.
+Nothing flows back into training. What the web and the model wrote is hostile until shown otherwise: text files get it
+without control characters, the page gets it as JSON and renders it as text nodes. Omitted: trackers, any of which reads
+metrics.jsonl; single tokens on the page, which shows whole turns and observations.
 """
 
 import ast
@@ -15,10 +12,10 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +24,13 @@ import yaml
 
 from deepresearcher_min.trajectory import Group, Question, Trajectory, Turn
 
-Scores = Mapping[str, Any]  # one evaluation: {"f1": 0.41, "em": 0.35, ...}
+Row = Mapping[str, Any]  # the metrics of a step, or the scores of an evaluation: {"f1": 0.41, "em": 0.35, ...}
 Explain = Callable[[Trajectory], str]  # the reward in words (reward.explain)
-TEMPLATE = Path(__file__).with_name("report.html")
 MAX_TRAJECTORIES = 4096  # that the page embeds; the files in trajectories/ hold all of them
 MAX_PAGE_TEXT = 16_000_000  # characters of turns and observations on the page; what is beyond is cut to MAX_TURN
 MAX_TURN = 1000  # characters of a turn, without its observation
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # terminal escapes, and what UTF-8 cannot hold
+# Text without terminal escapes and what UTF-8 cannot hold:
+printable = partial(re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]").sub, "\ufffd")
 
 STEP_LINE = (  # {key:width|format}
     "step {step:3|}/{steps:1|} | reward {reward:5|.2f} | f1 {f1:4|.2f} | bad_format {bad_format:4|.0%} | "
@@ -54,7 +51,7 @@ WORDS = yaml.safe_load(Path(__file__).with_name("behaviours.yaml").read_text())
 BEHAVIOURS = {name: re.compile("|".join(words), re.I | re.S) for name, words in WORDS.items()}
 
 
-def step_line(metrics: Mapping[str, Any]) -> str:
+def step_line(metrics: Row) -> str:
     """The console line of one step; columns keep their width; shares are in [0, 1]; a missing value prints '-'."""
     tokens = metrics.get("tokens") or 0
     values = {**metrics, "length": f"{tokens / 1000:.1f}k" if tokens >= 1000 else f"{tokens:.0f}" if tokens else None}
@@ -67,7 +64,7 @@ def step_line(metrics: Mapping[str, Any]) -> str:
     return re.sub(r"\{(\w+):(\d+)\|(.*?)\}", fill, STEP_LINE)
 
 
-def score_rows(named: Mapping[str, Scores]) -> list[list[str]]:
+def score_rows(named: Mapping[str, Row]) -> list[list[str]]:
     """A table of evaluations side by side, the head first; what none of them measured is left out."""
     rows = [["", *map(printable, named)]]
     for key, (name, form) in SCORES.items():
@@ -89,11 +86,6 @@ def text_table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
     return "\n".join(lines)
 
 
-def compare_table(before: Scores, after: Scores) -> str:
-    """The evaluations before and after training side by side."""
-    return text_table(score_rows({"before": before, "after": after}))
-
-
 def text_plot(series: Sequence[tuple[int, float | None]], width: int = 64, height: int = 8) -> str:
     """(step, value) points as columns for a terminal, eight levels to a line; the axis holds at least 0 to 1."""
     points = [(step, value) for step, value in series if value is not None and math.isfinite(value)]
@@ -109,7 +101,7 @@ def text_plot(series: Sequence[tuple[int, float | None]], width: int = 64, heigh
     return "\n".join([*lines, " " * 7 + first + last.rjust(width - len(first))])
 
 
-def curve_png(metrics: Sequence[Mapping[str, Any]], path: Path, before: Scores, after: Scores) -> None:
+def curve_png(metrics: Sequence[Row], path: Path, before: Row, after: Row) -> None:
     """Draw reward and F1 of the sampled trajectories, and greedy F1 before and after; the page has all the curves."""
     from matplotlib.figure import Figure  # here: only this picture needs it
 
@@ -117,18 +109,13 @@ def curve_png(metrics: Sequence[Mapping[str, Any]], path: Path, before: Scores, 
     figure = Figure(figsize=(8, 3.6), dpi=160, layout="constrained")
     axes = figure.subplots()
     for key, color in (("reward", "#9aa5b1"), ("f1", "#1f66b0")):
-        values = [math.nan if row.get(key) is None else row[key] for row in metrics]
-        axes.plot(steps, values, label=f"{key}, sampled", color=color)
-    greedy = [scores.get("f1", math.nan) for scores in (before, after)]
+        axes.plot(steps, np.array([row.get(key) for row in metrics], float), label=f"{key}, sampled", color=color)
+    greedy = np.array([before.get("f1"), after.get("f1")], float)  # nan for what there is not
     axes.plot([0, max(steps, default=1)], greedy, "o", label="f1, greedy, held-out questions", color="#c2410c")
     axes.set(xlabel="step", ylim=(None, 1.1))
     axes.grid(axis="y", alpha=0.4)
     axes.legend(frameon=False)
     figure.savefig(path)
-
-
-def printable(text: str) -> str:
-    return CONTROL.sub("\ufffd", text)
 
 
 def jsonable(value: Any) -> Any:
@@ -138,53 +125,47 @@ def jsonable(value: Any) -> Any:
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects in a file of JSON lines (none without the file); a line torn by a kill is passed over."""
-    with path.open("rb") if path.exists() else contextlib.nullcontext(()) as lines:
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as lines:
         for line in lines:
             with contextlib.suppress(ValueError):
                 yield json.loads(line)
 
 
-def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append one line for each row; a torn last line is ended first, so that it cannot swallow the next one."""
+def append_json_line(path: Path, row: Row) -> None:
+    """Append one line; a torn last line is ended first, so that it cannot swallow this one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
-        if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
+        file.seek(max(0, file.tell() - 1))
+        if file.read() not in (b"", b"\n"):
             file.write(b"\n")
-        file.writelines(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows)
+        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
 
 class MetricsFile:
     """metrics.jsonl: `rows` in memory, and one line for each on disk as soon as `append` returns.
 
-    Opening it drops the rows after `resumed_step`, whose steps will run again, and a torn last line. Only rank 0 has a
-    file: on the others `write` is false, nothing is read or written, and rows are not kept.
+    Opening it drops the rows after `resumed_step`, whose steps will run again, and a torn last line. Where `write` is
+    false, on all ranks but 0, nothing is read, written or kept.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0, write: bool = True) -> None:
-        self.path, self.write, self.rows = Path(path), write, list[dict[str, Any]]()
-        if not write:
-            return
-        self.rows = [row for row in read_json_lines(self.path) if row["step"] <= resumed_step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_suffix(".part")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        os.replace(aside, self.path)  # a kill in between leaves the old file whole
+        self.path, self.write, self.rows = path, write, list[dict[str, Any]]()
+        if write:
+            self.rows = [row for row in read_json_lines(path) if row["step"] <= resumed_step]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".part")
+            aside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            aside.replace(path)  # a kill in between leaves the old file whole
 
-    def append(self, metrics: Mapping[str, Any]) -> None:
+    def append(self, metrics: Row) -> None:
         """Add the metrics of one step; their key 'step' is its number."""
-        if not self.write:
-            return
-        self.rows.append(jsonable(metrics))
-        append_json_lines(self.path, self.rows[-1:])
+        if self.write:
+            self.rows.append(jsonable(metrics))
+            append_json_line(self.path, self.rows[-1])
 
 
 def behaviours(trajectory: Trajectory) -> list[str]:
-    """Which behaviours of the paper's section 6 the words of its turns show: cheap, and rough.
-
-    plans: the first thought names several steps. After that, in thoughts that go on to a tool: cross-checks, another
-    look at what was found; reflects, the results did not help and the search changes. admits: the last turn says that
-    the answer was not found (honesty). Accuracy on hand-labelled trajectories: tests/test_report.py.
-    """
+    """Which behaviours of the paper's section 6 the words of its turns show; how well: tests/test_report.py."""
     turns = trajectory.turns
     later = [turn for turn in turns[1:] if turn.kind not in ("answer", "malformed")]
     scope = {"plans": turns[:1], "cross-checks": later, "reflects": later, "admits": turns[-1:]}
@@ -199,7 +180,7 @@ def write_trajectories(path: Path, step: int, groups: Sequence[Group], explain: 
             turns = [{**vars(turn), "logprob": one.logprobs[slice(*turn.sampled)].mean()} for turn in one.turns]
             scores = {"step": step, "index": i, "reward": group.rewards[i], "advantage": group.advantages[i]}
             own = jsonable(scores | {"why": explain(one), "behaviours": behaviours(one), "turns": turns})
-            append_json_lines(path, [one.to_json() | own])
+            append_json_line(path, one.to_json() | own)
 
 
 def read_trajectories(path: Path) -> Iterator[Trajectory]:
@@ -207,9 +188,10 @@ def read_trajectories(path: Path) -> Iterator[Trajectory]:
     for row in read_json_lines(path):
         logprobs = np.full(len(row["token_ids"]), np.nan)
         logprobs[np.flatnonzero(row["sampled_mask"])] = row["logprobs"]
-        spans = [(tuple(turn["sampled"]), tuple(turn["observed"])) for turn in row["turns"]]
-        texts = [(turn["text"], turn["kind"], turn["observation"]) for turn in row["turns"]]
-        turns = tuple(Turn(*span, *text) for span, text in zip(spans, texts, strict=True))
+        turns = tuple(
+            Turn(tuple(turn["sampled"]), tuple(turn["observed"]), turn["text"], turn["kind"], turn["observation"])
+            for turn in row["turns"]
+        )
         question = Question(row["id"], row["question"], tuple(row["answers"]), row["source"])
         ended = row["answer"], row["stop_reason"], row["cost"]
         yield Trajectory(question, row["token_ids"], row["sampled_mask"], logprobs, turns, *ended)
@@ -238,30 +220,26 @@ def write_readable(path: Path, groups: Sequence[Group], explain: Explain) -> Non
 
 
 def write_html(run_dir: Path) -> Path:
-    """Write report.html from the files of a run folder; it is one file without requests, and opens from disk.
-
-    Files that are not there (yet) leave their part of the page out: a stopped run and an evaluation have a page too.
-    """
+    """Write report.html, one file without requests, from what a run folder holds: a stopped run has a page, too."""
     run_dir = Path(run_dir).resolve()
     config, scores = run_dir / "config.yaml", run_dir / "summary.json"
     summary = json.loads(scores.read_text()) if scores.exists() else {}
-    measured = {name: summary[name] for name in ("before", "after") if name in summary}
     page = load_trajectories(run_dir / "trajectories") | {
         "name": run_dir.name,
         "config": yaml.safe_load(config.read_text()) if config.exists() else {},
         "summary": summary,
         "metrics": list(read_json_lines(run_dir / "metrics.jsonl")),
-        "compared": score_rows(measured) if len(measured) == 2 else [],
+        "compared": score_rows({name: summary[name] for name in ("before", "after")}) if "after" in summary else [],
     }
     data = json.dumps(jsonable(page), ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element
-    template = TEMPLATE.read_text(encoding="utf-8")
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
     for tag in ("script", "style"):  # only the template's own, known by their hashes, may run
         own = template.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
         policy += f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()}'"
-    text = template.replace("__POLICY__", policy, 1).replace("__DATA__", data, 1)
-    (run_dir / "report.html").write_bytes(text.encode("utf-8", "replace"))
-    return run_dir / "report.html"
+    path = run_dir / "report.html"
+    path.write_text(template.replace("__POLICY__", policy, 1).replace("__DATA__", data, 1), "utf-8", "replace")
+    return path
 
 
 def load_trajectories(folder: Path) -> dict[str, Any]:

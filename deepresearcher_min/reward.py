@@ -1,17 +1,12 @@
 """The reward: word-level F1 of the answer, or a penalty when there is no answer in the right format.
 
-Place in the loop: train.py calls `judge` on every group, and `reward` decides; eval.py calls `measures`, `ask_judge`.
-A fork with another reward changes `reward` and nothing else.
-
-The scorer follows the published one to the bit: words are sets, so neither order nor repetition counts; articles
-count as words; lower case; each ASCII punctuation mark is a space; the best of all gold answers counts. (SQuAD's
-F1, which many papers quote, drops articles and counts repeated words.)
-
-MBE, the paper's other measure, asks a language model whether an answer is right; for evaluations only.
-
-Omitted: any reward for the way (tool use, length, style). The paper rewards the outcome only.
+Another reward is another function `reward`, and nothing else. The scorer follows the published one to the bit: words
+are sets, so neither order nor repetition counts, and articles are words (SQuAD's F1, which many papers quote, differs
+in both). MBE, the paper's other measure, asks a language model whether an answer is right; for evaluations only.
+Omitted, as in the paper: any reward for the way (tool use, length, style).
 """
 
+import itertools
 import json
 import os
 import random
@@ -27,15 +22,12 @@ from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Traject
 from deepresearcher_min.web import Web, WebFailure, count
 
 PUNCTUATION_TO_SPACE = str.maketrans({mark: " " for mark in string.punctuation})
-
-# Why there is no answer, for people. Keys are the policy's stop reasons (trajectory.POLICY_STOPS) but "answer".
-FORMAT_FAILURES = {
+FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
     "malformed": "its last turn was neither a complete thought with one tool call nor one with an answer",
     "tool_budget": "it asked for another tool after its last allowed call instead of answering",
     "length": "its last turn reached the limit of tokens for a turn (max_turn_tokens)",
     "context": "it reached the limit of tokens for a whole trajectory (max_model_len)",
 }
-
 JUDGE_RULES = (ROOT / "prompts/judge.txt").read_text()
 JUDGE_TRIES = 3  # replies without a verdict, before an answer stays without one
 VERDICT = re.compile(r"\W*(CORRECT|INCORRECT)\W*", re.I)
@@ -46,47 +38,34 @@ def words(text: str) -> list[str]:
     return text.lower().translate(PUNCTUATION_TO_SPACE).split()
 
 
-def best_score(prediction: str, answers: Sequence[str]) -> tuple[float, float, float, str]:
-    """F1, precision, recall and the gold answer, for that with the highest F1 (the first of equals).
+def f1_score(prediction: str, answers: Sequence[str]) -> float:
+    """Word-level F1 of a prediction, 0 to 1, best over the gold answers (the official scorer).
 
-    Raises ValueError without gold answers, and TypeError for a single string, whose letters would pass as answers.
+    Example: 'downtown diner' against ['A DINER'] has precision 1/2, recall 1/2, F1 1/2. Raises ValueError without
+    gold answers, and TypeError for a single string, whose letters would pass as answers.
     """
     if isinstance(answers, str):
         raise TypeError(f"answers must be a list of strings, not one string {answers[:50]!r}")
     if not answers:
         raise ValueError("a question needs at least one gold answer")
-    predicted = set(words(prediction))
-    best = (0.0, 0.0, 0.0, answers[0])
-    for gold in answers:
-        wanted = set(words(gold))
-        common = len(predicted & wanted)
-        if common == 0:  # also when either has no words: an empty answer never scores
-            continue
-        precision, recall = common / len(predicted), common / len(wanted)
-        score = (2 * precision * recall / (precision + recall), precision, recall, gold)
-        best = max(best, score, key=lambda each: each[0])
+    given, best = set(words(prediction)), 0.0
+    for wanted in (set(words(gold)) for gold in answers):
+        if common := len(given & wanted):  # an empty answer never scores, not even against an empty one
+            precision, recall = common / len(given), common / len(wanted)
+            best = max(best, 2 * precision * recall / (precision + recall))
     return best
 
 
-def f1_score(prediction: str, answers: list[str]) -> float:
-    """Word-level F1 of a prediction, 0 to 1, best over the gold answers (the official scorer).
-
-    Example: 'downtown diner' against ['A DINER'] has precision 1/2, recall 1/2, F1 1/2.
-    """
-    return best_score(prediction, answers)[0]
-
-
-def exact_match(prediction: str, answers: list[str]) -> float:
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1.0 if the prediction's words equal those of a gold answer, in order, else 0.0 (the official scorer)."""
-    best_score(prediction, answers)  # the same complaints about unusable answers
+    f1_score(prediction, answers)  # the same complaints about unusable answers
     return float(any(words(prediction) == words(gold) for gold in answers))
 
 
 def reward(trajectory: Trajectory, config: Config) -> float:
     """F1 of the answer, or config.format_reward when the trajectory ended without one (paper section 3.3).
 
-    Raises ValueError for a trajectory that the harness ended (deadline, cancelled): it says nothing about the
-    policy and must be left out of group and loss.
+    Raises ValueError for what the harness ended (deadline, cancelled): it says nothing about the policy.
     """
     if trajectory.stop_reason not in POLICY_STOPS:
         raise ValueError(f"question {trajectory.question.id!r}: a {trajectory.stop_reason} trajectory has no reward")
@@ -94,26 +73,27 @@ def reward(trajectory: Trajectory, config: Config) -> float:
         return config.format_reward
     if trajectory.answer is None:
         raise ValueError(f"question {trajectory.question.id!r}: stopped with an answer, but there is none")
-    return f1_score(trajectory.answer, list(trajectory.question.answers))
+    return f1_score(trajectory.answer, trajectory.question.answers)
 
 
 def explain(trajectory: Trajectory, config: Config) -> str:
     """The reward in words: which gold answer it was compared with, precision and recall, or what went wrong."""
     if trajectory.stop_reason not in POLICY_STOPS:
         return f"no reward: the harness ended this trajectory ({trajectory.stop_reason}), so it is left out"
-    value = reward(trajectory, config)
-    if trajectory.answer is None:
+    value, answer, golds = reward(trajectory, config), trajectory.answer, trajectory.question.answers
+    if answer is None:
         return f"reward {value:g} for the format: {FORMAT_FAILURES[trajectory.stop_reason]}"
-    f1, precision, recall, gold = best_score(trajectory.answer, trajectory.question.answers)
-    if f1 == 0:
-        golds = " / ".join(map(shorten, trajectory.question.answers[:3]))
-        return f"reward 0: {shorten(trajectory.answer)!r} shares no word with the gold answers ({golds})"
-    verdict = " (exact match)" if exact_match(trajectory.answer, list(trajectory.question.answers)) else ""
-    given, wanted = set(words(trajectory.answer)), set(words(gold))
-    common = len(given & wanted)
+    best = max(golds, key=lambda gold: f1_score(answer, [gold]))
+    given, wanted = set(words(answer)), set(words(best))
+    right = len(given & wanted)
+    if not right:
+        shown = " / ".join(map(shorten, golds[:3]))
+        return f"reward 0: {shorten(answer)!r} shares no word with the gold answers ({shown})"
+    verdict = " (exact match)" if exact_match(answer, golds) else ""
     return (
-        f"reward {value:.3g}{verdict}: against {shorten(gold)!r}, {common} of the {len(given)} words given are right "
-        f"(precision {precision:.2f}), {common} of the {len(wanted)} wanted are there (recall {recall:.2f})"
+        f"reward {value:.3g}{verdict}: against {shorten(best)!r}, {right} of the {len(given)} words given are right "
+        f"(precision {right / len(given):.2f}), {right} of the {len(wanted)} wanted are there "
+        f"(recall {right / len(wanted):.2f})"
     )
 
 
@@ -122,13 +102,10 @@ def shorten(text: str, limit: int = 80) -> str:
 
 
 def judge(question: Question, trajectories: Sequence[Trajectory], config: Config, step: int) -> Group:
-    """Rewards and advantages of one question's trajectories; what the harness ended is left out.
-
-    With config.shuffle_rewards (a control experiment) the rewards are permuted inside the group.
-    """
+    """Rewards and advantages of one question's trajectories; what the harness ended is left out."""
     kept = [trajectory for trajectory in trajectories if trajectory.stop_reason in POLICY_STOPS]
     rewards = [reward(trajectory, config) for trajectory in kept]
-    if config.shuffle_rewards:
+    if config.shuffle_rewards:  # a control experiment
         random.Random(f"{config.seed} {step} {question.id}").shuffle(rewards)
     return Group(question, kept, rewards, group_advantages(rewards, config.advantage_std).tolist())
 
@@ -169,16 +146,13 @@ def ask_judge(trajectory: Trajectory, config: Config, web: Web, counts: Counter)
 
 def measures(trajectory: Trajectory) -> dict[str, float]:
     """What counts about one trajectory: f1 and em (0 without an answer), format_errors (0 or 1), calls, costs."""
-    answer, answers = trajectory.answer, list(trajectory.question.answers)
+    answer, golds = trajectory.answer, trajectory.question.answers
     return {
-        "f1": f1_score(answer, answers) if answer is not None else 0.0,
-        "em": exact_match(answer, answers) if answer is not None else 0.0,
+        "f1": f1_score(answer, golds) if answer is not None else 0.0,
+        "em": exact_match(answer, golds) if answer is not None else 0.0,
         "format_errors": float(trajectory.stop_reason != "answer"),
         "calls": sum(turn.kind not in ("answer", "malformed") for turn in trajectory.turns),
-        "searches": trajectory.cost.get("searches", 0),
-        "pages": trajectory.cost.get("pages", 0),
-        "usd": trajectory.cost.get("usd", 0.0),
-    }
+    } | {name: trajectory.cost.get(name, 0) for name in ("searches", "pages", "usd")}
 
 
 def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -187,37 +161,34 @@ def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     Where data sources are named ..._1hop and ..._2hop, f1_1hop and f1_2hop are their F1.
     """
     kept = [trajectory for trajectory in trajectories if trajectory.stop_reason in POLICY_STOPS]
-
     rows = [measures(trajectory) for trajectory in kept]
     scores: dict[str, float] = {"n": len(rows)}
     for name in ("f1", "em", "format_errors", "calls", "searches", "pages"):
         scores[name] = sum(row[name] for row in rows) / max(1, len(rows))
     for hops in ("1hop", "2hop"):
-        chosen = [row["f1"] for t, row in zip(kept, rows, strict=True) if t.question.source.endswith(hops)]
-        if chosen:
-            scores[f"f1_{hops}"] = sum(chosen) / len(chosen)
+        f1 = [row["f1"] for one, row in zip(kept, rows, strict=True) if one.question.source.endswith(hops)]
+        if f1:
+            scores[f"f1_{hops}"] = sum(f1) / len(f1)
     return scores
 
 
 def step_sums(groups: Sequence[Group], rollouts: Sequence[Sequence[Trajectory]]) -> Counter[str]:
     """Sums over this rank's share of a step, for `step_means`; costs count for what the harness ended, too."""
     sums: Counter[str] = Counter({"groups": len(groups), "cost_usd": 0.0})
-    for trajectory in (each for rollout in rollouts for each in rollout):
+    for trajectory in itertools.chain(*rollouts):
         sums["lost"] += trajectory.stop_reason not in POLICY_STOPS
         sums.update({f"cost_{name}": amount for name, amount in trajectory.cost.items()})
     for group in groups:
         sums["tied_groups"] += not any(group.advantages)
         for trajectory, value in zip(group.trajectories, group.rewards, strict=True):
-            sums.update(
-                measures(trajectory) | {"trajectories": 1, "reward": value, "tokens": len(trajectory.token_ids)}
-            )
+            sums.update({"trajectories": 1, "reward": value, "tokens": len(trajectory.token_ids)})
+            sums.update(measures(trajectory))
     return sums
 
 
 def step_means(sums: Counter[str]) -> dict[str, float]:
     """Means over the trajectories of all ranks; `tied` is the share of groups; lost and cost_... stay totals."""
     count = max(1, sums["trajectories"])
-    means = {name: sums[name] / count for name in ("reward", "f1", "format_errors", "calls", "tokens")}
-    means["bad_format"] = means.pop("format_errors")
-    totals = {name: value for name, value in sums.items() if name.startswith("cost_") or name == "lost"}
-    return means | {"tied": sums["tied_groups"] / max(1, sums["groups"])} | totals
+    means = {name: sums[name] / count for name in ("reward", "f1", "calls", "tokens")}
+    means |= {"bad_format": sums["format_errors"] / count, "tied": sums["tied_groups"] / max(1, sums["groups"])}
+    return means | {name: value for name, value in sums.items() if name.startswith("cost_") or name == "lost"}

@@ -1,8 +1,5 @@
 """A run on disk and in the operating system: its folder, its checkpoints, its ranks, and how it is stopped.
 
-Place in the loop: train.py opens a run, saves checkpoints into it, and continues it after a stop. A checkpoint is
-written aside and renamed, so a kill at any moment leaves the last good one; what is not complete is not found.
-
 Left out: uploading anywhere, and a run folder shared by two jobs at once.
 """
 
@@ -13,7 +10,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -48,16 +45,13 @@ def open_run(argv: list[str]) -> Config:
 
     run_dir and date are always filled in. Raises ConfigError when a new run would write into an old one's folder.
     """
-    typed = parse_arguments(argv)
-    resume = typed.get("resume")
-    if resume:
+    if resume := parse_arguments(argv).get("resume"):
         folder = newest_run() if resume == "newest" else Path(resume)
         if not (folder / "config.yaml").exists():
             raise ConfigError(f"resume={resume!r}: there is no run with a config.yaml in {folder}")
         saved = yaml.safe_load((folder / "config.yaml").read_text())
         return replace(load_config(argv, base=saved), run_dir=str(folder), resume=str(folder))
-    config = load_config(argv)
-    now = datetime.now(UTC)
+    config, now = load_config(argv), datetime.now(UTC)
     run_dir = config.run_dir or str(RUNS / f"{config.preset}-{now:%Y%m%d-%H%M%S}")
     if Path(run_dir, "config.yaml").exists():
         raise ConfigError(f"run_dir={run_dir!r} holds a run already; continue it with --resume={run_dir}")
@@ -66,7 +60,7 @@ def open_run(argv: list[str]) -> Config:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is among the processes of the job (torchrun sets the variables)."""
+    """Who this process is among the processes of the job."""
 
     rank: int
     world_size: int
@@ -74,7 +68,7 @@ class Ranks:
 
     @classmethod
     def start(cls) -> "Ranks":
-        """Join the process group, if there is more than one process. On GPUs: never run by us."""
+        """As torchrun's variables say; joins the process group, if there is one. On GPUs: never run by us."""
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -87,18 +81,20 @@ class Ranks:
 
     def share(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
-        if self.world_size == 1:
-            return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def deal(self, items: Sequence[Any]) -> list[Any]:
+        """This rank's share of the items, dealt out one by one; gather brings them back into this order."""
+        return list(items[self.rank :: self.world_size])
+
     def gather(self, items: list[Any]) -> list[Any]:
-        """Every rank's items in one list, in the order before they were dealt out one by one."""
-        if self.world_size == 1:
-            return items
-        shares: list[Any] = [None] * self.world_size
-        dist.all_gather_object(shares, items)
+        """Every rank's items in one list, in the order before they were dealt."""
+        shares = [items] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(shares, items)
         return [share[i] for i in range(max(map(len, shares))) for share in shares if i < len(share)]
 
     def total(self, sums: Counter[str]) -> Counter[str]:
@@ -123,8 +119,8 @@ class Ranks:
 class Watch:
     """Ends this process when another rank's has died or hangs, so that nobody waits for it in a collective for ever.
 
-    Every process counts up its own number in torchrun's store and looks at the others' numbers. A loop that runs
-    wild inside a live process is not seen; the collectives' own timeout ends that.
+    Every process counts up its own number in torchrun's store and looks at the others'. A loop that runs wild inside a
+    live process is not seen; the collectives' own timeout ends that. Set `finished` after the last collective.
     """
 
     def __init__(self, ranks: Ranks, limit: float) -> None:
@@ -136,7 +132,7 @@ class Watch:
             threading.Thread(target=self.run, daemon=True).start()
 
     def run(self) -> None:
-        heard: dict[int, tuple[int, float]] = {}  # of every rank: its number, and when that was new
+        heard = [(0, time.monotonic())] * self.ranks.world_size  # of every rank: its number, and when that was new
         while not self.finished.wait(self.limit / 10):
             try:
                 self.store.add(str(self.ranks.rank), 1)
@@ -147,7 +143,7 @@ class Watch:
                 self.end("the first node")
             now = time.monotonic()
             for rank, number in enumerate(numbers):
-                if rank not in heard or heard[rank][0] != number:
+                if heard[rank][0] != number:
                     heard[rank] = number, now
                 elif now - heard[rank][1] > self.limit:
                     self.end(f"rank {rank}")
@@ -156,20 +152,21 @@ class Watch:
         print(f"{silent} has not been heard of for {self.limit:g} s (rank_timeout): this run ends", flush=True)
         os._exit(1)  # torchrun then ends the other ranks
 
-    def stop(self) -> None:
-        """To be called after the last collective, or on the way out with an error."""
-        self.finished.set()
-
 
 class Checkpoints:
-    """checkpoints/step-000020/: a plain Hugging Face folder, with the training state in state/ and state.json."""
+    """checkpoints/step-000020/: a plain Hugging Face folder, with the training state in state/ and state.json.
+
+    Written aside and renamed, so a kill at any moment leaves the last good one; what is not complete is not found.
+    """
 
     def __init__(self, run_dir: str | Path, keep: int, ranks: Ranks) -> None:
         self.run, self.keep, self.ranks = Path(run_dir), keep, ranks
 
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """`write(folder)` on every rank, then state.json, then rename; all but the newest `keep` are deleted."""
+        """`write(folder)` on every rank, unless the step is saved already; all but the newest `keep` are deleted."""
         final = self.run / "checkpoints" / f"step-{step:06d}"
+        if final in complete_checkpoints(self.run):
+            return
         aside = final.with_name(f".{final.name}.part")
         if self.ranks.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -185,10 +182,6 @@ class Checkpoints:
             for old in set(final.parent.glob("step-*")) - set(kept):  # also what a kill left half deleted
                 shutil.rmtree(old)
         self.ranks.share(None)
-
-    def steps(self) -> list[int]:
-        """The steps that have a complete checkpoint."""
-        return [int(folder.name.removeprefix("step-")) for folder in complete_checkpoints(self.run)]
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint and its state, the same on every rank; None if there is none."""

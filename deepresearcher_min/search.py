@@ -1,7 +1,7 @@
 """From a query to results (title, address, snippet): `search:` names who answers.
 
-`local` and `toy` search a Corpus in memory; all others are services that are asked through web.py, which caches,
-retries and records. Left out: answer boxes and "people also ask", as in the paper; Bing, whose API was retired in 2025.
+`local` and `toy` search a Corpus in memory; the others are services, asked through web.py, which caches and retries.
+Left out: answer boxes and "people also ask", as in the paper; Bing, whose API was retired in 2025.
 """
 
 import hashlib
@@ -14,11 +14,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 import numpy as np
@@ -43,10 +42,7 @@ Ask = Callable[..., Any]  # ask(path, JSON to POST or nothing for a GET) -> JSON
 Rows = Iterable[tuple[Any, Any, Any]]  # title, url (or path of the service), snippet: texts, or whatever was sent
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """One line of a result page."""
-
+class SearchResult(NamedTuple):
     title: str
     url: str
     snippet: str
@@ -66,14 +62,13 @@ class Corpus:
             raise ConfigError("the corpus has no documents")
         import bm25s  # here, because importing it takes 0.7 s and a live run does not need it
 
-        self.documents = list(documents)
-        self.snippet = snippet or (lambda index: shorten(self.documents[index][2], SNIPPET_CHARS, placeholder=" ..."))
-        self.pages = {url: text for _, url, text in self.documents}
+        self.documents, self.pages = documents, {url: text for _, url, text in documents}
+        self.snippet = snippet or (lambda index: shorten(documents[index][2], SNIPPET_CHARS, placeholder=" ..."))
         if folder is not None and folder.is_dir():
             self.index = bm25s.BM25.load(folder)
             return
         self.index = bm25s.BM25()
-        words = [WORD.findall(f"{title}\n{text}".casefold()) for title, _, text in self.documents]
+        words = [WORD.findall(f"{title}\n{text}".casefold()) for title, _, text in documents]
         self.index.index(words, show_progress=False)
         if folder is not None:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -83,10 +78,7 @@ class Corpus:
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> "Corpus":
-        """Read lines of {"title", "url", "text"}; the index is kept under ~/.cache, by content.
-
-        Raises ConfigError, with file and line, for a line that cannot be used.
-        """
+        """From lines of {"title", "url", "text"}, with its index under ~/.cache; ConfigError names a bad line."""
         content, documents = Path(path).read_bytes(), []
         for number, line in enumerate(content.splitlines(), start=1):
             try:
@@ -130,7 +122,6 @@ class LiveSearch:
         self.base, self.price = (config.search_url or base).rstrip("/"), config.price_search if key else 0.0
         self.headers = {"X-API-KEY": os.environ.get(key, "").strip()} if key else {}
         self.lock, self.next_slot = threading.Lock(), 0.0
-        self.interval = web.world_size / config.requests_per_second  # between two requests of this rank [s]
 
     def search(self, query: str, counts: Counter) -> list[SearchResult]:
         """Ask once, whoever asks; results without an address are left out. Raises WebFailure."""
@@ -158,8 +149,8 @@ class LiveSearch:
         except WebFailure as failure:
             count(counts, f"fail_{failure.kind}")
             raise
-        absolute = ((title, self.base + url if url[0] == "/" else url, text) for title, url, text in rows[:results])
-        return [SearchResult(*row) for row in absolute]
+        found = [SearchResult(*row) for row in rows[:results]]
+        return [one._replace(url=self.base + one.url) if one.url[0] == "/" else one for one in found]
 
     def wait_for_slot(self, deadline: float) -> None:
         """A token bucket that holds one token: a larger one would break the service's limit in its first second."""
@@ -167,7 +158,7 @@ class LiveSearch:
             slot = max(self.next_slot, time.monotonic())
             if slot >= deadline:
                 raise WebFailure("rate_limited", "Too many searches are under way at the moment.")
-            self.next_slot = slot + self.interval
+            self.next_slot = slot + self.web.world_size / self.config.requests_per_second
         time.sleep(max(0.0, slot - time.monotonic()))
 
 
@@ -191,10 +182,11 @@ def searxng(query: str, results: int, ask: Ask) -> Rows:
 
 def wikipedia(query: str, results: int, ask: Ask) -> Rows:
     """The search of Wikipedia, which needs no key; `search_url` chooses another language or wiki."""
-    what = {"action": "query", "list": "search", "srsearch": query, "srlimit": results}
-    for row in ask("/w/api.php?" + urlencode({**what, "format": "json", "formatversion": 2}))["query"]["search"]:
+    wanted = urlencode({"srsearch": query, "srlimit": results})
+    reply = ask(f"/w/api.php?action=query&list=search&format=json&formatversion=2&{wanted}")
+    for row in reply["query"]["search"]:
         snippet = html.unescape(re.sub("<[^>]*>", "", row["snippet"]))  # matches come marked up
-        yield row["title"], "/wiki/" + quote(row["title"].replace(" ", "_")), snippet
+        yield row["title"], "/wiki/" + quote(row["title"].replace(" ", "_"), errors="replace"), snippet
 
 
 def retriever(query: str, results: int, ask: Ask) -> Rows:

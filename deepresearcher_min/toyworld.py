@@ -1,23 +1,20 @@
-"""The embedded default: a small made-up web, questions about it, a tokenizer, and the tiny model's warm start.
+"""The embedded default: a small made-up web, questions about it, and what the agent learned there.
 
 A world is 250 pages about people, cities, companies and books with invented names. A page states its facts in
 plain sentences; a search result shows the page's first sentence and one of its facts, so that browsing pays
 in two cases of three; half of the questions need two pages ("the mayor of the birthplace of ...").
 
-Only world, tokenizer, chat template, reader and sizes are toys: parser, observations, masks, rollouts, rewards,
-loss and checkpoints are those of every other run. The start model comes from scripts/warm_start.py.
+Only world, tokenizer, chat template, reader and sizes are toys: all else is as in every other run. Start model and
+tokenizer come from scripts/; the names must not change, since the model that ships was trained on them.
 """
 
+import math
 import random
-import re
 from collections.abc import Sequence
+from itertools import islice, product
 from pathlib import Path
 
-import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-from deepresearcher_min.protocol import THINK, Call, parse_turn
+from deepresearcher_min.protocol import Call, parse_turn
 from deepresearcher_min.search import Corpus
 from deepresearcher_min.trajectory import Question, Trajectory
 
@@ -51,15 +48,12 @@ def invented_names() -> dict[str, list[str]]:
     words: set[str] = set()
     while len(words) < 250:
         words.add((rng.choice(syllables) + rng.choice(syllables) + rng.choice("lmnrsk")).capitalize())
-    ordered = sorted(words)
-    rng.shuffle(ordered)
+    shuffled = sorted(words)
+    rng.shuffle(shuffled)
+    rest = iter(shuffled)
     sizes = {"first": 40, "last": 40, "city": 50, "brand": 40, "adjective": 30, "noun": 30}
-    names, start = {}, 0
-    for part, size in sizes.items():
-        names[part] = ordered[start : start + size]
-        start += size
-    names["trade"] = ["Works", "Labs", "Group", "Foods"]
-    return names
+    names = {part: list(islice(rest, size)) for part, size in sizes.items()}
+    return names | {"trade": ["Works", "Labs", "Group", "Foods"]}
 
 
 NAMES = invented_names()
@@ -68,65 +62,54 @@ NAMES = invented_names()
 class World:
     """Pages, facts and questions from one seed.
 
-    Two-word names are split by pairing: a fifth of all possible names is reserved for `held_out` worlds. Every
-    fact has such a name in it (as its subject, or as a city's mayor), so a held-out world shares no fact with
-    the worlds of warm start and training.
+    A fifth of all possible two-word names is reserved for `held_out` worlds. Every fact has such a name in it (as its
+    subject, or as a city's mayor), so a held-out world shares no fact with the worlds of warm start and training.
     """
 
     def __init__(self, seed: str, held_out: bool = False) -> None:
         rng = random.Random(seed)
-        self.rng, self.held_out = rng, held_out
-        people = self._pairs("first", "last", 110)
-        companies = self._pairs("brand", "trade", 40 if not held_out else 30)
-        books = [f"The {name}" for name in self._pairs("adjective", "noun", 50)]
-        self.kind = {n: "person" for n in people} | {n: "company" for n in companies} | {n: "book" for n in books}
-        self.kind |= {n: "city" for n in NAMES["city"]}
-        by_kind = {kind: [n for n in self.kind if self.kind[n] == kind] for kind in RELATIONS}
+
+        def pairs(one: str, other: str, count: int) -> list[str]:
+            every = product(enumerate(NAMES[one]), enumerate(NAMES[other]))
+            ours = [f"{a} {b}" for (i, a), (j, b) in every if ((i + j) % 5 == 0) == held_out]
+            return rng.sample(ours, count)
+
+        names = {
+            "person": pairs("first", "last", 110),
+            "company": pairs("brand", "trade", 30 if held_out else 40),
+            "book": [f"The {name}" for name in pairs("adjective", "noun", 50)],
+            "city": NAMES["city"],
+        }
+        self.kind = {name: kind for kind, found in names.items() for name in found}
         self.facts: dict[str, dict[str, str]] = {}
         for name, kind in self.kind.items():
-            facts = {relation: rng.choice(by_kind[answer]) for relation, answer in RELATIONS[kind].items()}
-            self.facts[name] = facts | {relation: rng.choice(v) for relation, v in FILLERS.get(kind, {}).items()}
-        for one, other in zip(people[::2], people[1::2], strict=True):
+            facts = {relation: rng.choice(names[answer]) for relation, answer in RELATIONS[kind].items()}
+            self.facts[name] = facts | {filler: rng.choice(values) for filler, values in FILLERS.get(kind, {}).items()}
+        for one, other in zip(names["person"][::2], names["person"][1::2], strict=True):
             self.facts[one]["spouse"], self.facts[other]["spouse"] = other, one
         documents, summaries = [], []
         for name, facts in self.facts.items():
-            sentences = [f"The {relation} is {value}." for relation, value in facts.items()]
             lead = f"{name} is a {self.kind[name]}."
+            sentences = [f"The {relation} is {value}." for relation, value in facts.items()]
             documents.append((name, url_of(name), " ".join([lead, *sentences])))
             summaries.append(f"{lead} {rng.choice(sentences)}")
         self.corpus = Corpus(documents, snippet=summaries.__getitem__)
 
-    def _pairs(self, one: str, other: str, count: int) -> list[str]:
-        """`count` two-word names out of the share that belongs to this kind of world."""
-        ours = [
-            f"{a} {b}"
-            for i, a in enumerate(NAMES[one])
-            for j, b in enumerate(NAMES[other])
-            if ((i + j) % 5 == 0) == self.held_out
-        ]
-        return self.rng.sample(ours, count)
-
     def questions(self, count: int, seed: int) -> list[Question]:
         """`count` different questions, half of them with one hop and half with two, in random order."""
         rng = random.Random(f"questions {seed}")
-        chains: dict[str, list[tuple[str, ...]]] = {"toy_1hop": [], "toy_2hop": []}
-        for name, kind in self.kind.items():
-            chains["toy_1hop"] += [(name, relation) for relation in RELATIONS[kind]]
-            chains["toy_2hop"] += [(name, first, second) for k, first, second in TWO_HOP if k == kind]
+        one_hop = [(name, relation) for name, kind in self.kind.items() for relation in RELATIONS[kind]]
+        two_hop = [(name, *path) for name, kind in self.kind.items() for start, *path in TWO_HOP if start == kind]
         questions = []
-        for source, found in chains.items():
-            wanted = count // 2 if source == "toy_2hop" else count - count // 2
-            for subject, *relations in rng.sample(found, min(wanted, len(found))):
+        for source, chains, wanted in (("toy_1hop", one_hop, count - count // 2), ("toy_2hop", two_hop, count // 2)):
+            for subject, *relations in rng.sample(chains, min(wanted, len(chains))):
                 text = f"What is the {' of the '.join(reversed(relations))} of {subject}?"
-                answer = self.follow(subject, relations)
+                answer = subject
+                for relation in relations:
+                    answer = self.facts[answer][relation]
                 questions.append(Question(f"{source}:{text}", text, (answer,), source))
         rng.shuffle(questions)
         return questions
-
-    def follow(self, subject: str, relations: Sequence[str]) -> str:
-        for relation in relations:
-            subject = self.facts[subject][relation]
-        return subject
 
 
 def training_world(seed: int) -> World:
@@ -147,60 +130,6 @@ def chain_of(question: str) -> tuple[str, list[str]]:
     return subject, [relation.removeprefix("the ") for relation in reversed(relations)]
 
 
-# --- tokenizer: whole words, and the fixed parts of calls and observations as one token each
-
-CALL_SEARCH = '</think><tool_call>{"name": "web_search", "arguments": {"query": ["'
-CALL_BROWSE = '</think><tool_call>{"name": "browse_webpage", "arguments": {"url_list": ["'
-CALL_END, ANSWER, ANSWER_END = '"]}}</tool_call>', "</think><answer>", "</answer>"
-PIECES = (
-    THINK, CALL_SEARCH, CALL_BROWSE, CALL_END, ANSWER, ANSWER_END, '", "',
-    "[{'search_query': '", "', 'web_page_info_list': [{'quick_summary': '", "', 'web_page_info_list': []}]",
-    ".', 'title': '", "', 'title': '", "', 'url': '", "'}, {'quick_summary': '", "'}]}]", "'}]}, {'search_query': '",
-    "[{'information': [{'page_number': ", ", 'page_summary': '", ".'}], 'url': '", "'}], 'url': '", "'}]",
-    "'}, {'information': [{'page_number': ", SITE, "_", ". ", ".", "?", ", ", ": ", " ",
-)  # fmt: skip
-WORDS = (
-    "What", "is", "The", "the", "of", "a", "I", "need", "do", "not", "see", "page", "may", "say", "guess", "that", "it",
-    "know", "answer", "person", "company", "book", "city", "Nothing", "was", "found", "for", "this", "query", "says",
-    "nothing", "about", "No", "search", "has", "shown", "address", "so", "cannot", "be", "opened", "result", "too",
-    "long", "to", "0", "1", "2",
-)  # fmt: skip
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that loses nothing of the toy web's text.
-
-    A space between two words is not a token: the pre-tokenizer drops it and the decoder puts it back, so that
-    a name is the same token after a space and after a quotation mark, which is what makes copying learnable.
-    """
-    special = ["<unk>", "<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<|tool|>"]
-    words = [*WORDS, *(w for part in NAMES.values() for w in part)]
-    words += [r for table in (RELATIONS, FILLERS) for facts in table.values() for r in facts]
-    words += [w for facts in FILLERS.values() for values in facts.values() for w in values]
-    vocab = {token: i for i, token in enumerate(dict.fromkeys([*special, *PIECES, *words]))}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    pieces = "|".join(re.escape(piece) for piece in sorted(PIECES, key=len, reverse=True) if piece != " ")
-    word, mark = "[A-Za-z0-9]", "\u241f"  # the mark stands between tokens while decoding
-    between_words = f"(?<={word}) (?={word})"
-    split = pre_tokenizers.Split(Regex(f"{pieces}|{word}+|{between_words}|."), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.Split(Regex(r"\A \z"), "removed")])
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace(Regex(r"\z"), mark), decoders.Fuse(),
-        decoders.Replace(Regex(f"(?<={word}){mark}(?={word})"), " "), decoders.Replace(mark, ""),
-    ])  # fmt: skip
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<|end|>",
-        additional_special_tokens=special[3:], chat_template=TEMPLATE, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-
-
-# --- what the agent learned, beside F1
-
-
 def behaviour_rates(trajectories: Sequence[Trajectory], world: World) -> dict[str, float]:
     """How often the three good decisions were taken when there was occasion [share, nan without occasion].
 
@@ -210,21 +139,20 @@ def behaviour_rates(trajectories: Sequence[Trajectory], world: World) -> dict[st
     """
     seen: dict[str, list[bool]] = {"full_name": [], "browse_when_needed": [], "second_hop": []}
     for trajectory in trajectories:
-        subject, relations = chain_of(trajectory.question.text)
-        first = parse_turn(trajectory.turns[0].text) if trajectory.turns else None
+        turns, (subject, relations) = trajectory.turns, chain_of(trajectory.question.text)
+        first = parse_turn(turns[0].text) if turns else None
         if not isinstance(first, Call) or first.kind != "search":
             continue
-        shown = trajectory.turns[0].observation
         if " " in subject:
             seen["full_name"].append(subject in first.keys[0])
-        value = world.follow(subject, relations[:1])
+        value = world.facts[subject][relations[0]]
         fact = f"The {relations[0]} is {value}."
-        if f"'title': '{subject}'" in shown and fact not in shown:
-            browsed = [turn for turn in trajectory.turns if turn.kind == "browse" and url_of(subject) in turn.text]
-            seen["browse_when_needed"].append(bool(browsed))
-        found = [i for i, turn in enumerate(trajectory.turns) if fact in turn.observation]
-        if len(relations) == 2 and found:
-            later = [turn for turn in trajectory.turns[found[0] + 1 :] if turn.kind in ("search", "browse")]
-            tail = value.split()[-1]
-            seen["second_hop"].append(any(tail in turn.text.partition("<tool_call>")[2] for turn in later))
-    return {name: float(np.mean(flags)) if flags else float("nan") for name, flags in seen.items()}
+        if f"'title': '{subject}'" in turns[0].observation and fact not in turns[0].observation:
+            browsed = any(turn.kind == "browse" and url_of(subject) in turn.text for turn in turns)
+            seen["browse_when_needed"].append(browsed)
+        shown = [fact in turn.observation for turn in turns]
+        if len(relations) == 2 and any(shown):
+            later = [turn for turn in turns[shown.index(True) + 1 :] if turn.kind in ("search", "browse")]
+            calls = [turn.text.partition("<tool_call>")[2] for turn in later]
+            seen["second_hop"].append(any(value.split()[-1] in call for call in calls))
+    return {name: sum(flags) / len(flags) if flags else math.nan for name, flags in seen.items()}

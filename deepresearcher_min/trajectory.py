@@ -6,30 +6,26 @@ A trajectory is one flat list of token ids that only ever grows by appending:
     token_ids    = P0 + A0 + E0 + A1
     sampled_mask = 0..0  1..1  0..0  1..1
 
-Token ids, once sampled, are never decoded and encoded again on their way into the loss: text is derived
-from ids, for parsing and for people. Rewards and advantages live in the Group, not in the trajectory, so
-that no field ever changes its meaning.
-
-Questions are read once; their order depends on the seed only, so that all ranks agree on it without talking and a
-checkpoint needs just two numbers to continue it. Omitted: streaming; 80,000 questions are a few dozen MB.
+Sampled ids are never decoded and encoded again on their way into the loss: text is derived from ids, for parsing and
+for people. Rewards and advantages live in the Group, so that no field of a trajectory ever changes its meaning.
+Omitted: reading questions as a stream; 80,000 are a few dozen MB.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 ANSWER_SPLIT = "<|answer_split|>"  # joins several gold answers in one string of the official files
-Item = TypeVar("Item")
 
-# How a trajectory ended. The first group is the policy's doing and is rewarded; the second is the
-# harness's or the world's fault and is left out of group and loss.
+# How a trajectory ended: by the policy's doing, which is rewarded, or by the harness's or the world's fault, which is
+# left out of group and loss.
 POLICY_STOPS = ("answer", "malformed", "tool_budget", "length", "context")
 HARNESS_STOPS = ("deadline", "cancelled")
 
@@ -46,14 +42,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant turn and what the world said to it, as text for people; the ids are in the trajectory.
+    """One assistant turn and what the world said to it, as text for people; the ids are in the trajectory."""
 
-    `sampled` and `observed` are [start, end) spans of Trajectory.token_ids; `observed` is empty
-    (start == end) for a turn that ended the trajectory.
-    """
-
-    sampled: tuple[int, int]
-    observed: tuple[int, int]
+    sampled: tuple[int, int]  # [start, end) in Trajectory.token_ids
+    observed: tuple[int, int]  # empty (start == end) for a turn that ended the trajectory
     text: str  # what the model wrote, the forced "<think>" in front, the end-of-turn token left out
     kind: str  # search | browse | answer | malformed
     observation: str = ""
@@ -63,38 +55,30 @@ class Turn:
 class Trajectory:
     """Everything that happened on one question, once.
 
-    token_ids: [T] int32. sampled_mask: [T] bool, true exactly where the model sampled token i.
-    logprobs: [T] float32, the engine's log-probability of a sampled token, nan elsewhere.
-    cost: counters of this trajectory (searches, pages, bytes, failures by kind, ...).
     Raises ValueError when lengths differ or a sampled token has no finite log-probability.
     """
 
     question: Question
-    token_ids: np.ndarray
-    sampled_mask: np.ndarray
-    logprobs: np.ndarray
+    token_ids: np.ndarray  # [T] int32
+    sampled_mask: np.ndarray  # [T] bool, true exactly where the model sampled token i
+    logprobs: np.ndarray  # [T] float32, the engine's log-probability of a sampled token, nan elsewhere
     turns: tuple[Turn, ...]
     answer: str | None
     stop_reason: str
-    cost: Mapping[str, float] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)  # searches, pages, bytes, failures by kind, ...
 
     def __post_init__(self) -> None:
         for name, dtype in (("token_ids", np.int32), ("sampled_mask", np.bool_), ("logprobs", np.float32)):
             array = np.array(getattr(self, name), dtype=dtype)  # a copy: nothing outside can change it
             array.flags.writeable = False
             object.__setattr__(self, name, array)
-        lengths = {len(self.token_ids), len(self.sampled_mask), len(self.logprobs)}
-        if len(lengths) != 1:
-            raise ValueError(f"trajectory of question {self.question.id!r}: lengths differ: {sorted(lengths)}")
+        lengths = len(self.token_ids), len(self.sampled_mask), len(self.logprobs)
+        if len(set(lengths)) != 1:
+            raise ValueError(f"trajectory of question {self.question.id!r}: lengths differ: {lengths}")
         if not np.isfinite(self.logprobs[self.sampled_mask]).all():
             raise ValueError(f"trajectory of question {self.question.id!r}: a sampled token has no finite logprob")
         if self.stop_reason not in POLICY_STOPS + HARNESS_STOPS:
             raise ValueError(f"unknown stop reason {self.stop_reason!r}")
-
-    @property
-    def num_sampled(self) -> int:
-        """Number of sampled tokens, end-of-turn tokens included."""
-        return int(self.sampled_mask.sum())
 
     def to_json(self) -> dict[str, Any]:
         """A dict that json.dumps accepts; log-probabilities only of the sampled tokens, in order."""
@@ -152,10 +136,8 @@ class Group:
 
     def __post_init__(self) -> None:
         if not len(self.trajectories) == len(self.rewards) == len(self.advantages):
-            raise ValueError(
-                f"group of question {self.question.id!r}: {len(self.trajectories)} trajectories, "
-                f"{len(self.rewards)} rewards, {len(self.advantages)} advantages"
-            )
+            lengths = [len(each) for each in (self.trajectories, self.rewards, self.advantages)]
+            raise ValueError(f"group of question {self.question.id!r}: trajectories, rewards, advantages {lengths}")
 
 
 def load_questions(path: str | Path) -> list[Question]:
@@ -163,7 +145,7 @@ def load_questions(path: str | Path) -> list[Question]:
 
     The question's text stays as it is, byte for byte; gold answers lose the spaces around them, and empty ones are
     dropped. A missing id becomes the file's name and the row, and a repeated one gets the row appended. Raises
-    ValueError naming the file and the row (parquet: from 0; jsonl: the line, from 1) of the first row that is unusable.
+    ValueError naming the file and the row (parquet: from 0; jsonl: the line, from 1) of the first that is unusable.
     """
     path = Path(path)
     if path.suffix not in (".parquet", ".jsonl"):
@@ -171,52 +153,44 @@ def load_questions(path: str | Path) -> list[Question]:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
     questions: dict[str, Question] = {}
-    for where, row in read_rows(path):
-        try:
-            question = parse_row(row, official=path.suffix == ".parquet")
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"the key {error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}, {where}: {reason}") from error
-        name = question.id or f"{path.stem}, {where}"
-        name = f"{name}, {where}" if name in questions else name
-        questions[name] = replace(question, id=name)
+    place = str(path)
+    try:
+        if path.suffix == ".parquet":
+            rows = [(f"row {number}", row) for number, row in enumerate(pq.read_table(path).to_pylist())]
+        else:  # bytes: text would also be split at U+2028, which JSON allows inside strings
+            lines = path.read_bytes().split(b"\n")
+            rows = [(f"line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+        for where, row in rows:
+            place = f"{path}, {where}"
+            question = parse_row(row)
+            name = question.id or f"{path.stem}, {where}"
+            name = f"{name}, {where}" if name in questions else name
+            questions[name] = replace(question, id=name)
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: not a readable parquet file ({error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"the key {error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{place}: {reason}") from error
     if not questions:
         raise ValueError(f"{path}: there are no questions in it")
     return list(questions.values())
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every row of a file, with the words that say where it stands."""
-    if path.suffix == ".parquet":
+def parse_row(row: Any) -> Question:
+    """A question from a line of JSON (bytes), or from the official prompt, reward_model, data_source, extra_info."""
+    if isinstance(row, bytes):
         try:
-            rows = pq.read_table(path).to_pylist()
-        except pa.ArrowException as error:
-            raise ValueError(f"{path}: not a readable parquet file ({error})") from error
-        yield from ((f"row {number}", row) for number, row in enumerate(rows))
-        return
-    with path.open("rb") as lines:  # bytes: text would also be split at U+2028, which JSON allows inside strings
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-
-
-def parse_row(row: Any, official: bool) -> Question:
-    """A question from our keys, or the official ones: prompt, reward_model, data_source, extra_info."""
-    if not isinstance(row, dict):
-        raise ValueError(f"not an object with question and answers: {str(row)[:80]}")
-    if official:
+            row = json.loads(row)
+        except ValueError as error:
+            raise ValueError(f"not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"not an object with question and answers: {str(row)[:80]}")
+    else:
         users = [message["content"] for message in row["prompt"] or [] if message["role"] == "user"]
         if len(users) != 1:
             raise ValueError(f"prompt has {len(users)} user messages, not 1")
-        row = {
-            "question": users[0],
-            "answers": (row["reward_model"] or {})["ground_truth"],
-            "source": row.get("data_source"),
-            "id": (row.get("extra_info") or {}).get("index"),
-        }
+        gold, extra = (row["reward_model"] or {})["ground_truth"], row.get("extra_info") or {}
+        row = {"question": users[0], "answers": gold, "source": row.get("data_source"), "id": extra.get("index")}
     text, answers = row["question"], row["answers"]
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"question must be a text that is not empty, not {text!r}")
@@ -229,39 +203,12 @@ def parse_row(row: Any, official: bool) -> Question:
     return Question(str(row.get("id") or ""), text, golds, str(row.get("source") or ""))
 
 
-class QuestionOrder:
-    """An endless order of questions: each epoch is a shuffle of its own, a function of seed and epoch only."""
+def take_questions(questions: Sequence[Question], seed: int, start: int, count: int) -> list[Question]:
+    """Questions `start` to `start + count` of an endless order, a function of the seed and so the same on all ranks.
 
-    def __init__(self, questions: Sequence[Question], seed: int):
-        if not questions:
-            raise ValueError("there are no questions to put in order")
-        self.questions, self.seed = tuple(questions), seed
-        self.epoch, self.position = 0, 0
-
-    def take(self, n: int) -> list[Question]:
-        """The next n questions, in the same order on every rank; goes on with the next epoch where one ends."""
-        taken: list[Question] = []
-        while len(taken) < n:
-            shuffled = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.questions))
-            piece = shuffled[self.position : self.position + n - len(taken)]
-            taken += [self.questions[i] for i in piece]
-            self.position += len(piece)
-            if self.position == len(self.questions):
-                self.epoch, self.position = self.epoch + 1, 0
-        return taken
-
-    def state(self) -> dict[str, int]:
-        """What restore() needs to continue after the last question taken; JSON-serialisable."""
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "questions": len(self.questions)}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Continue from state(); ValueError if it belongs to another seed or another number of questions."""
-        for name, mine in (("seed", self.seed), ("questions", len(self.questions))):
-            if state[name] != mine:
-                raise ValueError(f"the saved data order has {name}={state[name]}, this run has {name}={mine}")
-        self.epoch, self.position = state["epoch"], state["position"]
-
-
-def deal(items: Sequence[Item], rank: int, world_size: int) -> list[Item]:
-    """This rank's share of the items, dealt out one by one; policy.gather puts the shares back in this order."""
-    return list(items[rank::world_size])
+    Each epoch is a shuffle of its own. A checkpoint needs only the number of questions taken so far.
+    """
+    size = len(questions)
+    epochs = range(start // size, (start + count) // size + 1)
+    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(size) for epoch in epochs])
+    return [questions[number] for number in order[start % size :][:count]]

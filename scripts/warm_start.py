@@ -27,21 +27,9 @@ from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.report import score_rows, text_table
 from deepresearcher_min.reward import summarize
 from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out
-from deepresearcher_min.toyworld import (
-    ANSWER,
-    ANSWER_END,
-    CALL_BROWSE,
-    CALL_END,
-    CALL_SEARCH,
-    MODEL_DIR,
-    NAMES,
-    World,
-    behaviour_rates,
-    build_tokenizer,
-    chain_of,
-    held_out_world,
-)
+from deepresearcher_min.toyworld import MODEL_DIR, NAMES, World, behaviour_rates, chain_of, held_out_world
 from deepresearcher_min.trajectory import Trajectory
+from scripts.toy_tokenizer import ANSWER, ANSWER_END, CALL_BROWSE, CALL_END, CALL_SEARCH, build_tokenizer
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from deepresearcher_min.rollout import (
 )
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Corpus, SearchResult
-from deepresearcher_min.toyworld import MODEL_DIR, TEMPLATE
+from deepresearcher_min.toyworld import MODEL_DIR
 from deepresearcher_min.trajectory import Question, Trajectory
+from scripts.toy_tokenizer import TEMPLATE
 
 WORLD = toyworld.training_world(0)
 TOY_CHAT = ChatFormat(AutoTokenizer.from_pretrained(MODEL_DIR), date="2026-01-01")

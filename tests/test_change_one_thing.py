@@ -39,7 +39,7 @@ def test_a_new_tool_is_one_row_and_one_method(monkeypatch):
 def test_a_new_reward_is_one_function(monkeypatch):
     def short_and_exact(trajectory, config):
         hit = reward.exact_match(trajectory.answer or "", list(trajectory.question.answers))
-        return hit - 0.001 * trajectory.num_sampled
+        return hit - 0.001 * trajectory.sampled_mask.sum()
 
     monkeypatch.setattr(reward, "reward", short_and_exact)
     agent = make_agent(Scripted(lambda request_id, turn: answer_turn("Velden" * (1 + int(request_id[-1])))))

@@ -32,7 +32,7 @@ from deepresearcher_min.config import Config, load_config
 from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.policy import Policy
 from deepresearcher_min.run import Ranks
-from deepresearcher_min.trajectory import Group, Question, Trajectory, deal
+from deepresearcher_min.trajectory import Group, Question, Trajectory
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {  # tied and untied head, as many key heads as query heads and fewer
@@ -257,7 +257,7 @@ def test_equal_rewards_change_nothing_and_stay_in_n(models):
     moved, metrics = change(policy, mixed)
     assert relative(moved, expected) < 1e-6
     assert metrics["loss"] == pytest.approx(expected_metrics["loss"])
-    assert metrics["trained_tokens"] == sum(t.num_sampled for g in mixed for t in g.trajectories)
+    assert metrics["trained_tokens"] == sum(t.sampled_mask.sum() for g in mixed for t in g.trajectories)
     # With a KL term they are trained, as soon as the policy has left the start model.
     policy = make_policy(models)
     policy.update(groups)
@@ -479,12 +479,12 @@ def work_as_rank(models: Path, out: Path, shares: str) -> None:
     if counts == "nan on the last rank":
         if rank == world_size - 1:
             spoil(policy, END, backward=False)
-        policy.update(deal(groups, rank, world_size))
+        policy.update(ranks.deal(groups))
     start = sum(counts[:rank])
     moved, metrics = change(policy, groups[start : start + counts[rank]])
     options = {"updates_per_rollout": 2, "lr": 0.3, "gradient_checkpointing": True, "offload_optimizer": world_size > 1}
     policy = make_policy(models, "llama", world_size, **options)
-    dealt, _ = change(policy, deal(groups, rank, world_size))
+    dealt, _ = change(policy, ranks.deal(groups))
     policy = adam_policy(models, world_size)
     policy.load(out / "state1")
     loaded = weights(policy)

@@ -21,6 +21,7 @@ from deepresearcher_min.protocol import (
     schemas,
     search_item,
 )
+from scripts import toy_tokenizer
 
 pytestmark = pytest.mark.quick
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -37,7 +38,7 @@ def qwen() -> ChatFormat:
 
 @pytest.fixture(scope="module")
 def toy() -> ChatFormat:
-    return ChatFormat(toyworld.build_tokenizer(), date="")
+    return ChatFormat(toy_tokenizer.build_tokenizer(), date="")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_the_toy_tokenizer_loses_nothing_of_the_toy_web(toy):
 
 
 def test_the_toys_appended_ids_equal_its_templates_rendering(toy):
-    turn = "I need the mayor." + toyworld.CALL_SEARCH + toyworld.NAMES["city"][0] + toyworld.CALL_END
+    turn = "I need the mayor." + toy_tokenizer.CALL_SEARCH + toyworld.NAMES["city"][0] + toy_tokenizer.CALL_END
     observation = render("search", [Entry(toyworld.NAMES["city"][0], (search_item("The mayor is a person.", "city"),))])
     ids, rendered = conversation(toy, [turn, turn], [observation, observation], "What is the mayor?")
     assert toy.tokenizer.decode(ids) == rendered + "<think>"
@@ -190,12 +191,12 @@ def test_a_template_without_tools_gets_them_in_the_system_prompt(qwen, toy):
 
 
 def test_a_system_prompt_of_ones_own_is_used_verbatim():
-    chat = ChatFormat(toyworld.build_tokenizer(), "2025-04-01", "On {date}: {braces} stay")
+    chat = ChatFormat(toy_tokenizer.build_tokenizer(), "2025-04-01", "On {date}: {braces} stay")
     assert chat.system == "On 2025-04-01: {braces} stay"
 
 
 def test_a_tokenizer_without_template_is_refused():
-    tokenizer = toyworld.build_tokenizer()
+    tokenizer = toy_tokenizer.build_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="chat template"):
         ChatFormat(tokenizer, "")

@@ -69,7 +69,7 @@ def test_ids_are_prompt_sampled_and_observed_and_the_mask_covers_exactly_the_sam
             assert trajectory.sampled_mask.tolist() == mask
             assert trajectory.logprobs[trajectory.sampled_mask].tolist() == np.float32(logprobs).tolist()
             assert np.isnan(trajectory.logprobs[~trajectory.sampled_mask]).all()
-            assert trajectory.num_sampled == sum(len(sampled.token_ids) for sampled in log[1::2])
+            assert trajectory.sampled_mask.sum() == sum(len(sampled.token_ids) for sampled in log[1::2])
     assert calls > 16  # otherwise this test has seen nothing
     assert toy.at_rest()
 
@@ -85,7 +85,7 @@ def test_a_turn_computes_only_what_is_new(toy):
     assert later > 4
     # A later turn: the observation, and the end-of-turn token before it, which was sampled but never computed.
     assert new["prefill_tokens"] <= first + observed + later
-    assert new["decode_tokens"] == sum(t.num_sampled for t in trajectories)
+    assert new["decode_tokens"] == sum(t.sampled_mask.sum() for t in trajectories)
 
 
 def test_same_seed_same_trajectories_to_the_bit_and_another_seed_others(toy):
@@ -177,11 +177,11 @@ def test_every_stop_reason_in_its_situation(name):
     if name == "tool_budget":
         assert trajectory.cost["searches"] == 2 and len(trajectory.turns) == 3
     if "later" in name:  # what was done before the end is kept
-        assert trajectory.turns[0].observation and trajectory.num_sampled > 0
+        assert trajectory.turns[0].observation and trajectory.sampled_mask.sum() > 0
     if name == "context by the observation":  # nothing that the model never read
         assert trajectory.token_ids.size == trajectory.turns[0].sampled[1]
     if name == "context by the prompt":
-        assert not trajectory.num_sampled and not engine.submitted
+        assert not trajectory.sampled_mask.sum() and not engine.submitted
     for _, ids, sampling in engine.submitted:
         assert sampling.max_tokens == min(500, changes.get("max_model_len", 9000) - len(ids))
 

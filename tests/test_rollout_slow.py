@@ -42,7 +42,7 @@ def test_vllm_computes_only_what_is_new_in_a_turn():
         observed = sum(turn.observed[1] - turn.observed[0] for t in trajectories for turn in t.turns)
         assert engine.stats["prefill_tokens"] <= first + observed + block * len(later)
         assert engine.stats["cached_tokens"] >= sum(turn.sampled[0] for turn in later) - observed - block * len(later)
-        assert engine.stats["decode_tokens"] == sum(t.num_sampled for t in trajectories)
+        assert engine.stats["decode_tokens"] == sum(t.sampled_mask.sum() for t in trajectories)
         assert engine.engine.get_num_unfinished_requests() == 0
     finally:
         engine.close()

@@ -126,7 +126,7 @@ def test_the_engine_reads_pages_for_the_agent():
     trajectory = one(agent)
     assert [note["page_summary"] for note in observation(trajectory, 1)[0]["information"]] == ["first", "second"]
     assert trajectory.stop_reason == "answer"
-    assert trajectory.num_sampled == sum(len(completion(turn).token_ids) for turn in agent_turns)
+    assert trajectory.sampled_mask.sum() == sum(len(completion(turn).token_ids) for turn in agent_turns)
     readings = [(ids, sampling) for name, ids, sampling in engine.submitted if name.startswith("reader/")]
     assert len(readings) == 2
     for ids, sampling in readings:

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from deepresearcher_min import toyworld
 from deepresearcher_min.toyworld import RELATIONS, World, chain_of, held_out_world, training_world
+from scripts import toy_tokenizer
 
 pytestmark = pytest.mark.quick
 
@@ -86,6 +87,6 @@ def test_behaviour_rates_on_hand_made_cases(monkeypatch):
 def test_the_start_model_ships_small_with_its_own_tokenizer_and_a_card():
     folder = toyworld.MODEL_DIR
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 3_000_000
-    assert len(AutoTokenizer.from_pretrained(folder)) == len(toyworld.build_tokenizer())
-    assert AutoTokenizer.from_pretrained(folder).get_vocab() == toyworld.build_tokenizer().get_vocab()
+    assert len(AutoTokenizer.from_pretrained(folder)) == len(toy_tokenizer.build_tokenizer())
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == toy_tokenizer.build_tokenizer().get_vocab()
     assert "No weight was set by hand" in (folder / "README.md").read_text()

@@ -1,22 +1,52 @@
-"""Questions: the published files, broken files, and the order of questions over epochs, ranks and restarts."""
+"""What flows, and questions: published files, broken files, and their order over epochs, ranks and restarts."""
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepresearcher_min.trajectory import Question, QuestionOrder, deal, load_questions
+from deepresearcher_min.trajectory import Group, Question, Recording, Trajectory, load_questions, take_questions
 
 pytestmark = pytest.mark.quick
 SHARED = Path(__file__).parents[2] / "shared/data"
 SOURCES = ("nq", "tq", "hotpotqa", "2wiki", "musique", "popqa")  # and Bamboogle
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the published data in ../shared")
 QUESTIONS = [Question(f"q{i}", f"text {i}", ("a",)) for i in range(10)]
+
+
+def test_a_recording_becomes_a_trajectory_that_nobody_can_change():
+    record = Recording(QUESTIONS[0], [5, 6])
+    assert record.append([7, 8], [-0.5, -0.25]) == (2, 4) and record.append([9]) == (4, 5)
+    one = record.finish("answer", "a")
+    assert one.token_ids.tolist() == [5, 6, 7, 8, 9] and one.token_ids.dtype == np.int32
+    assert one.sampled_mask.tolist() == [False, False, True, True, False]
+    assert np.isnan(one.logprobs).tolist() == [True, True, False, False, True] and one.logprobs.dtype == np.float32
+    with pytest.raises(ValueError, match="read-only"):
+        one.token_ids[0] = 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "logprobs", "stop", "message"),
+    [
+        ([1, 2], [0, 1], [-1.0], "answer", r"question 'q0': lengths differ: \(2, 2, 1\)"),
+        ([1, 2], [0, 1], [-1.0, float("nan")], "answer", "question 'q0': a sampled token has no finite logprob"),
+        ([1, 2], [0, 1], [-1.0, float("-inf")], "answer", "question 'q0': a sampled token has no finite logprob"),
+        ([1, 2], [0, 1], [float("nan"), -1.0], "tired", "unknown stop reason 'tired'"),
+    ],
+)
+def test_constructors_refuse_what_cannot_be(ids, mask, logprobs, stop, message):
+    with pytest.raises(ValueError, match=message):
+        Trajectory(QUESTIONS[0], ids, mask, logprobs, (), None, stop)
+    one = Recording(QUESTIONS[0], [1]).finish("context")
+    with pytest.raises(ValueError, match=r"group of question 'q0': trajectories, rewards, advantages \[2, 1, 2\]"):
+        Group(QUESTIONS[0], [one, one], [1.0], [0.0, 0.0])
 
 
 @needs_shared
@@ -143,48 +173,17 @@ def test_bad_files_are_one_clear_error(tmp_path):
 
 @settings(deadline=None)  # another process may hold the core
 @given(st.lists(st.integers(0, 25), max_size=8), st.integers(0, 5))
-def test_every_epoch_asks_every_question_once(sizes, seed):
-    order = QuestionOrder(QUESTIONS, seed)
-    taken = [question.id for n in sizes for question in order.take(n)]
-    assert taken == [question.id for question in QuestionOrder(QUESTIONS, seed).take(sum(sizes))]
+def test_every_epoch_asks_every_question_once_however_many_are_taken_at_a_time(sizes, seed):
+    starts = itertools.accumulate(sizes, initial=0)
+    pieces = [take_questions(QUESTIONS, seed, start, n) for start, n in zip(starts, sizes, strict=False)]
+    taken = list(itertools.chain.from_iterable(pieces))
+    assert taken == take_questions(QUESTIONS, seed, 0, sum(sizes))
+    assert len(taken) == sum(sizes)
     for start in range(0, len(taken) - 9, 10):
-        assert sorted(taken[start : start + 10]) == sorted(question.id for question in QUESTIONS)
+        assert sorted(one.id for one in taken[start : start + 10]) == sorted(one.id for one in QUESTIONS)
 
 
 def test_order_depends_on_seed_and_epoch_only():
-    first, second = QuestionOrder(QUESTIONS, 0).take(10), QuestionOrder(QUESTIONS, 1).take(10)
-    again = QuestionOrder(QUESTIONS, 0).take(20)
+    first, second = take_questions(QUESTIONS, 0, 0, 10), take_questions(QUESTIONS, 1, 0, 10)
     assert first != second
-    assert again[:10] == first
-    assert again[10:] != first  # the next epoch is shuffled anew
-
-
-@pytest.mark.parametrize("before", [0, 3, 10, 27])
-def test_restored_order_continues(before):
-    order = QuestionOrder(QUESTIONS, 5)
-    order.take(before)
-    state = json.loads(json.dumps(order.state()))
-    restored = QuestionOrder(QUESTIONS, 5)
-    restored.restore(state)
-    assert restored.take(31) == order.take(31)
-
-
-def test_state_of_another_run_is_refused():
-    state = QuestionOrder(QUESTIONS, 5).state()
-    with pytest.raises(ValueError, match="seed=5, this run has seed=6"):
-        QuestionOrder(QUESTIONS, 6).restore(state)
-    with pytest.raises(ValueError, match="questions=10, this run has questions=9"):
-        QuestionOrder(QUESTIONS[:9], 5).restore(state)
-    with pytest.raises(ValueError, match="no questions"):
-        QuestionOrder([], 0)
-
-
-@settings(deadline=None)
-@given(st.integers(0, 30), st.integers(1, 8))
-def test_deal_gives_every_item_to_one_rank(count, world_size):
-    shares = [deal(list(range(count)), rank, world_size) for rank in range(world_size)]
-    assert sorted(item for share in shares for item in share) == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    # What policy.gather does: round by round gives the original order.
-    rounds = [share[i] for i in range(count) for share in shares if i < len(share)]
-    assert rounds == list(range(count))
+    assert take_questions(QUESTIONS, 0, 10, 10) != first  # the next epoch is shuffled anew

@@ -1,0 +1,93 @@
+"""A run in the operating system: dealing out, checkpoints that survive kills, folders, and the shield against Ctrl-C.
+
+Several ranks, and kills of whole runs: test_train.py.
+"""
+
+import os
+import signal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepresearcher_min import run
+from deepresearcher_min.config import ConfigError
+from deepresearcher_min.run import Checkpoints, Ranks, Stop, open_run
+
+pytestmark = pytest.mark.quick
+CPU = torch.device("cpu")
+
+
+@settings(deadline=None)  # another process may hold the core
+@given(st.integers(0, 30), st.integers(1, 8))
+def test_deal_gives_every_item_to_one_rank(count, world_size):
+    shares = [Ranks(rank, world_size, CPU).deal(range(count)) for rank in range(world_size)]
+    assert sorted(item for share in shares for item in share) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    # What Ranks.gather does: round by round gives the original order.
+    rounds = [share[i] for i in range(count) for share in shares if i < len(share)]
+    assert rounds == list(range(count)) == Ranks(0, 1, CPU).gather(list(range(count)))
+
+
+def test_checkpoints_are_whole_the_newest_few_and_written_once(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, ranks=Ranks(0, 1, CPU))
+    assert checkpoints.newest() is None
+
+    def save(step, text):
+        checkpoints.save(step, {"step": step}, lambda folder: (folder / "weights").write_text(text))
+
+    def fail(folder):
+        (folder / "weights").write_text("half")
+        raise OSError("disk full")
+
+    for step in (1, 2):
+        save(step, "good")
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save(3, {"step": 3}, fail)
+    (tmp_path / "checkpoints/step-000009").mkdir()  # as a kill in the middle of deleting leaves one
+    save(2, "a second time")
+    folder, state = checkpoints.newest()
+    assert state == {"step": 2} and (folder / "weights").read_text() == "good"
+    save(3, "good")
+    assert sorted(each.name for each in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    assert checkpoints.newest()[1] == {"step": 3}
+
+
+def test_a_shield_lets_ctrl_c_wait_and_a_second_one_changes_nothing():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        stop, done = Stop(), []
+        with pytest.raises(KeyboardInterrupt), stop.shield():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("update")
+        with stop.shield():  # the saving at the end
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("save")
+        assert done == ["update", "save"]
+        with pytest.raises(KeyboardInterrupt):
+            Stop()
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
+def test_a_run_folder_is_never_taken_twice_and_resume_finds_the_newest(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RUNS", tmp_path)
+    with pytest.raises(ConfigError, match="there is no run under runs/ yet"):
+        open_run(["--resume"])
+    with pytest.raises(ConfigError, match="there is no run with"):
+        open_run([f"--resume={tmp_path / 'none'}"])
+    config = open_run(["--seed=3"])
+    assert config.run_dir.startswith(f"{tmp_path}/toy-20") and len(config.date) == len("2026-01-31")
+    for age, name in enumerate(("old", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"preset: toy\nseed: {age}\nsteps: 7\n")
+        (tmp_path / name / "metrics.jsonl").touch()
+        os.utime(tmp_path / name / "metrics.jsonl", (age, age))
+    with pytest.raises(ConfigError, match="holds a run already"):
+        open_run([f"--run_dir={tmp_path / 'old'}"])
+    config = open_run(["--resume", "--steps=9"])
+    assert (config.run_dir, config.resume) == (str(tmp_path / "new"),) * 2
+    assert (config.seed, config.steps) == (1, 9)
