@@ -33,9 +33,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 # (logprobs, entropies, slice of S) -> sum of the losses of this chunk of sampled tokens
-ChunkLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
+ChunkLoss = Callable[[Tensor, Tensor, slice], Tensor]
 
 KL_CLAMP = 10.0  # of one token's k3 value, as in the official code
 # Differences of log-probabilities are held within this before exp: beyond it every clip and clamp has long acted,
@@ -43,7 +44,7 @@ KL_CLAMP = 10.0  # of one token's k3 value, as in the official code
 EXPONENT_LIMIT = 20.0
 
 
-def group_advantages(rewards: Sequence[float] | np.ndarray | torch.Tensor, normalize_std: bool = True) -> torch.Tensor:
+def group_advantages(rewards: Sequence[float] | np.ndarray | Tensor, normalize_std: bool = True) -> Tensor:
     """Advantages of the trajectories of one question: rewards_G -> advantages_G (paper eq. 1).
 
     (r - mean) / (std + 1e-6), std unbiased; without the division when normalize_std is false. Equal rewards give
@@ -86,12 +87,12 @@ class PackedBatch:
     """
 
     lengths: tuple[int, ...]  # of each sequence, sums to T
-    token_ids_T: torch.Tensor
-    position_ids_T: torch.Tensor
-    predict_S: torch.Tensor  # indices into T
-    targets_S: torch.Tensor
-    rollout_S: torch.Tensor
-    advantages_S: torch.Tensor
+    token_ids_T: Tensor
+    position_ids_T: Tensor
+    predict_S: Tensor  # indices into T
+    targets_S: Tensor
+    rollout_S: Tensor
+    advantages_S: Tensor
     names_S: np.ndarray  # of the trajectories that the sampled tokens belong to
 
 
@@ -110,7 +111,7 @@ def pack(rows: Sequence[ScoredTrajectory], device: torch.device | str = "cpu") -
     lengths, counts = [row.num_inputs for row in rows], [len(row.sampled) for row in rows]
     starts = itertools.accumulate(lengths, initial=0)
 
-    def tensor(arrays: Iterable[np.ndarray], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    def tensor(arrays: Iterable[np.ndarray], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(np.concatenate(list(arrays))).to(device, dtype)
 
     return PackedBatch(
@@ -148,26 +149,26 @@ def plan_microbatches(
     return [batches + [[] for _ in range(count - len(batches))] for batches in plan]
 
 
-def kl_k3(new_S: torch.Tensor, ref_S: torch.Tensor) -> torch.Tensor:
+def kl_k3(new_S: Tensor, ref_S: Tensor) -> Tensor:
     """The k3 estimate of KL(new || ref) at each sampled token, clamped to +-10; beyond the clamp no gradient."""
     difference_S = (ref_S - new_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
     return (difference_S.exp() - difference_S - 1).clamp(-KL_CLAMP, KL_CLAMP)
 
 
 def token_losses(
-    new_S: torch.Tensor,
-    old_S: torch.Tensor,
-    rollout_S: torch.Tensor,
-    ref_S: torch.Tensor | None,
-    advantages_S: torch.Tensor,
-    entropy_S: torch.Tensor,
+    new_S: Tensor,
+    old_S: Tensor,
+    rollout_S: Tensor,
+    ref_S: Tensor | None,
+    advantages_S: Tensor,
+    entropy_S: Tensor,
     *,
     clip_low: float,
     clip_high: float,
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
     importance_cap: float = 0.0,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of each sampled token, [S], not yet divided by N (module docstring), and sums of metrics.
 
     Gradient flows through new_S and entropy_S only. With one update per rollout pass old_S = new_S.detach(): the
@@ -203,21 +204,22 @@ def token_losses(
 class HeadLoss(torch.autograd.Function):
     """Output head, log-softmax and loss at the trained positions, a chunk at a time, with the head's gradient.
 
-    The loss is a sum over tokens, so the gradient of a chunk is known as soon as its loss is: it is formed here, in
-    the forward pass, while the chunk's logits exist, and backward only hands it out. Autograd would keep the logits
-    or compute them twice. Written out, with p the probabilities, H the entropy and t the target:
+    Returns the sum of the losses, and log-probabilities_S, which carry no gradient. The loss is a sum over tokens, so
+    the gradient of a chunk is known as soon as its loss is: it is formed here, in the forward pass, while the chunk's
+    logits exist, and backward only hands it out. Autograd would keep the logits or compute them twice. Written out,
+    with p the probabilities, H the entropy and t the target:
         d logprob[t] / d logits = onehot(t) - p        d H / d logits = -p (log p + H)
-    Without a gradient to pass on (torch.no_grad), `loss` is called all the same, and just sees the values.
+    Under torch.no_grad, `loss` is never called.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_SD: torch.Tensor, weight_VD: torch.Tensor, targets_S: torch.Tensor, chunk: int, loss: ChunkLoss
-    ) -> torch.Tensor:
-        training, weight = hidden_SD.requires_grad, weight_VD.to(hidden_SD.dtype)
-        wide = torch.promote_types(hidden_SD.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden_SD.device)
-        if training:
+        ctx: Any, hidden_SD: Tensor, weight_VD: Tensor, targets_S: Tensor, chunk: int, loss: ChunkLoss
+    ) -> tuple[Tensor, Tensor]:
+        weight, wide = weight_VD.to(hidden_SD.dtype), torch.promote_types(hidden_SD.dtype, torch.float32)
+        total, logprobs_S = hidden_SD.new_zeros((), dtype=wide), hidden_SD.new_zeros(len(hidden_SD), dtype=wide)
+        ctx.mark_non_differentiable(logprobs_S)
+        if training := hidden_SD.requires_grad:
             ctx.gradients = torch.zeros_like(hidden_SD), torch.zeros_like(weight)
         for start in range(0, len(hidden_SD), chunk):
             logits = logprobs = probs = d_logits = None  # frees the last chunk's before the next one's are made
@@ -225,13 +227,13 @@ class HeadLoss(torch.autograd.Function):
             hidden, targets = hidden_SD[part], targets_S[part, None]
             logits = (hidden @ weight.T).to(wide)
             logprobs = logits.log_softmax(-1)
-            probs = torch.exp(logprobs, out=logits)  # takes over the memory of the logits
-            new = logprobs.gather(-1, targets)[:, 0].requires_grad_(training)
-            entropy = torch.einsum("cv,cv->c", probs, logprobs).neg_().requires_grad_(training)
-            with torch.set_grad_enabled(training):
-                value = loss(new, entropy, part)
+            new = logprobs_S[part] = logprobs.gather(-1, targets)[:, 0]
             if not training:
                 continue
+            probs = torch.exp(logprobs, out=logits)  # takes over the memory of the logits
+            entropy = torch.einsum("cv,cv->c", probs, logprobs).neg_().requires_grad_()
+            with torch.enable_grad():
+                value = loss(new.requires_grad_(), entropy, part)
             total += value.detach()
             d_new, d_entropy = torch.autograd.grad(value, (new, entropy), allow_unused=True)
             factor = -d_new[:, None]
@@ -240,10 +242,10 @@ class HeadLoss(torch.autograd.Function):
             d_logits = probs.mul_(factor).scatter_add_(-1, targets, d_new[:, None]).to(hidden.dtype)
             ctx.gradients[0][part] = d_logits @ weight
             ctx.gradients[1].addmm_(d_logits.T, hidden)
-        return total
+        return total, logprobs_S
 
     @staticmethod
-    def backward(ctx: Any, d_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden_SD, d_weight_VD = (gradient.mul_(d_total) for gradient in ctx.gradients)
         ctx.gradients = None  # [V, D] is large: let go of it as early as possible
         return d_hidden_SD, d_weight_VD, None, None, None

@@ -3,12 +3,10 @@
 Place in the loop: train.py hands over the groups of one rollout (`update`), then streams the weights to the engine
 (`named_weights`). The mathematics of the loss is in grpo.py; here it meets a model.
 
-How the update stays small and fast:
-- sequences are joined without padding, and attention runs once per sequence (`packed_attention`);
-- the output head runs only at positions that predict a sampled token, in chunks (grpo.HeadLoss), so that no
-  [T, vocabulary] tensor ever exists;
-- with several ranks, FSDP2 shards weights, gradients, optimizer and reference. Every rank sees the (light) token
-  arrays of all ranks and computes the same plan: the work is balanced, and who sampled what does not matter.
+Sequences are joined without padding (`packed_attention`), and the output head runs in chunks and only where a sampled
+token is predicted (grpo.HeadLoss): no [T, vocabulary] tensor ever exists. With several ranks, FSDP2 shards weights,
+gradients, optimizer and reference. Every rank sees the (light) token arrays of all ranks and computes the same plan:
+the work is balanced, and who sampled what does not matter.
 
 Omitted: tensor, pipeline and sequence parallelism, which a 7B model at 32k tokens on one node does not need; biased
 heads, logit scaling and soft-capping, which few architectures have. Tested with Qwen2 and Llama.
@@ -27,7 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -44,14 +42,14 @@ METRICS = ("loss", "kl", "mismatch", "entropy", "clip_fraction", "capped_fractio
 
 
 def packed_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
     scaling: float | None = None, sliding_window: int | None = None, lengths: Sequence[int] = (), **unused: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
+) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention inside each of the joined sequences: [1, heads, T, head width] -> [1, T, heads, head width].
 
-    transformers calls this in every layer and passes `lengths` through from the model's call; for an attention that
-    it does not know it builds no mask, so nothing here is [T, T]. On a GPU, SDPA picks its flash kernel for each
-    sequence; flash-attention's varlen kernel would do all of them in one launch (not tried: no GPU here).
+    transformers calls this in every layer and passes on the `lengths` of the model's call. It builds no [T, T] mask for
+    an attention that it does not know. On a GPU, flash-attention's varlen kernel would do all sequences in one launch
+    (not tried: no GPU here).
     """
     if sliding_window and max(lengths) > sliding_window:
         raise ValueError(f"a sequence of {max(lengths)} tokens needs the sliding window of {sliding_window}: not built")
@@ -72,28 +70,27 @@ class TokenScorer(nn.Module):
         super().__init__()
         self.model, self.chunk, self.dtype = model, chunk, dtype
 
-    def forward(self, batch: PackedBatch, temperature: float, loss: ChunkLoss) -> torch.Tensor:
-        """Call loss(logprobs, entropies, slice of S) for each chunk of sampled tokens; the sum of what it returns."""
+    def forward(self, batch: PackedBatch, temperature: float, loss: ChunkLoss | None = None) -> tuple[Tensor, Tensor]:
+        """The sum of the losses of all chunks, and log-probabilities_S; FloatingPointError if one is not finite."""
         with torch.autocast(batch.token_ids_T.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
             tokens = {"input_ids": batch.token_ids_T[None], "position_ids": batch.position_ids_T[None]}
             output = self.model.base_model(**tokens, lengths=batch.lengths, use_cache=False)
         hidden_SD = output.last_hidden_state[0, batch.predict_S].to(self.dtype) / temperature
         weight_VD = self.model.get_output_embeddings().weight
-        return grpo.HeadLoss.apply(hidden_SD, weight_VD, batch.targets_S, self.chunk, loss)
+        total, logprobs_S = grpo.HeadLoss.apply(hidden_SD, weight_VD, batch.targets_S, self.chunk, loss)
+        if bad := (~torch.isfinite(logprobs_S)).nonzero()[:, 0].tolist():
+            raise FloatingPointError(f"{batch.names_S[bad[0]]}: log-probability {logprobs_S[bad[0]].item()}")
+        return total, logprobs_S
 
 
 class Policy:
     """The model under training. With several ranks every method is collective: all ranks call it in step."""
 
-    def __init__(self, config: Config, model_dir: str, device: torch.device | str, world_size: int = 1):
-        """Load model_dir with float32 master weights, and once more as the frozen reference if kl_coef > 0.
-
-        world_size > 1 needs a process group. Compute is in config.dtype, reduction in float32.
-        """
-        if config.offload_optimizer and world_size == 1:
+    def __init__(self, config: Config, model_dir: str, ranks: Ranks) -> None:
+        """float32 master weights, compute in config.dtype, reduction in float32; a frozen reference if kl_coef > 0."""
+        if config.offload_optimizer and ranks.world_size == 1:
             raise ValueError("offload_optimizer=true needs FSDP: start with torchrun and at least 2 processes")
-        self.config, self.device, self.world_size = config, torch.device(device), world_size
-        self.ranks = Ranks(dist.get_rank() if world_size > 1 else 0, world_size, self.device)
+        self.config, self.ranks, self.device = config, ranks, ranks.device
         self.compute_dtype = getattr(torch, config.dtype)
         self.scorer = self.load_model(model_dir)
         self.model = self.scorer.model
@@ -112,12 +109,12 @@ class Policy:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # checkpointing is off in eval mode; packed_attention applies no dropout
         scorer = TokenScorer(model, self.config.logprob_chunk, self.compute_dtype)
-        if self.world_size == 1:
+        if self.ranks.world_size == 1:
             return scorer.to(self.device)
         # Offloaded gradients are reduced on the CPU: the process group needs "cpu:gloo,cuda:nccl" for them.
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         options = {
-            "mesh": dist.init_device_mesh(self.device.type, (self.world_size,)),
+            "mesh": dist.init_device_mesh(self.device.type, (self.ranks.world_size,)),
             "mp_policy": MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=master),
             "offload_policy": offload if self.config.offload_optimizer else OffloadPolicy(),
             "reshard_after_forward": True,
@@ -156,34 +153,29 @@ class Policy:
         moving = self.config.kl_coef > 0 or self.config.entropy_coef > 0
         kept = [row for row in rows if moving or row.advantage != 0]
         lengths, budget = [row.num_inputs for row in kept], self.config.microbatch_tokens
-        plan = grpo.plan_microbatches(lengths, budget, self.world_size, self.model.config.hidden_size)
+        plan = grpo.plan_microbatches(lengths, budget, self.ranks.world_size, self.model.config.hidden_size)
         return [grpo.pack([kept[i] for i in indices], self.device) for indices in plan[self.ranks.rank]]
 
     @torch.no_grad()
-    def score(self, scorer: TokenScorer, batch: PackedBatch, temperature: float | None = None) -> torch.Tensor:
-        """Log-probabilities of the sampled tokens, [S]; FloatingPointError if one is not finite."""
-        chunks = [batch.rollout_S[:0]]  # for a batch without sampled tokens
-        scorer(batch, temperature or self.config.temperature, lambda new, entropy, part: chunks.append(new))
-        return check_finite(torch.cat(chunks), batch)
+    def score(self, scorer: TokenScorer, batch: PackedBatch, temperature: float | None = None) -> Tensor:
+        """Log-probabilities of the sampled tokens, [S]."""
+        return scorer(batch, temperature or self.config.temperature)[1]
 
-    def backward(self, batch: PackedBatch, old_S: torch.Tensor | None, total: int) -> Counter[str]:
+    def backward(self, batch: PackedBatch, old_S: Tensor | None, total: int) -> Counter[str]:
         """Add one micro-batch's gradient to the others'; returns its sums of metrics. total is N."""
         ref_S = None if self.reference is None else self.score(self.reference, batch)
         options = {key: getattr(self.config, key) for key in LOSS_KEYS}
-        chunks, sums = [batch.rollout_S[:0]], Counter[str]()
+        sums = Counter[str]()
 
-        def loss(new: torch.Tensor, entropy: torch.Tensor, part: slice) -> torch.Tensor:
+        def loss(new: Tensor, entropy: Tensor, part: slice) -> Tensor:
             old = new.detach() if old_S is None else old_S[part]
             ref = None if ref_S is None else ref_S[part]
             tensors = (new, old, batch.rollout_S[part], ref, batch.advantages_S[part], entropy)
             losses, metrics = grpo.token_losses(*tensors, **options)
-            chunks.append(new.detach())
             sums.update(metrics)
-            return losses.sum() * (self.world_size / total)  # FSDP averages over ranks
+            return losses.sum() * (self.ranks.world_size / total)  # FSDP averages over ranks
 
-        result = self.scorer(batch, self.config.temperature, loss)
-        check_finite(torch.cat(chunks), batch)
-        result.backward()
+        self.scorer(batch, self.config.temperature, loss)[0].backward()
         return sums
 
     def optimizer_step(self, rows: Sequence[ScoredTrajectory]) -> float:
@@ -205,7 +197,7 @@ class Policy:
 
     def blame(self, rows: Sequence[ScoredTrajectory]) -> str:
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
-        plan = grpo.plan_microbatches([row.num_inputs for row in rows], 1, self.world_size)
+        plan = grpo.plan_microbatches([row.num_inputs for row in rows], 1, self.ranks.world_size)
         for indices in zip(*plan, strict=True):  # one trajectory of each rank at a time
             self.optimizer.zero_grad()
             self.backward(grpo.pack([rows[i] for i in indices[self.ranks.rank]], self.device), None, 1)
@@ -226,7 +218,7 @@ class Policy:
         batches = [grpo.pack(score_group(group), self.device) for group in groups]
         return [self.score(self.scorer, batch, temperature).float().cpu().numpy() for batch in batches]
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full weights under their Hugging Face names in config.dtype, one at a time; exhaust it on every rank.
 
         Shards are cast before they are gathered. A tensor may share memory with the weights: copy, do not keep.
@@ -237,12 +229,12 @@ class Policy:
 
     def save(self, folder: str | Path) -> None:
         """Write model, optimizer and warm-up position into a new folder; any number of ranks can load it."""
-        dcp.save(self.state(), checkpoint_id=folder, no_dist=self.world_size == 1)
+        dcp.save(self.state(), checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
 
     def load(self, folder: str | Path) -> None:
         """Read what save() wrote, with this or another number of ranks."""
         state = self.state()
-        dcp.load(state, checkpoint_id=folder, no_dist=self.world_size == 1)
+        dcp.load(state, checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
         set_state_dict(self.scorer, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
         self.rollouts = int(state["rollouts"])
 
@@ -276,11 +268,3 @@ def score_group(group: Group) -> list[ScoredTrajectory]:
             ids, logprobs = trajectory.token_ids[: sampled[-1] + 1], trajectory.logprobs[sampled]
             rows.append(ScoredTrajectory(name, ids, sampled, logprobs, float(advantage)))
     return rows
-
-
-def check_finite(logprobs_S: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """The log-probabilities unchanged, or an error that names the first trajectory with a bad one."""
-    bad = (~torch.isfinite(logprobs_S)).nonzero()[:, 0].tolist()
-    if bad:
-        raise FloatingPointError(f"{batch.names_S[bad[0]]}: log-probability {logprobs_S[bad[0]].item()}")
-    return logprobs_S

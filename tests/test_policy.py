@@ -39,6 +39,7 @@ MODELS = {  # tied and untied head, as many key heads as query heads and fewer
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=4, tie_word_embeddings=True)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=False)),
 }
+ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 END = 60  # plays the end-of-turn token
 
 
@@ -91,9 +92,9 @@ def make_groups(questions: int = 5, size: int = 4, seed: int = 0) -> list[Group]
     return groups
 
 
-def make_policy(models: Path, name: str = "qwen2", world_size: int = 1, **changes: object) -> Policy:
+def make_policy(models: Path, name: str = "qwen2", ranks: Ranks = ONE_RANK, **changes: object) -> Policy:
     """A policy whose optimizer is plain gradient descent, so that a change of weights is a gradient."""
-    policy = Policy(config(**changes), str(models / name), "cpu", world_size)
+    policy = Policy(config(**changes), str(models / name), ranks)
     policy.optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
     return policy
 
@@ -300,7 +301,7 @@ def test_no_attention_mask_is_built(models):
 def test_one_step_makes_a_rewarded_trajectory_likelier_and_its_rival_unlikelier(models):
     group = make_groups(1, 2)[0]
     group = Group(group.question, group.trajectories, [1.0, 0.0], group_advantages([1.0, 0.0]).tolist())
-    policy = Policy(config(lr=1e-3, dtype="float32", importance_cap=0.0), str(models / "qwen2"), "cpu")
+    policy = Policy(config(lr=1e-3, dtype="float32", importance_cap=0.0), str(models / "qwen2"), ONE_RANK)
     before = [values.sum() for values in policy.logprobs(group.trajectories, 1.0)]
     policy.update([group])
     after = [values.sum() for values in policy.logprobs(group.trajectories, 1.0)]
@@ -421,9 +422,9 @@ def test_nothing_to_train_is_no_step(models):
 # --- saving
 
 
-def adam_policy(models: Path, world_size: int = 1) -> Policy:
+def adam_policy(models: Path, ranks: Ranks = ONE_RANK) -> Policy:
     changes = {"lr": 1e-2, "lr_warmup": 3, "dtype": "float32", "updates_per_rollout": 2, "max_grad_norm": 1.0}
-    return Policy(config(**changes), str(models / "qwen2"), "cpu", world_size)
+    return Policy(config(**changes), str(models / "qwen2"), ranks)
 
 
 @pytest.mark.quick
@@ -475,7 +476,7 @@ def work_as_rank(models: Path, out: Path, shares: str) -> None:
     ranks = Ranks.start()
     rank, world_size = ranks.rank, ranks.world_size
     groups, counts = make_groups(), json.loads(shares)
-    policy = make_policy(models, "llama", world_size)
+    policy = make_policy(models, "llama", ranks)
     if counts == "nan on the last rank":
         if rank == world_size - 1:
             spoil(policy, END, backward=False)
@@ -483,9 +484,9 @@ def work_as_rank(models: Path, out: Path, shares: str) -> None:
     start = sum(counts[:rank])
     moved, metrics = change(policy, groups[start : start + counts[rank]])
     options = {"updates_per_rollout": 2, "lr": 0.3, "gradient_checkpointing": True, "offload_optimizer": world_size > 1}
-    policy = make_policy(models, "llama", world_size, **options)
+    policy = make_policy(models, "llama", ranks, **options)
     dealt, _ = change(policy, deal(groups, rank, world_size))
-    policy = adam_policy(models, world_size)
+    policy = adam_policy(models, ranks)
     policy.load(out / "state1")
     loaded = weights(policy)
     policy.save(out / "again")
