@@ -1,12 +1,10 @@
 """The policy: the model under training, its token log-probabilities, the optimizer step, checkpoints, and weights.
 
 Place in the loop: train.py hands over the groups of one rollout (`update`), then streams the weights to the engine
-(`named_weights`). The mathematics of the loss is in grpo.py; here it meets a model.
-
-Sequences are joined without padding (`packed_attention`), and the output head runs in chunks and only where a sampled
-token is predicted (grpo.HeadLoss): no [T, vocabulary] tensor ever exists. With several ranks, FSDP2 shards weights,
-gradients, optimizer and reference. Every rank sees the (light) token arrays of all ranks and computes the same plan:
-the work is balanced, and who sampled what does not matter.
+(`named_weights`). Sequences are joined without padding, and the output head runs only where a sampled token is
+predicted, a chunk at a time (grpo.HeadLoss): no [T, vocabulary] tensor ever exists. With several ranks, FSDP2 shards
+weights, gradients, optimizer and reference; every rank sees all token arrays and computes the same plan, so that the
+work is balanced, whoever sampled what.
 
 Omitted: tensor, pipeline and sequence parallelism, which a 7B model at 32k tokens on one node does not need; biased
 heads, logit scaling and soft-capping, which few architectures have. Tested with Qwen2 and Llama.
@@ -23,7 +21,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -41,26 +38,22 @@ LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap
 METRICS = ("loss", "kl", "mismatch", "entropy", "clip_fraction", "capped_fraction")  # of grpo.token_losses
 
 
-def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
-    scaling: float | None = None, sliding_window: int | None = None, lengths: Sequence[int] = (), **unused: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """Causal attention inside each of the joined sequences: [1, heads, T, head width] -> [1, T, heads, head width].
+def attend(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **given: Any) -> tuple[Tensor, None]:
+    """Causal attention inside each of the joined sequences: [1, heads, T, head_dim] -> [1, T, heads, head_dim].
 
-    transformers calls this in every layer and passes on the `lengths` of the model's call. It builds no [T, T] mask for
-    an attention that it does not know. On a GPU, flash-attention's varlen kernel would do all sequences in one launch
-    (not tried: no GPU here).
+    transformers calls this in every layer, with the `lengths` that the model was given; it builds no [T, T] mask for an
+    attention that it does not know. On a GPU, flash-attention's varlen kernel would take one launch (not tried).
     """
-    if sliding_window and max(lengths) > sliding_window:
-        raise ValueError(f"a sequence of {max(lengths)} tokens needs the sliding window of {sliding_window}: not built")
-    pieces = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-        for q, k, v in zip(*(x.split(list(lengths), dim=2) for x in (query, key, value)), strict=True)
-    ]
+    lengths, window = list(given["lengths"]), given.get("sliding_window")
+    if window and max(lengths) > window:
+        raise ValueError(f"a sequence of {max(lengths)} tokens needs the sliding window of {window}: not built")
+    options = {"is_causal": True, "scale": given["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
+    sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    pieces = [nn.functional.scaled_dot_product_attention(q, k, v, **options) for q, k, v in sequences]
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
-AttentionInterface.register("packed", packed_attention)
+AttentionInterface.register("packed", attend)
 
 
 class TokenScorer(nn.Module):
@@ -96,10 +89,8 @@ class Policy:
         self.model = self.scorer.model
         # Loaded exactly like the policy, so that the KL of the first step is exactly zero.
         self.reference = self.load_model(model_dir).requires_grad_(False) if config.kl_coef > 0 else None
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay, fused=True,
-        )  # fmt: skip
+        adam = {"betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, **adam)
         self.rollouts = 0  # update() calls so far, for the warm-up
 
     def load_model(self, model_dir: str) -> TokenScorer:
@@ -107,7 +98,7 @@ class Policy:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=master, attn_implementation="packed")
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # checkpointing is off in eval mode; packed_attention applies no dropout
+        model.train()  # checkpointing is off in eval mode; `attend` applies no dropout
         scorer = TokenScorer(model, self.config.logprob_chunk, self.compute_dtype)
         if self.ranks.world_size == 1:
             return scorer.to(self.device)
@@ -124,29 +115,32 @@ class Policy:
         return fully_shard(scorer, **options)
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Take config.updates_per_rollout optimizer steps on this rank's groups and return the step's metrics.
+        """Take config.updates_per_rollout optimizer steps on all ranks' groups, of which these are ours; their metrics.
 
-        Each update takes its share of the questions of all ranks. Metrics are means over the sampled tokens of the
-        whole rollout, over all ranks. A trajectory without advantage is skipped only if nothing else could move the
-        weights (kl_coef and entropy_coef 0); its tokens stay in N. Raises FloatingPointError naming the question
-        whose reward, log-probability or gradient is not finite, before that update touches the weights.
+        Each step takes its share of the questions. A trajectory without advantage is skipped only if nothing else could
+        move the weights (kl_coef and entropy_coef 0); its tokens stay in N. Raises FloatingPointError naming the
+        question whose reward, log-probability or gradient is not finite, before that step touches the weights.
         """
         questions = self.ranks.gather([score_group(group) for group in groups])
-        updates = self.config.updates_per_rollout
-        cuts = [len(questions) * u // updates for u in range(updates + 1)]
-        parts = [[row for rows in questions[a:b] for row in rows] for a, b in itertools.pairwise(cuts)]
-        plans = [self.plan(rows) for rows in parts]
-        # For the first update old is new itself; for later ones it must be computed before the weights move.
-        old = [[None] * len(plans[0])] + [[self.score(self.scorer, batch) for batch in plan] for plan in plans[1:]]
-        totals = [sum(len(row.sampled) for row in rows) for rows in parts]  # N of each update
-        sums, norms = Counter[str](), []
-        for rows, plan, old_plan, total in zip(parts, plans, old, totals, strict=True):
-            if total:
-                for batch, old_S in zip(plan, old_plan, strict=True):
+        count, updates = self.config.updates_per_rollout, []
+        for u in range(count):
+            share = questions[len(questions) * u // count : len(questions) * (u + 1) // count]
+            rows = list(itertools.chain.from_iterable(share))
+            # For the first step old is new itself; for later ones it must be computed before the weights move.
+            batches = [(batch, self.score(self.scorer, batch) if u else None) for batch in self.plan(rows)]
+            updates.append((rows, batches))
+        sums, norms, trained = Counter[str](), [], 0
+        for rows, batches in updates:
+            if total := sum(len(row.sampled) for row in rows):  # N
+                for batch, old_S in batches:
                     sums.update(self.backward(batch, old_S, total))
                 norms.append(self.optimizer_step(rows))
+                trained += total
         self.rollouts += 1
-        return self.metrics(sums, norms, sum(totals))
+        sums = self.ranks.total(Counter({name: float(value) for name, value in sums.items()}))
+        means = {name: sums[name] / max(1, sums["tokens"]) for name in METRICS}  # without the skipped trajectories
+        means |= {"loss": sums["loss"] / max(1, trained), "grad_norm": sum(norms) / max(1, len(norms))}
+        return means | {"lr": self.optimizer.param_groups[0]["lr"], "updates": len(norms), "trained_tokens": trained}
 
     def plan(self, rows: Sequence[ScoredTrajectory]) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
@@ -205,13 +199,6 @@ class Policy:
                 return "from " + " or ".join(rows[i].name for own in indices for i in own)
         return "from all trajectories together, from none alone"
 
-    def metrics(self, sums: Counter[str], norms: list[float], total: int) -> dict[str, float]:
-        """Means over all ranks: the loss over all N tokens, the rest over those whose trajectory was not skipped."""
-        sums = self.ranks.total(Counter({name: float(value) for name, value in sums.items()}))
-        means = {name: sums[name] / max(1, sums["tokens"]) for name in METRICS}
-        means |= {"loss": sums["loss"] / max(1, total), "grad_norm": sum(norms) / max(1, len(norms))}
-        return means | {"lr": self.optimizer.param_groups[0]["lr"], "updates": len(norms), "trained_tokens": total}
-
     def logprobs(self, trajectories: Sequence[Trajectory], temperature: float) -> list[np.ndarray]:
         """Log-probabilities of the sampled tokens of each trajectory; with several ranks, all must pass the same."""
         groups = [Group(trajectory.question, [trajectory], [0.0], [0.0]) for trajectory in trajectories]
@@ -250,11 +237,10 @@ class Policy:
         """Write a plain Hugging Face folder (rank 0 writes), which transformers and vLLM load."""
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.named_weights() if self.ranks.rank == 0}
         if self.ranks.rank == 0:
-            config = self.model.config.to_dict() | {"dtype": self.compute_dtype}
-            self.model.config.from_dict(config).save_pretrained(folder)
-            self.model.generation_config.save_pretrained(folder)
+            config = self.model.config.from_dict(self.model.config.to_dict() | {"dtype": self.compute_dtype})
+            for part in (config, self.model.generation_config, tokenizer):
+                part.save_pretrained(folder)
             save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-            tokenizer.save_pretrained(folder)
 
 
 def score_group(group: Group) -> list[ScoredTrajectory]:
