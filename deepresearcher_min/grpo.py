@@ -1,8 +1,7 @@
 """GRPO as plain tensor math: advantages, packing of sequences into micro-batches, and the loss of each token.
 
-Place in the loop: policy.py calls `plan_microbatches` and `pack` to lay out a rollout, runs the model, and hands
-log-probabilities to `token_losses`. There is no model and no input or output here, so every line can be checked
-against numbers worked by hand.
+Place in the loop: policy.py calls `plan_microbatches` and `pack` to lay out a rollout, and hands log-probabilities to
+`token_losses`. There is no model and no input or output here: every line can be checked by hand.
 
     loss = -(1/N) sum over sampled tokens t of [ w_t min(rho_t A, clip(rho_t, 1-clip_low, 1+clip_high) A)
                                                  - kl_coef k3_t + entropy_coef H_t ]
@@ -39,8 +38,8 @@ from torch import Tensor
 ChunkLoss = Callable[[Tensor, Tensor, slice], Tensor]
 
 KL_CLAMP = 10.0  # of one token's k3 value, as in the official code
-# Differences of log-probabilities are held within this before exp: beyond it every clip and clamp has long acted,
-# while an overflow to infinity would turn their zero gradients into nan (0 times infinity).
+# Of differences of log-probabilities before exp. Beyond it every clip and clamp has long acted, while an overflow to
+# infinity would turn their zero gradients into nan (0 times infinity).
 EXPONENT_LIMIT = 20.0
 
 
@@ -52,22 +51,22 @@ def group_advantages(rewards: Sequence[float] | np.ndarray | Tensor, normalize_s
     Raises ValueError for a reward that is not finite. Example: [0, 0, 1] -> [-0.577, -0.577, 1.155].
     """
     given_G = torch.as_tensor(rewards)
-    dtype, rewards_G = given_G.dtype if given_G.is_floating_point() else torch.float32, given_G.double()
+    rewards_G = given_G.double()
     if not torch.isfinite(rewards_G).all():
         raise ValueError(f"rewards of a group must be finite, not {rewards_G.tolist()}")
-    if (rewards_G == rewards_G[:1]).all():
-        return torch.zeros_like(rewards_G, dtype=dtype)
     advantages_G = rewards_G - rewards_G.mean()
-    if normalize_std:
+    if (rewards_G == rewards_G[:1]).all():
+        advantages_G = torch.zeros_like(rewards_G)
+    elif normalize_std:
         advantages_G = advantages_G / (rewards_G.std(unbiased=True) + 1e-6)
-    return advantages_G.to(dtype)
+    return advantages_G.to(torch.promote_types(given_G.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
 class ScoredTrajectory:
     """What the loss needs of one trajectory; nothing behind the last sampled token matters."""
 
-    name: str  # which one it is, for error messages
+    name: str  # for error messages
     token_ids: np.ndarray  # up to the last sampled one, which is only ever predicted
     sampled: np.ndarray  # indices into token_ids
     rollout_logprobs: np.ndarray  # of the sampled tokens
@@ -81,15 +80,12 @@ class ScoredTrajectory:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: sequences end to end, and where in them tokens are predicted.
-
-    The sampled token i of a sequence is predicted at position i-1, so predict_S points one before it.
-    """
+    """One micro-batch: sequences end to end, and where in them the sampled tokens are predicted."""
 
     lengths: tuple[int, ...]  # of each sequence, sums to T
     token_ids_T: Tensor
     position_ids_T: Tensor
-    predict_S: Tensor  # indices into T
+    predict_S: Tensor  # indices into T: token i of a sequence is predicted at its position i-1
     targets_S: Tensor
     rollout_S: Tensor
     advantages_S: Tensor
@@ -104,7 +100,7 @@ def pack(rows: Sequence[ScoredTrajectory], device: torch.device | str = "cpu") -
     Raises ValueError when nothing, or a first token, counts as sampled, since nothing could have predicted it.
     """
     for row in rows:
-        if 0 in row.sampled or row.num_inputs == 0:
+        if 0 in row.sampled or not len(row.sampled):
             raise ValueError(f"{row.name}: it needs a prompt and a sampled token")
     nothing = np.zeros(0, np.int64)
     rows = rows or [ScoredTrajectory("nobody", np.zeros(2), nothing, nothing, 0.0)]
@@ -126,26 +122,22 @@ def pack(rows: Sequence[ScoredTrajectory], device: torch.device | str = "cpu") -
     )
 
 
-def plan_microbatches(
-    lengths: Sequence[int], budget: int, world_size: int = 1, hidden_size: int = 1024
-) -> list[list[list[int]]]:
+def plan_microbatches(lengths: Sequence[int], budget: int, world_size: int, hidden_size: int) -> list[list[list[int]]]:
     """Share sequences out: plan[rank][micro-batch] is a list of indices into lengths, longest sequences first.
 
     budget: tokens of one micro-batch; a longer sequence gets one of its own. Each sequence goes to the rank with the
     least work so far; work is length + length^2 / (12 hidden_size), the ratio of a transformer's linear layers
     (24 D^2 FLOPs a token) to its causal attention (2 length D). All ranks get the same number of micro-batches,
-    the last ones empty where needed, and at least one. Every rank computes the same plan from the same lengths.
+    at least one; the last ones may be empty. Every rank computes the same plan from the same lengths.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    work = [0.0] * world_size
-    plan: list[list[list[int]]] = [[] for _ in range(world_size)]
-    for i in order:
+    work, plan = [0.0] * world_size, [list[list[int]]() for _ in range(world_size)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         rank = work.index(min(work))
         work[rank] += lengths[i] + lengths[i] ** 2 / (12 * hidden_size)
         if not plan[rank] or sum(lengths[j] for j in plan[rank][-1]) + lengths[i] > budget:
             plan[rank].append([])
         plan[rank][-1].append(i)
-    count = max(1, *(len(batches) for batches in plan))
+    count = max(1, *map(len, plan))
     return [batches + [[] for _ in range(count - len(batches))] for batches in plan]
 
 
@@ -156,26 +148,16 @@ def kl_k3(new_S: Tensor, ref_S: Tensor) -> Tensor:
 
 
 def token_losses(
-    new_S: Tensor,
-    old_S: Tensor,
-    rollout_S: Tensor,
-    ref_S: Tensor | None,
-    advantages_S: Tensor,
-    entropy_S: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float = 0.0,
-    entropy_coef: float = 0.0,
-    importance_cap: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    new_S: Tensor, old_S: Tensor, rollout_S: Tensor, ref_S: Tensor | None, advantages_S: Tensor, entropy_S: Tensor,
+    *, clip_low: float, clip_high: float, kl_coef: float = 0.0, entropy_coef: float = 0.0, importance_cap: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The loss of each sampled token, [S], not yet divided by N (module docstring), and sums of metrics.
 
     Gradient flows through new_S and entropy_S only. With one update per rollout pass old_S = new_S.detach(): the
-    ratio is 1 and its gradient is the policy gradient. importance_cap 0 means no importance weight; ref_S may be
-    None only when kl_coef is 0. The metrics are float64 sums over the tokens, so that sums over micro-batches and
-    ranks, divided by "tokens", are means over the whole step: clip_fraction counts tokens whose gradient the clip
-    removed, capped_fraction those whose importance weight was cut, mismatch is |old - rollout| in nats.
+    ratio is 1 and its gradient is the policy gradient. importance_cap 0: no importance weight; ref_S None: no KL.
+    The metrics are float64 sums over the tokens, so that sums over micro-batches and ranks, divided by "tokens", are
+    means over the whole step: clip_fraction counts tokens whose gradient the clip removed, capped_fraction those
+    whose importance weight was cut, mismatch is |old - rollout| in nats.
     """
     ratio_S = (new_S - old_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     clipped_S = ratio_S.clamp(1 - clip_low, 1 + clip_high)
@@ -185,9 +167,8 @@ def token_losses(
     if importance_cap:
         losses_S = losses_S * weights_S.clamp(max=cap)
     kl_S = torch.zeros_like(new_S) if ref_S is None else kl_k3(new_S, ref_S)
-    if kl_coef:
-        losses_S = losses_S + kl_coef * kl_S
-    if entropy_coef:
+    losses_S = losses_S + kl_coef * kl_S
+    if entropy_coef:  # HeadLoss has less to do for an entropy that is not used
         losses_S = losses_S - entropy_coef * entropy_S
     metrics = {
         "loss": losses_S,

@@ -142,12 +142,12 @@ class Policy:
         means |= {"loss": sums["loss"] / max(1, trained), "grad_norm": sum(norms) / max(1, len(norms))}
         return means | {"lr": self.optimizer.param_groups[0]["lr"], "updates": len(norms), "trained_tokens": trained}
 
-    def plan(self, rows: Sequence[ScoredTrajectory]) -> list[PackedBatch]:
+    def plan(self, rows: Sequence[ScoredTrajectory], budget: int = 0) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
         moving = self.config.kl_coef > 0 or self.config.entropy_coef > 0
         kept = [row for row in rows if moving or row.advantage != 0]
-        lengths, budget = [row.num_inputs for row in kept], self.config.microbatch_tokens
-        plan = grpo.plan_microbatches(lengths, budget, self.ranks.world_size, self.model.config.hidden_size)
+        lengths, width = [row.num_inputs for row in kept], self.model.config.hidden_size
+        plan = grpo.plan_microbatches(lengths, budget or self.config.microbatch_tokens, self.ranks.world_size, width)
         return [grpo.pack([kept[i] for i in indices], self.device) for indices in plan[self.ranks.rank]]
 
     @torch.no_grad()
@@ -191,12 +191,11 @@ class Policy:
 
     def blame(self, rows: Sequence[ScoredTrajectory]) -> str:
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
-        plan = grpo.plan_microbatches([row.num_inputs for row in rows], 1, self.ranks.world_size)
-        for indices in zip(*plan, strict=True):  # one trajectory of each rank at a time
+        for batch in self.plan(rows, budget=1):  # one trajectory of each rank at a time
             self.optimizer.zero_grad()
-            self.backward(grpo.pack([rows[i] for i in indices[self.ranks.rank]], self.device), None, 1)
+            self.backward(batch, None, 1)
             if not np.isfinite(self.gradient_norm()):
-                return "from " + " or ".join(rows[i].name for own in indices for i in own)
+                return "from " + " or ".join(self.ranks.gather(batch.names_S[:1].tolist()))
         return "from all trajectories together, from none alone"
 
     def logprobs(self, trajectories: Sequence[Trajectory], temperature: float) -> list[np.ndarray]:
