@@ -2,7 +2,7 @@
 
 Place in the loop: rollout.py submits one request per assistant turn and steps the engine while anyone waits; train.py
 hands over new weights once per optimizer step. Requests join and leave at any step, and a turn computes only what is
-new. HFEngine (transformers and PyTorch, bitwise repeatable) is for laptops and tests, VLLMEngine for GPUs.
+new. HFEngine (transformers, bitwise repeatable) is for laptops and tests, VLLMEngine for GPUs.
 Left out: text (a turn ends with a token id, not with a string), penalties, top-k, beam search.
 """
 
@@ -88,10 +88,9 @@ class Request:
     token_ids: np.ndarray  # the prompt, [n] int32
     sampling: Sampling
     generator: torch.Generator
+    logprobs: list[float] = field(default_factory=list)  # of the tokens sampled so far
     # (row, source, past, end): next, this row of the KV cache gets tokens past to end; row `source` has those before.
     span: tuple[int, int, int, int] = (-1, -1, 0, 0)
-    sampled: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
 
 
 class HFEngine(Engine):
@@ -116,8 +115,7 @@ class HFEngine(Engine):
         self.cache = torch.empty(shape, dtype=self.model.dtype)  # takes memory only where it is ever written
         self.ids = np.zeros((rows, self.max_len), np.int32)
         self.held = np.zeros(rows, np.int64)  # so many ids of a row are in the cache, or will be after the next step
-        self.names: list[str | None] = [None] * rows  # whose request each row holds, or held last
-        self.idle = list(range(rows))  # the first has been idle for longest
+        self.idle: dict[Any, int] = {row: row for row in range(rows)}  # last request -> its row; longest idle first
         self.waiting, self.running, self.stats = list[Request](), list[Request](), Counter[str]()
 
     def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
@@ -130,11 +128,10 @@ class HFEngine(Engine):
         n, name = len(request.token_ids), request.request_id
         equal = np.logical_and.accumulate(self.ids[:, :n] == request.token_ids, axis=1)
         common = np.minimum(equal.sum(1), self.held)
-        row = self.names.index(name) if name in self.names else self.idle[0]
+        row = self.idle.pop(name if name in self.idle else next(iter(self.idle)))
         source = max(row, int(common.argmax()), key=common.__getitem__)
         past = min(int(common[source]), n - 1)  # the last token is always computed: its logits are needed
-        self.ids[row, :n], self.held[row], self.names[row] = request.token_ids, n, name
-        self.idle.remove(row)
+        self.ids[row, :n], self.held[row] = request.token_ids, n
         request.span = row, source, past, n
         self.running.append(request)
         self.stats.update(cached_tokens=past, prefill_tokens=n - past)
@@ -154,23 +151,23 @@ class HFEngine(Engine):
         finished = {}
         for request, token_id, logprob in zip(self.running, *sample(logits, self.running), strict=True):
             row, *_, end = request.span
-            request.sampled.append(token_id)
-            request.logprobs.append(logprob)
             request.span = row, row, end, end + 1
+            request.logprobs.append(logprob)
             self.ids[row, end], self.held[row] = token_id, end + 1
-            full = len(request.sampled) == request.sampling.max_tokens or end + 1 == self.max_len
-            reason = "stop" if token_id in request.sampling.stop_token_ids else "length" if full else ""
-            if reason:
-                finished[request.request_id] = Completion(request.sampled, request.logprobs, reason)
+            stopped = token_id in request.sampling.stop_token_ids
+            if stopped or len(request.logprobs) == request.sampling.max_tokens or end + 1 == self.max_len:
+                sampled = self.ids[row, len(request.token_ids) : end + 1].tolist()
+                finished[request.request_id] = Completion(sampled, request.logprobs, "stop" if stopped else "length")
         self.stats["decode_tokens"] += len(spans)
         self.abort(finished)
         return finished
 
     def abort(self, request_ids: Iterable[str]) -> None:
         gone = set(request_ids)
-        for row in [request.span[0] for request in self.running if request.request_id in gone]:
-            self.held[row] -= 1  # the last sampled token has not been an input
-            self.idle.append(row)
+        for request in self.running:
+            if request.request_id in gone:
+                self.idle[request.request_id] = row = request.span[0]
+                self.held[row] -= 1  # the last sampled token has not been an input
         self.waiting = [request for request in self.waiting if request.request_id not in gone]
         self.running = [request for request in self.running if request.request_id not in gone]
 
@@ -183,7 +180,7 @@ class HFEngine(Engine):
         if missing := parameters.keys() - given.keys():
             raise ValueError(f"update_weights: no values for {sorted(missing)}")
         # The rows' order is as new, too: who shares whose prefix decides the last bits, and a resumed run has no past.
-        self.held[:], self.names, self.idle = 0, [None] * len(self.names), sorted(self.idle)
+        self.held[:], self.idle = 0, {row: row for row in range(len(self.held))}
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None, **given: Any) -> tuple[Tensor, None]:
