@@ -229,8 +229,7 @@ class VLLMEngine(Engine):
     """
 
     def __init__(self, config: Config, model_dir: str, world_size: int) -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's core in this process
-        os.environ["VLLM_NO_USAGE_STATS"] = "1"  # no telemetry
+        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")  # in this process; no telemetry
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm  # 10-30 s; reads the environment
 
@@ -281,8 +280,7 @@ class VLLMEngine(Engine):
         if self.engine.has_unfinished_requests() or not self.llm.reset_prefix_cache():
             raise RuntimeError("update_weights: requests are running")
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
-        if not self.gpu:
-            # vLLM multiplies with repacked copies of weights; the reload misses that of a tied head, which is not sent.
+        if not self.gpu:  # it multiplies with repacked copies; the reload misses that of a tied head, which is not sent
             self.llm.apply_model(lambda model: model.lm_head.quant_method.process_weights_after_loading(model.lm_head))
 
     def sleep(self) -> None:

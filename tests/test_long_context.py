@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from engines import GREEDY, VOCABULARY, engine_config, prompts, run, vllm_installed
 from scripted import ONE_RANK
-from test_engine import GREEDY, VOCABULARY, engine_config, prompts, run, vllm_installed
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from deepresearcher_min.engine import Sampling, make_engine
