@@ -1,6 +1,16 @@
-"""Environment of the whole test suite; it must stand before torch and vllm are imported."""
+"""Environment of the whole test suite, which must stand before torch and vllm are imported, and a shared fixture."""
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only fight over the cores of a small machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """The folder of the small models of policies.py."""
+    from policies import save_models
+
+    return save_models(tmp_path_factory.mktemp("models"))
