@@ -96,9 +96,9 @@ class Request:
 class HFEngine(Engine):
     """Continuous batching around a transformers model, without padding.
 
-    All new tokens of a step, of prompts and of running turns, pass the linear layers as one flat sequence [1, N];
-    `attend` replaces the model's attention and keeps requests apart. The KV cache has a row for each request, where its
-    next turn goes on; others with the same beginning copy that. Every request has a random stream of its own.
+    All new tokens of a step, of prompts and of running turns, pass the model as one sequence [1, N]; `attend` keeps the
+    requests apart. The KV cache has a row for each request, where its next turn goes on; others with the same beginning
+    copy that. Every request has a random stream of its own.
     """
 
     def __init__(self, config: Config, model_dir: str) -> None:
@@ -113,8 +113,7 @@ class HFEngine(Engine):
         head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
         shape = (model.num_hidden_layers, 2, rows, model.num_key_value_heads, self.max_len, head_dim)
         self.cache = torch.empty(shape, dtype=self.model.dtype)  # takes memory only where it is ever written
-        self.ids = np.zeros((rows, self.max_len), np.int32)
-        self.held = np.zeros(rows, np.int64)  # so many ids of a row are in the cache, or will be after the next step
+        self.ids = np.full((rows, self.max_len), -1, np.int32)  # in the cache now or after the next step; -1: nothing
         self.idle: dict[Any, int] = {row: row for row in range(rows)}  # last request -> its row; longest idle first
         self.waiting, self.running, self.stats = list[Request](), list[Request](), Counter[str]()
 
@@ -126,12 +125,11 @@ class HFEngine(Engine):
     def admit(self, request: Request) -> None:
         """Give a request a row, and the longest prefix that any row has."""
         n, name = len(request.token_ids), request.request_id
-        equal = np.logical_and.accumulate(self.ids[:, :n] == request.token_ids, axis=1)
-        common = np.minimum(equal.sum(1), self.held)
+        common = np.logical_and.accumulate(self.ids[:, :n] == request.token_ids, axis=1).sum(1)
         row = self.idle.pop(name if name in self.idle else next(iter(self.idle)))
         source = max(row, int(common.argmax()), key=common.__getitem__)
         past = min(int(common[source]), n - 1)  # the last token is always computed: its logits are needed
-        self.ids[row, :n], self.held[row] = request.token_ids, n
+        self.ids[row, :n], self.ids[row, n:] = request.token_ids, -1
         request.span = row, source, past, n
         self.running.append(request)
         self.stats.update(cached_tokens=past, prefill_tokens=n - past)
@@ -153,7 +151,7 @@ class HFEngine(Engine):
             row, *_, end = request.span
             request.span = row, row, end, end + 1
             request.logprobs.append(logprob)
-            self.ids[row, end], self.held[row] = token_id, end + 1
+            self.ids[row, end] = token_id
             stopped = token_id in request.sampling.stop_token_ids
             if stopped or len(request.logprobs) == request.sampling.max_tokens or end + 1 == self.max_len:
                 sampled = self.ids[row, len(request.token_ids) : end + 1].tolist()
@@ -166,8 +164,9 @@ class HFEngine(Engine):
         gone = set(request_ids)
         for request in self.running:
             if request.request_id in gone:
-                self.idle[request.request_id] = row = request.span[0]
-                self.held[row] -= 1  # the last sampled token has not been an input
+                row, *_, end = request.span
+                self.idle[request.request_id] = row
+                self.ids[row, end - 1] = -1  # the last sampled token has not been an input
         self.waiting = [request for request in self.waiting if request.request_id not in gone]
         self.running = [request for request in self.running if request.request_id not in gone]
 
@@ -180,7 +179,7 @@ class HFEngine(Engine):
         if missing := parameters.keys() - given.keys():
             raise ValueError(f"update_weights: no values for {sorted(missing)}")
         # The rows' order is as new, too: who shares whose prefix decides the last bits, and a resumed run has no past.
-        self.held[:], self.idle = 0, {row: row for row in range(len(self.held))}
+        self.ids[:], self.idle = -1, {row: row for row in range(len(self.ids))}
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None, **given: Any) -> tuple[Tensor, None]:

@@ -12,10 +12,10 @@ Place in the loop: policy.py calls `plan_microbatches` and `pack` to lay out a r
 Four log-probabilities, four names: rollout_ is what the engine reported while sampling, old_ the policy before the
 first update of this rollout, new_ the policy now (with gradient), ref_ the frozen start model.
 
-Who proposed what: group-relative advantages and the k3 term in the loss: DeepSeekMath (GRPO). Clipping: PPO.
-clip_high > clip_low: DAPO. No division by the standard deviation: Dr. GRPO. One global N: DAPO's token-level mean,
-taken over the whole step. Importance weight w: truncated importance sampling (TIS), for engines whose numerics
-differ from the trainer's. k3: J. Schulman's note on approximating KL. The entropy bonus is older than all of them.
+Who proposed what: group-relative advantages and k3 in the loss: DeepSeekMath (GRPO). k3: J. Schulman's note on
+approximating KL. Clipping: PPO. clip_high > clip_low: DAPO. No division by the standard deviation: Dr. GRPO. One N:
+DAPO's token-level mean, over the whole step. Importance weight w: truncated importance sampling (TIS), for engines
+whose numerics differ from the trainer's. The entropy bonus is older than all of them.
 
 Shape suffixes of tensor names:
     G  trajectories of one question          T  tokens of one micro-batch, sequences joined without padding
@@ -95,9 +95,8 @@ class PackedBatch:
 def pack(rows: Sequence[ScoredTrajectory], device: torch.device | str = "cpu") -> PackedBatch:
     """Join sequences into one micro-batch without padding.
 
-    No rows give a batch of one token and no trained position: a rank with nothing to do still runs the model,
-    because the other ranks wait for it in collective operations.
-    Raises ValueError when nothing, or a first token, counts as sampled, since nothing could have predicted it.
+    No rows give one token and no trained position: a rank with nothing to do still runs the model, because the others
+    wait for it in collectives. ValueError when nothing is sampled, or a first token, which nothing could predict.
     """
     for row in rows:
         if 0 in row.sampled or not len(row.sampled):
@@ -127,8 +126,8 @@ def plan_microbatches(lengths: Sequence[int], budget: int, world_size: int, hidd
 
     budget: tokens of one micro-batch; a longer sequence gets one of its own. Each sequence goes to the rank with the
     least work so far; work is length + length^2 / (12 hidden_size), the ratio of a transformer's linear layers
-    (24 D^2 FLOPs a token) to its causal attention (2 length D). All ranks get the same number of micro-batches,
-    at least one; the last ones may be empty. Every rank computes the same plan from the same lengths.
+    (24 D^2 FLOPs a token) to its causal attention (2 length D). All ranks get the same number of micro-batches, at
+    least one; the last may be empty.
     """
     work, plan = [0.0] * world_size, [list[list[int]]() for _ in range(world_size)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -155,9 +154,9 @@ def token_losses(
 
     Gradient flows through new_S and entropy_S only. With one update per rollout pass old_S = new_S.detach(): the
     ratio is 1 and its gradient is the policy gradient. importance_cap 0: no importance weight; ref_S None: no KL.
-    The metrics are float64 sums over the tokens, so that sums over micro-batches and ranks, divided by "tokens", are
-    means over the whole step: clip_fraction counts tokens whose gradient the clip removed, capped_fraction those
-    whose importance weight was cut, mismatch is |old - rollout| in nats.
+    The metrics are float64 sums, so that sums over micro-batches and ranks, divided by "tokens", are means over the
+    step: clip_fraction counts tokens whose gradient the clip removed, capped_fraction those whose importance weight
+    was cut, mismatch is |old - rollout| in nats.
     """
     ratio_S = (new_S - old_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     clipped_S = ratio_S.clamp(1 - clip_low, 1 + clip_high)
@@ -185,10 +184,9 @@ def token_losses(
 class HeadLoss(torch.autograd.Function):
     """Output head, log-softmax and loss at the trained positions, a chunk at a time, with the head's gradient.
 
-    Returns the sum of the losses, and log-probabilities_S, which carry no gradient. The loss is a sum over tokens, so
-    the gradient of a chunk is known as soon as its loss is: it is formed here, in the forward pass, while the chunk's
-    logits exist, and backward only hands it out. Autograd would keep the logits or compute them twice. Written out,
-    with p the probabilities, H the entropy and t the target:
+    Returns the sum of the losses, and log-probabilities_S, which carry no gradient. A chunk's gradient is known as soon
+    as its loss is: it is formed in the forward pass, while the chunk's logits exist, and backward only hands it out.
+    Autograd would keep the logits or compute them twice. With p the probabilities, H the entropy and t the target:
         d logprob[t] / d logits = onehot(t) - p        d H / d logits = -p (log p + H)
     Under torch.no_grad, `loss` is never called.
     """
