@@ -101,8 +101,7 @@ def pack(rows: Sequence[ScoredTrajectory], device: torch.device | str = "cpu") -
     for row in rows:
         if 0 in row.sampled or not len(row.sampled):
             raise ValueError(f"{row.name}: it needs a prompt and a sampled token")
-    nothing = np.zeros(0, np.int64)
-    rows = rows or [ScoredTrajectory("nobody", np.zeros(2), nothing, nothing, 0.0)]
+    rows = rows or [ScoredTrajectory("nobody", np.zeros(2), np.zeros(0, np.int64), np.zeros(0), 0.0)]
     lengths, counts = [row.num_inputs for row in rows], [len(row.sampled) for row in rows]
     starts = itertools.accumulate(lengths, initial=0)
 

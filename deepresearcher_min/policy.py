@@ -122,10 +122,9 @@ class Policy:
         question whose reward, log-probability or gradient is not finite, before that step touches the weights.
         """
         questions = self.ranks.gather([score_group(group) for group in groups])
-        count, updates = self.config.updates_per_rollout, []
+        n, count, updates = len(questions), self.config.updates_per_rollout, []
         for u in range(count):
-            share = questions[len(questions) * u // count : len(questions) * (u + 1) // count]
-            rows = list(itertools.chain.from_iterable(share))
+            rows = list(itertools.chain.from_iterable(questions[n * u // count : n * (u + 1) // count]))
             # For the first step old is new itself; for later ones it must be computed before the weights move.
             batches = [(batch, self.score(self.scorer, batch) if u else None) for batch in self.plan(rows)]
             updates.append((rows, batches))
@@ -144,8 +143,7 @@ class Policy:
 
     def plan(self, rows: Sequence[ScoredTrajectory], budget: int = 0) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
-        moving = self.config.kl_coef > 0 or self.config.entropy_coef > 0
-        kept = [row for row in rows if moving or row.advantage != 0]
+        kept = [row for row in rows if row.advantage != 0 or self.config.kl_coef > 0 or self.config.entropy_coef > 0]
         lengths, width = [row.num_inputs for row in kept], self.model.config.hidden_size
         plan = grpo.plan_microbatches(lengths, budget or self.config.microbatch_tokens, self.ranks.world_size, width)
         return [grpo.pack([kept[i] for i in indices], self.device) for indices in plan[self.ranks.rank]]
