@@ -36,7 +36,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
     """The whole run. False if Ctrl-C, SIGTERM or max_cost ended it early; the state is saved then, too."""
     clock, task = Clock(), load_task(config)
     agent, examiner = make_agent(config, task, ranks)
-    policy = Policy(config, task.model_dir, ranks.device, ranks.world_size)
+    policy = Policy(config, task.model_dir, ranks)
     checkpoints = Checkpoints(config.run_dir, config.keep_checkpoints, ranks)
     state = restore(checkpoints, policy)
     metrics = report.MetricsFile(Path(config.run_dir) / "metrics.jsonl", state["step"], write=ranks.rank == 0)

@@ -115,7 +115,7 @@ def work(plan: Plan, offload: bool) -> None:
     found: dict[str, Any] = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}
     phases = found["memory_gb"] = {"start": memory(ranks.device)}
 
-    policy = Policy(config, model_dir, ranks.device, ranks.world_size)
+    policy = Policy(config, model_dir, ranks)
     phases["policy"] = memory(ranks.device)
     engine = make_engine(config, model_dir, ranks.world_size)
     engine.update_weights(policy.named_weights())

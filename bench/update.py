@@ -44,6 +44,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM 
 from deepresearcher_min import grpo  # noqa: E402
 from deepresearcher_min.config import load_config  # noqa: E402
 from deepresearcher_min.policy import Policy, score_group  # noqa: E402
+from deepresearcher_min.run import Ranks  # noqa: E402
 from deepresearcher_min.trajectory import Group, Question, Trajectory  # noqa: E402
 
 TRL = "trl==1.16.0"
@@ -59,6 +60,7 @@ SETTINGS = [
     "--preset=wiki", "--temperature=1", "--kl_coef=0", "--importance_cap=0", "--gradient_checkpointing=true",
     "--microbatch_tokens=8192",
 ]  # fmt: skip
+ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 CAPTION = """
 What carries over to a 7B model on GPUs: no work on padding, no head at tokens that are not trained, logits never kept
 (24k trained tokens x 152k words in float32 are 14.6 GB), memory linear in length. What does not: the ratios. At 152k
@@ -102,7 +104,7 @@ Contestant = tuple[torch.nn.Module, Callable[[], float]]
 
 
 def ours(folder: str, group: Group) -> Contestant:
-    policy = Policy(load_config(SETTINGS), folder, "cpu")
+    policy = Policy(load_config(SETTINGS), folder, ONE_RANK)
     rows = score_group(group)
     total, plan = sum(t.sampled_mask.sum() for t in group.trajectories), policy.plan(rows)
 
@@ -197,7 +199,7 @@ def trl_async(folder: str, group: Group) -> Contestant:
     model = as_trained(trainer)
     row = packing.TreeRow()
     with torch.no_grad():  # the one update of a rollout has old = new, which this trainer wants to be told
-        old = Policy(load_config(SETTINGS), folder, "cpu").logprobs(group.trajectories, 1.0)
+        old = Policy(load_config(SETTINGS), folder, ONE_RANK).logprobs(group.trajectories, 1.0)
     for trajectory, advantage, logprobs in zip(group.trajectories, group.advantages, old, strict=True):
         known = np.zeros(len(trajectory.token_ids), np.float32)
         known[trajectory.sampled_mask] = logprobs

@@ -2,7 +2,7 @@
 
 Place in the loop: rollout.py submits one request per assistant turn and steps the engine while anyone waits; train.py
 hands over new weights once per optimizer step. Requests join and leave at any step, and a turn computes only what is
-new. HFEngine (transformers and PyTorch, bitwise repeatable) is for laptops and tests, VLLMEngine for GPUs.
+new. HFEngine (transformers, bitwise repeatable) is for laptops and tests, VLLMEngine for GPUs.
 Left out: text (a turn ends with a token id, not with a string), penalties, top-k, beam search.
 """
 
@@ -88,18 +88,17 @@ class Request:
     token_ids: np.ndarray  # the prompt, [n] int32
     sampling: Sampling
     generator: torch.Generator
+    logprobs: list[float] = field(default_factory=list)  # of the tokens sampled so far
     # (row, source, past, end): next, this row of the KV cache gets tokens past to end; row `source` has those before.
     span: tuple[int, int, int, int] = (-1, -1, 0, 0)
-    sampled: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
 
 
 class HFEngine(Engine):
     """Continuous batching around a transformers model, without padding.
 
-    All new tokens of a step, of prompts and of running turns, pass the linear layers as one flat sequence [1, N];
-    `attend` replaces the model's attention and keeps requests apart. The KV cache has a row for each request, where its
-    next turn goes on; others with the same beginning copy that. Every request has a random stream of its own.
+    All new tokens of a step, of prompts and of running turns, pass the model as one sequence [1, N]; `attend` keeps the
+    requests apart. The KV cache has a row for each request, where its next turn goes on; others with the same beginning
+    copy that. Every request has a random stream of its own.
     """
 
     def __init__(self, config: Config, model_dir: str) -> None:
@@ -114,10 +113,8 @@ class HFEngine(Engine):
         head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
         shape = (model.num_hidden_layers, 2, rows, model.num_key_value_heads, self.max_len, head_dim)
         self.cache = torch.empty(shape, dtype=self.model.dtype)  # takes memory only where it is ever written
-        self.ids = np.zeros((rows, self.max_len), np.int32)
-        self.held = np.zeros(rows, np.int64)  # so many ids of a row are in the cache, or will be after the next step
-        self.names: list[str | None] = [None] * rows  # whose request each row holds, or held last
-        self.idle = list(range(rows))  # the first has been idle for longest
+        self.ids = np.full((rows, self.max_len), -1, np.int32)  # in the cache now or after the next step; -1: nothing
+        self.idle: dict[Any, int] = {row: row for row in range(rows)}  # last request -> its row; longest idle first
         self.waiting, self.running, self.stats = list[Request](), list[Request](), Counter[str]()
 
     def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
@@ -128,13 +125,11 @@ class HFEngine(Engine):
     def admit(self, request: Request) -> None:
         """Give a request a row, and the longest prefix that any row has."""
         n, name = len(request.token_ids), request.request_id
-        equal = np.logical_and.accumulate(self.ids[:, :n] == request.token_ids, axis=1)
-        common = np.minimum(equal.sum(1), self.held)
-        row = self.names.index(name) if name in self.names else self.idle[0]
+        common = np.logical_and.accumulate(self.ids[:, :n] == request.token_ids, axis=1).sum(1)
+        row = self.idle.pop(name if name in self.idle else next(iter(self.idle)))
         source = max(row, int(common.argmax()), key=common.__getitem__)
         past = min(int(common[source]), n - 1)  # the last token is always computed: its logits are needed
-        self.ids[row, :n], self.held[row], self.names[row] = request.token_ids, n, name
-        self.idle.remove(row)
+        self.ids[row, :n], self.ids[row, n:] = request.token_ids, -1
         request.span = row, source, past, n
         self.running.append(request)
         self.stats.update(cached_tokens=past, prefill_tokens=n - past)
@@ -154,23 +149,24 @@ class HFEngine(Engine):
         finished = {}
         for request, token_id, logprob in zip(self.running, *sample(logits, self.running), strict=True):
             row, *_, end = request.span
-            request.sampled.append(token_id)
-            request.logprobs.append(logprob)
             request.span = row, row, end, end + 1
-            self.ids[row, end], self.held[row] = token_id, end + 1
-            full = len(request.sampled) == request.sampling.max_tokens or end + 1 == self.max_len
-            reason = "stop" if token_id in request.sampling.stop_token_ids else "length" if full else ""
-            if reason:
-                finished[request.request_id] = Completion(request.sampled, request.logprobs, reason)
+            request.logprobs.append(logprob)
+            self.ids[row, end] = token_id
+            stopped = token_id in request.sampling.stop_token_ids
+            if stopped or len(request.logprobs) == request.sampling.max_tokens or end + 1 == self.max_len:
+                sampled = self.ids[row, len(request.token_ids) : end + 1].tolist()
+                finished[request.request_id] = Completion(sampled, request.logprobs, "stop" if stopped else "length")
         self.stats["decode_tokens"] += len(spans)
         self.abort(finished)
         return finished
 
     def abort(self, request_ids: Iterable[str]) -> None:
         gone = set(request_ids)
-        for row in [request.span[0] for request in self.running if request.request_id in gone]:
-            self.held[row] -= 1  # the last sampled token has not been an input
-            self.idle.append(row)
+        for request in self.running:
+            if request.request_id in gone:
+                row, *_, end = request.span
+                self.idle[request.request_id] = row
+                self.ids[row, end - 1] = -1  # the last sampled token has not been an input
         self.waiting = [request for request in self.waiting if request.request_id not in gone]
         self.running = [request for request in self.running if request.request_id not in gone]
 
@@ -183,7 +179,7 @@ class HFEngine(Engine):
         if missing := parameters.keys() - given.keys():
             raise ValueError(f"update_weights: no values for {sorted(missing)}")
         # The rows' order is as new, too: who shares whose prefix decides the last bits, and a resumed run has no past.
-        self.held[:], self.names, self.idle = 0, [None] * len(self.names), sorted(self.idle)
+        self.ids[:], self.idle = -1, {row: row for row in range(len(self.ids))}
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None, **given: Any) -> tuple[Tensor, None]:
@@ -232,8 +228,7 @@ class VLLMEngine(Engine):
     """
 
     def __init__(self, config: Config, model_dir: str, world_size: int) -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's core in this process
-        os.environ["VLLM_NO_USAGE_STATS"] = "1"  # no telemetry
+        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")  # in this process; no telemetry
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm  # 10-30 s; reads the environment
 
@@ -284,8 +279,7 @@ class VLLMEngine(Engine):
         if self.engine.has_unfinished_requests() or not self.llm.reset_prefix_cache():
             raise RuntimeError("update_weights: requests are running")
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
-        if not self.gpu:
-            # vLLM multiplies with repacked copies of weights; the reload misses that of a tied head, which is not sent.
+        if not self.gpu:  # it multiplies with repacked copies; the reload misses that of a tied head, which is not sent
             self.llm.apply_model(lambda model: model.lm_head.quant_method.process_weights_after_loading(model.lm_head))
 
     def sleep(self) -> None:

@@ -1,8 +1,7 @@
 """GRPO as plain tensor math: advantages, packing of sequences into micro-batches, and the loss of each token.
 
-Place in the loop: policy.py calls `plan_microbatches` and `pack` to lay out a rollout, runs the model, and hands
-log-probabilities to `token_losses`. There is no model and no input or output here, so every line can be checked
-against numbers worked by hand.
+Place in the loop: policy.py calls `plan_microbatches` and `pack` to lay out a rollout, and hands log-probabilities to
+`token_losses`. There is no model and no input or output here: every line can be checked by hand.
 
     loss = -(1/N) sum over sampled tokens t of [ w_t min(rho_t A, clip(rho_t, 1-clip_low, 1+clip_high) A)
                                                  - kl_coef k3_t + entropy_coef H_t ]
@@ -13,10 +12,10 @@ against numbers worked by hand.
 Four log-probabilities, four names: rollout_ is what the engine reported while sampling, old_ the policy before the
 first update of this rollout, new_ the policy now (with gradient), ref_ the frozen start model.
 
-Who proposed what: group-relative advantages and the k3 term in the loss: DeepSeekMath (GRPO). Clipping: PPO.
-clip_high > clip_low: DAPO. No division by the standard deviation: Dr. GRPO. One global N: DAPO's token-level mean,
-taken over the whole step. Importance weight w: truncated importance sampling (TIS), for engines whose numerics
-differ from the trainer's. k3: J. Schulman's note on approximating KL. The entropy bonus is older than all of them.
+Who proposed what: group-relative advantages and k3 in the loss: DeepSeekMath (GRPO). k3: J. Schulman's note on
+approximating KL. Clipping: PPO. clip_high > clip_low: DAPO. No division by the standard deviation: Dr. GRPO. One N:
+DAPO's token-level mean, over the whole step. Importance weight w: truncated importance sampling (TIS), for engines
+whose numerics differ from the trainer's. The entropy bonus is older than all of them.
 
 Shape suffixes of tensor names:
     G  trajectories of one question          T  tokens of one micro-batch, sequences joined without padding
@@ -33,17 +32,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 # (logprobs, entropies, slice of S) -> sum of the losses of this chunk of sampled tokens
-ChunkLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
+ChunkLoss = Callable[[Tensor, Tensor, slice], Tensor]
 
 KL_CLAMP = 10.0  # of one token's k3 value, as in the official code
-# Differences of log-probabilities are held within this before exp: beyond it every clip and clamp has long acted,
-# while an overflow to infinity would turn their zero gradients into nan (0 times infinity).
+# Of differences of log-probabilities before exp. Beyond it every clip and clamp has long acted, while an overflow to
+# infinity would turn their zero gradients into nan (0 times infinity).
 EXPONENT_LIMIT = 20.0
 
 
-def group_advantages(rewards: Sequence[float] | np.ndarray | torch.Tensor, normalize_std: bool = True) -> torch.Tensor:
+def group_advantages(rewards: Sequence[float] | np.ndarray | Tensor, normalize_std: bool = True) -> Tensor:
     """Advantages of the trajectories of one question: rewards_G -> advantages_G (paper eq. 1).
 
     (r - mean) / (std + 1e-6), std unbiased; without the division when normalize_std is false. Equal rewards give
@@ -51,22 +51,22 @@ def group_advantages(rewards: Sequence[float] | np.ndarray | torch.Tensor, norma
     Raises ValueError for a reward that is not finite. Example: [0, 0, 1] -> [-0.577, -0.577, 1.155].
     """
     given_G = torch.as_tensor(rewards)
-    dtype, rewards_G = given_G.dtype if given_G.is_floating_point() else torch.float32, given_G.double()
+    rewards_G = given_G.double()
     if not torch.isfinite(rewards_G).all():
         raise ValueError(f"rewards of a group must be finite, not {rewards_G.tolist()}")
-    if (rewards_G == rewards_G[:1]).all():
-        return torch.zeros_like(rewards_G, dtype=dtype)
     advantages_G = rewards_G - rewards_G.mean()
-    if normalize_std:
+    if (rewards_G == rewards_G[:1]).all():
+        advantages_G = torch.zeros_like(rewards_G)
+    elif normalize_std:
         advantages_G = advantages_G / (rewards_G.std(unbiased=True) + 1e-6)
-    return advantages_G.to(dtype)
+    return advantages_G.to(torch.promote_types(given_G.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
 class ScoredTrajectory:
     """What the loss needs of one trajectory; nothing behind the last sampled token matters."""
 
-    name: str  # which one it is, for error messages
+    name: str  # for error messages
     token_ids: np.ndarray  # up to the last sampled one, which is only ever predicted
     sampled: np.ndarray  # indices into token_ids
     rollout_logprobs: np.ndarray  # of the sampled tokens
@@ -80,37 +80,32 @@ class ScoredTrajectory:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: sequences end to end, and where in them tokens are predicted.
-
-    The sampled token i of a sequence is predicted at position i-1, so predict_S points one before it.
-    """
+    """One micro-batch: sequences end to end, and where in them the sampled tokens are predicted."""
 
     lengths: tuple[int, ...]  # of each sequence, sums to T
-    token_ids_T: torch.Tensor
-    position_ids_T: torch.Tensor
-    predict_S: torch.Tensor  # indices into T
-    targets_S: torch.Tensor
-    rollout_S: torch.Tensor
-    advantages_S: torch.Tensor
+    token_ids_T: Tensor
+    position_ids_T: Tensor
+    predict_S: Tensor  # indices into T: token i of a sequence is predicted at its position i-1
+    targets_S: Tensor
+    rollout_S: Tensor
+    advantages_S: Tensor
     names_S: np.ndarray  # of the trajectories that the sampled tokens belong to
 
 
 def pack(rows: Sequence[ScoredTrajectory], device: torch.device | str = "cpu") -> PackedBatch:
     """Join sequences into one micro-batch without padding.
 
-    No rows give a batch of one token and no trained position: a rank with nothing to do still runs the model,
-    because the other ranks wait for it in collective operations.
-    Raises ValueError when nothing, or a first token, counts as sampled, since nothing could have predicted it.
+    No rows give one token and no trained position: a rank with nothing to do still runs the model, because the others
+    wait for it in collectives. ValueError when nothing is sampled, or a first token, which nothing could predict.
     """
     for row in rows:
-        if 0 in row.sampled or row.num_inputs == 0:
+        if 0 in row.sampled or not len(row.sampled):
             raise ValueError(f"{row.name}: it needs a prompt and a sampled token")
-    nothing = np.zeros(0, np.int64)
-    rows = rows or [ScoredTrajectory("nobody", np.zeros(2), nothing, nothing, 0.0)]
+    rows = rows or [ScoredTrajectory("nobody", np.zeros(2), np.zeros(0, np.int64), np.zeros(0), 0.0)]
     lengths, counts = [row.num_inputs for row in rows], [len(row.sampled) for row in rows]
     starts = itertools.accumulate(lengths, initial=0)
 
-    def tensor(arrays: Iterable[np.ndarray], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    def tensor(arrays: Iterable[np.ndarray], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(np.concatenate(list(arrays))).to(device, dtype)
 
     return PackedBatch(
@@ -125,56 +120,42 @@ def pack(rows: Sequence[ScoredTrajectory], device: torch.device | str = "cpu") -
     )
 
 
-def plan_microbatches(
-    lengths: Sequence[int], budget: int, world_size: int = 1, hidden_size: int = 1024
-) -> list[list[list[int]]]:
+def plan_microbatches(lengths: Sequence[int], budget: int, world_size: int, hidden_size: int) -> list[list[list[int]]]:
     """Share sequences out: plan[rank][micro-batch] is a list of indices into lengths, longest sequences first.
 
     budget: tokens of one micro-batch; a longer sequence gets one of its own. Each sequence goes to the rank with the
     least work so far; work is length + length^2 / (12 hidden_size), the ratio of a transformer's linear layers
-    (24 D^2 FLOPs a token) to its causal attention (2 length D). All ranks get the same number of micro-batches,
-    the last ones empty where needed, and at least one. Every rank computes the same plan from the same lengths.
+    (24 D^2 FLOPs a token) to its causal attention (2 length D). All ranks get the same number of micro-batches, at
+    least one; the last may be empty.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    work = [0.0] * world_size
-    plan: list[list[list[int]]] = [[] for _ in range(world_size)]
-    for i in order:
+    work, plan = [0.0] * world_size, [list[list[int]]() for _ in range(world_size)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         rank = work.index(min(work))
         work[rank] += lengths[i] + lengths[i] ** 2 / (12 * hidden_size)
         if not plan[rank] or sum(lengths[j] for j in plan[rank][-1]) + lengths[i] > budget:
             plan[rank].append([])
         plan[rank][-1].append(i)
-    count = max(1, *(len(batches) for batches in plan))
+    count = max(1, *map(len, plan))
     return [batches + [[] for _ in range(count - len(batches))] for batches in plan]
 
 
-def kl_k3(new_S: torch.Tensor, ref_S: torch.Tensor) -> torch.Tensor:
+def kl_k3(new_S: Tensor, ref_S: Tensor) -> Tensor:
     """The k3 estimate of KL(new || ref) at each sampled token, clamped to +-10; beyond the clamp no gradient."""
     difference_S = (ref_S - new_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
     return (difference_S.exp() - difference_S - 1).clamp(-KL_CLAMP, KL_CLAMP)
 
 
 def token_losses(
-    new_S: torch.Tensor,
-    old_S: torch.Tensor,
-    rollout_S: torch.Tensor,
-    ref_S: torch.Tensor | None,
-    advantages_S: torch.Tensor,
-    entropy_S: torch.Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float = 0.0,
-    entropy_coef: float = 0.0,
-    importance_cap: float = 0.0,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    new_S: Tensor, old_S: Tensor, rollout_S: Tensor, ref_S: Tensor | None, advantages_S: Tensor, entropy_S: Tensor,
+    *, clip_low: float, clip_high: float, kl_coef: float = 0.0, entropy_coef: float = 0.0, importance_cap: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The loss of each sampled token, [S], not yet divided by N (module docstring), and sums of metrics.
 
     Gradient flows through new_S and entropy_S only. With one update per rollout pass old_S = new_S.detach(): the
-    ratio is 1 and its gradient is the policy gradient. importance_cap 0 means no importance weight; ref_S may be
-    None only when kl_coef is 0. The metrics are float64 sums over the tokens, so that sums over micro-batches and
-    ranks, divided by "tokens", are means over the whole step: clip_fraction counts tokens whose gradient the clip
-    removed, capped_fraction those whose importance weight was cut, mismatch is |old - rollout| in nats.
+    ratio is 1 and its gradient is the policy gradient. importance_cap 0: no importance weight; ref_S None: no KL.
+    The metrics are float64 sums, so that sums over micro-batches and ranks, divided by "tokens", are means over the
+    step: clip_fraction counts tokens whose gradient the clip removed, capped_fraction those whose importance weight
+    was cut, mismatch is |old - rollout| in nats.
     """
     ratio_S = (new_S - old_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     clipped_S = ratio_S.clamp(1 - clip_low, 1 + clip_high)
@@ -184,9 +165,8 @@ def token_losses(
     if importance_cap:
         losses_S = losses_S * weights_S.clamp(max=cap)
     kl_S = torch.zeros_like(new_S) if ref_S is None else kl_k3(new_S, ref_S)
-    if kl_coef:
-        losses_S = losses_S + kl_coef * kl_S
-    if entropy_coef:
+    losses_S = losses_S + kl_coef * kl_S
+    if entropy_coef:  # HeadLoss has less to do for an entropy that is not used
         losses_S = losses_S - entropy_coef * entropy_S
     metrics = {
         "loss": losses_S,
@@ -203,21 +183,21 @@ def token_losses(
 class HeadLoss(torch.autograd.Function):
     """Output head, log-softmax and loss at the trained positions, a chunk at a time, with the head's gradient.
 
-    The loss is a sum over tokens, so the gradient of a chunk is known as soon as its loss is: it is formed here, in
-    the forward pass, while the chunk's logits exist, and backward only hands it out. Autograd would keep the logits
-    or compute them twice. Written out, with p the probabilities, H the entropy and t the target:
+    Returns the sum of the losses, and log-probabilities_S, which carry no gradient. A chunk's gradient is known as soon
+    as its loss is: it is formed in the forward pass, while the chunk's logits exist, and backward only hands it out.
+    Autograd would keep the logits or compute them twice. With p the probabilities, H the entropy and t the target:
         d logprob[t] / d logits = onehot(t) - p        d H / d logits = -p (log p + H)
-    Without a gradient to pass on (torch.no_grad), `loss` is called all the same, and just sees the values.
+    Under torch.no_grad, `loss` is never called.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_SD: torch.Tensor, weight_VD: torch.Tensor, targets_S: torch.Tensor, chunk: int, loss: ChunkLoss
-    ) -> torch.Tensor:
-        training, weight = hidden_SD.requires_grad, weight_VD.to(hidden_SD.dtype)
-        wide = torch.promote_types(hidden_SD.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden_SD.device)
-        if training:
+        ctx: Any, hidden_SD: Tensor, weight_VD: Tensor, targets_S: Tensor, chunk: int, loss: ChunkLoss
+    ) -> tuple[Tensor, Tensor]:
+        weight, wide = weight_VD.to(hidden_SD.dtype), torch.promote_types(hidden_SD.dtype, torch.float32)
+        total, logprobs_S = hidden_SD.new_zeros((), dtype=wide), hidden_SD.new_zeros(len(hidden_SD), dtype=wide)
+        ctx.mark_non_differentiable(logprobs_S)
+        if training := hidden_SD.requires_grad:
             ctx.gradients = torch.zeros_like(hidden_SD), torch.zeros_like(weight)
         for start in range(0, len(hidden_SD), chunk):
             logits = logprobs = probs = d_logits = None  # frees the last chunk's before the next one's are made
@@ -225,13 +205,13 @@ class HeadLoss(torch.autograd.Function):
             hidden, targets = hidden_SD[part], targets_S[part, None]
             logits = (hidden @ weight.T).to(wide)
             logprobs = logits.log_softmax(-1)
-            probs = torch.exp(logprobs, out=logits)  # takes over the memory of the logits
-            new = logprobs.gather(-1, targets)[:, 0].requires_grad_(training)
-            entropy = torch.einsum("cv,cv->c", probs, logprobs).neg_().requires_grad_(training)
-            with torch.set_grad_enabled(training):
-                value = loss(new, entropy, part)
+            new = logprobs_S[part] = logprobs.gather(-1, targets)[:, 0]
             if not training:
                 continue
+            probs = torch.exp(logprobs, out=logits)  # takes over the memory of the logits
+            entropy = torch.einsum("cv,cv->c", probs, logprobs).neg_().requires_grad_()
+            with torch.enable_grad():
+                value = loss(new.requires_grad_(), entropy, part)
             total += value.detach()
             d_new, d_entropy = torch.autograd.grad(value, (new, entropy), allow_unused=True)
             factor = -d_new[:, None]
@@ -240,10 +220,10 @@ class HeadLoss(torch.autograd.Function):
             d_logits = probs.mul_(factor).scatter_add_(-1, targets, d_new[:, None]).to(hidden.dtype)
             ctx.gradients[0][part] = d_logits @ weight
             ctx.gradients[1].addmm_(d_logits.T, hidden)
-        return total
+        return total, logprobs_S
 
     @staticmethod
-    def backward(ctx: Any, d_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden_SD, d_weight_VD = (gradient.mul_(d_total) for gradient in ctx.gradients)
         ctx.gradients = None  # [V, D] is large: let go of it as early as possible
         return d_hidden_SD, d_weight_VD, None, None, None

@@ -1,14 +1,10 @@
 """The policy: the model under training, its token log-probabilities, the optimizer step, checkpoints, and weights.
 
 Place in the loop: train.py hands over the groups of one rollout (`update`), then streams the weights to the engine
-(`named_weights`). The mathematics of the loss is in grpo.py; here it meets a model.
-
-How the update stays small and fast:
-- sequences are joined without padding, and attention runs once per sequence (`packed_attention`);
-- the output head runs only at positions that predict a sampled token, in chunks (grpo.HeadLoss), so that no
-  [T, vocabulary] tensor ever exists;
-- with several ranks, FSDP2 shards weights, gradients, optimizer and reference. Every rank sees the (light) token
-  arrays of all ranks and computes the same plan: the work is balanced, and who sampled what does not matter.
+(`named_weights`). Sequences are joined without padding, and the output head runs only where a sampled token is
+predicted, a chunk at a time (grpo.HeadLoss): no [T, vocabulary] tensor ever exists. With several ranks, FSDP2 shards
+weights, gradients, optimizer and reference; every rank sees all token arrays and computes the same plan, so that the
+work is balanced, whoever sampled what.
 
 Omitted: tensor, pipeline and sequence parallelism, which a 7B model at 32k tokens on one node does not need; biased
 heads, logit scaling and soft-capping, which few architectures have. Tested with Qwen2 and Llama.
@@ -25,9 +21,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -43,26 +38,22 @@ LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap
 METRICS = ("loss", "kl", "mismatch", "entropy", "clip_fraction", "capped_fraction")  # of grpo.token_losses
 
 
-def packed_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
-    scaling: float | None = None, sliding_window: int | None = None, lengths: Sequence[int] = (), **unused: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Causal attention inside each of the joined sequences: [1, heads, T, head width] -> [1, T, heads, head width].
+def attend(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **given: Any) -> tuple[Tensor, None]:
+    """Causal attention inside each of the joined sequences: [1, heads, T, head_dim] -> [1, T, heads, head_dim].
 
-    transformers calls this in every layer and passes `lengths` through from the model's call; for an attention that
-    it does not know it builds no mask, so nothing here is [T, T]. On a GPU, SDPA picks its flash kernel for each
-    sequence; flash-attention's varlen kernel would do all of them in one launch (not tried: no GPU here).
+    transformers calls this in every layer, with the `lengths` that the model was given; it builds no [T, T] mask for an
+    attention that it does not know. On a GPU, flash-attention's varlen kernel would take one launch (not tried).
     """
-    if sliding_window and max(lengths) > sliding_window:
-        raise ValueError(f"a sequence of {max(lengths)} tokens needs the sliding window of {sliding_window}: not built")
-    pieces = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-        for q, k, v in zip(*(x.split(list(lengths), dim=2) for x in (query, key, value)), strict=True)
-    ]
+    lengths, window = list(given["lengths"]), given.get("sliding_window")
+    if window and max(lengths) > window:
+        raise ValueError(f"a sequence of {max(lengths)} tokens needs the sliding window of {window}: not built")
+    options = {"is_causal": True, "scale": given["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
+    sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    pieces = [nn.functional.scaled_dot_product_attention(q, k, v, **options) for q, k, v in sequences]
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
-AttentionInterface.register("packed", packed_attention)
+AttentionInterface.register("packed", attend)
 
 
 class TokenScorer(nn.Module):
@@ -72,37 +63,34 @@ class TokenScorer(nn.Module):
         super().__init__()
         self.model, self.chunk, self.dtype = model, chunk, dtype
 
-    def forward(self, batch: PackedBatch, temperature: float, loss: ChunkLoss) -> torch.Tensor:
-        """Call loss(logprobs, entropies, slice of S) for each chunk of sampled tokens; the sum of what it returns."""
+    def forward(self, batch: PackedBatch, temperature: float, loss: ChunkLoss | None = None) -> tuple[Tensor, Tensor]:
+        """The sum of the losses of all chunks, and log-probabilities_S; FloatingPointError if one is not finite."""
         with torch.autocast(batch.token_ids_T.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
             tokens = {"input_ids": batch.token_ids_T[None], "position_ids": batch.position_ids_T[None]}
             output = self.model.base_model(**tokens, lengths=batch.lengths, use_cache=False)
         hidden_SD = output.last_hidden_state[0, batch.predict_S].to(self.dtype) / temperature
         weight_VD = self.model.get_output_embeddings().weight
-        return grpo.HeadLoss.apply(hidden_SD, weight_VD, batch.targets_S, self.chunk, loss)
+        total, logprobs_S = grpo.HeadLoss.apply(hidden_SD, weight_VD, batch.targets_S, self.chunk, loss)
+        if bad := (~torch.isfinite(logprobs_S)).nonzero()[:, 0].tolist():
+            raise FloatingPointError(f"{batch.names_S[bad[0]]}: log-probability {logprobs_S[bad[0]].item()}")
+        return total, logprobs_S
 
 
 class Policy:
     """The model under training. With several ranks every method is collective: all ranks call it in step."""
 
-    def __init__(self, config: Config, model_dir: str, device: torch.device | str, world_size: int = 1):
-        """Load model_dir with float32 master weights, and once more as the frozen reference if kl_coef > 0.
-
-        world_size > 1 needs a process group. Compute is in config.dtype, reduction in float32.
-        """
-        if config.offload_optimizer and world_size == 1:
+    def __init__(self, config: Config, model_dir: str, ranks: Ranks) -> None:
+        """float32 master weights, compute in config.dtype, reduction in float32; a frozen reference if kl_coef > 0."""
+        if config.offload_optimizer and ranks.world_size == 1:
             raise ValueError("offload_optimizer=true needs FSDP: start with torchrun and at least 2 processes")
-        self.config, self.device, self.world_size = config, torch.device(device), world_size
-        self.ranks = Ranks(dist.get_rank() if world_size > 1 else 0, world_size, self.device)
+        self.config, self.ranks, self.device = config, ranks, ranks.device
         self.compute_dtype = getattr(torch, config.dtype)
         self.scorer = self.load_model(model_dir)
         self.model = self.scorer.model
         # Loaded exactly like the policy, so that the KL of the first step is exactly zero.
         self.reference = self.load_model(model_dir).requires_grad_(False) if config.kl_coef > 0 else None
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay, fused=True,
-        )  # fmt: skip
+        adam = {"betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, **adam)
         self.rollouts = 0  # update() calls so far, for the warm-up
 
     def load_model(self, model_dir: str) -> TokenScorer:
@@ -110,14 +98,14 @@ class Policy:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=master, attn_implementation="packed")
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # checkpointing is off in eval mode; packed_attention applies no dropout
+        model.train()  # checkpointing is off in eval mode; `attend` applies no dropout
         scorer = TokenScorer(model, self.config.logprob_chunk, self.compute_dtype)
-        if self.world_size == 1:
+        if self.ranks.world_size == 1:
             return scorer.to(self.device)
         # Offloaded gradients are reduced on the CPU: the process group needs "cpu:gloo,cuda:nccl" for them.
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         options = {
-            "mesh": dist.init_device_mesh(self.device.type, (self.world_size,)),
+            "mesh": dist.init_device_mesh(self.device.type, (self.ranks.world_size,)),
             "mp_policy": MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=master),
             "offload_policy": offload if self.config.offload_optimizer else OffloadPolicy(),
             "reshard_after_forward": True,
@@ -127,63 +115,59 @@ class Policy:
         return fully_shard(scorer, **options)
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Take config.updates_per_rollout optimizer steps on this rank's groups and return the step's metrics.
+        """Take config.updates_per_rollout optimizer steps on all ranks' groups, of which these are ours; their metrics.
 
-        Each update takes its share of the questions of all ranks. Metrics are means over the sampled tokens of the
-        whole rollout, over all ranks. A trajectory without advantage is skipped only if nothing else could move the
-        weights (kl_coef and entropy_coef 0); its tokens stay in N. Raises FloatingPointError naming the question
-        whose reward, log-probability or gradient is not finite, before that update touches the weights.
+        Each step takes its share of the questions. A trajectory without advantage is skipped only if nothing else could
+        move the weights (kl_coef and entropy_coef 0); its tokens stay in N. Raises FloatingPointError naming the
+        question whose reward, log-probability or gradient is not finite, before that step touches the weights.
         """
         questions = self.ranks.gather([score_group(group) for group in groups])
-        updates = self.config.updates_per_rollout
-        cuts = [len(questions) * u // updates for u in range(updates + 1)]
-        parts = [[row for rows in questions[a:b] for row in rows] for a, b in itertools.pairwise(cuts)]
-        plans = [self.plan(rows) for rows in parts]
-        # For the first update old is new itself; for later ones it must be computed before the weights move.
-        old = [[None] * len(plans[0])] + [[self.score(self.scorer, batch) for batch in plan] for plan in plans[1:]]
-        totals = [sum(len(row.sampled) for row in rows) for rows in parts]  # N of each update
-        sums, norms = Counter[str](), []
-        for rows, plan, old_plan, total in zip(parts, plans, old, totals, strict=True):
-            if total:
-                for batch, old_S in zip(plan, old_plan, strict=True):
+        n, count, updates = len(questions), self.config.updates_per_rollout, []
+        for u in range(count):
+            rows = list(itertools.chain.from_iterable(questions[n * u // count : n * (u + 1) // count]))
+            # For the first step old is new itself; for later ones it must be computed before the weights move.
+            batches = [(batch, self.score(self.scorer, batch) if u else None) for batch in self.plan(rows)]
+            updates.append((rows, batches))
+        sums, norms, trained = Counter[str](), [], 0
+        for rows, batches in updates:
+            if total := sum(len(row.sampled) for row in rows):  # N
+                for batch, old_S in batches:
                     sums.update(self.backward(batch, old_S, total))
                 norms.append(self.optimizer_step(rows))
+                trained += total
         self.rollouts += 1
-        return self.metrics(sums, norms, sum(totals))
+        sums = self.ranks.total(Counter({name: float(value) for name, value in sums.items()}))
+        means = {name: sums[name] / max(1, sums["tokens"]) for name in METRICS}  # without the skipped trajectories
+        means |= {"loss": sums["loss"] / max(1, trained), "grad_norm": sum(norms) / max(1, len(norms))}
+        return means | {"lr": self.optimizer.param_groups[0]["lr"], "updates": len(norms), "trained_tokens": trained}
 
-    def plan(self, rows: Sequence[ScoredTrajectory]) -> list[PackedBatch]:
+    def plan(self, rows: Sequence[ScoredTrajectory], budget: int = 0) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
-        moving = self.config.kl_coef > 0 or self.config.entropy_coef > 0
-        kept = [row for row in rows if moving or row.advantage != 0]
-        lengths, budget = [row.num_inputs for row in kept], self.config.microbatch_tokens
-        plan = grpo.plan_microbatches(lengths, budget, self.world_size, self.model.config.hidden_size)
+        kept = [row for row in rows if row.advantage != 0 or self.config.kl_coef > 0 or self.config.entropy_coef > 0]
+        lengths, width = [row.num_inputs for row in kept], self.model.config.hidden_size
+        plan = grpo.plan_microbatches(lengths, budget or self.config.microbatch_tokens, self.ranks.world_size, width)
         return [grpo.pack([kept[i] for i in indices], self.device) for indices in plan[self.ranks.rank]]
 
     @torch.no_grad()
-    def score(self, scorer: TokenScorer, batch: PackedBatch, temperature: float | None = None) -> torch.Tensor:
-        """Log-probabilities of the sampled tokens, [S]; FloatingPointError if one is not finite."""
-        chunks = [batch.rollout_S[:0]]  # for a batch without sampled tokens
-        scorer(batch, temperature or self.config.temperature, lambda new, entropy, part: chunks.append(new))
-        return check_finite(torch.cat(chunks), batch)
+    def score(self, scorer: TokenScorer, batch: PackedBatch, temperature: float | None = None) -> Tensor:
+        """Log-probabilities of the sampled tokens, [S]."""
+        return scorer(batch, temperature or self.config.temperature)[1]
 
-    def backward(self, batch: PackedBatch, old_S: torch.Tensor | None, total: int) -> Counter[str]:
+    def backward(self, batch: PackedBatch, old_S: Tensor | None, total: int) -> Counter[str]:
         """Add one micro-batch's gradient to the others'; returns its sums of metrics. total is N."""
         ref_S = None if self.reference is None else self.score(self.reference, batch)
         options = {key: getattr(self.config, key) for key in LOSS_KEYS}
-        chunks, sums = [batch.rollout_S[:0]], Counter[str]()
+        sums = Counter[str]()
 
-        def loss(new: torch.Tensor, entropy: torch.Tensor, part: slice) -> torch.Tensor:
+        def loss(new: Tensor, entropy: Tensor, part: slice) -> Tensor:
             old = new.detach() if old_S is None else old_S[part]
             ref = None if ref_S is None else ref_S[part]
             tensors = (new, old, batch.rollout_S[part], ref, batch.advantages_S[part], entropy)
             losses, metrics = grpo.token_losses(*tensors, **options)
-            chunks.append(new.detach())
             sums.update(metrics)
-            return losses.sum() * (self.world_size / total)  # FSDP averages over ranks
+            return losses.sum() * (self.ranks.world_size / total)  # FSDP averages over ranks
 
-        result = self.scorer(batch, self.config.temperature, loss)
-        check_finite(torch.cat(chunks), batch)
-        result.backward()
+        self.scorer(batch, self.config.temperature, loss)[0].backward()
         return sums
 
     def optimizer_step(self, rows: Sequence[ScoredTrajectory]) -> float:
@@ -205,20 +189,12 @@ class Policy:
 
     def blame(self, rows: Sequence[ScoredTrajectory]) -> str:
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
-        plan = grpo.plan_microbatches([row.num_inputs for row in rows], 1, self.world_size)
-        for indices in zip(*plan, strict=True):  # one trajectory of each rank at a time
+        for batch in self.plan(rows, budget=1):  # one trajectory of each rank at a time
             self.optimizer.zero_grad()
-            self.backward(grpo.pack([rows[i] for i in indices[self.ranks.rank]], self.device), None, 1)
+            self.backward(batch, None, 1)
             if not np.isfinite(self.gradient_norm()):
-                return "from " + " or ".join(rows[i].name for own in indices for i in own)
+                return "from " + " or ".join(self.ranks.gather(batch.names_S[:1].tolist()))
         return "from all trajectories together, from none alone"
-
-    def metrics(self, sums: Counter[str], norms: list[float], total: int) -> dict[str, float]:
-        """Means over all ranks: the loss over all N tokens, the rest over those whose trajectory was not skipped."""
-        sums = self.ranks.total(Counter({name: float(value) for name, value in sums.items()}))
-        means = {name: sums[name] / max(1, sums["tokens"]) for name in METRICS}
-        means |= {"loss": sums["loss"] / max(1, total), "grad_norm": sum(norms) / max(1, len(norms))}
-        return means | {"lr": self.optimizer.param_groups[0]["lr"], "updates": len(norms), "trained_tokens": total}
 
     def logprobs(self, trajectories: Sequence[Trajectory], temperature: float) -> list[np.ndarray]:
         """Log-probabilities of the sampled tokens of each trajectory; with several ranks, all must pass the same."""
@@ -226,7 +202,7 @@ class Policy:
         batches = [grpo.pack(score_group(group), self.device) for group in groups]
         return [self.score(self.scorer, batch, temperature).float().cpu().numpy() for batch in batches]
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full weights under their Hugging Face names in config.dtype, one at a time; exhaust it on every rank.
 
         Shards are cast before they are gathered. A tensor may share memory with the weights: copy, do not keep.
@@ -237,12 +213,12 @@ class Policy:
 
     def save(self, folder: str | Path) -> None:
         """Write model, optimizer and warm-up position into a new folder; any number of ranks can load it."""
-        dcp.save(self.state(), checkpoint_id=folder, no_dist=self.world_size == 1)
+        dcp.save(self.state(), checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
 
     def load(self, folder: str | Path) -> None:
         """Read what save() wrote, with this or another number of ranks."""
         state = self.state()
-        dcp.load(state, checkpoint_id=folder, no_dist=self.world_size == 1)
+        dcp.load(state, checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
         set_state_dict(self.scorer, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
         self.rollouts = int(state["rollouts"])
 
@@ -258,11 +234,10 @@ class Policy:
         """Write a plain Hugging Face folder (rank 0 writes), which transformers and vLLM load."""
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.named_weights() if self.ranks.rank == 0}
         if self.ranks.rank == 0:
-            config = self.model.config.to_dict() | {"dtype": self.compute_dtype}
-            self.model.config.from_dict(config).save_pretrained(folder)
-            self.model.generation_config.save_pretrained(folder)
+            config = self.model.config.from_dict(self.model.config.to_dict() | {"dtype": self.compute_dtype})
+            for part in (config, self.model.generation_config, tokenizer):
+                part.save_pretrained(folder)
             save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-            tokenizer.save_pretrained(folder)
 
 
 def score_group(group: Group) -> list[ScoredTrajectory]:
@@ -276,11 +251,3 @@ def score_group(group: Group) -> list[ScoredTrajectory]:
             ids, logprobs = trajectory.token_ids[: sampled[-1] + 1], trajectory.logprobs[sampled]
             rows.append(ScoredTrajectory(name, ids, sampled, logprobs, float(advantage)))
     return rows
-
-
-def check_finite(logprobs_S: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """The log-probabilities unchanged, or an error that names the first trajectory with a bad one."""
-    bad = (~torch.isfinite(logprobs_S)).nonzero()[:, 0].tolist()
-    if bad:
-        raise FloatingPointError(f"{batch.names_S[bad[0]]}: log-probability {logprobs_S[bad[0]].item()}")
-    return logprobs_S

@@ -1,4 +1,4 @@
-"""Environment of the whole test suite, which must stand before torch and vllm are imported; and a run to look at."""
+"""Environment of the whole test suite, which must stand before torch and vllm are imported, and shared fixtures."""
 
 import os
 from pathlib import Path
@@ -17,3 +17,11 @@ def two_steps(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("train") / "run"
     run_small(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """The folder of the small models of policies.py."""
+    from policies import save_models
+
+    return save_models(tmp_path_factory.mktemp("models"))

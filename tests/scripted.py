@@ -188,7 +188,7 @@ class Recorder(HFEngine):
         return finished
 
     def at_rest(self) -> bool:
-        return not self.waiting and not self.running and len(self.idle) == len(self.held)
+        return not self.waiting and not self.running and len(self.idle) == len(self.ids)
 
 
 class Source:

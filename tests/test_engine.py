@@ -1,47 +1,28 @@
 """The same suite over both engines, against a plain forward pass of the same weights; vLLM really runs (on CPU)."""
 
 import dataclasses
-import importlib.util
-import random
 import weakref
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from engines import (
+    GREEDY,
+    VOCABULARY,
+    check_against_model,
+    drain,
+    engine_config,
+    prompts,
+    random_model,
+    reference_logprobs,
+    run,
+    tokens,
+    vllm_installed,
+)
 
-from deepresearcher_min import engine as engine_module
-from deepresearcher_min.config import Config, ConfigError, load_config
-from deepresearcher_min.engine import Completion, Engine, Sampling, make_engine
+from deepresearcher_min.engine import Engine, HFEngine, Sampling, make_engine
 
-VOCABULARY = 150
-GREEDY = Sampling(temperature=0.0, top_p=1.0, max_tokens=12, seed=0, stop_token_ids=())
-vllm_installed = importlib.util.find_spec("vllm") is not None
 needs_vllm = [pytest.mark.slow, pytest.mark.skipif(not vllm_installed, reason="vllm is not installed")]
-
-
-def engine_config(**changes) -> Config:
-    config = load_config(["--preset=toy"])
-    return dataclasses.replace(config, max_model_len=256, max_in_flight=24, kv_tokens=24 * 256, **changes)
-
-
-def random_model(kind: str, seed: int):
-    """Tied Qwen2 (head_dim 32, biases) or untied Llama with grouped keys; large weights, so that nothing is flat."""
-    sizes = dict(vocab_size=VOCABULARY, hidden_size=128, intermediate_size=96, num_hidden_layers=2)
-    torch.manual_seed(seed)
-    if kind == "qwen2":
-        model = Qwen2ForCausalLM(
-            Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True)
-        )
-    else:
-        model = LlamaForCausalLM(
-            LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
-        )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0, 0.2) if parameter.dim() == 1 else parameter.normal_(0.0, 0.12)
-    return model.eval()
 
 
 @dataclasses.dataclass
@@ -71,59 +52,6 @@ def setup(request, tmp_path_factory) -> Iterator[Setup]:
     engine = make_engine(engine_config(engine=name), model_dir)
     yield Setup(engine, model, kind, model_dir)
     engine.close()
-
-
-def prompts(count: int, seed: int, low: int = 3, high: int = 60) -> dict[str, list[int]]:
-    draw = random.Random(seed)
-    return {f"{seed}/{i}": [draw.randrange(VOCABULARY) for _ in range(draw.randint(low, high))] for i in range(count)}
-
-
-def run(engine: Engine, requests: dict[str, list[int]], samplings: dict[str, Sampling] | Sampling):
-    """Submit everything, step until all is done."""
-    for name, token_ids in requests.items():
-        engine.submit(name, token_ids, samplings if isinstance(samplings, Sampling) else samplings[name])
-    return drain(engine, len(requests))
-
-
-def tokens(done: dict[str, Completion]) -> dict[str, list[int]]:
-    return {name: completion.token_ids for name, completion in done.items()}
-
-
-def drain(engine: Engine, count: int) -> dict[str, Completion]:
-    done: dict[str, Completion] = {}
-    for _ in range(1000):
-        if len(done) == count:
-            return done
-        done.update(engine.step())
-    raise AssertionError(f"{len(done)} of {count} requests finished in 1000 steps")
-
-
-@torch.no_grad()
-def reference_logprobs(model, prompt: list[int], sampled: list[int], temperature=1.0, top_p=1.0) -> torch.Tensor:
-    """[len(sampled), V] log-probabilities by one plain forward pass, after temperature and top_p."""
-    logits = model(torch.tensor([prompt + sampled])).logits[0, len(prompt) - 1 : -1] / temperature
-    for row in logits if top_p < 1 else []:
-        kept, total = [], 0.0
-        for token in row.argsort(descending=True).tolist():
-            if total >= top_p:
-                break
-            kept.append(token)
-            total += row.softmax(-1)[token].item()
-        mask = torch.ones(VOCABULARY, dtype=torch.bool)
-        mask[kept] = False
-        row[mask] = float("-inf")
-    return logits.log_softmax(-1)
-
-
-def check_against_model(model, requests, done, sampling: Sampling) -> None:
-    for name, prompt in requests.items():
-        completion = done[name]
-        temperature, top_p = (sampling.temperature, sampling.top_p) if sampling.temperature else (1.0, 1.0)
-        expected = reference_logprobs(model, prompt, completion.token_ids, temperature, top_p)
-        if not sampling.temperature:
-            assert completion.token_ids == expected.argmax(-1).tolist()
-        own = expected[range(len(completion.token_ids)), completion.token_ids]
-        assert torch.allclose(torch.tensor(completion.logprobs), own, atol=1e-3)
 
 
 def test_greedy_equals_plain_forward(setup):
@@ -228,7 +156,7 @@ def test_weights_are_taken_one_at_a_time(setup):
         return tensor
 
     setup.engine.update_weights((name, copy(parameter)) for name, parameter in setup.model.named_parameters())
-    assert len(given) > 20 and most <= (2 if isinstance(setup.engine, engine_module.HFEngine) else 8)
+    assert len(given) > 20 and most <= (2 if isinstance(setup.engine, HFEngine) else 8)
     requests = prompts(3, seed=95)
     check_against_model(setup.model, requests, run(setup.engine, requests, GREEDY), GREEDY)
 
@@ -268,7 +196,7 @@ def test_second_turn_computes_only_its_new_tokens(setup):
     engine.stats.clear()
     check_against_model(setup.model, longer, run(engine, longer, GREEDY), GREEDY)
     new = 10 + 1  # the last sampled token has never been an input
-    slack = 0 if isinstance(engine, engine_module.HFEngine) else 32
+    slack = 0 if isinstance(engine, HFEngine) else 32
     assert 5 * new <= engine.stats["prefill_tokens"] <= 5 * (new + slack)
     assert engine.stats["cached_tokens"] + engine.stats["prefill_tokens"] == sum(map(len, longer.values()))
     assert engine.stats["decode_tokens"] == 5 * 12
@@ -280,141 +208,3 @@ def test_weights_survive_sleep_on_a_cpu(setup):
     setup.engine.sleep()
     setup.engine.wake_up()
     assert tokens(run(setup.engine, requests, GREEDY)) == tokens(before)
-
-
-# ------------------------------------------------------------------------------------------- HFEngine only
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> str:
-    path = str(tmp_path_factory.mktemp("model"))
-    random_model("qwen2", seed=1).save_pretrained(path)
-    return path
-
-
-def two_turns(engine: Engine) -> list[tuple[list[int], list[float]]]:
-    """40 requests in groups of four with the same prompt; a second turn starts as soon as the first ends."""
-    draw = random.Random(7)
-    alive = {}
-    for name, prompt in prompts(10, seed=100).items():
-        alive |= {f"{name}/{i}": prompt for i in range(4)}
-    samplings = {n: Sampling(1.0, 1.0, draw.randint(5, 30), i, (3, 4)) for i, n in enumerate(alive)}
-    for name, ids in alive.items():
-        engine.submit(name, ids, samplings[name])
-    history, second = [], set()
-    while len(history) < 80:
-        for name, completion in engine.step().items():
-            history.append((completion.token_ids, completion.logprobs))
-            if name not in second:
-                second.add(name)
-                engine.submit(name, alive[name] + completion.token_ids + [1, 2, 3] * 5, samplings[name])
-    return history
-
-
-@pytest.mark.quick
-def test_hf_repeats_bit_for_bit(model_dir):
-    config = engine_config()
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    first = two_turns(make_engine(config, model_dir))
-    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    torch.rand(5)
-    engine = make_engine(config, model_dir)
-    assert two_turns(engine) == first
-    engine.update_weights(engine.model.named_parameters())  # forgets all prefixes
-    assert two_turns(engine) == first
-
-
-@pytest.mark.quick
-def test_hf_shares_prompts_between_requests(model_dir):
-    """Eight requests with one prompt of 50 tokens: it is computed once, then each computes its last token."""
-    engine = make_engine(engine_config(), model_dir)
-    (prompt,) = prompts(1, seed=110, low=50, high=50).values()
-    samplings = {str(i): Sampling(1.0, 1.0, 10, i, ()) for i in range(8)}
-    done = run(engine, {name: prompt for name in samplings}, samplings)
-    assert engine.stats["prefill_tokens"] == 50 + 7
-    for name, completion in done.items():
-        fresh = make_engine(engine_config(), model_dir)
-        assert run(fresh, {name: prompt}, samplings[name])[name].token_ids == completion.token_ids
-
-
-@pytest.mark.quick
-def test_hf_long_prompts_are_spread_over_steps(model_dir, monkeypatch):
-    requests = prompts(6, seed=120, low=60, high=100)
-    expected = run(make_engine(engine_config(), model_dir), requests, GREEDY)
-    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 32)
-    engine = make_engine(engine_config(), model_dir)
-    for name, prompt in requests.items():
-        engine.submit(name, prompt, GREEDY)
-    for running in range(1, 7):
-        assert not engine.step()
-        assert len(engine.running) == running
-    assert tokens(drain(engine, 6)) == tokens(expected)
-
-
-@pytest.mark.quick
-def test_hf_copies_a_prefix_before_its_row_is_given_away(model_dir):
-    """Two rows. In one step, a request copies the prefix that row 0 holds, and an unrelated one takes row 0 over."""
-    engine = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir)
-    prompt, unrelated = prompts(2, seed=115, low=50, high=50).values()
-    run(engine, {"first": prompt}, GREEDY)
-    engine.stats.clear()
-    requests = {"copies": [*prompt, 1, 2, 3], "takes over": unrelated}
-    check_against_model(random_model("qwen2", seed=1), requests, run(engine, requests, GREEDY), GREEDY)
-    assert engine.stats["cached_tokens"] == 50
-
-
-@pytest.mark.quick
-def test_hf_a_next_turn_goes_on_in_its_own_row(model_dir):
-    """Two rows, both needed: a turn that took the other row would have to compute its prefix again."""
-    engine = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir)
-    requests = prompts(2, seed=116, low=50, high=50)
-    done = run(engine, requests, GREEDY)
-    engine.stats.clear()
-    longer = {name: requests[name] + done[name].token_ids + [1, 2, 3] for name in reversed(requests)}
-    check_against_model(random_model("qwen2", seed=1), longer, run(engine, longer, GREEDY), GREEDY)
-    assert engine.stats["prefill_tokens"] == 2 * (3 + 1)
-
-
-@pytest.mark.quick
-def test_hf_few_slots_serve_many_requests(model_dir):
-    """Two slots and 12 requests in two turns: evicted prefixes are computed again, results stay the same."""
-    requests = prompts(12, seed=130)
-    small = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir)
-    large = make_engine(engine_config(), model_dir)
-    assert small.capacity_tokens == 512
-    for _ in range(2):
-        done = run(small, requests, GREEDY)
-        expected = run(large, requests, GREEDY)
-        assert tokens(done) == tokens(expected)
-        requests = {name: ids + expected[name].token_ids for name, ids in requests.items()}
-
-
-@pytest.mark.quick
-def test_hf_refuses_what_it_cannot_do(model_dir):
-    engine = make_engine(engine_config(), model_dir)
-    for ids in ([], [1] * 256):
-        with pytest.raises(ValueError):
-            engine.submit("a", ids, GREEDY)
-    with pytest.raises(KeyError, match="typo"):
-        engine.update_weights([("typo", torch.zeros(1))])
-    with pytest.raises(ValueError, match=r"no values for .*model\.norm\.weight"):
-        engine.update_weights((n, p) for n, p in engine.model.named_parameters() if n != "model.norm.weight")
-
-
-@pytest.mark.quick
-def test_missing_vllm_is_said_clearly(model_dir, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="vllm is not installed"):
-        make_engine(engine_config(engine="vllm"), model_dir)
-    assert isinstance(make_engine(engine_config(engine="auto"), model_dir), engine_module.HFEngine)
-
-
-@pytest.mark.quick
-def test_hf_owns_its_weights(model_dir):
-    engine = make_engine(engine_config(), model_dir)
-    other = AutoModelForCausalLM.from_pretrained(model_dir)
-    engine.update_weights(other.named_parameters())
-    before = run(engine, {"a": [1, 2, 3]}, GREEDY)
-    with torch.no_grad():
-        other.model.norm.weight.zero_()
-    assert tokens(run(engine, {"a": [1, 2, 3]}, GREEDY)) == tokens(before)
