@@ -9,7 +9,6 @@ import asyncio
 import io
 import json
 import logging
-import os
 import queue
 import re
 import resource
@@ -219,7 +218,6 @@ class OpenAIReader:
         self.config, self.web, self.url = config, web, config.reader_url.rstrip("/") + "/chat/completions"
         if config.cassette_mode != "replay":
             require_environment("READER_API_KEY", "reader: openai sends it (any word, if the server asks for none)")
-        self.headers = {"Authorization": f"Bearer {os.environ.get('READER_API_KEY', '')}"}
 
     async def read(self, question: str, segment: str, memory: Sequence[str], context: Context) -> Notes:
         counts, deadline, in_thread = context
@@ -227,15 +225,12 @@ class OpenAIReader:
         payload = {"model": self.config.reader_model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
 
         def ask() -> str:
-            reply = self.web.fetch_json(self.url, self.headers, payload, counts, deadline)
-            try:
-                text = reply["choices"][0]["message"]["content"] + ""
-                tokens = (reply.get("usage") or {}).get("total_tokens") or len(f"{messages}{text}") // 4  # an estimate
-                count(counts, "reader_tokens", tokens)
-                count(counts, "usd", tokens * self.config.price_reader_token)
-                return text
-            except (LookupError, TypeError, AttributeError):
-                raise WebFailure(*BAD_REPLY) from None
+            text, tokens = self.web.chat(self.url, "READER_API_KEY", payload, counts, deadline)
+            if text is None:
+                raise WebFailure(*BAD_REPLY)
+            count(counts, "reader_tokens", tokens)
+            count(counts, "usd", tokens * self.config.price_reader_token)
+            return text
 
         return parse_notes(await in_thread(self.web.cached, "reader", [self.url, payload], ask, counts, deadline))
 

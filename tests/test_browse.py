@@ -366,7 +366,7 @@ def test_openai_reader_asks_pays_and_caches_by_content(live):
     _, headers, body = server.sent[1]
     assert headers["Authorization"] == "Bearer secret-key"
     assert json.loads(body)["model"] == "m" and "Which river?" in json.loads(body)["messages"][1]["content"]
-    replay = Web(replace(config, cassette_mode="replay"), web.cassette.db.execute("PRAGMA database_list").fetchone()[2])
+    replay = Web(replace(config, cassette_mode="replay"), web.cassette)
     before = sum(server.requests.values())
     assert read_page(server.url + "/page#part", "Which river?", None, [], config, replay)[0] == [(0, "The Ost.")]
     with pytest.raises(WebFailure, match="replay_miss"):
@@ -403,7 +403,7 @@ def test_a_slow_reader_meets_the_deadline_of_the_call(live):
     with pytest.raises(WebFailure, match="timeout"):
         read_page(server.url + "/page", "q", None, [], replace(config, tool_timeout=1.0), web)
     assert time.monotonic() - start < 1.5
-    replay = Web(replace(config, cassette_mode="replay"), web.cassette.db.execute("PRAGMA database_list").fetchone()[2])
+    replay = Web(replace(config, cassette_mode="replay"), web.cassette)
     time.sleep(0.5)  # a reply that comes too late is not what is recorded
     with pytest.raises(WebFailure, match="timeout"):
         read_page(server.url + "/page", "q", None, [], replace(config, tool_timeout=1.0), replay)

@@ -93,6 +93,7 @@ WITH_SPACES = [
     "",
     " http://1.1.1.1/",
     "http://1.1.1.1/ ",
+    "http://1.1.1.1/\n",
     "http://1.1.1.1\t.example/",
     "http://1.1.1.1/\r\nHost: x",
     "h\0ttp://a/",
