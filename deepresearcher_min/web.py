@@ -164,8 +164,8 @@ class Web:
     def cached(self, kind: str, request: Any, produce: Callable[[], Any], counts: Counter, deadline: float) -> Any:
         """The recorded reply to `request` (any JSON value), else that of produce(), which is then recorded.
 
-        A WebFailure of produce() is recorded like a reply, for a minute in mode live, for good in mode record, so
-        that a replay repeats it. Of identical requests at the same time, all but one wait and find the recording.
+        So is a WebFailure of produce(), so that a replay repeats it; in mode live it is forgotten after FAILURE_TTL.
+        Of identical requests at the same time, all but one wait and find the recording.
         """
         key = hashlib.sha256(json.dumps([kind, request], sort_keys=True).encode()).digest()
         flight = self.flights[int.from_bytes(key[:2], "big")]
@@ -245,10 +245,10 @@ class Web:
         """(status, headers, body) at the end of the redirects; attempts take turns with the addresses of a name."""
         for _ in range(MAX_REDIRECTS + 1):
             parts, addresses = check_url(url, own or self.config.allow_private_hosts, seconds_left(deadline))
-            reply = self._exchange(parts, addresses[attempt % len(addresses)], sent, own, counts, deadline)
-            status, headers, _ = reply
+            address = addresses[attempt % len(addresses)]
+            status, headers, body = self._exchange(parts, address, sent, own, counts, deadline)
             if own or status not in (301, 302, 303, 307, 308) or "Location" not in headers:
-                return reply
+                return status, headers, body
             url = headers["Location"].encode("latin-1", "replace").decode("utf-8", "replace").replace(" ", "%20")
             with suppress(ValueError):  # it is no address at all, which check_url says
                 url = urljoin(parts.url, url)
@@ -258,13 +258,13 @@ class Web:
         config, EXCHANGE.deadline = self.config, deadline
         third = seconds_left(deadline) / 3  # each for a place in the pool, the connection and its TLS: together in time
         wait = urllib3.Timeout(connect=min(config.connect_timeout, third), read=config.read_timeout)
-        most = max(1, config.tool_threads) if own else config.connections_per_host
         headers = {"Host": url.netloc, "User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate", **sent["headers"]}
         request = {**sent, "url": url.request_uri, "headers": headers, "timeout": wait, "pool_timeout": third}
+        most = max(1, config.tool_threads) if own else config.connections_per_host
+        options = {"maxsize": most, "server_hostname": url.host}  # the certificate must be the name's
         count(counts, "requests")
-        try:  # the checked address is dialled; the certificate must be that of the name
-            options = {"maxsize": most, "server_hostname": url.host}
-            pool = self.pools.connection_from_host(address, url.port, url.scheme, options)
+        try:
+            pool = self.pools.connection_from_host(address, url.port, url.scheme, options)  # the checked address
             pool.ConnectionCls = CONNECTIONS[url.scheme]
             response = pool.request(**request, redirect=False, preload_content=False)
             try:

@@ -19,11 +19,11 @@ from loopback import Server
 
 from deepresearcher_min import browse as browse_module
 from deepresearcher_min.browse import (
-    ExtractiveReader,
     Notes,
     Parsers,
     browse,
     decode,
+    extract,
     main_text,
     make_reader,
     parse_notes,
@@ -87,7 +87,7 @@ def test_a_long_text_is_cut_in_linear_time():
 
 
 def test_extractive_reader_returns_nothing_where_nothing_is_shared():
-    notes = asyncio.run(ExtractiveReader().read("zebra?", PAGE, [], None))
+    notes = asyncio.run(extract("zebra?", PAGE, [], None))
     assert notes.information == ""
 
 
@@ -284,7 +284,7 @@ def test_many_threads_that_need_a_parser_at_once_start_no_more_than_there_may_be
         started.append(start(*args, **options))
         return started[-1]
 
-    monkeypatch.setattr(browse_module.subprocess, "Popen", counted)
+    monkeypatch.setattr(browse_module, "Popen", counted)
     own = Parsers(2)
     with ThreadPoolExecutor(8) as threads:
         texts = list(threads.map(lambda i: own.text(b"page %d" % i, "text/plain", time.monotonic() + 60), range(16)))
