@@ -2,5 +2,27 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only fight over the cores of a small machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def open_web(tmp_path):
+    """open_web(file, rank, world_size, **config) -> a Web that may reach loopback; closed after the test."""
+    from dataclasses import replace
+
+    from loopback import CONFIG
+
+    from deepresearcher_min.web import Web
+
+    opened = []
+
+    def open_one(file="cassette.sqlite", rank=0, world_size=1, **changes):
+        opened.append(Web(replace(CONFIG, **changes), tmp_path / file, rank, world_size))
+        return opened[-1]
+
+    yield open_one
+    for one in opened:
+        one.close()
