@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from subprocess import PIPE, Popen
-from typing import Any, NamedTuple
+from typing import Any
 
 import webencodings
 
@@ -35,6 +35,8 @@ MEMORY_CHARS = 4000  # of earlier notes that a reader is shown, the newest
 MAX_TOKENS = 600  # of one reply of the openai reader
 InThread = Callable[..., Awaitable[Any]]  # runs a blocking function: await in_thread(function, *arguments)
 Context = tuple[Counter, float, InThread]  # what readers that wait need: counters, deadline, thread
+Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
+Reader = Callable[[str, str, Sequence[str], Context], Awaitable[Notes]]  # question, segment, earlier notes, context
 CHARSET = re.compile(r"(?i)(?:^[^<]*|<meta[^>]*)\bcharset\s*=\s*[\"']?([\w.:-]+)")  # in a header, or in HTML
 CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
 READER_RULES = (ROOT / "prompts/reader.txt").read_text().strip()
@@ -158,34 +160,23 @@ def segments(text: str, max_chars: int) -> list[str]:
     return list(filter(None, pieces))
 
 
-class Notes(NamedTuple):
-    """What a reader took from one segment, and whether it wants to read on."""
-
-    information: str
-    page_down: bool
-
-
-# await reader(question, segment, what this trajectory noted before, context) -> notes
-Reader = Callable[[str, str, Sequence[str], Context], Awaitable[Notes]]
-
-
 async def extract(question: str, segment: str, memory: Sequence[str], context: Context) -> Notes:
     """A reader without a model: the sentences that share most content words with the question, in page order."""
     wanted = set(content_words(question))
     sentences = re.split(r"(?<=[.!?])\s+|\n+", segment)
     shared = [len(wanted.intersection(content_words(sentence))) for sentence in sentences]
     best = sorted(range(len(sentences)), key=lambda i: (-shared[i], i))[:MAX_SENTENCES]
-    return Notes(" ".join(sentences[i].strip() for i in sorted(best) if shared[i]), page_down=True)
+    return " ".join(sentences[i].strip() for i in sorted(best) if shared[i]), True
 
 
 def parse_notes(reply: str) -> Notes:
     """Notes from a model's reply; one that keeps to no format is taken as notes as a whole, and ends the page."""
     reply = reply.rpartition("</think>")[2]
     further = CONTINUE.search(reply)
-    information = re.sub(r"(?i)^\W*notes\W{0,4}:\W*", "", CONTINUE.sub("", reply, count=1)).strip()
-    if re.fullmatch(r"(?i)\W*(none|nothing)?\W*", information):
-        information = ""
-    return Notes(information, further is not None and further[1].lower() == "yes")
+    notes = re.sub(r"(?i)^\W*notes\W{0,4}:\W*", "", CONTINUE.sub("", reply, count=1)).strip()
+    if re.fullmatch(r"(?i)\W*(none|nothing)?\W*", notes):
+        notes = ""
+    return notes, further is not None and further[1].lower() == "yes"
 
 
 def model_reader(complete: Callable[..., Awaitable[str]]) -> Reader:
@@ -252,10 +243,10 @@ async def browse(
             text = await in_thread(fetch_text, url, web, counts, deadline)
         for number, segment in enumerate(segments(text, config.segment_chars)[: config.max_segments]):
             earlier = [*memory, *(note for _, note in notes)]
-            found = await reader(question, segment, earlier, (counts, deadline, in_thread))
-            if found.information:
-                notes.append((number, found.information))
-            if not found.page_down:
+            information, page_down = await reader(question, segment, earlier, (counts, deadline, in_thread))
+            if information:
+                notes.append((number, information))
+            if not page_down:
                 break
         if not notes:
             raise WebFailure("no_information", "The page says nothing about this.")

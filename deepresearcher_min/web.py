@@ -94,10 +94,9 @@ def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tu
     All addresses of the name are checked: one bad one among good ones is enough. `allow_private` (tests, the
     operator's own services) admits any address and port. Raises BlockedURL; `seconds` limits the name's resolution.
     """
-    try:
+    parts = Url()
+    with suppress(errors.LocationParseError):
         parts = parse_url(url if PLAIN_URL.fullmatch(url) else "")
-    except errors.LocationParseError:
-        parts = Url()
     host = (parts.host or "").strip("[]")
     if not host or not (allow_private or parts.port in (None, 80, 443)):
         raise BlockedURL(*REFUSED)
@@ -151,9 +150,8 @@ class Web:
         if config.cassette_mode == "replay" and not self.cassette.is_file():
             raise ConfigError(f"cassette={str(cassette)!r}: cassette_mode: replay needs a recording")
         self.cassette.parent.mkdir(parents=True, exist_ok=True)
-        # Safe for threads, for ranks of one node (on a local disk), and for kill -9.
         self.db = sqlite3.connect(cassette, timeout=30, isolation_level=None, check_same_thread=False)
-        self.db.execute("PRAGMA journal_mode=WAL")
+        self.db.execute("PRAGMA journal_mode=WAL")  # safe for the ranks of one node (on a local disk) and for kill -9
         self.db.execute("PRAGMA synchronous=NORMAL")  # a power cut may cost the last replies, never the file
         self.db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, time REAL, reply TEXT)")
         self.db_lock = threading.Lock()
@@ -172,7 +170,13 @@ class Web:
         if not flight.acquire(timeout=seconds_left(deadline)):
             raise WebFailure(*TIMEOUT)
         try:
-            if (reply := self._recorded(key)) is not None:
+            with self.db_lock:
+                row = self.db.execute("SELECT time, reply FROM replies WHERE key = ?", (key,)).fetchone()
+            reply = json.loads(row[1]) if row else None
+            if reply and self.config.cassette_mode == "live":
+                ttl = FAILURE_TTL if "failure" in reply else self.config.search_ttl
+                reply = reply if time.time() - row[0] <= ttl else None
+            if reply:
                 count(counts, "cache_hits")
             elif self.config.cassette_mode == "replay":
                 raise WebFailure("replay_miss", "This is not in the recording that is being replayed.")
@@ -189,16 +193,6 @@ class Web:
         if "failure" in reply:
             raise WebFailure(*reply["failure"])
         return reply["value"]
-
-    def _recorded(self, key: bytes) -> dict[str, Any] | None:
-        """{"value": ...} or {"failure": [kind, words]}; None if absent or, in mode live, old."""
-        with self.db_lock:
-            row = self.db.execute("SELECT time, reply FROM replies WHERE key = ?", (key,)).fetchone()
-        reply = json.loads(row[1]) if row else None
-        if reply and self.config.cassette_mode == "live":
-            ttl = FAILURE_TTL if "failure" in reply else self.config.search_ttl
-            return reply if time.time() - row[0] <= ttl else None
-        return reply
 
     def fetch(self, url: str, counts: Counter, deadline: float, sent: Any = GET_PAGE, own: bool = False) -> Any:
         """(body, decompressed; content type) of a successful reply, after up to 1 + max_retries attempts.
@@ -232,12 +226,16 @@ class Web:
             raise WebFailure(*BAD_REPLY) from None
 
     def chat(self, url: str, key: str, payload: Any, counts: Counter, deadline: float) -> tuple[str | None, int]:
-        """(text, tokens) of a reply of OpenAI's chat completions; (None, 0) if it has none. `key`: where the key is."""
+        """(text, tokens) of a chat model's reply, at temperature 0; (None, 0) if it has no text.
+
+        `url` speaks OpenAI's chat completions; `key` names the environment variable that holds its key.
+        """
         headers = {"Authorization": f"Bearer {os.environ.get(key, '')}"}
         reply = self.fetch_json(url, headers, payload | {"temperature": 0}, counts, deadline)
         try:
             text = reply["choices"][0]["message"]["content"] + ""
-            return text, (reply.get("usage") or {}).get("total_tokens") or len(f"{payload['messages']}{text}") // 4
+            tokens = (reply.get("usage") or {}).get("total_tokens") or len(f"{payload['messages']}{text}") // 4
+            return text, tokens + 0
         except (LookupError, TypeError, AttributeError):
             return None, 0
 
@@ -255,24 +253,24 @@ class Web:
         raise WebFailure("redirects", "The address leads from redirect to redirect without end.")
 
     def _exchange(self, url: Url, address: str, sent: Any, own: bool, counts: Counter, deadline: float) -> Any:
-        config, EXCHANGE.deadline = self.config, deadline
+        EXCHANGE.deadline = deadline
         third = seconds_left(deadline) / 3  # each for a place in the pool, the connection and its TLS: together in time
-        wait = urllib3.Timeout(connect=min(config.connect_timeout, third), read=config.read_timeout)
+        wait = urllib3.Timeout(connect=min(self.config.connect_timeout, third), read=self.config.read_timeout)
         headers = {"Host": url.netloc, "User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate", **sent["headers"]}
         request = {**sent, "url": url.request_uri, "headers": headers, "timeout": wait, "pool_timeout": third}
-        most = max(1, config.tool_threads) if own else config.connections_per_host
-        options = {"maxsize": most, "server_hostname": url.host}  # the certificate must be the name's
+        most = max(1, self.config.tool_threads) if own else self.config.connections_per_host
+        options = {"maxsize": most, "server_hostname": url.host}  # the certificate must be that of the name
         count(counts, "requests")
         try:
-            pool = self.pools.connection_from_host(address, url.port, url.scheme, options)  # the checked address
+            pool = self.pools.connection_from_host(address, url.port, url.scheme, options)
             pool.ConnectionCls = CONNECTIONS[url.scheme]
             response = pool.request(**request, redirect=False, preload_content=False)
             try:
                 kind = response.headers.get("Content-Type", "").strip().lower()
                 if not own and response.status == 200 and not READABLE.match(kind):
                     raise WebFailure("content_type", f"This is not a page to read but a file of type {kind[:60]}.")
-                body = response.read(config.max_page_bytes + 1)  # decompresses no more than that
-                if len(body) > config.max_page_bytes:
+                body = response.read(self.config.max_page_bytes + 1)  # decompresses no more than that
+                if len(body) > self.config.max_page_bytes:
                     raise WebFailure("too_large", "The page is too large to be read.")
                 count(counts, "bytes", response.tell())
                 return response.status, response.headers, body

@@ -13,7 +13,6 @@ from loopback import Server
 from test_pages import ARTICLE, page
 
 from deepresearcher_min.browse import (
-    Notes,
     browse,
     extract,
     make_reader,
@@ -79,21 +78,21 @@ def test_a_long_text_is_cut_in_linear_time():
 
 def test_extractive_reader_returns_nothing_where_nothing_is_shared():
     notes = asyncio.run(extract("zebra?", PAGE, [], None))
-    assert notes.information == ""
+    assert notes[0] == ""
 
 
 # --- readers
 
 
 def test_notes_are_read_from_tidy_and_untidy_replies():
-    assert parse_notes("CONTINUE: yes\nNOTES: Born in Velden.") == Notes("Born in Velden.", True)
-    assert parse_notes("NOTES: Born in Velden.\nCONTINUE: no") == Notes("Born in Velden.", False)
-    assert parse_notes("<think>hm</think>**Continue**: No\n**Notes:** none") == Notes("", False)
-    assert parse_notes("She was born in Velden.") == Notes("She was born in Velden.", False)
-    assert parse_notes("") == parse_notes("none.") == Notes("", False)
+    assert parse_notes("CONTINUE: yes\nNOTES: Born in Velden.") == ("Born in Velden.", True)
+    assert parse_notes("NOTES: Born in Velden.\nCONTINUE: no") == ("Born in Velden.", False)
+    assert parse_notes("<think>hm</think>**Continue**: No\n**Notes:** none") == ("", False)
+    assert parse_notes("She was born in Velden.") == ("She was born in Velden.", False)
+    assert parse_notes("") == parse_notes("none.") == ("", False)
     told = "The talks continue. No date is known."
-    assert parse_notes(f"CONTINUE: yes\nNOTES: {told}") == Notes(told, True)
-    assert parse_notes(f"NOTES: {told}\nCONTINUE: yes") == Notes(told, True)
+    assert parse_notes(f"CONTINUE: yes\nNOTES: {told}") == (told, True)
+    assert parse_notes(f"NOTES: {told}\nCONTINUE: yes") == (told, True)
 
 
 class Scripted:

@@ -26,7 +26,6 @@ from scripted import (
 )
 
 from deepresearcher_min import toyworld
-from deepresearcher_min.browse import Notes
 from deepresearcher_min.protocol import Call
 from deepresearcher_min.rollout import roll_out
 from deepresearcher_min.search import Corpus, SearchResult
@@ -86,12 +85,12 @@ def test_what_another_trajectory_was_shown_is_not_shown():
     assert second.cost["fail_unknown_url"] == 1
 
 
-async def tiring(question, segment, memory, context) -> Notes:
+async def tiring(question, segment, memory, context):
     """Reads the first segment at once and the second one never to the end."""
     async with asyncio.timeout(context[1] - time.monotonic()):
         if memory:
             await asyncio.sleep(60)
-    return Notes("The first half.", page_down=True)
+    return "The first half.", True
 
 
 def test_a_page_that_takes_too_long_gives_what_was_read_of_it():
@@ -165,7 +164,7 @@ def test_notes_of_one_call_are_remembered_in_its_order_whichever_page_was_read_f
     async def slow(question, segment, memory, context):
         asked.append(list(memory))
         await asyncio.sleep(0.05 if "first" in segment else 0.0)
-        return Notes(segment, page_down=False)
+        return segment, False
 
     pages = {"https://a.example/": "first page", "https://b.example/": "other page"}
     agent = make_agent(Scripted(turns(browse_turn(*pages), browse_turn(*pages), answer_turn())), tool_threads=4)
