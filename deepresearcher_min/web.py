@@ -43,7 +43,7 @@ REFUSED = ("refused_address", "Only plain http and https addresses of the public
 PLAIN_URL = re.compile(r"(?i)https?://[^/?#@\\\x00-\x20\x7f]+([/?#][^\\\x00-\x20\x7f]*)?")  # no user, no odd characters
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Not public, although some Python versions call them global: multicast, protocol assignments, 6to4 relays, the metadata
-# service of Azure; of IPv6 all but 2000::/3, Teredo and its neighbours, documentation.
+# service of Azure; of IPv6 all outside 2000::/3, Teredo and its neighbours, documentation.
 NETWORKS = """224.0.0.0/3 192.0.0.0/24 192.88.99.0/24 168.63.129.16/32
     ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 3fff::/20"""
 NOT_PUBLIC = [ipaddress.ip_network(network) for network in NETWORKS.split()]
@@ -148,7 +148,7 @@ class Web:
     def __init__(self, config: Config, cassette: str | Path, rank: int = 0, world_size: int = 1) -> None:
         self.config, self.cassette, self.world_size = config, Path(cassette), world_size
         if config.cassette_mode == "replay" and not self.cassette.is_file():
-            raise ConfigError(f"cassette={str(cassette)!r}: cassette_mode: replay needs a recording")
+            raise ConfigError(f"cassette={str(self.cassette)!r}: cassette_mode: replay needs a recording")
         self.cassette.parent.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(cassette, timeout=30, isolation_level=None, check_same_thread=False)
         self.db.execute("PRAGMA journal_mode=WAL")  # safe for the ranks of one node (on a local disk) and for kill -9
@@ -197,8 +197,7 @@ class Web:
     def fetch(self, url: str, counts: Counter, deadline: float, sent: Any = GET_PAGE, own: bool = False) -> Any:
         """(body, decompressed; content type) of a successful reply, after up to 1 + max_retries attempts.
 
-        `sent`: method, headers and json, as urllib3 calls them. `own` marks a service of the operator: any address,
-        any content type, no redirects. Raises WebFailure.
+        `sent`: method, headers, json. `own`: a service of the operator, so any address and content type, no redirects.
         """
         for attempt in range(self.config.max_retries + 1):
             pause = 0.5 * 2**attempt * self.jitter.uniform(0.5, 1.5)
