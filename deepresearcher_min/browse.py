@@ -1,6 +1,5 @@
 """From an address to notes: the page as text, the text in segments, a reader that takes notes and remembers.
 
-rollout.py calls `browse` for each address that the model asks for; search.py's corpus or web.py supplies the page.
 Live pages are parsed in child processes: parsing holds Python's interpreter lock and would stall the engine, and a
 page made to crash or to occupy a parser takes only a child with it. Left out: scripts, frames, images.
 """
@@ -9,18 +8,16 @@ import asyncio
 import io
 import json
 import logging
-import os
 import queue
 import re
 import resource
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from subprocess import PIPE
+from functools import partial
+from subprocess import PIPE, Popen
 from typing import Any
 
 import webencodings
@@ -31,7 +28,6 @@ from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, count, s
 
 PARSER = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"]  # this module as a process
 MAX_PDF_PAGES = 50
-PARSER_BYTES = 2**31  # address space of a parser process
 SHORT, LOST = 1000, 0.25  # an extract of fewer characters that is less than this share of the page has lost it
 NOT_CONTENT = ["script", "style", "noscript", "template", "svg", "iframe", "nav", "header", "footer", "aside", "form"]
 MAX_SENTENCES = 10  # of one segment that the extractive reader returns
@@ -39,6 +35,8 @@ MEMORY_CHARS = 4000  # of earlier notes that a reader is shown, the newest
 MAX_TOKENS = 600  # of one reply of the openai reader
 InThread = Callable[..., Awaitable[Any]]  # runs a blocking function: await in_thread(function, *arguments)
 Context = tuple[Counter, float, InThread]  # what readers that wait need: counters, deadline, thread
+Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
+Reader = Callable[[str, str, Sequence[str], Context], Awaitable[Notes]]  # question, segment, earlier notes, context
 CHARSET = re.compile(r"(?i)(?:^[^<]*|<meta[^>]*)\bcharset\s*=\s*[\"']?([\w.:-]+)")  # in a header, or in HTML
 CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
 READER_RULES = (ROOT / "prompts/reader.txt").read_text().strip()
@@ -83,15 +81,14 @@ def page_text(body: bytes, content_type: str) -> str:
 
 def decode(body: bytes, content_type: str) -> str:
     """Bytes to text as browsers do it: byte-order mark, HTTP header, <meta>, UTF-8 if it is valid, Windows-1252."""
-    named = filter(None, map(CHARSET.search, (content_type, body[:1024].decode("latin-1"))))
-    known = filter(None, (webencodings.lookup(match[1]) for match in named))
-    encoding = next((one for one in known if "utf-16" not in one.name), None)  # that one must have its mark
-    if encoding is None:
-        try:
-            return body.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            encoding = "windows-1252"
-    return webencodings.decode(body, encoding)[0]
+    for match in map(CHARSET.search, (content_type, body[:1024].decode("latin-1"))):
+        encoding = match and webencodings.lookup(match[1])
+        if encoding and "utf-16" not in encoding.name:  # which must have its mark
+            return webencodings.decode(body, encoding)[0]
+    try:
+        return body.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return webencodings.decode(body, "windows-1252")[0]
 
 
 class Parsers:
@@ -101,7 +98,7 @@ class Parsers:
     """
 
     def __init__(self, number: int) -> None:
-        self.idle: queue.LifoQueue[subprocess.Popen | None] = queue.LifoQueue()
+        self.idle: queue.LifoQueue[Popen | None] = queue.LifoQueue()
         for _ in range(number):
             self.idle.put(None)
 
@@ -115,7 +112,7 @@ class Parsers:
         alarm = threading.Timer(deadline - time.monotonic(), lambda: child.kill())
         try:
             if child is None or child.poll() is not None:
-                child = subprocess.Popen(PARSER, stdin=PIPE, stdout=PIPE, cwd=ROOT, start_new_session=True)
+                child = Popen(PARSER, stdin=PIPE, stdout=PIPE, cwd=ROOT, start_new_session=True)
             alarm.start()
             child.stdin.write(json.dumps([len(body), content_type]).encode() + b"\n" + body)
             child.stdin.flush()
@@ -163,94 +160,66 @@ def segments(text: str, max_chars: int) -> list[str]:
     return list(filter(None, pieces))
 
 
-@dataclass(frozen=True)
-class Notes:
-    """What a reader took from one segment, and whether it wants to read on."""
-
-    information: str
-    page_down: bool
-
-
-class ExtractiveReader:
-    """A reader turns a segment into notes; `memory` is what this trajectory read before.
-
-    This one uses no model: it takes the sentences that share most content words with the question, in page order.
-    """
-
-    async def read(self, question: str, segment: str, memory: Sequence[str], context: Context) -> Notes:
-        wanted = set(content_words(question))
-        sentences = re.split(r"(?<=[.!?])\s+|\n+", segment)
-        shared = [len(wanted.intersection(content_words(sentence))) for sentence in sentences]
-        best = sorted(range(len(sentences)), key=lambda i: (-shared[i], i))[:MAX_SENTENCES]
-        return Notes(" ".join(sentences[i].strip() for i in sorted(best) if shared[i]), page_down=True)
-
-
-def reader_messages(question: str, segment: str, memory: Sequence[str]) -> list[dict[str, str]]:
-    """The request to a reading model: rules, question, earlier notes, one segment."""
-    earlier = "\n".join(memory)[-MEMORY_CHARS:] or "none"
-    content = f"Question: {question}\n\nEarlier notes: {earlier}\n\nPage segment:\n<<<\n{segment}\n>>>"
-    return [{"role": "system", "content": READER_RULES}, {"role": "user", "content": content}]
+async def extract(question: str, segment: str, memory: Sequence[str], context: Context) -> Notes:
+    """A reader without a model: the sentences that share most content words with the question, in page order."""
+    wanted = set(content_words(question))
+    sentences = re.split(r"(?<=[.!?])\s+|\n+", segment)
+    shared = [len(wanted.intersection(content_words(sentence))) for sentence in sentences]
+    best = sorted(range(len(sentences)), key=lambda i: (-shared[i], i))[:MAX_SENTENCES]
+    return " ".join(sentences[i].strip() for i in sorted(best) if shared[i]), True
 
 
 def parse_notes(reply: str) -> Notes:
     """Notes from a model's reply; one that keeps to no format is taken as notes as a whole, and ends the page."""
     reply = reply.rpartition("</think>")[2]
     further = CONTINUE.search(reply)
-    information = re.sub(r"(?i)^\W*notes\W{0,4}:\W*", "", CONTINUE.sub("", reply, count=1)).strip()
-    if re.fullmatch(r"(?i)\W*(none|nothing)?\W*", information):
-        information = ""
-    return Notes(information, further is not None and further[1].lower() == "yes")
+    notes = re.sub(r"(?i)^\W*notes\W{0,4}:\W*", "", CONTINUE.sub("", reply, count=1)).strip()
+    if re.fullmatch(r"(?i)\W*(none|nothing)?\W*", notes):
+        notes = ""
+    return notes, further is not None and further[1].lower() == "yes"
 
 
-class EngineReader:
-    """The policy's own engine reads; no other service is needed. Its tokens are in no trajectory."""
+def model_reader(complete: Callable[..., Awaitable[str]]) -> Reader:
+    """A reader that asks a chat model, `await complete(messages, context)`; its tokens are in no trajectory."""
 
-    def __init__(self, generate_text: Callable[[list[dict[str, str]]], Awaitable[str]]) -> None:
-        self.generate_text = generate_text
+    async def read(question: str, segment: str, memory: Sequence[str], context: Context) -> Notes:
+        earlier = "\n".join(memory)[-MEMORY_CHARS:] or "none"
+        content = f"Question: {question}\n\nEarlier notes: {earlier}\n\nPage segment:\n<<<\n{segment}\n>>>"
+        messages = [{"role": "system", "content": READER_RULES}, {"role": "user", "content": content}]
+        return parse_notes(await complete(messages, context))
 
-    async def read(self, question: str, segment: str, memory: Sequence[str], context: Context) -> Notes:
-        return parse_notes(await self.generate_text(reader_messages(question, segment, memory)))
-
-
-class OpenAIReader:
-    """Any endpoint that speaks OpenAI's chat completions; the key comes from READER_API_KEY."""
-
-    def __init__(self, config: Config, web: Web) -> None:
-        self.config, self.web, self.url = config, web, config.reader_url.rstrip("/") + "/chat/completions"
-        if config.cassette_mode != "replay":
-            require_environment("READER_API_KEY", "reader: openai sends it (any word, if the server asks for none)")
-        self.headers = {"Authorization": f"Bearer {os.environ.get('READER_API_KEY', '')}"}
-
-    async def read(self, question: str, segment: str, memory: Sequence[str], context: Context) -> Notes:
-        counts, deadline, in_thread = context
-        messages = reader_messages(question, segment, memory)
-        payload = {"model": self.config.reader_model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
-
-        def ask() -> str:
-            reply = self.web.fetch_json(self.url, self.headers, payload, counts, deadline)
-            try:
-                text = reply["choices"][0]["message"]["content"] + ""
-                tokens = (reply.get("usage") or {}).get("total_tokens") or len(f"{messages}{text}") // 4  # an estimate
-                count(counts, "reader_tokens", tokens)
-                count(counts, "usd", tokens * self.config.price_reader_token)
-                return text
-            except (LookupError, TypeError, AttributeError):
-                raise WebFailure(*BAD_REPLY) from None
-
-        return parse_notes(await in_thread(self.web.cached, "reader", [self.url, payload], ask, counts, deadline))
+    return read
 
 
-Reader = ExtractiveReader | EngineReader | OpenAIReader  # or anything else that reads as they do
+async def ask_openai(config: Config, web: Web, messages: list[dict[str, str]], context: Context) -> str:
+    """The reply of the endpoint `reader_url`, before the deadline, through the cassette."""
+    counts, deadline, in_thread = context
+    url = config.reader_url.rstrip("/") + "/chat/completions"
+    payload = {"model": config.reader_model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
+
+    def ask() -> str:
+        text, tokens = web.chat(url, "READER_API_KEY", payload, counts, deadline)
+        if text is None:
+            raise WebFailure(*BAD_REPLY)
+        count(counts, "reader_tokens", tokens)
+        count(counts, "usd", tokens * config.price_reader_token)
+        return text
+
+    async with asyncio.timeout(seconds_left(deadline)):
+        return await in_thread(web.cached, "reader", [url, payload], ask, counts, deadline)
 
 
 def make_reader(config: Config, web: Web | None, generate_text: Callable[..., Awaitable[str]] | None = None) -> Reader:
     """The reader that `reader:` names; raises ConfigError for what it lacks."""
     if config.reader == "extractive":
-        return ExtractiveReader()
+        return extract
     if config.reader == "engine" and generate_text is not None:
-        return EngineReader(generate_text)
+        # Bounded in tokens, not by the deadline: the clock would make it unrepeatable.
+        return model_reader(lambda messages, _: generate_text(messages))
     if config.reader == "openai" and web is not None and config.reader_url and config.reader_model:
-        return OpenAIReader(config, web)
+        if config.cassette_mode != "replay":
+            require_environment("READER_API_KEY", "reader: openai sends it (any word, if the server asks for none)")
+        return model_reader(partial(ask_openai, config, web))
     raise ConfigError(f"reader={config.reader!r}: openai needs the web, reader_url and reader_model; engine an engine")
 
 
@@ -273,13 +242,11 @@ async def browse(
                 raise WebFailure("not_found", "There is no page at this address.")
             text = await in_thread(fetch_text, url, web, counts, deadline)
         for number, segment in enumerate(segments(text, config.segment_chars)[: config.max_segments]):
-            # An engine's reading is bounded in tokens instead: the clock would make it unrepeatable.
-            async with asyncio.timeout(seconds_left(deadline) if isinstance(reader, OpenAIReader) else None):
-                earlier = [*memory, *(note for _, note in notes)]
-                found = await reader.read(question, segment, earlier, (counts, deadline, in_thread))
-            if found.information:
-                notes.append((number, found.information))
-            if not found.page_down:
+            earlier = [*memory, *(note for _, note in notes)]
+            information, page_down = await reader(question, segment, earlier, (counts, deadline, in_thread))
+            if information:
+                notes.append((number, information))
+            if not page_down:
                 break
         if not notes:
             raise WebFailure("no_information", "The page says nothing about this.")
@@ -294,7 +261,7 @@ async def browse(
 if __name__ == "__main__":  # a parser: [length, content type] and a body in, one line of JSON out, until no more comes
     logging.disable()
     if sys.platform == "linux":  # a PDF of a few kB can ask for gigabytes; elsewhere only the deadline ends it
-        resource.setrlimit(resource.RLIMIT_AS, (PARSER_BYTES, PARSER_BYTES))
+        resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
     while line := sys.stdin.buffer.readline():
         length, content_type = json.loads(line)
         print(json.dumps(main_text(sys.stdin.buffer.read(length), content_type)), flush=True)

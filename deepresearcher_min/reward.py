@@ -8,7 +8,6 @@ Omitted, as in the paper: any reward for the way (tool use, length, style).
 
 import itertools
 import json
-import os
 import random
 import re
 import string
@@ -123,18 +122,14 @@ def ask_judge(trajectory: Trajectory, config: Config, web: Web, counts: Counter)
     messages = [{"role": "system", "content": JUDGE_RULES}, {"role": "user", "content": case}]
     url = config.judge_url.rstrip("/") + "/chat/completions"
     payload = {"model": config.judge_model, "messages": messages}
-    headers = {"Authorization": f"Bearer {os.environ.get('JUDGE_API_KEY', '')}"}
     deadline = time.monotonic() + config.tool_timeout
 
     def ask() -> float:
         for _ in range(JUDGE_TRIES):
-            reply = web.fetch_json(url, headers, payload | {"temperature": 0}, counts, deadline)
-            try:
-                found = VERDICT.fullmatch(reply["choices"][0]["message"]["content"].strip().splitlines()[-1])
-            except (LookupError, TypeError, AttributeError):
-                found = None
-            if found:
-                return float(found[1].upper() == "CORRECT")
+            text, _ = web.chat(url, "JUDGE_API_KEY", payload, counts, deadline)
+            lines = (text or "").strip().splitlines()
+            if lines and (verdict := VERDICT.fullmatch(lines[-1])):
+                return float(verdict[1].upper() == "CORRECT")
         raise WebFailure("no_verdict", "The judge gave no verdict.")
 
     try:

@@ -1,8 +1,7 @@
 """The only place that opens a socket to the web: search.py and browse.py go through it.
 
-`cached` is the cassette (one SQLite file, cache and recording at once), `fetch` retries, `check_url` says which
-addresses the model may open, `_exchange` is one exchange over a pooled connection to a checked address. Every wait
-ends at the deadline of the tool call; what goes wrong out there is a WebFailure, in words for the model.
+`cached` is the cassette (one SQLite file, cache and recording at once), `check_url` says which addresses the model may
+open. Every wait ends at the deadline of the tool call; what goes wrong is a WebFailure, in words for the model.
 Left out on purpose: cookies, scripts, robots.txt, HTTP/2, proxies.
 """
 
@@ -10,6 +9,7 @@ import hashlib
 import http.client
 import ipaddress
 import json
+import os
 import random
 import re
 import socket
@@ -18,7 +18,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -37,13 +37,16 @@ GET_PAGE = {"method": "GET", "headers": {"Accept": "text/html,application/pdf,te
 MAX_REDIRECTS = 5
 FAILURE_TTL = 60.0  # a failure is remembered so long, in mode live [s]
 TIMEOUT = ("timeout", "The server did not answer in time.")
+CONNECTION = ("connection", "The connection to the server failed.")
 BAD_REPLY = ("bad_reply", "The service sent a reply that cannot be read.")
 REFUSED = ("refused_address", "Only plain http and https addresses of the public internet can be opened.")
-GLOBAL_IPV6, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
-# Not public, although some Python versions call them global: protocol assignments, 6to4 relays, the metadata service
-# of Azure, Teredo and its neighbours, documentation.
-NETWORKS = "192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23", "2001:db8::/32", "3fff::/20"
-NOT_PUBLIC = list(map(ipaddress.ip_network, NETWORKS))
+PLAIN_URL = re.compile(r"(?i)https?://[^/?#@\\\x00-\x20\x7f]+([/?#][^\\\x00-\x20\x7f]*)?")  # no user, no odd characters
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Not public, although some Python versions call them global: multicast, protocol assignments, 6to4 relays, the metadata
+# service of Azure; of IPv6 all outside 2000::/3, Teredo and its neighbours, documentation.
+NETWORKS = """224.0.0.0/3 192.0.0.0/24 192.88.99.0/24 168.63.129.16/32
+    ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 3fff::/20"""
+NOT_PUBLIC = [ipaddress.ip_network(network) for network in NETWORKS.split()]
 RESOLVERS = ThreadPoolExecutor(16, "resolver")  # getaddrinfo knows no deadline; waiting for a thread does
 COUNT_LOCK = threading.Lock()
 EXCHANGE = threading.local()  # .deadline of the exchange that this thread is in
@@ -61,7 +64,7 @@ class BlockedURL(WebFailure):
     """An address that may not be opened, or whose name does not resolve."""
 
 
-def count(counts: MutableMapping[str, Any], name: str, amount: float = 1) -> None:
+def count(counts: dict, name: str, amount: float = 1) -> None:
     """Add to a counter that several tool threads of one trajectory may share."""
     with COUNT_LOCK:
         counts[name] += amount
@@ -82,8 +85,7 @@ def is_public(address: str) -> bool:
         ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     if ip.version == 6:
         ip = ip.ipv4_mapped or ip.sixtofour or ip
-    of_the_internet = ip.is_global and (ip.version == 4 or ip in GLOBAL_IPV6)
-    return of_the_internet and not (ip.is_multicast or ip.is_reserved or any(ip in net for net in NOT_PUBLIC))
+    return ip.is_global and not any(ip in network for network in NOT_PUBLIC)
 
 
 def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tuple[Url, list[str]]:
@@ -92,14 +94,11 @@ def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tu
     All addresses of the name are checked: one bad one among good ones is enough. `allow_private` (tests, the
     operator's own services) admits any address and port. Raises BlockedURL; `seconds` limits the name's resolution.
     """
-    try:
-        parts = parse_url(url)
-    except errors.LocationParseError:
-        parts = Url()
+    parts = Url()
+    with suppress(errors.LocationParseError):
+        parts = parse_url(url if PLAIN_URL.fullmatch(url) else "")
     host = (parts.host or "").strip("[]")
-    complete = parts.scheme in ("http", "https") and host and re.match(r"[^/]+//[^\\\x00-\x20\x7f]*$", url)
-    with_user = re.match("[^/]*//[^/?#]*@", url)
-    if not complete or with_user or not (allow_private or parts.port in (None, 80, 443)):
+    if not host or not (allow_private or parts.port in (None, 80, 443)):
         raise BlockedURL(*REFUSED)
     lookup = RESOLVERS.submit(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
     try:
@@ -127,10 +126,10 @@ class DeadlineResponse(http.client.HTTPResponse):
         self.fp.raw.readinto = receive_in_time  # type: ignore[method-assign]
 
 
-def deadline_pool(pool: Any) -> type:
-    """A connection pool class of urllib3 whose responses are DeadlineResponses."""
-    connection = type("Connection", (pool.ConnectionCls,), {"response_class": DeadlineResponse})
-    return type("Pool", (pool,), {"ConnectionCls": connection})
+CONNECTIONS: Any = {
+    pool.scheme: type("Connection", (pool.ConnectionCls,), {"response_class": DeadlineResponse})
+    for pool in (urllib3.HTTPConnectionPool, urllib3.HTTPSConnectionPool)
+}
 
 
 def status_failure(status: int, body: bytes) -> WebFailure:
@@ -143,60 +142,41 @@ def status_failure(status: int, body: bytes) -> WebFailure:
     return WebFailure("rate_limited" if status == 429 else f"http_{status}", words)
 
 
-class Cassette:
-    """Replies by key in one SQLite file on a local disk: safe for threads, ranks of one node, and kill -9."""
-
-    def __init__(self, path: Path, mode: str, ttl: float) -> None:
-        if mode == "replay" and not path.is_file():
-            raise ConfigError(f"cassette={str(path)!r}: cassette_mode: replay needs a recording")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.mode, self.ttl, self.lock = mode, ttl, threading.Lock()
-        self.db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        self.db.execute("PRAGMA journal_mode=WAL")
-        self.db.execute("PRAGMA synchronous=NORMAL")  # a power cut may cost the last replies, never the file
-        self.db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, time REAL, reply TEXT)")
-
-    def get(self, key: bytes) -> dict[str, Any] | None:
-        """The reply of this key: {"value": ...} or {"failure": [kind, words]}; None if absent or, in mode live, old."""
-        with self.lock:
-            row = self.db.execute("SELECT time, reply FROM replies WHERE key = ?", (key,)).fetchone()
-        reply = json.loads(row[1]) if row else None
-        if reply and self.mode == "live" and time.time() - row[0] > (FAILURE_TTL if "failure" in reply else self.ttl):
-            return None
-        return reply
-
-    def put(self, key: bytes, reply: dict[str, Any]) -> None:
-        row = (key, time.time(), json.dumps(reply))
-        with self.lock:
-            self.db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", row)
-
-
 class Web:
     """All traffic of one rank. Any thread may call; every call ends at its deadline [s on the monotonic clock]."""
 
-    def __init__(self, config: Config, cassette_path: str | Path, rank: int = 0, world_size: int = 1) -> None:
-        self.config, self.world_size = config, world_size
-        self.cassette = Cassette(Path(cassette_path), config.cassette_mode, config.search_ttl)
+    def __init__(self, config: Config, cassette: str | Path, rank: int = 0, world_size: int = 1) -> None:
+        self.config, self.cassette, self.world_size = config, Path(cassette), world_size
+        if config.cassette_mode == "replay" and not self.cassette.is_file():
+            raise ConfigError(f"cassette={str(self.cassette)!r}: cassette_mode: replay needs a recording")
+        self.cassette.parent.mkdir(parents=True, exist_ok=True)
+        self.db = sqlite3.connect(cassette, timeout=30, isolation_level=None, check_same_thread=False)
+        self.db.execute("PRAGMA journal_mode=WAL")  # safe for the ranks of one node (on a local disk) and for kill -9
+        self.db.execute("PRAGMA synchronous=NORMAL")  # a power cut may cost the last replies, never the file
+        self.db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, time REAL, reply TEXT)")
+        self.db_lock = threading.Lock()
         self.flights = [threading.Lock() for _ in range(65536)]  # one for each first two bytes of a key
-        self.tls = ssl.create_default_context()
-        self.pools = urllib3.PoolManager(num_pools=100, block=True, retries=False)
-        standard = self.pools.pool_classes_by_scheme
-        self.pools.pool_classes_by_scheme = {scheme: deadline_pool(pool) for scheme, pool in standard.items()}
+        self.pools = urllib3.PoolManager(100, block=True, retries=False, ssl_context=ssl.create_default_context())
         self.jitter = random.Random(rank)
 
     def cached(self, kind: str, request: Any, produce: Callable[[], Any], counts: Counter, deadline: float) -> Any:
         """The recorded reply to `request` (any JSON value), else that of produce(), which is then recorded.
 
-        A WebFailure of produce() is recorded like a reply, for a minute in mode live, for good in mode record, so
-        that a replay repeats it. Of identical requests at the same time, all but one wait and find the recording.
+        So is a WebFailure of produce(), so that a replay repeats it; in mode live it is forgotten after FAILURE_TTL.
+        Of identical requests at the same time, all but one wait and find the recording.
         """
         key = hashlib.sha256(json.dumps([kind, request], sort_keys=True).encode()).digest()
         flight = self.flights[int.from_bytes(key[:2], "big")]
         if not flight.acquire(timeout=seconds_left(deadline)):
             raise WebFailure(*TIMEOUT)
         try:
-            reply = self.cassette.get(key)
-            if reply is not None:
+            with self.db_lock:
+                row = self.db.execute("SELECT time, reply FROM replies WHERE key = ?", (key,)).fetchone()
+            reply = json.loads(row[1]) if row else None
+            if reply and self.config.cassette_mode == "live":
+                ttl = FAILURE_TTL if "failure" in reply else self.config.search_ttl
+                reply = reply if time.time() - row[0] <= ttl else None
+            if reply:
                 count(counts, "cache_hits")
             elif self.config.cassette_mode == "replay":
                 raise WebFailure("replay_miss", "This is not in the recording that is being replayed.")
@@ -205,7 +185,9 @@ class Web:
                     reply = {"value": produce()}
                 except WebFailure as failure:
                     reply = {"failure": (failure.kind, failure.words)}
-                self.cassette.put(key, reply)
+                row = (key, time.time(), json.dumps(reply))
+                with self.db_lock:
+                    self.db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", row)
         finally:
             flight.release()
         if "failure" in reply:
@@ -215,21 +197,20 @@ class Web:
     def fetch(self, url: str, counts: Counter, deadline: float, sent: Any = GET_PAGE, own: bool = False) -> Any:
         """(body, decompressed; content type) of a successful reply, after up to 1 + max_retries attempts.
 
-        `sent`: method, headers and json, as urllib3 calls them. `own` marks a service of the operator: any address,
-        any content type, no redirects. Raises WebFailure.
+        `sent`: method, headers, json. `own`: a service of the operator, so any address and content type, no redirects.
         """
         for attempt in range(self.config.max_retries + 1):
             pause = 0.5 * 2**attempt * self.jitter.uniform(0.5, 1.5)
             try:
                 status, headers, body = self._follow(url, sent, own, attempt, counts, deadline)
                 if 200 <= status < 300:
-                    return bytes(body), headers.get("Content-Type", "")
+                    return body, headers.get("Content-Type", "")
                 failure = status_failure(status, body)
                 with suppress(errors.InvalidHeader, ValueError):  # no Retry-After, or one that cannot be read
                     pause = urllib3.Retry().parse_retry_after(headers.get("Retry-After", ""))
             except WebFailure as raised:
                 failure = raised
-            again = failure.kind in ("timeout", "connection", "rate_limited") or failure.kind.startswith("http_5")
+            again = re.match("timeout|connection|rate_limited|http_5", failure.kind)
             if not again or attempt == self.config.max_retries or time.monotonic() + pause >= deadline:
                 break
             time.sleep(pause)
@@ -243,41 +224,53 @@ class Web:
         except (ValueError, RecursionError):
             raise WebFailure(*BAD_REPLY) from None
 
+    def chat(self, url: str, key: str, payload: Any, counts: Counter, deadline: float) -> tuple[str | None, int]:
+        """(text, tokens) of a chat model's reply, at temperature 0; (None, 0) if it has no text.
+
+        `url` speaks OpenAI's chat completions; `key` names the environment variable that holds its key.
+        """
+        headers = {"Authorization": f"Bearer {os.environ.get(key, '')}"}
+        reply = self.fetch_json(url, headers, payload | {"temperature": 0}, counts, deadline)
+        try:
+            text = reply["choices"][0]["message"]["content"] + ""
+            tokens = (reply.get("usage") or {}).get("total_tokens") or len(f"{payload['messages']}{text}") // 4
+            return text, tokens + 0
+        except (LookupError, TypeError, AttributeError):
+            return None, 0
+
     def _follow(self, url: str, sent: Any, own: bool, attempt: int, counts: Counter, deadline: float) -> Any:
         """(status, headers, body) at the end of the redirects; attempts take turns with the addresses of a name."""
         for _ in range(MAX_REDIRECTS + 1):
             parts, addresses = check_url(url, own or self.config.allow_private_hosts, seconds_left(deadline))
-            reply = self._exchange(parts, addresses[attempt % len(addresses)], sent, own, counts, deadline)
-            status, headers, _ = reply
+            address = addresses[attempt % len(addresses)]
+            status, headers, body = self._exchange(parts, address, sent, own, counts, deadline)
             if own or status not in (301, 302, 303, 307, 308) or "Location" not in headers:
-                return reply
+                return status, headers, body
             url = headers["Location"].encode("latin-1", "replace").decode("utf-8", "replace").replace(" ", "%20")
             with suppress(ValueError):  # it is no address at all, which check_url says
                 url = urljoin(parts.url, url)
         raise WebFailure("redirects", "The address leads from redirect to redirect without end.")
 
     def _exchange(self, url: Url, address: str, sent: Any, own: bool, counts: Counter, deadline: float) -> Any:
-        config, EXCHANGE.deadline = self.config, deadline
+        EXCHANGE.deadline = deadline
         third = seconds_left(deadline) / 3  # each for a place in the pool, the connection and its TLS: together in time
-        options: dict[str, Any] = {"maxsize": max(1, config.tool_threads) if own else config.connections_per_host}
-        if url.scheme == "https":  # the checked address is dialled; the certificate must be that of the name
-            name = str(url.host).strip("[]")
-            options |= {"ssl_context": self.tls, "server_hostname": name, "assert_hostname": name}
-        wait = urllib3.Timeout(connect=min(config.connect_timeout, third), read=config.read_timeout)
+        wait = urllib3.Timeout(connect=min(self.config.connect_timeout, third), read=self.config.read_timeout)
         headers = {"Host": url.netloc, "User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate", **sent["headers"]}
         request = {**sent, "url": url.request_uri, "headers": headers, "timeout": wait, "pool_timeout": third}
+        most = max(1, self.config.tool_threads) if own else self.config.connections_per_host
+        options = {"maxsize": most, "server_hostname": url.host}  # the certificate must be that of the name
         count(counts, "requests")
         try:
             pool = self.pools.connection_from_host(address, url.port, url.scheme, options)
+            pool.ConnectionCls = CONNECTIONS[url.scheme]
             response = pool.request(**request, redirect=False, preload_content=False)
             try:
-                kind, body = response.headers.get("Content-Type", "").strip().lower(), bytearray()
+                kind = response.headers.get("Content-Type", "").strip().lower()
                 if not own and response.status == 200 and not READABLE.match(kind):
                     raise WebFailure("content_type", f"This is not a page to read but a file of type {kind[:60]}.")
-                while chunk := response.read(65536):  # decompresses at most so much at a time
-                    body += chunk
-                    if len(body) > config.max_page_bytes:
-                        raise WebFailure("too_large", "The page is too large to be read.")
+                body = response.read(self.config.max_page_bytes + 1)  # decompresses no more than that
+                if len(body) > self.config.max_page_bytes:
+                    raise WebFailure("too_large", "The page is too large to be read.")
                 count(counts, "bytes", response.tell())
                 return response.status, response.headers, body
             finally:  # both: a connection with unread bytes is closed, and its place in the pool given back
@@ -285,13 +278,14 @@ class Web:
                 response.release_conn()
         except (errors.SSLError, ssl.SSLError):
             raise WebFailure("tls", "No secure connection to the server is possible.") from None
-        except (errors.HTTPError, OSError, http.client.HTTPException, ValueError) as error:
-            timed_out = isinstance(error, errors.TimeoutError | errors.EmptyPoolError)
-            if timed_out and not isinstance(error, errors.NewConnectionError):  # for urllib3 a kind of timeout
-                raise WebFailure(*TIMEOUT) from None
-            raise WebFailure("connection", "The connection to the server failed.") from None
+        except errors.NewConnectionError:  # for urllib3 a kind of timeout
+            raise WebFailure(*CONNECTION) from None
+        except (errors.TimeoutError, errors.EmptyPoolError):
+            raise WebFailure(*TIMEOUT) from None
+        except (errors.HTTPError, OSError, http.client.HTTPException, ValueError):
+            raise WebFailure(*CONNECTION) from None
 
     def close(self) -> None:
         self.pools.clear()
-        with self.cassette.lock:  # not under the hands of a thread that was given up
-            self.cassette.db.close()
+        with self.db_lock:  # not under the hands of a thread that was given up
+            self.db.close()

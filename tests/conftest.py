@@ -25,3 +25,23 @@ def models(tmp_path_factory) -> Path:
     from policies import save_models
 
     return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def open_web(tmp_path):
+    """open_web(file, rank, world_size, **config) -> a Web that may reach loopback; closed after the test."""
+    from dataclasses import replace
+
+    from loopback import CONFIG
+
+    from deepresearcher_min.web import Web
+
+    opened = []
+
+    def open_one(file="cassette.sqlite", rank=0, world_size=1, **changes):
+        opened.append(Web(replace(CONFIG, **changes), tmp_path / file, rank, world_size))
+        return opened[-1]
+
+    yield open_one
+    for one in opened:
+        one.close()

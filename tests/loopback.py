@@ -7,7 +7,36 @@ import struct
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from deepresearcher_min.config import load_config
+from deepresearcher_min.web import WebFailure
+
+CONFIG = replace(
+    load_config(["--preset=paper"]), allow_private_hosts=True, max_retries=0, read_timeout=5.0, connect_timeout=0.4
+)
+
+
+def failure_of(web, url, seconds=1.0, counts=None):
+    """(kind, words, seconds taken) of a fetch that must fail."""
+    start = time.monotonic()
+    with pytest.raises(WebFailure) as failure:
+        web.fetch(url, Counter() if counts is None else counts, start + seconds)
+    return failure.value.kind, failure.value.words, time.monotonic() - start
+
+
+def lead_to(monkeypatch, *addresses):
+    """Names with "example" in them resolve to these addresses."""
+    real = socket.getaddrinfo
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *args, **options: found if "example" in host else real(host, *args, **options),
+    )
 
 
 class Server:

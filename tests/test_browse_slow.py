@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from test_browse import PAGES, fuzz, needs_pages
+from test_pages import PAGES, fuzz, needs_pages
 
 from deepresearcher_min.browse import main_text
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::bs4.XMLParsedAsHTMLWarning")]
 
 
 @needs_pages
