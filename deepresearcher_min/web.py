@@ -142,6 +142,18 @@ def status_failure(status: int, body: bytes) -> WebFailure:
     return WebFailure("rate_limited" if status == 429 else f"http_{status}", words)
 
 
+def switch_to_wal(db: sqlite3.Connection, deadline: float) -> None:
+    """Make a database safe for the ranks of one node (on a local disk), and for kill -9."""
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError:  # another rank is at it; this statement, unlike all others, does not wait
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 class Web:
     """All traffic of one rank. Any thread may call; every call ends at its deadline [s on the monotonic clock]."""
 
@@ -151,7 +163,7 @@ class Web:
             raise ConfigError(f"cassette={str(self.cassette)!r}: cassette_mode: replay needs a recording")
         self.cassette.parent.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(cassette, timeout=30, isolation_level=None, check_same_thread=False)
-        self.db.execute("PRAGMA journal_mode=WAL")  # safe for the ranks of one node (on a local disk) and for kill -9
+        switch_to_wal(self.db, time.monotonic() + 30)
         self.db.execute("PRAGMA synchronous=NORMAL")  # a power cut may cost the last replies, never the file
         self.db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, time REAL, reply TEXT)")
         self.db_lock = threading.Lock()

@@ -108,6 +108,13 @@ for i in range(100_000):
 """
 
 
+def test_ranks_may_open_a_new_cassette_at_the_same_time(tmp_path, open_web):
+    other = sqlite3.connect(tmp_path / "new.sqlite", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")  # as a rank in the middle of opening it
+    threading.Timer(0.2, other.execute, ["COMMIT"]).start()
+    assert ask(open_web("new.sqlite"), "a", lambda: "value") == "value"
+
+
 def test_ranks_share_a_cassette_and_kill_minus_nine_loses_nothing_that_was_acknowledged(tmp_path):
     path = tmp_path / "cassette.sqlite"
     writers = [
