@@ -184,7 +184,7 @@ def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
             signal.raise_signal(signal.SIGINT)  # ends as Ctrl-C does
 
     try:
-        roll_out(Batch(questions, numbers, 1, config.eval_temperature, 1.0, EVALUATION), agent, on_done)
+        roll_out(Batch(questions, numbers, 1, config.eval_temperature, EVALUATION), agent, on_done)
         ranks.gather([None])  # every rank's file is complete; vLLM's end is that of the process group
     finally:
         bar.close()
@@ -250,7 +250,7 @@ def ask(config: Config, task: Task, ranks: Ranks) -> None:
     question = next((each for each in task.held_out if each.text == typed.text), typed)
     _, agent = make_agent(config, task, ranks)
     try:
-        ((one,),) = roll_out(Batch([question], [0], 1, config.eval_temperature, 1.0, step=0), agent)
+        ((one,),) = roll_out(Batch([question], [0], 1, config.eval_temperature, step=0), agent)
     finally:
         agent.tools.close()
         agent.engine.close()

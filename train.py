@@ -51,7 +51,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
             asked = take_questions(task.questions, config.seed, state["asked"], config.questions_per_step)
             questions, numbers = ranks.deal(asked), ranks.deal(range(len(asked)))
             # 1 act: G trajectories for each question
-            batch = Batch(questions, numbers, config.group_size, config.temperature, config.top_p, step)
+            batch = Batch(questions, numbers, config.group_size, config.temperature, step)
             with progress(f"step {step}", len(questions) * config.group_size, ranks) as on_done:
                 rollouts = roll_out(batch, agent, on_done)
             # 2 judge: rewards, and advantages inside each group

@@ -72,7 +72,7 @@ def memory(device: torch.device) -> float:
 def sample_turns(engine: Engine, prompts: list[list[int]], end_id: int) -> list[Trajectory]:
     """One turn at temperature 1 for each prompt; the same seeds at every call."""
     for i, prompt in enumerate(prompts):
-        engine.submit(str(i), prompt, Sampling(1.0, 1.0, 64, seed=i, stop_token_ids=(end_id,)))
+        engine.submit(str(i), prompt, Sampling(1.0, 64, seed=i, stop_token_ids=(end_id,)))
     done = {}
     while len(done) < len(prompts):
         done |= engine.step()

@@ -182,7 +182,7 @@ def converse(
     web = Web(config, cassette)
     tools = Tools(config, chat, web=web)
     numbers = range(first // GROUP, (first + len(plans)) // GROUP)
-    batch = Batch([Question(str(n), str(n), ("",)) for n in numbers], numbers, GROUP, 1.0, 1.0, step=1)
+    batch = Batch([Question(str(n), str(n), ("",)) for n in numbers], numbers, GROUP, 1.0, step=1)
     engine.llm.reset_prefix_cache()
     start = time.monotonic()
     with patch.object(rollout, "Scheduler", scheduler):
@@ -246,7 +246,7 @@ def bench_overhead() -> dict[str, float]:
     times: dict[int, list[float]] = {64: [], 4096: []}
     for count in (64, 4096) * 3:  # in turn, so that a busy neighbour disturbs both
         numbers, rounds = range(count // GROUP), 1024 // count or 1
-        batch = Batch([Question(str(n), f"Where is {name}?", ("",)) for n in numbers], numbers, GROUP, 1.0, 1.0, step=1)
+        batch = Batch([Question(str(n), f"Where is {name}?", ("",)) for n in numbers], numbers, GROUP, 1.0, step=1)
         start = time.process_time()
         for _ in range(rounds):
             groups = roll_out(batch, Agent(config, InstantEngine(chat, name), tools, chat))

@@ -142,7 +142,7 @@ def simulate(plans: Sequence[Plan], config: Config, by_tokens: bool = True) -> t
         engine = SimulatedEngine(chat, clock)
         engine.capacity_tokens = KV_TOKENS if by_tokens else 10**12
         numbers = range(rank, len(plans) // GROUP, ENGINES)
-        batch = Batch([Question(str(n), str(n), ("",)) for n in numbers], numbers, GROUP, 1.0, 1.0, step=1)
+        batch = Batch([Question(str(n), str(n), ("",)) for n in numbers], numbers, GROUP, 1.0, step=1)
         tools = SimulatedTools(chat, SEARCHES_PER_SECOND / ENGINES)
         with closing(asyncio.SelectorEventLoop(clock)) as loop:
             loop.time = lambda clock=clock: clock.now

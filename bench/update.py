@@ -49,7 +49,7 @@ from deepresearcher_min.trajectory import Group, Question, Trajectory  # noqa: E
 
 TRL = "trl==1.16.0"
 # What the peers' environment has in the same version as ours.
-SHARED = ("torch", "transformers", "safetensors", "numpy", "pyyaml", "pyarrow", "requests")
+SHARED = ("torch", "transformers", "safetensors", "numpy", "pyyaml", "pyarrow")
 PROMPT = 40  # tokens of a prompt
 TAIL = (96, 112, 128, 144, 160, 192, 224, 256, 288, 320, 352, 448, 640, 1024, 1600, 2560)
 EVEN = (307, 358, 410, 461, 563, 614, 666, 717)  # 0.6 to 1.4 times 512
@@ -60,7 +60,6 @@ SETTINGS = [
     "--preset=wiki", "--temperature=1", "--kl_coef=0", "--importance_cap=0", "--gradient_checkpointing=true",
     "--microbatch_tokens=8192",
 ]  # fmt: skip
-ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 CAPTION = """
 What carries over to a 7B model on GPUs: no work on padding, no head at tokens that are not trained, logits never kept
 (24k trained tokens x 152k words in float32 are 14.6 GB), memory linear in length. What does not: the ratios. At 152k
@@ -104,7 +103,7 @@ Contestant = tuple[torch.nn.Module, Callable[[], float]]
 
 
 def ours(folder: str, group: Group) -> Contestant:
-    policy = Policy(load_config(SETTINGS), folder, ONE_RANK)
+    policy = Policy(load_config(SETTINGS), folder, Ranks())
     rows = score_group(group)
     total, plan = sum(t.sampled_mask.sum() for t in group.trajectories), policy.plan(rows)
 
@@ -199,7 +198,7 @@ def trl_async(folder: str, group: Group) -> Contestant:
     model = as_trained(trainer)
     row = packing.TreeRow()
     with torch.no_grad():  # the one update of a rollout has old = new, which this trainer wants to be told
-        old = Policy(load_config(SETTINGS), folder, ONE_RANK).logprobs(group.trajectories, 1.0)
+        old = Policy(load_config(SETTINGS), folder, Ranks()).logprobs(group.trajectories, 1.0)
     for trajectory, advantage, logprobs in zip(group.trajectories, group.advantages, old, strict=True):
         known = np.zeros(len(trajectory.token_ids), np.float32)
         known[trajectory.sampled_mask] = logprobs

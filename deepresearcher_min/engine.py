@@ -3,7 +3,8 @@
 Place in the loop: rollout.py submits one request per assistant turn and steps the engine while anyone waits; train.py
 hands over new weights once per optimizer step. Requests join and leave at any step, and a turn computes only what is
 new. HFEngine (transformers, bitwise repeatable) is for laptops and tests, VLLMEngine for GPUs.
-Left out: text (a turn ends with a token id, not with a string), penalties, top-k, beam search.
+Left out: text (a turn ends with a token id, not with a string); top-p, top-k and penalties, since the policy would have
+to renormalise its log-probabilities as the engine does; beam search.
 """
 
 import importlib.util
@@ -29,7 +30,6 @@ class Sampling:
     """How to sample one request; temperature 0 is greedy."""
 
     temperature: float
-    top_p: float
     max_tokens: int
     seed: int
     stop_token_ids: tuple[int, ...]
@@ -40,7 +40,7 @@ class Completion:
     """What one request sampled, the stop token included."""
 
     token_ids: list[int]
-    logprobs: list[float]  # after temperature and top_p; greedy: at temperature 1 (vLLM: if the whole batch is greedy)
+    logprobs: list[float]  # after temperature; greedy: at temperature 1 (vLLM: if the whole batch is greedy)
     finish_reason: str  # stop | length (max_tokens, or the context is full) | aborted (by the engine itself)
 
 
@@ -206,13 +206,9 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None
 
 def sample(logits: Tensor, requests: list[Request]) -> tuple[list[int], list[float]]:
     """One token of each request, by inverse transform, and its log-probability. logits: [requests, vocabulary]."""
-    temperature, top_p = torch.tensor([(r.sampling.temperature, r.sampling.top_p) for r in requests]).T[..., None]
+    temperature = torch.tensor([[r.sampling.temperature] for r in requests])
     greedy = temperature == 0
     p = (logits.float() / temperature.masked_fill(greedy, 1)).softmax(-1)
-    if (top_p < 1).any():  # keep the most probable tokens that together reach top_p
-        ordered, order = p.sort(dim=-1, descending=True)
-        ordered[(ordered.cumsum(-1) - ordered >= top_p) & (top_p < 1) & ~greedy] = 0
-        p = torch.zeros_like(p).scatter_(-1, order, ordered / ordered.sum(-1, keepdim=True))
     cumulative = p.double().cumsum_(-1)
     # A uniform number is below 1, so the level is below the total and the token has a probability above 0.
     level = cumulative[:, -1:] * torch.stack([torch.rand(1, generator=r.generator, dtype=float) for r in requests])
@@ -246,7 +242,7 @@ class VLLMEngine(Engine):
             model=model_dir, dtype=config.dtype, max_model_len=self.max_len, max_num_seqs=config.max_in_flight,
             skip_tokenizer_init=True, generation_config="vllm",  # not the model's sampling defaults and stop tokens
             enable_prefix_caching=True, block_size=block, num_gpu_blocks_override=config.kv_tokens // block or None,
-            logprobs_mode="processed_logprobs",  # after temperature and top_p
+            logprobs_mode="processed_logprobs",  # after temperature
             # GPU: LOCAL_RANK's device; the default takes the first (vllm/v1/executor/uniproc_executor.py).
             distributed_executor_backend="external_launcher" if world_size > 1 else None, **device,
         )  # fmt: skip

@@ -136,7 +136,7 @@ class Tools:
         token_ids, most = self.chat.message_ids(messages), self.config.max_model_len - self.config.max_turn_tokens
         del token_ids[most - 32 : -32]  # what does not fit; the rules are in front, the generation prompt at the end
         self.readings += 1
-        sampling = Sampling(0.0, 1.0, self.config.max_turn_tokens, 0, (self.chat.end_of_turn_id,))
+        sampling = Sampling(0.0, self.config.max_turn_tokens, 0, (self.chat.end_of_turn_id,))
         completion = await self.scheduler.generate(f"reader/{self.readings}", token_ids, sampling)
         return self.chat.decode(completion.token_ids)
 
@@ -208,7 +208,6 @@ class Batch:
     numbers: Sequence[int]  # of the questions, within the step and over all ranks, for the seeds
     repeats: int
     temperature: float
-    top_p: float
     step: int
 
 
@@ -225,7 +224,7 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
             if turn := len(record.turns):
                 await scheduler.enter(age, len(token_ids) + max_tokens)
             seed = int(np.random.SeedSequence((config.seed, batch.step, number, index, turn)).generate_state(1)[0])
-            sampling = Sampling(batch.temperature, batch.top_p, max_tokens, seed, (agent.chat.end_of_turn_id,))
+            sampling = Sampling(batch.temperature, max_tokens, seed, (agent.chat.end_of_turn_id,))
             return await scheduler.generate(f"{batch.step}/{number}/{index}", token_ids, sampling)
 
         try:
@@ -271,5 +270,5 @@ def roll_out(batch: Batch, agent: Agent, on_done: OnDone = lambda trajectory: No
 def evaluate(questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done: OnDone) -> list[Trajectory]:
     """One trajectory for each question at config.eval_temperature; every rank gets all of them, in order."""
     numbers = range(ranks.rank, len(questions), ranks.world_size)
-    batch = Batch([questions[n] for n in numbers], numbers, 1, agent.config.eval_temperature, 1.0, step=EVALUATION)
+    batch = Batch([questions[n] for n in numbers], numbers, 1, agent.config.eval_temperature, step=EVALUATION)
     return ranks.gather([trajectory for (trajectory,) in roll_out(batch, agent, on_done)])

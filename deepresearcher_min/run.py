@@ -62,9 +62,9 @@ def open_run(argv: list[str]) -> Config:
 class Ranks:
     """Who this process is among the processes of the job."""
 
-    rank: int
-    world_size: int
-    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
 
     @classmethod
     def start(cls) -> "Ranks":

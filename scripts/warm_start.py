@@ -126,7 +126,7 @@ def demonstrations(tokenizer: PreTrainedTokenizerFast, config: Config, worlds: i
     for number in tqdm(range(worlds), desc="demonstrations", unit="world"):
         world = World(f"warm start {config.seed} {number}")
         engine = ScriptedEngine(tokenizer, config.seed)
-        batch = Batch(world.questions(each, number), range(each), 1, 1.0, 1.0, step=number)
+        batch = Batch(world.questions(each, number), range(each), 1, 1.0, step=number)
         found += [t for (t,) in roll_out(batch, Agent(config, engine, Tools(config, chat, world.corpus), chat))]
     return found
 
@@ -221,7 +221,7 @@ def write_card(config: Config, folder: Path, recipe: str, copying: float) -> Non
     agent = Agent(config, HFEngine(config, str(folder)), Tools(config, chat, world.corpus), chat)
     questions, columns = world.questions(200, config.seed), {}
     for name, temperature in (("greedy", 0.0), ("sampled, T = 1", 1.0)):
-        batch = Batch(questions, range(len(questions)), 1, temperature, 1.0, step=0)
+        batch = Batch(questions, range(len(questions)), 1, temperature, step=0)
         found = [trajectory for (trajectory,) in roll_out(batch, agent)]
         columns[name] = summarize(found) | behaviour_rates(found, world)
     (folder / "README.md").write_text(

@@ -11,7 +11,7 @@ from deepresearcher_min.config import Config, load_config
 from deepresearcher_min.engine import Completion, Engine, Sampling
 
 VOCABULARY = 150
-GREEDY = Sampling(temperature=0.0, top_p=1.0, max_tokens=12, seed=0, stop_token_ids=())
+GREEDY = Sampling(temperature=0.0, max_tokens=12, seed=0, stop_token_ids=())
 vllm_installed = importlib.util.find_spec("vllm") is not None
 
 
@@ -64,27 +64,16 @@ def drain(engine: Engine, count: int) -> dict[str, Completion]:
 
 
 @torch.no_grad()
-def reference_logprobs(model, prompt: list[int], sampled: list[int], temperature=1.0, top_p=1.0) -> torch.Tensor:
-    """[len(sampled), V] log-probabilities by one plain forward pass, after temperature and top_p."""
+def reference_logprobs(model, prompt: list[int], sampled: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """[len(sampled), V] log-probabilities by one plain forward pass, after temperature."""
     logits = model(torch.tensor([prompt + sampled])).logits[0, len(prompt) - 1 : -1] / temperature
-    for row in logits if top_p < 1 else []:
-        kept, total = [], 0.0
-        for token in row.argsort(descending=True).tolist():
-            if total >= top_p:
-                break
-            kept.append(token)
-            total += row.softmax(-1)[token].item()
-        mask = torch.ones(VOCABULARY, dtype=torch.bool)
-        mask[kept] = False
-        row[mask] = float("-inf")
     return logits.log_softmax(-1)
 
 
 def check_against_model(model, requests, done, sampling: Sampling) -> None:
     for name, prompt in requests.items():
         completion = done[name]
-        temperature, top_p = (sampling.temperature, sampling.top_p) if sampling.temperature else (1.0, 1.0)
-        expected = reference_logprobs(model, prompt, completion.token_ids, temperature, top_p)
+        expected = reference_logprobs(model, prompt, completion.token_ids, sampling.temperature or 1.0)
         if not sampling.temperature:
             assert completion.token_ids == expected.argmax(-1).tolist()
         own = expected[range(len(completion.token_ids)), completion.token_ids]
@@ -97,7 +86,7 @@ def two_turns(engine: Engine) -> list[tuple[list[int], list[float]]]:
     alive = {}
     for name, prompt in prompts(10, seed=100).items():
         alive |= {f"{name}/{i}": prompt for i in range(4)}
-    samplings = {n: Sampling(1.0, 1.0, draw.randint(5, 30), i, (3, 4)) for i, n in enumerate(alive)}
+    samplings = {n: Sampling(1.0, draw.randint(5, 30), i, (3, 4)) for i, n in enumerate(alive)}
     for name, ids in alive.items():
         engine.submit(name, ids, samplings[name])
     history, second = [], set()

@@ -20,7 +20,6 @@ MODELS = {  # tied and untied head, as many key heads as query heads and fewer
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=4, tie_word_embeddings=True)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=False)),
 }
-ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 END = 60  # plays the end-of-turn token
 
 
@@ -71,14 +70,14 @@ def make_groups(questions: int = 5, size: int = 4, seed: int = 0) -> list[Group]
     return groups
 
 
-def make_policy(models: Path, name: str = "qwen2", ranks: Ranks = ONE_RANK, **changes: object) -> Policy:
+def make_policy(models: Path, name: str = "qwen2", ranks: Ranks = Ranks(), **changes: object) -> Policy:
     """A policy whose optimizer is plain gradient descent, so that a change of weights is a gradient."""
     policy = Policy(config(**changes), str(models / name), ranks)
     policy.optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
     return policy
 
 
-def adam_policy(models: Path, ranks: Ranks = ONE_RANK) -> Policy:
+def adam_policy(models: Path, ranks: Ranks = Ranks()) -> Policy:
     changes = {"lr": 1e-2, "lr_warmup": 3, "dtype": "float32", "updates_per_rollout": 2, "max_grad_norm": 1.0}
     return Policy(config(**changes), str(models / "qwen2"), ranks)
 

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -23,7 +22,6 @@ from deepresearcher_min.rollout import (
     Tools,
     roll_out,
 )
-from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Corpus, SearchResult
 from deepresearcher_min.toyworld import MODEL_DIR
 from deepresearcher_min.trajectory import Question, Trajectory
@@ -31,7 +29,6 @@ from scripts.toy_tokenizer import TEMPLATE
 
 WORLD = toyworld.training_world(0)
 TOY_CHAT = ChatFormat(AutoTokenizer.from_pretrained(MODEL_DIR), date="2026-01-01")
-ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 PERSON = next(name for name, kind in WORLD.kind.items() if kind == "person")
 
 
@@ -149,7 +146,7 @@ def questions(count: int) -> list[Question]:
 
 
 def batch(count: int, repeats: int = 1, **changes) -> Batch:
-    return dataclasses.replace(Batch(questions(count), range(count), repeats, 1.0, 1.0, step=1), **changes)
+    return dataclasses.replace(Batch(questions(count), range(count), repeats, 1.0, step=1), **changes)
 
 
 def one(agent: Agent) -> Trajectory:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from scripted import ONE_RANK, Scripted, answer_turn, batch, call, make_agent, one, turns
+from scripted import Scripted, answer_turn, batch, call, make_agent, one, turns
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from deepresearcher_min import protocol, reward
@@ -14,6 +14,7 @@ from deepresearcher_min.config import load_config
 from deepresearcher_min.engine import HFEngine
 from deepresearcher_min.policy import Policy
 from deepresearcher_min.rollout import Agent, Tools, roll_out
+from deepresearcher_min.run import Ranks
 from deepresearcher_min.toyworld import MODEL_DIR
 from train import load_task
 
@@ -73,7 +74,7 @@ def test_a_new_model_is_a_folder_that_transformers_loads(tmp_path):
     agent = make_agent(Scripted(turns(answer_turn())))
     config = dataclasses.replace(agent.config, kl_coef=0.0, max_model_len=768, max_turn_tokens=8)
     chat = protocol.ChatFormat(tokenizer, date="")
-    policy = Policy(config, str(tmp_path), ONE_RANK)
+    policy = Policy(config, str(tmp_path), Ranks())
     agent = Agent(config, HFEngine(config, str(tmp_path)), Tools(config, chat, agent.tools.corpus), chat)
     (trajectories,) = roll_out(batch(1, repeats=2), agent)
     rewards = [float(i) for i, _ in enumerate(trajectories)]

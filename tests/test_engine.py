@@ -63,16 +63,16 @@ def test_greedy_equals_plain_forward(setup):
     assert len({t for c in done.values() for t in c.token_ids}) > 20, "the test model is degenerate"
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.7, 0.8)])
-def test_logprobs_are_those_of_the_sampling_distribution(setup, temperature, top_p):
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_logprobs_are_those_of_the_sampling_distribution(setup, temperature):
     requests = prompts(12, seed=20)
-    sampling = Sampling(temperature, top_p, 15, seed=5, stop_token_ids=())
+    sampling = Sampling(temperature, 15, seed=5, stop_token_ids=())
     check_against_model(setup.model, requests, run(setup.engine, requests, sampling), sampling)
 
 
 def test_settings_may_differ_within_a_batch(setup):
     requests = prompts(9, seed=21)
-    kinds = [GREEDY, Sampling(1.0, 1.0, 12, 3, ()), Sampling(0.5, 0.7, 7, 4, ())]
+    kinds = [GREEDY, Sampling(1.0, 12, 3, ()), Sampling(0.5, 7, 4, ())]
     samplings = {name: kinds[i % 3] for i, name in enumerate(requests)}
     done = run(setup.engine, requests, samplings)
     for name, sampling in samplings.items():
@@ -84,7 +84,7 @@ def test_sampling_follows_the_distribution(setup):
     (prompt,) = prompts(1, seed=30).values()
     count = 1200
     requests = {str(i): prompt for i in range(count)}
-    done = run(setup.engine, requests, {name: Sampling(1.0, 1.0, 1, int(name), ()) for name in requests})
+    done = run(setup.engine, requests, {name: Sampling(1.0, 1, int(name), ()) for name in requests})
     probability = reference_logprobs(setup.model, prompt, [0])[0].exp()
     drawn = torch.zeros(VOCABULARY).index_add_(
         0, torch.tensor([c.token_ids[0] for c in done.values()]), torch.ones(count)
@@ -117,14 +117,14 @@ def test_a_full_context_ends_with_length(setup):
 def test_seeds_are_honoured_whoever_shares_the_batch(setup):
     """Alone or among others, in any order: a request's tokens depend on its seed only."""
     requests = prompts(10, seed=50)
-    samplings = {name: Sampling(1.0, 0.95, 20, seed, ()) for seed, name in enumerate(requests)}
+    samplings = {name: Sampling(1.0, 20, seed, ()) for seed, name in enumerate(requests)}
     together = run(setup.engine, requests, samplings)
     backwards = run(setup.engine, dict(reversed(requests.items())), samplings)
     for name, prompt in requests.items():
         alone = run(setup.engine, {name: prompt}, samplings[name])[name]
         assert together[name].token_ids == backwards[name].token_ids == alone.token_ids
     name, prompt = next(iter(requests.items()))
-    other = run(setup.engine, {name: prompt}, Sampling(1.0, 0.95, 20, 999, ()))[name]
+    other = run(setup.engine, {name: prompt}, Sampling(1.0, 20, 999, ()))[name]
     assert other.token_ids != together[name].token_ids
 
 

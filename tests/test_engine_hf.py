@@ -40,7 +40,7 @@ def test_shares_prompts_between_requests(model_dir):
     """Eight requests with one prompt of 50 tokens: it is computed once, then each computes its last token."""
     engine = make_engine(engine_config(), model_dir)
     (prompt,) = prompts(1, seed=110, low=50, high=50).values()
-    samplings = {str(i): Sampling(1.0, 1.0, 10, i, ()) for i in range(8)}
+    samplings = {str(i): Sampling(1.0, 10, i, ()) for i in range(8)}
     done = run(engine, {name: prompt for name in samplings}, samplings)
     assert engine.stats["prefill_tokens"] == 50 + 7
     for name, completion in done.items():

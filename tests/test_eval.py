@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import eval as evaluation
 from deepresearcher_min import report
@@ -20,7 +19,6 @@ from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.run import Ranks
 
 SHARED = Path(__file__).parents[2] / "shared/data"
-RANKS = Ranks(0, 1, torch.device("cpu"))
 TOY = ["--preset=toy", "--model=toy", "--limit=4"]
 
 
@@ -114,7 +112,7 @@ def test_what_cannot_be_done_is_said(whole, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.quick
 def test_one_question_with_its_sources(capsys):
-    (task,) = [evaluation.load_examination(load_config(TOY), RANKS)]
+    (task,) = [evaluation.load_examination(load_config(TOY), Ranks())]
     question = task.held_out[0]
     assert evaluation.main([*TOY, f"--question={question.text}"]) == 0
     said = capsys.readouterr().out

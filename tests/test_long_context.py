@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from engines import GREEDY, VOCABULARY, engine_config, prompts, run, vllm_installed
-from scripted import ONE_RANK
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from deepresearcher_min.engine import Sampling, make_engine
 from deepresearcher_min.policy import Policy
+from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Group, Question, Trajectory
 
 
@@ -28,9 +28,9 @@ def test_a_step_at_the_full_context_of_the_paper(tmp_path):
         engine_config(engine="vllm", updates_per_rollout=1, microbatch_tokens=32768, gradient_checkpointing=True),
         max_model_len=32768, max_in_flight=4, kv_tokens=0, lr=0.01, lr_warmup=0,
     )  # fmt: skip
-    engine, policy = make_engine(config, str(tmp_path)), Policy(config, str(tmp_path), ONE_RANK)
+    engine, policy = make_engine(config, str(tmp_path)), Policy(config, str(tmp_path), Ranks())
     (prompt,) = prompts(1, seed=140, low=31_000, high=31_000).values()
-    question, samplings = Question("q", "text", ("gold",)), {"greedy": GREEDY, "sampled": Sampling(1.0, 1.0, 12, 1, ())}
+    question, samplings = Question("q", "text", ("gold",)), {"greedy": GREEDY, "sampled": Sampling(1.0, 12, 1, ())}
 
     def act() -> list[Trajectory]:
         trajectories = []

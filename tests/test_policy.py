@@ -9,7 +9,6 @@ import torch
 from policies import (
     END,
     MODELS,
-    ONE_RANK,
     change,
     check_against_reference,
     config,
@@ -26,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from deepresearcher_min import policy as policy_module
 from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.policy import Policy
+from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Group, Question, Trajectory
 
 pytestmark = pytest.mark.quick
@@ -153,7 +153,7 @@ def test_no_attention_mask_is_built(models):
 def test_one_step_makes_a_rewarded_trajectory_likelier_and_its_rival_unlikelier(models):
     group = make_groups(1, 2)[0]
     group = Group(group.question, group.trajectories, [1.0, 0.0], group_advantages([1.0, 0.0]).tolist())
-    policy = Policy(config(lr=1e-3, dtype="float32", importance_cap=0.0), str(models / "qwen2"), ONE_RANK)
+    policy = Policy(config(lr=1e-3, dtype="float32", importance_cap=0.0), str(models / "qwen2"), Ranks())
     before = [values.sum() for values in policy.logprobs(group.trajectories, 1.0)]
     policy.update([group])
     after = [values.sum() for values in policy.logprobs(group.trajectories, 1.0)]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from scripted import (
     CHAT,
-    ONE_RANK,
     PERSON,
     PROMPT,
     TOY_CHAT,
@@ -131,7 +130,7 @@ def test_results_are_by_question_and_index_whatever_finishes_first():
 
 
 def test_evaluation_is_greedy_one_each_in_order(toy):
-    found = evaluate(questions(6), make_agent(toy), ONE_RANK, lambda trajectory: None)
+    found = evaluate(questions(6), make_agent(toy), Ranks(), lambda trajectory: None)
     assert [t.question for t in found] == questions(6)
     engine = Scripted(turns(answer_turn()))
     evaluate(questions(3), make_agent(engine), Ranks(1, 1, torch.device("cpu")), lambda trajectory: None)

@@ -139,7 +139,7 @@ def test_a_turn_that_ends_in_the_step_in_which_it_is_given_up():
     async def session():
         scheduler = Scheduler(engine, 1)
         pumping = asyncio.create_task(scheduler.pump())
-        engine.task = asyncio.create_task(scheduler.generate("1/0/0", [1], Sampling(1.0, 1.0, 100, 0, ())))
+        engine.task = asyncio.create_task(scheduler.generate("1/0/0", [1], Sampling(1.0, 100, 0, ())))
         await asyncio.wait([engine.task])
         assert engine.task.cancelled() and not pumping.done() and not scheduler.waiting
         pumping.cancel()
