@@ -1,9 +1,7 @@
 """The reward: word-level F1 of the answer, or a penalty when there is no answer in the right format.
 
-Another reward is another function `reward`, and nothing else. The scorer follows the published one to the bit: words
-are sets, so neither order nor repetition counts, and articles are words (SQuAD's F1, which many papers quote, differs
-in both). MBE, the paper's other measure, asks a language model whether an answer is right; for evaluations only.
-Omitted, as in the paper: any reward for the way (tool use, length, style).
+The scorer follows the published one to the bit: words are sets, so neither order nor repetition counts, and articles
+are words (SQuAD's F1 differs in both). Omitted, as in the paper: any reward for the way (tool use, length, style).
 """
 
 import itertools
@@ -29,7 +27,7 @@ FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
 }
 JUDGE_RULES = (ROOT / "prompts/judge.txt").read_text()
 JUDGE_TRIES = 3  # replies without a verdict, before an answer stays without one
-VERDICT = re.compile(r"\W*(CORRECT|INCORRECT)\W*", re.I)
+VERDICT = re.compile(r"\W*(CORRECT|INCORRECT)\W*", re.I)  # alone on the last line of a reply
 
 
 def words(text: str) -> list[str]:
@@ -38,10 +36,9 @@ def words(text: str) -> list[str]:
 
 
 def f1_score(prediction: str, answers: Sequence[str]) -> float:
-    """Word-level F1 of a prediction, 0 to 1, best over the gold answers (the official scorer).
+    """Word-level F1, best over the gold answers: 'downtown diner' against ['A DINER'] is 1/2 (the official scorer).
 
-    Example: 'downtown diner' against ['A DINER'] has precision 1/2, recall 1/2, F1 1/2. Raises ValueError without
-    gold answers, and TypeError for a single string, whose letters would pass as answers.
+    Raises ValueError without gold answers, and TypeError for a single string, whose letters would pass as answers.
     """
     if isinstance(answers, str):
         raise TypeError(f"answers must be a list of strings, not one string {answers[:50]!r}")
@@ -70,8 +67,9 @@ def reward(trajectory: Trajectory, config: Config) -> float:
         raise ValueError(f"question {trajectory.question.id!r}: a {trajectory.stop_reason} trajectory has no reward")
     if trajectory.stop_reason != "answer":
         return config.format_reward
-    if trajectory.answer is None:
-        raise ValueError(f"question {trajectory.question.id!r}: stopped with an answer, but there is none")
+    assert trajectory.answer is not None, (
+        f"question {trajectory.question.id!r} stopped with an answer, but there is none"
+    )
     return f1_score(trajectory.answer, trajectory.question.answers)
 
 
@@ -86,18 +84,14 @@ def explain(trajectory: Trajectory, config: Config) -> str:
     given, wanted = set(words(answer)), set(words(best))
     right = len(given & wanted)
     if not right:
-        shown = " / ".join(map(shorten, golds[:3]))
-        return f"reward 0: {shorten(answer)!r} shares no word with the gold answers ({shown})"
+        shown = " / ".join(gold[:80] for gold in golds[:3])
+        return f"reward 0: {answer[:80]!r} shares no word with the gold answers ({shown})"
     verdict = " (exact match)" if exact_match(answer, golds) else ""
     return (
-        f"reward {value:.3g}{verdict}: against {shorten(best)!r}, {right} of the {len(given)} words given are right "
+        f"reward {value:.3g}{verdict}: against {best[:80]!r}, {right} of the {len(given)} words given are right "
         f"(precision {right / len(given):.2f}), {right} of the {len(wanted)} wanted are there "
         f"(recall {right / len(wanted):.2f})"
     )
-
-
-def shorten(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def judge(question: Question, trajectories: Sequence[Trajectory], config: Config, step: int) -> Group:
@@ -110,13 +104,12 @@ def judge(question: Question, trajectories: Sequence[Trajectory], config: Config
 
 
 def ask_judge(trajectory: Trajectory, config: Config, web: Web, counts: Counter) -> float | None:
-    """MBE of one answer: 1 or 0; None, and a count by cause, where the judge could not be had or gave no verdict.
+    """MBE, a language model's verdict on an answer: 1 or 0; None, counted by cause, where there is no verdict.
 
-    The judge sees the answer as it was given. As in the official code, no answer is wrong and an exact match is right
-    without asking. A verdict is the word CORRECT or INCORRECT alone on the reply's last line.
+    No answer is wrong and an exact match is right without asking, as in the official code.
     """
     question, answer = trajectory.question, trajectory.answer
-    if answer is None or exact_match(answer, list(question.answers)):
+    if answer is None or exact_match(answer, question.answers):
         return float(answer is not None)
     case = json.dumps({"question": question.text, "accepted": question.answers, "given": answer}, ensure_ascii=False)
     messages = [{"role": "system", "content": JUDGE_RULES}, {"role": "user", "content": case}]
@@ -151,10 +144,7 @@ def measures(trajectory: Trajectory) -> dict[str, float]:
 
 
 def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Means of `measures` over the trajectories that the policy ended; n, their number.
-
-    Where data sources are named ..._1hop and ..._2hop, f1_1hop and f1_2hop are their F1.
-    """
+    """Means of `measures` over the trajectories that the policy ended; n, their number; F1 by hops on the toy."""
     kept = [trajectory for trajectory in trajectories if trajectory.stop_reason in POLICY_STOPS]
     rows = [measures(trajectory) for trajectory in kept]
     scores: dict[str, float] = {"n": len(rows)}

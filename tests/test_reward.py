@@ -96,7 +96,7 @@ def test_every_stop_reason_has_its_reward():
         with pytest.raises(ValueError, match=f"'q1': a {stop_reason} trajectory has no reward"):
             reward(trajectory(stop_reason), CONFIG)
         assert f"the harness ended this trajectory ({stop_reason})" in explain(trajectory(stop_reason), CONFIG)
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(AssertionError, match="there is none"):
         reward(trajectory("answer", None), CONFIG)
 
 
