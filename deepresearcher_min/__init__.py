@@ -1,4 +1,1 @@
-"""A minimal DeepResearcher: GRPO on a research agent that thinks, searches, browses and answers.
-
-Reading order: trajectory, reward, grpo, protocol, rollout, search, browse, engine, policy, then train.py.
-"""
+"""A minimal DeepResearcher: GRPO on a research agent. README.md has the order in which to read these files."""

@@ -1,7 +1,6 @@
 """Configuration: one flat record of values, from config.yaml, a preset laid over it, and --key=value.
 
-config.yaml alone knows the keys, their types, values and meanings: a line more there is a key more here. There is no
-nesting and no interpolation: `config.lr` is what the file says, searchable by name.
+config.yaml alone knows the keys, their types, values and meanings: a line more there is a key more here.
 """
 
 import difflib
@@ -50,10 +49,8 @@ def load_config(argv: list[str], base: dict[str, Any] | None = None) -> Config:
     `base`, the saved config of a run, comes in place of the preset. Raises ConfigError with the nearest known name.
     """
     typed = parse_arguments(argv)
-    preset = typed.get("preset", DEFAULTS["preset"])
-    check_choice("preset", preset)
-    laid_over = PRESETS[preset] if base is None or "preset" in typed else {}
-    values = {**DEFAULTS, **(base or {}), **laid_over, **typed}
+    preset = typed.get("preset", DEFAULTS["preset"] if base is None else "")
+    values = {**DEFAULTS, **(base or {}), **PRESETS.get(preset, {}), **typed}
     config = Config(**{key: convert(key, value) for key, value in values.items()})
     check(config)
     return config
@@ -104,15 +101,10 @@ def convert(key: str, value: Any) -> Any:
         raise ConfigError(f"{key}={value!r}: {wanted}") from None
 
 
-def check_choice(key: str, value: str) -> None:
-    if value not in CHOICES[key]:
-        allowed = CHOICES[key]
-        raise ConfigError(f"{key}={value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
-
-
 def check(config: Config) -> None:
-    for key in CHOICES:
-        check_choice(key, getattr(config, key))
+    for key, allowed in CHOICES.items():
+        if (value := getattr(config, key)) not in allowed:
+            raise ConfigError(f"{key}={value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
     for key in TYPES.keys() - MAY_BE_NEGATIVE:
         value, limit = getattr(config, key), "at least 0" if key in MAY_BE_ZERO else "greater than 0"
         if TYPES[key] in (int, float) and not (0 < value < float("inf") or (value == 0 and key in MAY_BE_ZERO)):

@@ -1,8 +1,7 @@
 """The protocol between policy and world: tools, prompt, the grammar of a turn, and observations.
 
-Text to action: `parse_turn` reads one assistant turn. World to tokens: `ChatFormat` frames questions and observations
-as the tokenizer's own chat template does, so that a trajectory built by appending equals the template's rendering of
-the same conversation. Left out: other call syntaxes, and more than one call a turn, as in the published system.
+A trajectory that is built by appending what `ChatFormat` gives equals the chat template's own rendering of the same
+conversation. Left out: other call syntaxes, and more than one call a turn, as in the published system.
 """
 
 import json
@@ -83,12 +82,9 @@ class Malformed:
 
 
 def parse_turn(text: str) -> Call | Answer | Malformed:
-    """Read one assistant turn; its opening <think> is forced, so it may be present or not.
+    """Read one assistant turn, with or without the opening <think>, which is forced.
 
     The first complete tag pair after </think> counts, an answer wins over a call, and what follows is ignored.
-
-    >>> parse_turn("<think> done </think> <answer> Oslo </answer>")
-    Answer(text='Oslo')
     """
     thought, closed, rest = text.lstrip().removeprefix(THINK).partition("</think>")
     if not closed:
@@ -218,10 +214,7 @@ class ChatFormat:
         return text, ids, total - kept
 
     def defuse(self, text: str) -> str:
-        """Break every protocol tag and every added token of the tokenizer in foreign text by a space.
-
-        split_special_tokens alone leaves those that are not "special", such as Qwen's <tool_call>.
-        """
+        """Break tags and added tokens in foreign text by a space: Qwen's <tool_call> is not "special" enough to be split."""
         return self.unsafe.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     def decode(self, token_ids: Sequence[int]) -> str:

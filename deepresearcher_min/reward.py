@@ -67,9 +67,7 @@ def reward(trajectory: Trajectory, config: Config) -> float:
         raise ValueError(f"question {trajectory.question.id!r}: a {trajectory.stop_reason} trajectory has no reward")
     if trajectory.stop_reason != "answer":
         return config.format_reward
-    assert trajectory.answer is not None, (
-        f"question {trajectory.question.id!r} stopped with an answer, but there is none"
-    )
+    assert trajectory.answer is not None, f"question {trajectory.question.id!r} stopped with an answer: there is none"
     return f1_score(trajectory.answer, trajectory.question.answers)
 
 
