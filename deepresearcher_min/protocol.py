@@ -214,7 +214,7 @@ class ChatFormat:
         return text, ids, total - kept
 
     def defuse(self, text: str) -> str:
-        """Break tags and added tokens in foreign text by a space (split_special_tokens leaves Qwen's <tool_call> whole)."""
+        """Break tags and added tokens in foreign text by a space; split_special_tokens spares Qwen's <tool_call>."""
         return self.unsafe.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
