@@ -98,7 +98,7 @@ class Unreliable(Recorder):
             request = self.draw.choice(self.running)
             self.abort([request.request_id])
             if self.draw.random() < 0.8:
-                finished[request.request_id] = Completion(request.sampled, request.logprobs, "aborted")
+                finished[request.request_id] = Completion([], [], "aborted")
         return finished
 
 
