@@ -163,7 +163,7 @@ def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
     """Ask what has no result yet. Each trajectory is written as it ends, so that no kill loses or repeats one."""
     path = Path(config.run_dir) / "trajectories" / ("eval" + f"-rank{ranks.rank}" * (ranks.world_size > 1) + ".jsonl")
     done = ranks.share(finished(config.run_dir) if ranks.rank == 0 else None)
-    mine = range(ranks.rank, len(task.held_out), ranks.world_size)
+    mine = ranks.deal(range(len(task.held_out)))
     numbers = [number for number in mine if task.held_out[number].id not in done]
     questions = [task.held_out[number] for number in numbers]
     _, agent = make_agent(config, task, ranks)

@@ -25,7 +25,7 @@ from deepresearcher_min.engine import make_engine
 from deepresearcher_min.policy import Policy
 from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.reward import explain, judge, step_means, step_sums, summarize
-from deepresearcher_min.rollout import Agent, Batch, Tools, evaluate, roll_out
+from deepresearcher_min.rollout import EVALUATION, Agent, Batch, OnDone, Tools, roll_out
 from deepresearcher_min.run import Checkpoints, Clock, Ranks, Stop, Watch, open_run
 from deepresearcher_min.search import Corpus, check_search
 from deepresearcher_min.trajectory import Group, Question, Trajectory, load_questions, take_questions
@@ -153,6 +153,13 @@ def make_agent(config: Config, task: Task, ranks: Ranks) -> tuple[Agent, Agent]:
     if task.held_out_corpus is task.corpus:
         return agent, agent
     return agent, replace(agent, tools=Tools(config, chat, task.held_out_corpus, web))
+
+
+def evaluate(questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done: OnDone) -> list[Trajectory]:
+    """One trajectory for each question at config.eval_temperature; every rank gets all of them, in order."""
+    numbers = ranks.deal(range(len(questions)))
+    batch = Batch([questions[n] for n in numbers], numbers, 1, agent.config.eval_temperature, step=EVALUATION)
+    return ranks.gather([trajectory for (trajectory,) in roll_out(batch, agent, on_done)])
 
 
 def measure(name: str, step: int, task: Task, examiner: Agent, ranks: Ranks, metrics: Any = None) -> dict[str, float]:

@@ -21,14 +21,12 @@ from deepresearcher_min.browse import browse, make_reader
 from deepresearcher_min.config import Config
 from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import THINK, Answer, Call, ChatFormat, Entry, Malformed, parse_turn
-from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Corpus, make_search
 from deepresearcher_min.trajectory import Question, Recording, Trajectory, Turn
 from deepresearcher_min.web import Web, WebFailure, count
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
 GRACE = 1.0  # after a tool's own deadline its thread is given up, although it cannot be ended [s]
-Generate = Callable[[list[int], int], Awaitable[Completion]]  # (token ids so far, max new tokens) -> completion
 OnDone = Callable[[Trajectory], Any]
 
 
@@ -42,8 +40,8 @@ class Agent:
     chat: ChatFormat
 
 
-async def agent_loop(record: Recording, generate: Generate, agent: Agent) -> Trajectory:
-    """Think, act, observe, until an answer or a limit (stop reasons: see trajectory.py)."""
+async def agent_loop(record: Recording, generate: Callable[..., Awaitable[Completion]], agent: Agent) -> Trajectory:
+    """Think, act, observe, until an answer or a limit. await generate(token ids, max new tokens) gives a turn."""
     config, chat = agent.config, agent.chat
     while (room := config.max_model_len - len(record.token_ids)) > 0:
         completion = await generate(record.token_ids, min(config.max_turn_tokens, room))
@@ -265,10 +263,3 @@ def roll_out(batch: Batch, agent: Agent, on_done: OnDone = lambda trajectory: No
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
         signal.signal(signal.SIGTERM, on_terminate)
-
-
-def evaluate(questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done: OnDone) -> list[Trajectory]:
-    """One trajectory for each question at config.eval_temperature; every rank gets all of them, in order."""
-    numbers = range(ranks.rank, len(questions), ranks.world_size)
-    batch = Batch([questions[n] for n in numbers], numbers, 1, agent.config.eval_temperature, step=EVALUATION)
-    return ranks.gather([trajectory for (trajectory,) in roll_out(batch, agent, on_done)])

@@ -15,9 +15,10 @@ from deepresearcher_min import web as web_module
 from deepresearcher_min.config import load_config
 from deepresearcher_min.engine import HFEngine
 from deepresearcher_min.protocol import ChatFormat
-from deepresearcher_min.rollout import Agent, Tools, evaluate
+from deepresearcher_min.rollout import Agent, Tools
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.web import Web
+from train import evaluate
 
 pytestmark = pytest.mark.slow
 
