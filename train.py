@@ -120,7 +120,7 @@ def load_task(config: Config) -> Task:
     """Questions, offline web and model that the config names; ConfigError or ValueError for what cannot be used."""
     model_dir = str(toyworld.MODEL_DIR) if config.model == "toy" else config.model
     if config.search == "toy":
-        world, held_out = toyworld.training_world(config.seed), toyworld.held_out_world(config.seed)
+        world, held_out = toyworld.World("training", config.seed), toyworld.World("held out", config.seed)
         questions = world.questions(toyworld.TRAINING_QUESTIONS, config.seed)
         examination = held_out.questions(config.eval_questions, config.seed)
         return Task(model_dir, questions, examination, world.corpus, held_out.corpus, held_out)

@@ -121,7 +121,7 @@ def work(plan: Plan, offload: bool) -> None:
     engine.update_weights(policy.named_weights())
     phases["+ engine"] = memory(ranks.device)
     chat = ChatFormat(AutoTokenizer.from_pretrained(model_dir), "2025-01-01", "")
-    questions = toyworld.training_world(0).questions(8, 0)
+    questions = toyworld.World("training", 0).questions(8, 0)
     prompts = [list(chat.prompt_ids(question.text)) for question in questions]
     first = sample_turns(engine, prompts, chat.end_of_turn_id)
     found["mismatch"] = mismatch(policy, first)

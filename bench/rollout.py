@@ -238,7 +238,7 @@ def bench_overhead() -> dict[str, float]:
     """CPU time of all but engine and search, with the toy's prompts and observations; tools in threads."""
     from transformers import AutoTokenizer
 
-    chat, world = ChatFormat(AutoTokenizer.from_pretrained(toyworld.MODEL_DIR), date=""), toyworld.training_world(0)
+    chat, world = ChatFormat(AutoTokenizer.from_pretrained(toyworld.MODEL_DIR), date=""), toyworld.World("training", 0)
     name = next(iter(world.facts))
     config = replace(load_config(["--preset=toy"]), tool_threads=64, max_in_flight=4096)
     tools = Tools(config, chat, world.corpus)

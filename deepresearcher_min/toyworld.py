@@ -60,14 +60,14 @@ NAMES = invented_names()
 
 
 class World:
-    """Pages, facts and questions from one seed.
+    """Pages, facts and questions for one purpose (training, held out, warm start ...) and from one seed.
 
-    A fifth of all possible two-word names is reserved for `held_out` worlds. Every fact has such a name in it (as its
-    subject, or as a city's mayor), so a held-out world shares no fact with the worlds of warm start and training.
+    A fifth of all possible two-word names is reserved for "held out". Every fact has such a name in it (as its subject,
+    or as a city's mayor), so a held-out world shares no fact with the others.
     """
 
-    def __init__(self, seed: str, held_out: bool = False) -> None:
-        rng = random.Random(seed)
+    def __init__(self, purpose: str, seed: int | str) -> None:
+        rng, held_out = random.Random(f"{purpose} {seed}"), purpose == "held out"
 
         def pairs(one: str, other: str, count: int) -> list[str]:
             every = product(enumerate(NAMES[one]), enumerate(NAMES[other]))
@@ -110,14 +110,6 @@ class World:
                 questions.append(Question(f"{source}:{text}", text, (answer,), source))
         rng.shuffle(questions)
         return questions
-
-
-def training_world(seed: int) -> World:
-    return World(f"training {seed}")
-
-
-def held_out_world(seed: int) -> World:
-    return World(f"held out {seed}", held_out=True)
 
 
 def url_of(name: str) -> str:

@@ -27,7 +27,7 @@ from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.report import score_rows, text_table
 from deepresearcher_min.reward import summarize
 from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out
-from deepresearcher_min.toyworld import MODEL_DIR, NAMES, World, behaviour_rates, chain_of, held_out_world
+from deepresearcher_min.toyworld import MODEL_DIR, NAMES, World, behaviour_rates, chain_of
 from deepresearcher_min.trajectory import Trajectory
 from scripts.toy_tokenizer import ANSWER, ANSWER_END, CALL_BROWSE, CALL_END, CALL_SEARCH, build_tokenizer
 
@@ -124,7 +124,7 @@ def demonstrations(tokenizer: PreTrainedTokenizerFast, config: Config, worlds: i
     """`each` beginners' trajectories from every one of `worlds` worlds, none of them a world of training."""
     chat, found = ChatFormat(tokenizer, date=""), []
     for number in tqdm(range(worlds), desc="demonstrations", unit="world"):
-        world = World(f"warm start {config.seed} {number}")
+        world = World("warm start", f"{config.seed} {number}")
         engine = ScriptedEngine(tokenizer, config.seed)
         batch = Batch(world.questions(each, number), range(each), 1, 1.0, step=number)
         found += [t for (t,) in roll_out(batch, Agent(config, engine, Tools(config, chat, world.corpus), chat))]
@@ -217,7 +217,7 @@ def copy_accuracy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, da
 def write_card(config: Config, folder: Path, recipe: str, copying: float) -> None:
     """Measure the new model, greedy and sampled, on a world it has not seen, and write README.md beside it."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    world, chat = held_out_world(config.seed), ChatFormat(tokenizer, date="")
+    world, chat = World("held out", config.seed), ChatFormat(tokenizer, date="")
     agent = Agent(config, HFEngine(config, str(folder)), Tools(config, chat, world.corpus), chat)
     questions, columns = world.questions(200, config.seed), {}
     for name, temperature in (("greedy", 0.0), ("sampled, T = 1", 1.0)):

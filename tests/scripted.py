@@ -27,7 +27,7 @@ from deepresearcher_min.toyworld import MODEL_DIR
 from deepresearcher_min.trajectory import Question, Trajectory
 from scripts.toy_tokenizer import TEMPLATE
 
-WORLD = toyworld.training_world(0)
+WORLD = toyworld.World("training", 0)
 TOY_CHAT = ChatFormat(AutoTokenizer.from_pretrained(MODEL_DIR), date="2026-01-01")
 PERSON = next(name for name, kind in WORLD.kind.items() if kind == "person")
 

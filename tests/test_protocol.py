@@ -150,7 +150,7 @@ def test_foreign_text_becomes_neither_special_tokens_nor_tags(qwen, text):
 
 
 def test_the_toy_tokenizer_loses_nothing_of_the_toy_web(toy):
-    world = toyworld.training_world(3)
+    world = toyworld.World("training", 3)
     for title, url, text in world.corpus.documents:
         observation = render("search", [Entry(title, (search_item(text, title, url),))])
         assert toy.tokenizer.decode(toy.tokenizer.encode(observation)) == observation

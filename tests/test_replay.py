@@ -52,7 +52,7 @@ def evaluation(config, cassette, questions):
 
 
 def test_a_recorded_evaluation_repeats_exactly_without_the_web(tmp_path, monkeypatch):
-    world = toyworld.held_out_world(0)
+    world = toyworld.World("held out", 0)
     questions = world.questions(24, 0)
     config = replace(
         load_config(["--preset=toy"]), search="searxng", cassette_mode="record", max_retries=0, eval_temperature=1.0

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from deepresearcher_min import toyworld
-from deepresearcher_min.toyworld import RELATIONS, World, chain_of, held_out_world, training_world
+from deepresearcher_min.toyworld import RELATIONS, World, chain_of
 from scripts import toy_tokenizer
 
 pytestmark = pytest.mark.quick
@@ -18,23 +18,23 @@ def asked_facts(world: World) -> set[tuple[str, str, str]]:
 
 
 def test_a_held_out_world_shares_no_fact_with_other_worlds():
-    held_out = [asked_facts(held_out_world(seed)) for seed in range(3)]
-    others = [asked_facts(World(f"warm start {seed} {n}")) for seed in range(2) for n in range(6)]
-    others += [asked_facts(training_world(seed)) for seed in range(3)]
+    held_out = [asked_facts(World("held out", seed)) for seed in range(3)]
+    others = [asked_facts(World("warm start", f"{seed} {n}")) for seed in range(2) for n in range(6)]
+    others += [asked_facts(World("training", seed)) for seed in range(3)]
     for one, other in itertools.product(held_out, others):
         assert not one & other
     assert any(one & other for one, other in itertools.combinations(others, 2))  # other worlds do, now and then
 
 
 def test_the_same_seed_makes_the_same_world_and_another_seed_another():
-    one, same, other = (training_world(seed) for seed in (1, 1, 2))
+    one, same, other = (World("training", seed) for seed in (1, 1, 2))
     assert one.facts == same.facts and one.corpus.documents == same.corpus.documents
     assert one.questions(50, 0) == same.questions(50, 0)
     assert one.facts != other.facts
 
 
 def test_questions_are_different_balanced_and_answered_by_the_pages():
-    world = held_out_world(0)
+    world = World("held out", 0)
     questions = world.questions(200, 0)
     assert len({q.text for q in questions}) == 200
     assert sorted(q.source for q in questions) == ["toy_1hop"] * 100 + ["toy_2hop"] * 100
@@ -47,7 +47,7 @@ def test_questions_are_different_balanced_and_answered_by_the_pages():
 
 
 def test_a_full_name_finds_the_page_and_its_summary_lacks_two_facts_in_three():
-    world = training_world(0)
+    world = World("training", 0)
     shown = total = 0
     for name in world.facts:
         found = world.corpus.search(name, 2)
@@ -61,7 +61,7 @@ def test_a_full_name_finds_the_page_and_its_summary_lacks_two_facts_in_three():
 def test_behaviour_rates_on_hand_made_cases(monkeypatch):
     from deepresearcher_min.trajectory import Question, Trajectory, Turn
 
-    world = held_out_world(0)
+    world = World("held out", 0)
     person = next(name for name, kind in world.kind.items() if kind == "person")
     city, mayor = world.facts[person]["birthplace"], world.facts[world.facts[person]["birthplace"]]["mayor"]
     question = Question("q", f"What is the mayor of the birthplace of {person}?", (mayor,), "toy_2hop")
