@@ -6,6 +6,7 @@
 
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from deepresearcher_min.policy import Policy
 from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.reward import explain, judge, step_means, step_sums, summarize
 from deepresearcher_min.rollout import Agent, Batch, Tools, evaluate, roll_out
-from deepresearcher_min.run import Checkpoints, Clock, Ranks, Stop, Watch, open_run
+from deepresearcher_min.run import Ranks, Stop, Watch, add_times, complete_checkpoints, open_run, save_checkpoint
 from deepresearcher_min.search import Corpus, check_search
 from deepresearcher_min.trajectory import Group, Question, Trajectory, load_questions, take_questions
 from deepresearcher_min.web import Web
@@ -34,20 +35,19 @@ from deepresearcher_min.web import Web
 
 def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
     """The whole run. False if Ctrl-C, SIGTERM or max_cost ended it early; the state is saved then, too."""
-    clock, task = Clock(), load_task(config)
+    started, task = (time.monotonic(), time.process_time()), load_task(config)
     agent, examiner = make_agent(config, task, ranks)
     policy = Policy(config, task.model_dir, ranks)
-    checkpoints = Checkpoints(config.run_dir, config.keep_checkpoints, ranks)
-    state = restore(checkpoints, policy)
+    state = restore(config, policy, ranks)
     metrics = report.MetricsFile(Path(config.run_dir) / "metrics.jsonl", state["step"], write=ranks.rank == 0)
-    save = partial(save_checkpoint, checkpoints, policy, agent, stop)
+    save = partial(save_policy, config, policy, agent, ranks, stop)
     try:
         # 0 measure
         earlier = ranks.share([row["eval"] for row in metrics.rows if row["step"] == 0])
         before = earlier[0] if earlier else measure("before", 0, task, examiner, ranks, metrics)
         agent.engine.update_weights(policy.named_weights())  # and no cached prefixes, as after a resume
         while state["step"] < config.steps:
-            step, lap = state["step"] + 1, Clock()
+            step, lap = state["step"] + 1, time.monotonic()
             asked = take_questions(task.questions, config.seed, state["asked"], config.questions_per_step)
             questions, numbers = ranks.deal(asked), ranks.deal(range(len(asked)))
             # 1 act: G trajectories for each question
@@ -56,7 +56,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
                 rollouts = roll_out(batch, agent, on_done)
             # 2 judge: rewards, and advantages inside each group
             groups = [judge(question, found, config, step) for question, found in zip(questions, rollouts, strict=True)]
-            row = {"step": step, "steps": config.steps, "roll_s": lap.seconds()}
+            row = {"step": step, "steps": config.steps, "roll_s": time.monotonic() - lap}
             row |= step_means(ranks.total(step_sums(groups, rollouts)))
             # 3 learn: GRPO on the groups, then the new weights go to the engine
             with stop.shield():
@@ -66,7 +66,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
                 agent.engine.update_weights(policy.named_weights())
                 state |= {"step": step, "asked": state["asked"] + len(asked), "usd": state["usd"] + row["cost_usd"]}
                 # 4 report
-                row |= {"update_s": lap.seconds() - row["roll_s"], "usd": state["usd"]}
+                row |= {"update_s": time.monotonic() - lap - row["roll_s"], "usd": state["usd"]}
                 metrics.append(row)
                 ranks.print(report.step_line(row))
             if step % config.log_every == 0:
@@ -75,18 +75,18 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
                 measure(f"step-{step:06d}", step, task, examiner, ranks, metrics)
                 agent.engine.update_weights(policy.named_weights())  # as before the first step
             if (broke := 0 < config.max_cost <= state["usd"]) or step % config.save_every == 0 or step == config.steps:
-                save(clock.added_to(state))
+                save(add_times(state, started))
             if broke:
                 ranks.print(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
                 return False
         after = measure("after", config.steps, task, examiner, ranks)
         if ranks.rank == 0:
-            conclude(config, clock.added_to(state), before, after, metrics.rows)
+            conclude(config, add_times(state, started), before, after, metrics.rows)
         ranks.share(None)  # all wait for the report: vLLM's end is that of the process group
     except KeyboardInterrupt:
         stop.asked = True  # a rollout has caught the signal itself; the next one must not spoil the saving
         if ranks.world_size == 1:  # several cannot save together now
-            save(clock.added_to(state))
+            save(add_times(state, started))
         return False
     finally:
         for part in (agent.tools, examiner.tools, agent.engine):
@@ -94,14 +94,13 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
     return True
 
 
-def restore(checkpoints: Checkpoints, policy: Policy) -> dict[str, Any]:
+def restore(config: Config, policy: Policy, ranks: Ranks) -> dict[str, Any]:
     """The state at the end of the newest checkpoint's step, with the policy set to it; or at step 0."""
-    found = checkpoints.newest()
-    if found is None:
+    found = ranks.share(complete_checkpoints(Path(config.run_dir))[-1:])
+    if not found:
         return {"step": 0, "asked": 0, "usd": 0.0, "seconds": 0.0, "cpu_seconds": 0.0}
-    folder, state = found
-    policy.load(folder / "state")
-    return state
+    policy.load(found[0] / "state")
+    return json.loads((found[0] / "state.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -179,13 +178,13 @@ def write_groups(config: Config, name: str, step: int, groups: Sequence[Group]) 
     report.write_readable(folder / f"{name}.txt", groups, partial(explain, config=config))
 
 
-def save_checkpoint(checkpoints: Checkpoints, policy: Policy, agent: Agent, stop: Stop, state: dict[str, Any]) -> None:
+def save_policy(config: Config, policy: Policy, agent: Agent, ranks: Ranks, stop: Stop, state: dict[str, Any]) -> None:
     def write(folder: Path) -> None:
         policy.save(folder / "state")
         policy.export(folder, agent.chat.tokenizer)
 
     with stop.shield():
-        checkpoints.save(state["step"], state, write)
+        save_checkpoint(config, ranks, state, write)
 
 
 @contextmanager
