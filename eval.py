@@ -38,7 +38,7 @@ from deepresearcher_min.config import ROOT, Config, ConfigError, load_config, pa
 from deepresearcher_min.protocol import ChatFormat, Entry
 from deepresearcher_min.reward import ask_judge, explain, judge, measures, summarize
 from deepresearcher_min.rollout import EVALUATION, Agent, Batch, roll_out
-from deepresearcher_min.run import RUNS, Clock, Ranks, complete_checkpoints, newest_run, open_run
+from deepresearcher_min.run import RUNS, Ranks, complete_checkpoints, newest_run, open_run
 from deepresearcher_min.search import INDEX_CACHE, Corpus
 from deepresearcher_min.trajectory import Question, Recording, Trajectory, load_questions
 from deepresearcher_min.web import Web, WebFailure
@@ -218,7 +218,7 @@ def scores_of(found: Sequence[Trajectory], verdicts: Mapping[str, float | None])
     return {**summarize(found), **scores}
 
 
-def conclude(config: Config, task: Task, clock: Clock) -> None:
+def conclude(config: Config, task: Task, started: float) -> None:
     """Judge the answers; write summary.json, results.md and report.html from the files; print the table."""
     run, known = Path(config.run_dir), finished(config.run_dir)
     results = [known[question.id] for question in task.held_out if question.id in known]
@@ -233,15 +233,15 @@ def conclude(config: Config, task: Task, clock: Clock) -> None:
     published = csv.DictReader((ROOT / "docs/paper.csv").read_text().splitlines())
     paper = [row for row in published if sources.keys() & row.keys()]
     table += [[f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])] for row in paper]
-    lost = len(task.held_out) - len(results)
+    lost, seconds = len(task.held_out) - len(results), time.monotonic() - started
     caption = textwrap.fill(CAPTION.format(**asdict(config), judge=sentence, lost=lost), 118)
-    summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": clock.seconds()}
+    summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": seconds}
     summary |= {"sources": sources, "overall": overall, "table": table, "caption": caption}
     (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1))
     (run / "results.md").write_text(f"{report.text_table(table, markdown=True)}\n\n{caption}\n")
     report.write_html(run)
     print(f"{report.text_table(table)}\n\n{caption}\n")
-    print(f"{clock.seconds():.0f} s. Every trajectory is in {run}/report.html, the table in {run}/results.md")
+    print(f"{seconds:.0f} s. Every trajectory is in {run}/report.html, the table in {run}/results.md")
 
 
 def ask(config: Config, task: Task, ranks: Ranks) -> None:
@@ -261,7 +261,7 @@ def ask(config: Config, task: Task, ranks: Ranks) -> None:
 
 def main(argv: list[str]) -> int:
     quiet_libraries()
-    ranks, clock = Ranks.start(), Clock()
+    ranks, started = Ranks.start(), time.monotonic()
     try:
         config = ranks.share(resolve(argv) if ranks.rank == 0 else None)
         check_needs(config, questions=False)
@@ -279,7 +279,7 @@ def main(argv: list[str]) -> int:
             ranks.print(f"Stopped. Go on with: python eval.py --resume={config.run_dir}")
             return 130
         if ranks.rank == 0:
-            conclude(config, task, clock)
+            conclude(config, task, started)
     except (ConfigError, ValueError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2

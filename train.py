@@ -6,27 +6,29 @@
 
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+import yaml
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from deepresearcher_min import report, toyworld
-from deepresearcher_min.config import Config, ConfigError, describe, save_config
+from deepresearcher_min.config import Config, ConfigError, describe, replace_file
 from deepresearcher_min.engine import make_engine
 from deepresearcher_min.policy import Policy
 from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.reward import explain, judge, step_means, step_sums, summarize
 from deepresearcher_min.rollout import EVALUATION, Agent, Batch, OnDone, Tools, roll_out
-from deepresearcher_min.run import Checkpoints, Clock, Ranks, Stop, Watch, open_run
+from deepresearcher_min.run import Ranks, Stop, Watch, add_times, complete_checkpoints, open_run, save_checkpoint
 from deepresearcher_min.search import Corpus, check_search
 from deepresearcher_min.trajectory import Group, Question, Trajectory, load_questions, take_questions
 from deepresearcher_min.web import Web
@@ -34,20 +36,17 @@ from deepresearcher_min.web import Web
 
 def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
     """The whole run. False if Ctrl-C, SIGTERM or max_cost ended it early; the state is saved then, too."""
-    clock, task = Clock(), load_task(config)
+    started, task = (time.monotonic(), time.process_time()), load_task(config)
     agent, examiner = make_agent(config, task, ranks)
     policy = Policy(config, task.model_dir, ranks)
-    checkpoints = Checkpoints(config.run_dir, config.keep_checkpoints, ranks)
-    state = restore(checkpoints, policy)
-    metrics = report.MetricsFile(Path(config.run_dir) / "metrics.jsonl", state["step"], write=ranks.rank == 0)
-    save = partial(save_checkpoint, checkpoints, policy, agent, stop)
+    state, earlier = restore(config, policy, ranks)
+    save = partial(save_policy, config, policy, agent, ranks, stop)
     try:
         # 0 measure
-        earlier = ranks.share([row["eval"] for row in metrics.rows if row["step"] == 0])
-        before = earlier[0] if earlier else measure("before", 0, task, examiner, ranks, metrics)
+        before = earlier[0] if earlier else measure("before", 0, task, examiner, ranks)
         agent.engine.update_weights(policy.named_weights())  # and no cached prefixes, as after a resume
         while state["step"] < config.steps:
-            step, lap = state["step"] + 1, Clock()
+            step, lap = state["step"] + 1, time.monotonic()
             asked = take_questions(task.questions, config.seed, state["asked"], config.questions_per_step)
             questions, numbers = ranks.deal(asked), ranks.deal(range(len(asked)))
             # 1 act: G trajectories for each question
@@ -56,7 +55,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
                 rollouts = roll_out(batch, agent, on_done)
             # 2 judge: rewards, and advantages inside each group
             groups = [judge(question, found, config, step) for question, found in zip(questions, rollouts, strict=True)]
-            row = {"step": step, "steps": config.steps, "roll_s": lap.seconds()}
+            row = {"step": step, "steps": config.steps, "roll_s": time.monotonic() - lap}
             row |= step_means(ranks.total(step_sums(groups, rollouts)))
             # 3 learn: GRPO on the groups, then the new weights go to the engine
             with stop.shield():
@@ -66,27 +65,28 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
                 agent.engine.update_weights(policy.named_weights())
                 state |= {"step": step, "asked": state["asked"] + len(asked), "usd": state["usd"] + row["cost_usd"]}
                 # 4 report
-                row |= {"update_s": lap.seconds() - row["roll_s"], "usd": state["usd"]}
-                metrics.append(row)
+                row |= {"update_s": time.monotonic() - lap - row["roll_s"], "usd": state["usd"]}
+                if ranks.rank == 0:
+                    report.append_json_line(Path(config.run_dir) / "metrics.jsonl", row)
                 ranks.print(report.step_line(row))
             if step % config.log_every == 0:
                 write_groups(config, f"step-{step:06d}" + f"-rank{ranks.rank}" * (ranks.world_size > 1), step, groups)
             if config.eval_every and step % config.eval_every == 0:
-                measure(f"step-{step:06d}", step, task, examiner, ranks, metrics)
+                measure(f"step-{step:06d}", step, task, examiner, ranks)
                 agent.engine.update_weights(policy.named_weights())  # as before the first step
             if (broke := 0 < config.max_cost <= state["usd"]) or step % config.save_every == 0 or step == config.steps:
-                save(clock.added_to(state))
+                save(add_times(state, started))
             if broke:
                 ranks.print(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
                 return False
         after = measure("after", config.steps, task, examiner, ranks)
         if ranks.rank == 0:
-            conclude(config, clock.added_to(state), before, after, metrics.rows)
+            conclude(config, add_times(state, started), before, after)
         ranks.share(None)  # all wait for the report: vLLM's end is that of the process group
     except KeyboardInterrupt:
         stop.asked = True  # a rollout has caught the signal itself; the next one must not spoil the saving
         if ranks.world_size == 1:  # several cannot save together now
-            save(clock.added_to(state))
+            save(add_times(state, started))
         return False
     finally:
         for part in (agent.tools, examiner.tools, agent.engine):
@@ -94,14 +94,18 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
     return True
 
 
-def restore(checkpoints: Checkpoints, policy: Policy) -> dict[str, Any]:
-    """The state at the end of the newest checkpoint's step, with the policy set to it; or at step 0."""
-    found = checkpoints.newest()
-    if found is None:
-        return {"step": 0, "asked": 0, "usd": 0.0, "seconds": 0.0, "cpu_seconds": 0.0}
-    folder, state = found
-    policy.load(folder / "state")
-    return state
+def restore(config: Config, policy: Policy, ranks: Ranks) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """The newest checkpoint's state, or that of step 0, and the scores before training, if known, in a list.
+
+    The policy and metrics.jsonl are set back to the end of that step.
+    """
+    run = Path(config.run_dir)
+    state: dict[str, Any] = {"step": 0, "asked": 0, "usd": 0.0, "seconds": 0.0, "cpu_seconds": 0.0}
+    if found := ranks.share(complete_checkpoints(run)[-1:]):
+        policy.load(found[0] / "state")
+        state = json.loads((found[0] / "state.json").read_text())
+    rows = report.resume_metrics(run / "metrics.jsonl", state["step"]) if ranks.rank == 0 else []
+    return state, ranks.share([row["eval"] for row in rows if row["step"] == 0])
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def evaluate(questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done:
     return ranks.gather([trajectory for (trajectory,) in roll_out(batch, agent, on_done)])
 
 
-def measure(name: str, step: int, task: Task, examiner: Agent, ranks: Ranks, metrics: Any = None) -> dict[str, float]:
+def measure(name: str, step: int, task: Task, examiner: Agent, ranks: Ranks) -> dict[str, float]:
     """Evaluate on the held-out questions, write the trajectories and the scores, and return the scores."""
     with progress(f"evaluation {name}", len(task.held_out) // ranks.world_size, ranks) as on_done:
         trajectories = evaluate(task.held_out, examiner, ranks, on_done)
@@ -172,8 +176,8 @@ def measure(name: str, step: int, task: Task, examiner: Agent, ranks: Ranks, met
     if ranks.rank == 0:
         groups = [judge(t.question, [t], examiner.config, 0) for t in trajectories]
         write_groups(examiner.config, f"eval-{name}", step, groups)
-        if metrics is not None:  # the last evaluation is no row: a run that is continued later has another last one
-            metrics.append({"step": step, "eval": scores})
+        if name != "after":  # the last evaluation is no row: a run that is continued later has another last one
+            report.append_json_line(Path(examiner.config.run_dir) / "metrics.jsonl", {"step": step, "eval": scores})
         tqdm.write(f"{name}: " + "  ".join(f"{key} {value:.3g}" for key, value in scores.items()))
     return scores
 
@@ -186,13 +190,13 @@ def write_groups(config: Config, name: str, step: int, groups: Sequence[Group]) 
     report.write_readable(folder / f"{name}.txt", groups, partial(explain, config=config))
 
 
-def save_checkpoint(checkpoints: Checkpoints, policy: Policy, agent: Agent, stop: Stop, state: dict[str, Any]) -> None:
+def save_policy(config: Config, policy: Policy, agent: Agent, ranks: Ranks, stop: Stop, state: dict[str, Any]) -> None:
     def write(folder: Path) -> None:
         policy.save(folder / "state")
         policy.export(folder, agent.chat.tokenizer)
 
     with stop.shield():
-        checkpoints.save(state["step"], state, write)
+        save_checkpoint(config, ranks, state, write)
 
 
 @contextmanager
@@ -203,9 +207,10 @@ def progress(name: str, total: int, ranks: Ranks) -> Iterator[Callable[[Trajecto
         yield lambda trajectory: bar.update()
 
 
-def conclude(config: Config, state: dict[str, Any], before: dict, after: dict, rows: list[dict[str, Any]]) -> None:
+def conclude(config: Config, state: dict[str, Any], before: dict, after: dict) -> None:
     """summary.json, the table, the curve and the report page; ends with a sentence on what was learned."""
-    run, steps = Path(config.run_dir), [row for row in rows if "reward" in row]
+    run = Path(config.run_dir)
+    steps = [row for row in report.read_json_lines(run / "metrics.jsonl") if "reward" in row]
     times = {"seconds": round(state["seconds"], 1), "cpu_seconds": round(state["cpu_seconds"], 1)}
     summary = {"seed": config.seed, "steps": state["step"], **times, "before": before, "after": after}
     (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1))
@@ -244,8 +249,7 @@ def quiet_libraries() -> None:
 def begin(config: Config, ranks: Ranks) -> None:
     """Open the run folder, and say what is special about this run."""
     if ranks.rank == 0:
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-        save_config(config, Path(config.run_dir) / "config.yaml")
+        replace_file(Path(config.run_dir) / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False).encode())
         print(f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n", flush=True)
 
 

@@ -125,11 +125,12 @@ def describe(config: Config) -> str:
     return "\n".join(f"  {key}: {value}  (default {DEFAULTS[key]})" for key, value in changed.items())
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write all keys as YAML. API keys are never part of the config; they come from the environment."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Write aside and rename: a kill in between leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
-    aside.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-    aside.replace(path)  # a kill in between leaves the old file whole
+    aside.write_bytes(content)
+    aside.replace(path)
 
 
 def require_environment(name: str, purpose: str) -> str:

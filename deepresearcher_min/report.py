@@ -1,8 +1,6 @@
-"""What a run tells people: console line, metrics.jsonl, curves, tables, trajectories as text, report.html.
+"""What a run tells people: console line, metrics.jsonl (trackers read it), curves, tables, trajectories, report.html.
 
-Nothing flows back into training. What the web and the model wrote is hostile until shown otherwise: text files get it
-without control characters, the page gets it as JSON and renders it as text nodes. Omitted: trackers, any of which reads
-metrics.jsonl; single tokens on the page, which shows whole turns and observations.
+What the web and the model wrote is hostile: text files get it without control characters, the page as text nodes.
 """
 
 import ast
@@ -11,7 +9,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,15 +19,14 @@ from typing import Any
 import numpy as np
 import yaml
 
+from deepresearcher_min.config import replace_file
 from deepresearcher_min.trajectory import Group, Question, Trajectory, Turn
 
 Row = Mapping[str, Any]  # the metrics of a step, or the scores of an evaluation: {"f1": 0.41, "em": 0.35, ...}
-Explain = Callable[[Trajectory], str]  # the reward in words (reward.explain)
 MAX_TRAJECTORIES = 4096  # that the page embeds; the files in trajectories/ hold all of them
 MAX_PAGE_TEXT = 16_000_000  # characters of turns and observations on the page; what is beyond is cut to MAX_TURN
 MAX_TURN = 1000  # characters of a turn, without its observation
-# Text without terminal escapes and what UTF-8 cannot hold:
-printable = partial(re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]").sub, "\ufffd")
+printable = partial(re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]").sub, "\ufffd")  # no escapes, all UTF-8
 
 STEP_LINE = (  # {key:width|format}
     "step {step:3|}/{steps:1|} | reward {reward:5|.2f} | f1 {f1:4|.2f} | bad_format {bad_format:4|.0%} | "
@@ -47,8 +43,7 @@ SCORES = {  # key of an evaluation: its name in tables and how it prints
     "plans": ("plans", ".1%"), "cross-checks": ("cross-checks", ".1%"), "reflects": ("reflects", ".1%"),
     "admits": ("admits not knowing", ".1%"),
 }  # fmt: skip
-WORDS = yaml.safe_load(Path(__file__).with_name("behaviours.yaml").read_text())
-BEHAVIOURS = {name: re.compile("|".join(words), re.I | re.S) for name, words in WORDS.items()}
+BEHAVIOURS = yaml.safe_load(Path(__file__).with_name("behaviours.yaml").read_text())  # name: regular expressions
 
 
 def step_line(metrics: Row) -> str:
@@ -88,7 +83,7 @@ def text_table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
 
 def text_plot(series: Sequence[tuple[int, float | None]], width: int = 64, height: int = 8) -> str:
     """(step, value) points as columns for a terminal, eight levels to a line; the axis holds at least 0 to 1."""
-    points = [(step, value) for step, value in series if value is not None and math.isfinite(value)]
+    points = [(step, value) for step, value in series if value is not None and np.isfinite(value)]
     if not points:
         return "nothing to plot yet"
     edges = [column * len(points) // width for column in range(width + 1)]
@@ -132,36 +127,19 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def append_json_line(path: Path, row: Row) -> None:
-    """Append one line; a torn last line is ended first, so that it cannot swallow this one."""
+    """Append a row as one line of JSON; a torn last line is ended first, so that it cannot swallow this one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         file.seek(max(0, file.tell() - 1))
-        if file.read() not in (b"", b"\n"):
-            file.write(b"\n")
-        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        torn = file.read() not in (b"", b"\n")
+        file.write(b"\n" * torn + json.dumps(jsonable(row)).encode() + b"\n")
 
 
-class MetricsFile:
-    """metrics.jsonl: `rows` in memory, and one line for each on disk as soon as `append` returns.
-
-    Opening it drops the rows after `resumed_step`, whose steps will run again, and a torn last line. Where `write` is
-    false, on all ranks but 0, nothing is read, written or kept.
-    """
-
-    def __init__(self, path: Path, resumed_step: int = 0, write: bool = True) -> None:
-        self.path, self.write, self.rows = path, write, list[dict[str, Any]]()
-        if write:
-            self.rows = [row for row in read_json_lines(path) if row["step"] <= resumed_step]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".part")
-            aside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            aside.replace(path)  # a kill in between leaves the old file whole
-
-    def append(self, metrics: Row) -> None:
-        """Add the metrics of one step; their key 'step' is its number."""
-        if self.write:
-            self.rows.append(jsonable(metrics))
-            append_json_line(self.path, self.rows[-1])
+def resume_metrics(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl up to this step; those after it, whose steps will run again, leave the file, too."""
+    rows = [row for row in read_json_lines(path) if row["step"] <= step]
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return rows
 
 
 def behaviours(trajectory: Trajectory) -> list[str]:
@@ -170,17 +148,17 @@ def behaviours(trajectory: Trajectory) -> list[str]:
     later = [turn for turn in turns[1:] if turn.kind not in ("answer", "malformed")]
     scope = {"plans": turns[:1], "cross-checks": later, "reflects": later, "admits": turns[-1:]}
     texts = {name: " ".join(turn.text.partition("<tool_call>")[0] for turn in scope[name]) for name in scope}
-    return [name for name, words in BEHAVIOURS.items() if words.search(texts[name])]
+    return [name for name, words in BEHAVIOURS.items() if re.search("|".join(words), texts[name], re.I | re.S)]
 
 
-def write_trajectories(path: Path, step: int, groups: Sequence[Group], explain: Explain) -> None:
-    """Append each trajectory as one JSON line: to_json(), what is known of its reward, each turn's mean logprob."""
+def write_trajectories(path: Path, step: int, groups: Sequence[Group], explain: Callable[[Trajectory], str]) -> None:
+    """Append each trajectory as one JSON line: to_json(), its reward and why (`explain`), each turn's mean logprob."""
     for group in groups:
-        for i, one in enumerate(group.trajectories):
+        rewarded = zip(group.trajectories, group.rewards, group.advantages, strict=True)
+        for i, (one, reward, advantage) in enumerate(rewarded):
             turns = [{**vars(turn), "logprob": one.logprobs[slice(*turn.sampled)].mean()} for turn in one.turns]
-            scores = {"step": step, "index": i, "reward": group.rewards[i], "advantage": group.advantages[i]}
-            own = jsonable(scores | {"why": explain(one), "behaviours": behaviours(one), "turns": turns})
-            append_json_line(path, one.to_json() | own)
+            row = one.to_json() | {"step": step, "index": i, "reward": reward, "advantage": advantage}
+            append_json_line(path, row | {"why": explain(one), "behaviours": behaviours(one), "turns": turns})
 
 
 def read_trajectories(path: Path) -> Iterator[Trajectory]:
@@ -209,7 +187,7 @@ def readable(trajectory: Trajectory, why: str = "") -> str:
     return printable("\n".join(parts))
 
 
-def write_readable(path: Path, groups: Sequence[Group], explain: Explain) -> None:
+def write_readable(path: Path, groups: Sequence[Group], explain: Callable[[Trajectory], str]) -> None:
     """The trajectories with the highest and with the lowest reward of these groups, as one text file."""
     scored = [row for group in groups for row in zip(group.rewards, group.advantages, group.trajectories, strict=True)]
     text = ""
@@ -224,13 +202,10 @@ def write_html(run_dir: Path) -> Path:
     run_dir = Path(run_dir).resolve()
     config, scores = run_dir / "config.yaml", run_dir / "summary.json"
     summary = json.loads(scores.read_text()) if scores.exists() else {}
-    page = load_trajectories(run_dir / "trajectories") | {
-        "name": run_dir.name,
-        "config": yaml.safe_load(config.read_text()) if config.exists() else {},
-        "summary": summary,
-        "metrics": list(read_json_lines(run_dir / "metrics.jsonl")),
-        "compared": score_rows({name: summary[name] for name in ("before", "after")}) if "after" in summary else [],
-    }
+    page = load_trajectories(run_dir / "trajectories")
+    page |= {"name": run_dir.name, "config": yaml.safe_load(config.read_text()) if config.exists() else {}}
+    page |= {"summary": summary, "metrics": list(read_json_lines(run_dir / "metrics.jsonl"))}
+    page["compared"] = score_rows({name: summary[name] for name in ("before", "after")}) if "after" in summary else []
     data = json.dumps(jsonable(page), ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
@@ -243,10 +218,7 @@ def write_html(run_dir: Path) -> Path:
 
 
 def load_trajectories(folder: Path) -> dict[str, Any]:
-    """What the page embeds of trajectories/*.jsonl, evaluations and late steps first, and a sentence about it.
-
-    Without arrays; when the page is full, without observations. A step that ran again after a resume is shown once.
-    """
+    """What the page embeds of trajectories/*.jsonl, evaluations and late steps first, and a sentence about it."""
     files = sorted(folder.glob("*.jsonl"), key=lambda file: (file.stem.startswith("eval"), file.stem), reverse=True)
     rows: dict[tuple, dict[str, Any]] = {}
     for file in files:

@@ -98,16 +98,14 @@ class Ranks:
         return [share[i] for i in range(max(map(len, shares))) for share in shares if i < len(share)]
 
     def total(self, sums: Counter[str]) -> Counter[str]:
-        """The sums of all ranks added up."""
         result: Counter[str] = Counter()
         for share in self.gather([sums]):
             result.update(share)  # `+` would drop negative sums
         return result
 
     def print(self, text: str) -> None:
-        """Only rank 0 says it, above its progress bar."""
         if self.rank == 0:
-            tqdm.write(text)
+            tqdm.write(text)  # above the progress bar
 
     def stop(self) -> None:
         """Leave the process group; to be called last."""
@@ -134,74 +132,52 @@ class Watch:
     def run(self) -> None:
         heard = [(0, time.monotonic())] * self.ranks.world_size  # of every rank: its number, and when that was new
         while not self.finished.wait(self.limit / 10):
+            silent = ""
             try:
                 self.store.add(str(self.ranks.rank), 1)
-                numbers = [self.store.add(str(rank), 0) for rank in range(self.ranks.world_size)]
-            except RuntimeError:
-                if self.finished.wait(self.limit / 10):  # the others were only faster to their end
-                    return
-                self.end("the first node")
-            now = time.monotonic()
-            for rank, number in enumerate(numbers):
-                if heard[rank][0] != number:
-                    heard[rank] = number, now
-                elif now - heard[rank][1] > self.limit:
-                    self.end(f"rank {rank}")
-
-    def end(self, silent: str) -> None:
-        print(f"{silent} has not been heard of for {self.limit:g} s (rank_timeout): this run ends", flush=True)
-        os._exit(1)  # torchrun then ends the other ranks
+                for rank, (known, since) in enumerate(heard):
+                    if (number := self.store.add(str(rank), 0)) != known:
+                        heard[rank] = number, time.monotonic()
+                    elif time.monotonic() - since > self.limit:
+                        silent = f"rank {rank}"
+            except RuntimeError:  # the store went with the first node, unless the others were only faster to their end
+                silent = "" if self.finished.wait(self.limit / 10) else "the first node"
+            if silent:
+                print(f"{silent} has not been heard of for {self.limit:g} s (rank_timeout): this run ends", flush=True)
+                os._exit(1)  # torchrun then ends the other ranks
 
 
-class Checkpoints:
-    """checkpoints/step-000020/: a plain Hugging Face folder, with the training state in state/ and state.json.
+def save_checkpoint(config: Config, ranks: Ranks, state: dict[str, Any], write: Callable[[Path], None]) -> None:
+    """checkpoints/step-000020/: what `write(folder)` puts there on every rank, and the state in state.json.
 
     Written aside and renamed, so a kill at any moment leaves the last good one; what is not complete is not found.
+    A step that is saved already stays as it is. All but the newest `keep_checkpoints` are deleted, also what a kill
+    left half deleted.
     """
-
-    def __init__(self, run_dir: str | Path, keep: int, ranks: Ranks) -> None:
-        self.run, self.keep, self.ranks = Path(run_dir), keep, ranks
-
-    def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """`write(folder)` on every rank, unless the step is saved already; all but the newest `keep` are deleted."""
-        final = self.run / "checkpoints" / f"step-{step:06d}"
-        if final in complete_checkpoints(self.run):
-            return
-        aside = final.with_name(f".{final.name}.part")
-        if self.ranks.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        self.ranks.share(None)  # nobody writes before the folder is there
-        write(aside)
-        self.ranks.gather([None])  # nobody renames before everybody has written
-        if self.ranks.rank == 0:
-            (aside / "state.json").write_text(json.dumps(state))
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            kept = complete_checkpoints(self.run)[-self.keep :]
-            for old in set(final.parent.glob("step-*")) - set(kept):  # also what a kill left half deleted
-                shutil.rmtree(old)
-        self.ranks.share(None)
-
-    def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint and its state, the same on every rank; None if there is none."""
-        found = self.ranks.share(complete_checkpoints(self.run)[-1:])
-        return (found[0], json.loads((found[0] / "state.json").read_text())) if found else None
+    run = Path(config.run_dir)
+    final = run / "checkpoints" / f"step-{state['step']:06d}"
+    if final in complete_checkpoints(run):
+        return
+    aside = final.with_name(f".{final.name}.part")
+    if ranks.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    ranks.share(None)  # nobody writes before the folder is there
+    write(aside)
+    ranks.gather([None])  # nobody renames before everybody has written
+    if ranks.rank == 0:
+        (aside / "state.json").write_text(json.dumps(state))
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        for old in set(final.parent.glob("step-*")) - set(complete_checkpoints(run)[-config.keep_checkpoints :]):
+            shutil.rmtree(old)
+    ranks.share(None)
 
 
-class Clock:
-    """Wall and CPU time since its start [s]."""
-
-    def __init__(self) -> None:
-        self.wall, self.cpu = time.monotonic(), time.process_time()
-
-    def seconds(self) -> float:
-        return time.monotonic() - self.wall
-
-    def added_to(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state with this run's time added to what earlier runs took."""
-        cpu = state["cpu_seconds"] + time.process_time() - self.cpu
-        return state | {"seconds": state["seconds"] + self.seconds(), "cpu_seconds": cpu}
+def add_times(state: dict[str, Any], started: tuple[float, float]) -> dict[str, Any]:
+    """The state with wall and CPU time [s] since `started` added to what earlier runs took."""
+    wall, cpu = time.monotonic() - started[0], time.process_time() - started[1]
+    return state | {"seconds": state["seconds"] + wall, "cpu_seconds": state["cpu_seconds"] + cpu}
 
 
 class Stop:

@@ -6,9 +6,8 @@ A trajectory is one flat list of token ids that only ever grows by appending:
     token_ids    = P0 + A0 + E0 + A1
     sampled_mask = 0..0  1..1  0..0  1..1
 
-Sampled ids are never decoded and encoded again on their way into the loss: text is derived from ids, for parsing and
-for people. Rewards and advantages live in the Group, so that no field of a trajectory ever changes its meaning.
-Omitted: reading questions as a stream; 80,000 are a few dozen MB.
+Sampled ids are never decoded and encoded again on their way into the loss: text is derived from them. Omitted: reading
+questions as a stream; 80,000 are a few dozen MB.
 """
 
 import json
@@ -21,8 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-ANSWER_SPLIT = "<|answer_split|>"  # joins several gold answers in one string of the official files
 
 # How a trajectory ended: by the policy's doing, which is rewarded, or by the harness's or the world's fault, which is
 # left out of group and loss.
@@ -82,19 +79,12 @@ class Trajectory:
 
     def to_json(self) -> dict[str, Any]:
         """A dict that json.dumps accepts; log-probabilities only of the sampled tokens, in order."""
-        return {
-            "id": self.question.id,
-            "question": self.question.text,
-            "answers": list(self.question.answers),
-            "source": self.question.source,
-            "answer": self.answer,
-            "stop_reason": self.stop_reason,
-            "cost": dict(self.cost),
-            "turns": [vars(turn) for turn in self.turns],
-            "token_ids": self.token_ids.tolist(),
-            "sampled_mask": self.sampled_mask.astype(int).tolist(),
-            "logprobs": [round(float(x), 6) for x in self.logprobs[self.sampled_mask]],
-        }
+        asked, mask, turns = self.question, self.sampled_mask, [vars(turn) for turn in self.turns]
+        question = {"id": asked.id, "question": asked.text, "answers": list(asked.answers), "source": asked.source}
+        end = {"answer": self.answer, "stop_reason": self.stop_reason, "cost": dict(self.cost)}
+        tokens = {"token_ids": self.token_ids.tolist(), "sampled_mask": mask.astype(int).tolist()}
+        logprobs = [round(x, 6) for x in self.logprobs[mask].tolist()]
+        return {**question, **end, "turns": turns, **tokens, "logprobs": logprobs}
 
 
 class Recording:
@@ -134,11 +124,6 @@ class Group:
     rewards: Sequence[float]
     advantages: Sequence[float]
 
-    def __post_init__(self) -> None:
-        if not len(self.trajectories) == len(self.rewards) == len(self.advantages):
-            lengths = [len(each) for each in (self.trajectories, self.rewards, self.advantages)]
-            raise ValueError(f"group of question {self.question.id!r}: trajectories, rewards, advantages {lengths}")
-
 
 def load_questions(path: str | Path) -> list[Question]:
     """Read questions from an official .parquet or from .jsonl with `question`, `answers`, optional `id`, `source`.
@@ -147,30 +132,23 @@ def load_questions(path: str | Path) -> list[Question]:
     dropped. A missing id becomes the file's name and the row, and a repeated one gets the row appended. Raises
     ValueError naming the file and the row (parquet: from 0; jsonl: the line, from 1) of the first that is unusable.
     """
-    path = Path(path)
-    if path.suffix not in (".parquet", ".jsonl"):
-        raise ValueError(f"{path}: questions come from a file that ends in .parquet or .jsonl")
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
-    questions: dict[str, Question] = {}
-    place = str(path)
+    path, where, questions = Path(path), "", dict[str, Question]()
+    if path.suffix not in (".parquet", ".jsonl") or not path.is_file():
+        raise ValueError(f"{path}: must be an existing file that ends in .parquet or .jsonl")
     try:
         if path.suffix == ".parquet":
-            rows = [(f"row {number}", row) for number, row in enumerate(pq.read_table(path).to_pylist())]
+            rows = [(f", row {number}", row) for number, row in enumerate(pq.read_table(path).to_pylist())]
         else:  # bytes: text would also be split at U+2028, which JSON allows inside strings
-            lines = path.read_bytes().split(b"\n")
-            rows = [(f"line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+            lines = enumerate(path.read_bytes().split(b"\n"), start=1)
+            rows = [(f", line {number}", line) for number, line in lines if line.strip()]
         for where, row in rows:
-            place = f"{path}, {where}"
             question = parse_row(row)
-            name = question.id or f"{path.stem}, {where}"
-            name = f"{name}, {where}" if name in questions else name
+            name = question.id or f"{path.stem}{where}"
+            name = f"{name}{where}" if name in questions else name
             questions[name] = replace(question, id=name)
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: not a readable parquet file ({error})") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         reason = f"the key {error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{place}: {reason}") from error
+        raise ValueError(f"{path}{where}: {reason}") from error
     if not questions:
         raise ValueError(f"{path}: there are no questions in it")
     return list(questions.values())
@@ -194,12 +172,11 @@ def parse_row(row: Any) -> Question:
     text, answers = row["question"], row["answers"]
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"question must be a text that is not empty, not {text!r}")
-    parts = answers.split(ANSWER_SPLIT) if isinstance(answers, str) else answers
-    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"answers must be a string or a list of strings, not {str(answers)[:80]!r}")
-    golds = tuple(part.strip() for part in parts if part.strip())
+    parts = answers.split("<|answer_split|>") if isinstance(answers, str) else answers
+    usable = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+    golds = tuple(part.strip() for part in parts if part.strip()) if usable else ()
     if not golds:
-        raise ValueError(f"answers holds no answer: {str(answers)[:80]!r}")
+        raise ValueError(f"answers must hold a text, or be a list that holds texts, not {str(answers)[:80]!r}")
     return Question(str(row.get("id") or ""), text, golds, str(row.get("source") or ""))
 
 

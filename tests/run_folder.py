@@ -56,12 +56,13 @@ def group(number, step=1, size=4):
 
 def write_run(folder, steps=6, questions=4, size=4):
     """A run folder as train.py leaves it; returns its folder."""
-    metrics = report.MetricsFile(folder / "metrics.jsonl")
-    metrics.append({"step": 0, "eval": {"f1": 0.26}})
+    metrics = folder / "metrics.jsonl"
+    report.append_json_line(metrics, {"step": 0, "eval": {"f1": 0.26}})
     for step in range(1, steps + 1):
         share = step / steps
         numbers = {"reward": share - 0.1, "f1": share, "bad_format": 0.1 - 0.1 * share, "calls": 2.0, "mismatch": 2e-6}
-        metrics.append({"step": step, "steps": steps, **numbers, "kl": 0.01, "roll_s": 2.0, "update_s": 1.0})
+        row = {"step": step, "steps": steps, **numbers, "kl": 0.01, "roll_s": 2.0, "update_s": 1.0}
+        report.append_json_line(metrics, row)
         groups = [group(number, step, size) for number in range(questions)]
         report.write_trajectories(folder / "trajectories" / f"step-{step:06d}.jsonl", step, groups, explain)
     evaluation = [group(number, 0, 1) for number in range(questions)]

@@ -1,11 +1,12 @@
 """The configuration: one place for values, typed, with errors that help."""
 
 import re
+from dataclasses import asdict
 
 import pytest
 import yaml
 
-from deepresearcher_min.config import CONFIG_FILE, ROOT, TYPES, ConfigError, describe, load_config, save_config
+from deepresearcher_min.config import CONFIG_FILE, ROOT, TYPES, ConfigError, describe, load_config, replace_file
 
 pytestmark = pytest.mark.quick
 
@@ -34,7 +35,7 @@ def test_the_code_reads_only_keys_that_exist():
 def test_presets_load_and_survive_a_round_trip_through_a_file(preset, tmp_path):
     config = load_config([f"--preset={preset}"])
     assert config.preset == preset
-    save_config(config, tmp_path / "config.yaml")
+    replace_file(tmp_path / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False).encode())
     assert load_config([], base=yaml.safe_load((tmp_path / "config.yaml").read_text())) == config
 
 

@@ -3,8 +3,10 @@
 Several ranks, and kills of whole runs: test_train.py.
 """
 
+import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepresearcher_min import run
-from deepresearcher_min.config import ConfigError
-from deepresearcher_min.run import Checkpoints, Ranks, Stop, open_run
+from deepresearcher_min.config import ConfigError, load_config
+from deepresearcher_min.run import Ranks, Stop, complete_checkpoints, open_run, save_checkpoint
 
 pytestmark = pytest.mark.quick
 CPU = torch.device("cpu")
@@ -31,27 +33,30 @@ def test_deal_gives_every_item_to_one_rank(count, world_size):
 
 
 def test_checkpoints_are_whole_the_newest_few_and_written_once(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2, ranks=Ranks(0, 1, CPU))
-    assert checkpoints.newest() is None
+    config = replace(load_config([]), run_dir=str(tmp_path), keep_checkpoints=2)
+    assert complete_checkpoints(tmp_path) == []
 
     def save(step, text):
-        checkpoints.save(step, {"step": step}, lambda folder: (folder / "weights").write_text(text))
+        save_checkpoint(config, Ranks(), {"step": step}, lambda folder: (folder / "weights").write_text(text))
 
     def fail(folder):
         (folder / "weights").write_text("half")
         raise OSError("disk full")
 
+    def newest():
+        return complete_checkpoints(tmp_path)[-1]
+
     for step in (1, 2):
         save(step, "good")
     with pytest.raises(OSError, match="disk full"):
-        checkpoints.save(3, {"step": 3}, fail)
+        save_checkpoint(config, Ranks(), {"step": 3}, fail)
     (tmp_path / "checkpoints/step-000009").mkdir()  # as a kill in the middle of deleting leaves one
     save(2, "a second time")
-    folder, state = checkpoints.newest()
-    assert state == {"step": 2} and (folder / "weights").read_text() == "good"
+    assert json.loads((newest() / "state.json").read_text()) == {"step": 2}
+    assert (newest() / "weights").read_text() == "good"
     save(3, "good")
     assert sorted(each.name for each in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
-    assert checkpoints.newest()[1] == {"step": 3}
+    assert json.loads((newest() / "state.json").read_text()) == {"step": 3}
 
 
 def test_a_shield_lets_ctrl_c_wait_and_a_second_one_changes_nothing():
