@@ -13,7 +13,7 @@ Never run by us, for want of a GPU: everything that needs one (FSDP over NCCL, o
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedTok
 
 from deepresearcher_min import grpo
 from deepresearcher_min.config import Config
-from deepresearcher_min.grpo import ChunkLoss, PackedBatch, ScoredTrajectory
+from deepresearcher_min.grpo import PackedBatch, ScoredTrajectory
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Group, Trajectory
 
@@ -63,7 +63,9 @@ class TokenScorer(nn.Module):
         super().__init__()
         self.model, self.chunk, self.dtype = model, chunk, dtype
 
-    def forward(self, batch: PackedBatch, temperature: float, loss: ChunkLoss | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: PackedBatch, temperature: float, loss: Callable[..., Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The sum of the losses of all chunks, and log-probabilities_S; FloatingPointError if one is not finite."""
         with torch.autocast(batch.token_ids_T.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
             tokens = {"input_ids": batch.token_ids_T[None], "position_ids": batch.position_ids_T[None]}
@@ -144,7 +146,7 @@ class Policy:
     def plan(self, rows: Sequence[ScoredTrajectory], budget: int = 0) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
         kept = [row for row in rows if row.advantage != 0 or self.config.kl_coef > 0 or self.config.entropy_coef > 0]
-        lengths, width = [row.num_inputs for row in kept], self.model.config.hidden_size
+        lengths, width = [len(row.token_ids) - 1 for row in kept], self.model.config.hidden_size
         plan = grpo.plan_microbatches(lengths, budget or self.config.microbatch_tokens, self.ranks.world_size, width)
         return [grpo.pack([kept[i] for i in indices], self.device) for indices in plan[self.ranks.rank]]
 
