@@ -197,11 +197,11 @@ def trl_async(folder: str, group: Group) -> Contestant:
     )  # fmt: skip
     model = as_trained(trainer)
     row = packing.TreeRow()
-    with torch.no_grad():  # the one update of a rollout has old = new, which this trainer wants to be told
-        old = Policy(load_config(SETTINGS), folder, Ranks()).logprobs(group.trajectories, 1.0)
-    for trajectory, advantage, logprobs in zip(group.trajectories, group.advantages, old, strict=True):
-        known = np.zeros(len(trajectory.token_ids), np.float32)
-        known[trajectory.sampled_mask] = logprobs
+    policy = Policy(load_config(SETTINGS), folder, Ranks())
+    old = [policy.score(policy.scorer, grpo.pack([scored])) for scored in score_group(group)]
+    for trajectory, advantage, logprobs_S in zip(group.trajectories, group.advantages, old, strict=True):
+        known = np.zeros(len(trajectory.token_ids), np.float32)  # one update: old = new; this trainer must be told
+        known[trajectory.sampled_mask] = logprobs_S
         arrays = {"input_ids": trajectory.token_ids, "completion_mask": trajectory.sampled_mask, "old_log_probs": known}
         tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
         row.add(tensors | {"advantage": advantage, "group_id": 0, "metrics": {}})
