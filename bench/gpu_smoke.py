@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 from deepresearcher_min import toyworld  # noqa: E402
 from deepresearcher_min.config import load_config  # noqa: E402
 from deepresearcher_min.engine import Engine, Sampling, make_engine  # noqa: E402
-from deepresearcher_min.grpo import group_advantages  # noqa: E402
-from deepresearcher_min.policy import Policy  # noqa: E402
+from deepresearcher_min.grpo import group_advantages, pack  # noqa: E402
+from deepresearcher_min.policy import Policy, score_group  # noqa: E402
 from deepresearcher_min.protocol import ChatFormat  # noqa: E402
 from deepresearcher_min.run import Ranks  # noqa: E402
 from deepresearcher_min.trajectory import Group, Question, Trajectory  # noqa: E402
@@ -85,8 +85,11 @@ def sample_turns(engine: Engine, prompts: list[list[int]], end_id: int) -> list[
 
 
 def mismatch(policy: Policy, trajectories: list[Trajectory]) -> float:
-    pairs = zip(policy.logprobs(trajectories, 1.0), trajectories, strict=True)
-    return float(np.abs(np.concatenate([own - t.logprobs[t.sampled_mask] for own, t in pairs])).mean())
+    nothing = [0.0] * len(trajectories)
+    rows = score_group(Group(trajectories[0].question, trajectories, nothing, nothing))
+    batches = [pack([row], policy.device) for row in rows]
+    pairs = [(policy.score(policy.scorer, batch).float(), batch.rollout_S) for batch in batches]
+    return float(torch.cat([(own_S - rollout_S).abs() for own_S, rollout_S in pairs]).mean())
 
 
 def random_group(vocabulary: int, tokens: int) -> Group:

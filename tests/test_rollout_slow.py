@@ -95,10 +95,10 @@ class Unreliable(Recorder):
     def step(self) -> dict[str, Completion]:
         finished = super().step()
         if self.running and self.draw.random() < 0.05:
-            request = self.draw.choice(self.running)
-            self.abort([request.request_id])
+            request_id = self.draw.choice(list(self.running))
+            self.abort([request_id])
             if self.draw.random() < 0.8:
-                finished[request.request_id] = Completion([], [], "aborted")
+                finished[request_id] = Completion([], [], "aborted")
         return finished
 
 
