@@ -232,7 +232,6 @@ async def browse(
     Stops when the reader does, at the last segment, at max_segments, or after tool_timeout, with the notes so far.
     Raises WebFailure, in words, where there is nothing to note.
     """
-    count(counts, "pages")
     deadline = time.monotonic() + config.tool_timeout
     notes: list[tuple[int, str]] = []
     try:
@@ -252,9 +251,9 @@ async def browse(
             raise WebFailure("no_information", "The page says nothing about this.")
     except (WebFailure, TimeoutError) as error:
         failure = error if isinstance(error, WebFailure) else WebFailure(*TIMEOUT)
-        count(counts, f"fail_{failure.kind}")
         if not notes:
             raise failure from None
+        count(counts, f"fail_{failure.kind}")
     return notes
 
 

@@ -94,14 +94,15 @@ class Tools:
         return entries
 
     async def search(self, query: str, record: Recording) -> list[dict[str, Any]]:
-        results = await self.in_thread(self.backend.search, query, record.cost)
+        count(record.cost, "searches")
+        results = await self.in_thread(self.backend, query, record.cost)
         record.shown.update(result.url for result in results if result.url)
         return [protocol.search_item(result.snippet, result.title, result.url) for result in results]
 
     async def browse(self, url: str, record: Recording) -> list[dict[str, Any]]:
         if url not in record.shown:
-            count(record.cost, "fail_unknown_url")
             raise WebFailure("unknown_url", "No search has shown this address, so it cannot be opened.")
+        count(record.cost, "pages")
         notes = await browse(
             url, record.question.text, record.memory, config=self.config, web=self.web, corpus=self.corpus,
             reader=self.reader, counts=record.cost, in_thread=self.in_thread,
@@ -113,16 +114,15 @@ class Tools:
         try:
             async with self.slots:
                 return Entry(key, tuple(await getattr(self, kind)(key, record)))
-        except WebFailure as failure:  # counted where it happened
-            words = failure.words
+        except WebFailure as raised:
+            failure = raised
         except TimeoutError:
-            count(record.cost, "fail_timeout")
-            words = "This took too long and was given up."
+            failure = WebFailure("timeout", "This took too long and was given up.")
         except Exception:  # a bug, or a world stranger than its tool: it costs this call, and the log says where
             logging.getLogger(__name__).exception("tool call for %.200r", key)
-            count(record.cost, "fail_error")
-            words = "The tool failed."
-        return Entry(key, (protocol.TOOLS[kind].item(words),))
+            failure = WebFailure("error", "The tool failed.")
+        count(record.cost, f"fail_{failure.kind}")
+        return Entry(key, (protocol.TOOLS[kind].item(failure.words),))
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a blocking function, which keeps tool_timeout itself; TimeoutError if it does not."""
