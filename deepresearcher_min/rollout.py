@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from deepresearcher_min import protocol
-from deepresearcher_min.browse import browse, make_reader
+from deepresearcher_min.browse import Browser
 from deepresearcher_min.config import Config
 from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import THINK, Answer, Call, ChatFormat, Entry, Malformed, parse_turn
@@ -76,9 +76,9 @@ class Tools:
     """What the agent can do to the world; failures of the world come back as words and are counted."""
 
     def __init__(self, config: Config, chat: ChatFormat, corpus: Corpus | None = None, web: Web | None = None) -> None:
-        self.config, self.chat, self.corpus, self.web = config, chat, corpus, web
+        self.config, self.chat = config, chat
         self.backend = make_search(config, web, corpus)
-        self.reader = make_reader(config, web, self.generate_text)
+        self.browser = Browser(config, web, corpus, self.in_thread, self.generate_text)
         self.pool = ThreadPoolExecutor(max(1, config.tool_threads), "tool")
         self.readings = 0
         self.scheduler: Scheduler  # of the rollout that is under way, and how many of its tool calls may be
@@ -103,10 +103,7 @@ class Tools:
         if url not in record.shown:
             raise WebFailure("unknown_url", "No search has shown this address, so it cannot be opened.")
         count(record.cost, "pages")
-        notes = await browse(
-            url, record.question.text, record.memory, config=self.config, web=self.web, corpus=self.corpus,
-            reader=self.reader, counts=record.cost, in_thread=self.in_thread,
-        )  # fmt: skip
+        notes = await self.browser.browse(url, record.question.text, record.memory, record.cost)
         record.notes[url] = [summary for _, summary in notes]
         return [protocol.page_item(summary, number) for number, summary in notes]
 

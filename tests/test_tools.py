@@ -85,9 +85,9 @@ def test_what_another_trajectory_was_shown_is_not_shown():
     assert second.cost["fail_unknown_url"] == 1
 
 
-async def tiring(question, segment, memory, context):
+async def tiring(question, segment, memory, counts, deadline):
     """Reads the first segment at once and the second one never to the end."""
-    async with asyncio.timeout(context[1] - time.monotonic()):
+    async with asyncio.timeout(deadline - time.monotonic()):
         if memory:
             await asyncio.sleep(60)
     return "The first half.", True
@@ -98,7 +98,7 @@ def test_a_page_that_takes_too_long_gives_what_was_read_of_it():
     corpus = Corpus([(PERSON, url, "word " * 1000)])
     engine = Scripted(turns(search_turn(), browse_turn(url), answer_turn()))
     agent = make_agent(engine, corpus, tool_timeout=0.2, segment_chars=2000)
-    agent.tools.reader = tiring
+    agent.tools.browser.read = tiring
     trajectory = one(agent)
     assert observation(trajectory, 1) == [
         {"information": [{"page_number": 0, "page_summary": "The first half."}], "url": url}
@@ -164,15 +164,15 @@ def test_tools_run_while_others_generate_in_at_most_tool_threads_and_waiting_for
 def test_notes_of_one_call_are_remembered_in_its_order_whichever_page_was_read_first():
     asked: list[list[str]] = []
 
-    async def slow(question, segment, memory, context):
+    async def slow(question, segment, memory, *_):
         asked.append(list(memory))
         await asyncio.sleep(0.05 if "first" in segment else 0.0)
         return segment, False
 
     pages = {"https://a.example/": "first page", "https://b.example/": "other page"}
     agent = make_agent(Scripted(turns(browse_turn(*pages), browse_turn(*pages), answer_turn())), tool_threads=4)
-    agent.tools.corpus = Corpus([("T", url, text) for url, text in pages.items()])
-    agent.tools.reader = slow
+    agent.tools.browser.corpus = Corpus([("T", url, text) for url, text in pages.items()])
+    agent.tools.browser.read = slow
     record = Recording(questions(1)[0], [1])
     record.shown |= set(pages)
 
