@@ -115,9 +115,6 @@ class Parsers:
         return text
 
 
-PARSERS = Parsers(2)  # of one rank
-
-
 def segments(text: str, max_chars: int) -> list[str]:
     """Cut a text into pieces of at most `max_chars`, where a paragraph ends, or else a line, a sentence or a word."""
     pieces, start = [], 0
@@ -155,6 +152,8 @@ class Browser:
 
     `in_thread(function, *arguments)` runs what blocks; `generate_text(messages)` asks the policy's own engine.
     """
+
+    parsers = Parsers(2)  # of one rank
 
     def __init__(self, config: Config, web: Web | None, corpus: Corpus | None, in_thread: Callable, generate_text: Any):
         self.config, self.corpus, self.in_thread, self.generate_text = config, corpus, in_thread, generate_text
@@ -198,7 +197,7 @@ class Browser:
 
         def produce() -> str:
             body, content_type = self.web.fetch(url, counts, deadline)
-            if text := PARSERS.text(body, content_type, deadline):
+            if text := self.parsers.text(body, content_type, deadline):
                 return text
             raise WebFailure("no_text", "The page holds no text that can be read.")
 

@@ -11,13 +11,13 @@ import os
 import re
 import threading
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote, urlencode
 
 import numpy as np
@@ -34,14 +34,9 @@ FUNCTION_WORDS = set(  # words without content: a query is to match by its names
 NO_RESULTS = ("no_results", "Nothing was found for this query.")
 SNIPPET_CHARS = 300
 INDEX_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deepresearcher_min"
+SearchResult = namedtuple("SearchResult", ["title", "url", "snippet"])
 Ask = Callable[..., Any]  # ask(path, JSON to POST or nothing for a GET) -> JSON of the service
 Rows = Iterable[tuple[Any, Any, Any]]  # title, url (or path of the service), snippet: texts, or whatever was sent
-
-
-class SearchResult(NamedTuple):
-    title: str
-    url: str
-    snippet: str
 
 
 def content_words(text: str) -> list[str]:
