@@ -38,7 +38,6 @@ from deepresearcher_min.config import Config, load_config
 from deepresearcher_min.engine import Completion, Engine, Sampling, make_engine
 from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.rollout import Agent, Batch, Scheduler, Tools, roll_out
-from deepresearcher_min.search import SearchResult
 from deepresearcher_min.trajectory import Question
 from deepresearcher_min.web import Web
 from scripts import toy_tokenizer
@@ -226,14 +225,6 @@ class InstantEngine:
         raise AssertionError("nothing is aborted here")
 
 
-class InstantSearch:
-    def __init__(self, results: list[SearchResult]) -> None:
-        self.results = results
-
-    def search(self, query: str, counts: Counter) -> list[SearchResult]:
-        return self.results
-
-
 def bench_overhead() -> dict[str, float]:
     """CPU time of all but engine and search, with the toy's prompts and observations; tools in threads."""
     from transformers import AutoTokenizer
@@ -242,7 +233,8 @@ def bench_overhead() -> dict[str, float]:
     name = next(iter(world.facts))
     config = replace(load_config(["--preset=toy"]), tool_threads=64, max_in_flight=4096)
     tools = Tools(config, chat, world.corpus)
-    tools.backend = InstantSearch(world.corpus.search(name, 2))
+    results = world.corpus.search(name, 2)
+    tools.backend = lambda query, counts: results
     times: dict[int, list[float]] = {64: [], 4096: []}
     for count in (64, 4096) * 3:  # in turn, so that a busy neighbour disturbs both
         numbers, rounds = range(count // GROUP), 1024 // count or 1

@@ -171,7 +171,7 @@ def bench_searches(folder: Path, trajectories: int, threads: int = 256) -> dict[
         PAPER, search_url=f"http://127.0.0.1:{port.get(timeout=60)}", tool_threads=threads, read_timeout=30.0
     )
     web = Web(config, folder / "searches.sqlite")
-    backend = make_search(config, web, None)
+    search = make_search(config, web, None)
     rng = random.Random(0)
     weights = [1 / (rank + 1) for rank in range(CANDIDATES)]
     asked = [
@@ -183,7 +183,7 @@ def bench_searches(folder: Path, trajectories: int, threads: int = 256) -> dict[
 
     def ask(query: str) -> tuple[str, float, float]:
         start = time.monotonic()
-        backend.search(query, counts)
+        search(query, counts)
         return query, start, time.monotonic()
 
     start, cpu = time.monotonic(), time.process_time()

@@ -15,8 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from subprocess import PIPE, Popen
 from typing import Any
 
@@ -27,26 +26,17 @@ from deepresearcher_min.search import Corpus, content_words
 from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, count, seconds_left
 
 PARSER = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"]  # this module as a process
-MAX_PDF_PAGES = 50
-SHORT, LOST = 1000, 0.25  # an extract of fewer characters that is less than this share of the page has lost it
 NOT_CONTENT = ["script", "style", "noscript", "template", "svg", "iframe", "nav", "header", "footer", "aside", "form"]
 MAX_SENTENCES = 10  # of one segment that the extractive reader returns
 MEMORY_CHARS = 4000  # of earlier notes that a reader is shown, the newest
-MAX_TOKENS = 600  # of one reply of the openai reader
-InThread = Callable[..., Awaitable[Any]]  # runs a blocking function: await in_thread(function, *arguments)
-Context = tuple[Counter, float, InThread]  # what readers that wait need: counters, deadline, thread
 Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
-Reader = Callable[[str, str, Sequence[str], Context], Awaitable[Notes]]  # question, segment, earlier notes, context
 CHARSET = re.compile(r"(?i)(?:^[^<]*|<meta[^>]*)\bcharset\s*=\s*[\"']?([\w.:-]+)")  # in a header, or in HTML
 CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
 READER_RULES = (ROOT / "prompts/reader.txt").read_text().strip()
 
 
 def main_text(body: bytes, content_type: str) -> str:
-    """The main content of a page (HTML, PDF or plain text) as text, one block a line; empty where there is none.
-
-    Never raises, whatever the bytes are. Quality and time beside other extractors: bench/tools.py.
-    """
+    """The main content of a page (HTML, PDF, plain text), one block a line; empty where there is none. Never raises."""
     try:
         text = page_text(body, content_type)
     except Exception:  # parsers of hostile bytes may raise anything; the caller says in words that there is no text
@@ -60,7 +50,7 @@ def page_text(body: bytes, content_type: str) -> str:
     if body.startswith(b"%PDF-") or "pdf" in content_type:
         import pypdf  # here, like the others: only the parsers need them, and trafilatura takes 0.6 s
 
-        return "\n\n".join(page.extract_text() for page in pypdf.PdfReader(io.BytesIO(body)).pages[:MAX_PDF_PAGES])
+        return "\n\n".join(page.extract_text() for page in pypdf.PdfReader(io.BytesIO(body)).pages[:50])
     text = decode(body, content_type)
     if "\0" in text[:1000]:  # a binary file, whatever its header says
         return ""
@@ -70,13 +60,13 @@ def page_text(body: bytes, content_type: str) -> str:
     import trafilatura
 
     found = trafilatura.extract(text, fast=True, include_comments=False) or ""
-    if len(found) >= SHORT:
+    if len(found) >= 1000:
         return found
     page = bs4.BeautifulSoup(text, "lxml" if found else "html.parser")  # the slow one forgives everything
     for part in page(NOT_CONTENT):
         part.decompose()
     everything = page.get_text("\n", strip=True)
-    return everything if len(found) < LOST * len(everything) else found
+    return everything if len(found) < 0.25 * len(everything) else found  # less than a quarter has lost the page
 
 
 def decode(body: bytes, content_type: str) -> str:
@@ -92,10 +82,7 @@ def decode(body: bytes, content_type: str) -> str:
 
 
 class Parsers:
-    """Child processes that run main_text, started when needed; one that takes too long or dies is replaced.
-
-    Each has a session of its own, since Ctrl-C is for the parent, whose end closes their input and so ends them.
-    """
+    """Child processes that run main_text, started when needed; one that takes too long or dies is replaced."""
 
     def __init__(self, number: int) -> None:
         self.idle: queue.LifoQueue[Popen | None] = queue.LifoQueue()
@@ -112,7 +99,7 @@ class Parsers:
         alarm = threading.Timer(deadline - time.monotonic(), lambda: child.kill())
         try:
             if child is None or child.poll() is not None:
-                child = Popen(PARSER, stdin=PIPE, stdout=PIPE, cwd=ROOT, start_new_session=True)
+                child = Popen(PARSER, stdin=PIPE, stdout=PIPE, cwd=ROOT, start_new_session=True)  # spared by Ctrl-C
             alarm.start()
             child.stdin.write(json.dumps([len(body), content_type]).encode() + b"\n" + body)
             child.stdin.flush()
@@ -128,27 +115,8 @@ class Parsers:
         return text
 
 
-PARSERS = Parsers(2)  # of one rank
-
-
-def fetch_text(url: str, web: Web, counts: Counter, deadline: float) -> str:
-    """The text of a live page, through the cassette, which records the text and not the page."""
-
-    def produce() -> str:
-        body, content_type = web.fetch(url, counts, deadline)
-        text = PARSERS.text(body, content_type, deadline)
-        if not text:
-            raise WebFailure("no_text", "The page holds no text that can be read.")
-        return text
-
-    return web.cached("page", url.partition("#")[0], produce, counts, deadline)
-
-
 def segments(text: str, max_chars: int) -> list[str]:
-    """Cut a text into pieces of at most `max_chars` characters; only white space at the borders is lost.
-
-    Borders in the second half of a piece, best first: paragraph, line, sentence, word; else where it is full.
-    """
+    """Cut a text into pieces of at most `max_chars`, where a paragraph ends, or else a line, a sentence or a word."""
     pieces, start = [], 0
     while start < len(text):
         end = start + max_chars
@@ -160,13 +128,13 @@ def segments(text: str, max_chars: int) -> list[str]:
     return list(filter(None, pieces))
 
 
-async def extract(question: str, segment: str, memory: Sequence[str], context: Context) -> Notes:
-    """A reader without a model: the sentences that share most content words with the question, in page order."""
+def extract(question: str, segment: str) -> str:
+    """What the reader without a model notes: sentences that share most content words with the question, in order."""
     wanted = set(content_words(question))
     sentences = re.split(r"(?<=[.!?])\s+|\n+", segment)
     shared = [len(wanted.intersection(content_words(sentence))) for sentence in sentences]
     best = sorted(range(len(sentences)), key=lambda i: (-shared[i], i))[:MAX_SENTENCES]
-    return " ".join(sentences[i].strip() for i in sorted(best) if shared[i]), True
+    return " ".join(sentences[i].strip() for i in sorted(best) if shared[i])
 
 
 def parse_notes(reply: str) -> Notes:
@@ -179,83 +147,85 @@ def parse_notes(reply: str) -> Notes:
     return notes, further is not None and further[1].lower() == "yes"
 
 
-def model_reader(complete: Callable[..., Awaitable[str]]) -> Reader:
-    """A reader that asks a chat model, `await complete(messages, context)`; its tokens are in no trajectory."""
+class Browser:
+    """Opens pages, and has them read by whom `reader:` names; raises ConfigError for what that one lacks.
 
-    async def read(question: str, segment: str, memory: Sequence[str], context: Context) -> Notes:
+    `in_thread(function, *arguments)` runs what blocks; `generate_text(messages)` asks the policy's own engine.
+    """
+
+    parsers = Parsers(2)  # of one rank
+
+    def __init__(self, config: Config, web: Web | None, corpus: Corpus | None, in_thread: Callable, generate_text: Any):
+        self.config, self.corpus, self.in_thread, self.generate_text = config, corpus, in_thread, generate_text
+        self.web: Any = web
+        if config.reader == "openai" and not (config.reader_url and config.reader_model):
+            raise ConfigError("reader='openai': needs reader_url and reader_model")
+        if config.reader == "openai" and config.cassette_mode != "replay":
+            require_environment("READER_API_KEY", "reader: openai sends it (any word, if the server asks for none)")
+
+    async def browse(self, url: str, question: str, memory: Sequence[str], counts: Counter) -> list[tuple[int, str]]:
+        """(page_number, page_summary) for each segment with new information; `memory` is what was read before.
+
+        What ends it early (a failure, tool_timeout) leaves the notes so far; raises WebFailure where there are none.
+        """
+        deadline = time.monotonic() + self.config.tool_timeout
+        notes: list[tuple[int, str]] = []
+        try:
+            text = self.corpus.pages.get(url) if self.corpus else None
+            if text is None:
+                if self.web is None:
+                    raise WebFailure("not_found", "There is no page at this address.")
+                text = await self.in_thread(self.fetch_text, url, counts, deadline)
+            for number, segment in enumerate(segments(text, self.config.segment_chars)[: self.config.max_segments]):
+                earlier = [*memory, *(note for _, note in notes)]
+                information, further = await self.read(question, segment, earlier, counts, deadline)
+                if information:
+                    notes.append((number, information))
+                if not further:
+                    break
+            if not notes:
+                raise WebFailure("no_information", "The page says nothing about this.")
+        except (WebFailure, TimeoutError) as error:
+            failure = error if isinstance(error, WebFailure) else WebFailure(*TIMEOUT)
+            if not notes:
+                raise failure from None
+            count(counts, f"fail_{failure.kind}")
+        return notes
+
+    def fetch_text(self, url: str, counts: Counter, deadline: float) -> str:
+        """The text of a live page, through the cassette, which records the text and not the page."""
+
+        def produce() -> str:
+            body, content_type = self.web.fetch(url, counts, deadline)
+            if text := self.parsers.text(body, content_type, deadline):
+                return text
+            raise WebFailure("no_text", "The page holds no text that can be read.")
+
+        return self.web.cached("page", url.partition("#")[0], produce, counts, deadline)
+
+    async def read(self, question: str, segment: str, memory: Sequence[str], counts: Counter, deadline: float) -> Notes:
+        """Notes on one segment, and whether to read on; a model's tokens are in no trajectory."""
+        if self.config.reader == "extractive":
+            return extract(question, segment), True
         earlier = "\n".join(memory)[-MEMORY_CHARS:] or "none"
         content = f"Question: {question}\n\nEarlier notes: {earlier}\n\nPage segment:\n<<<\n{segment}\n>>>"
         messages = [{"role": "system", "content": READER_RULES}, {"role": "user", "content": content}]
-        return parse_notes(await complete(messages, context))
+        if self.config.reader == "engine":  # bounded in tokens: the clock would make it unrepeatable
+            return parse_notes(await self.generate_text(messages))
+        url = self.config.reader_url.rstrip("/") + "/chat/completions"
+        payload = {"model": self.config.reader_model, "messages": messages, "temperature": 0, "max_tokens": 600}
 
-    return read
+        def ask() -> str:
+            text, tokens = self.web.chat(url, "READER_API_KEY", payload, counts, deadline)
+            if text is None:
+                raise WebFailure(*BAD_REPLY)
+            count(counts, "reader_tokens", tokens)
+            count(counts, "usd", tokens * self.config.price_reader_token)
+            return text
 
-
-async def ask_openai(config: Config, web: Web, messages: list[dict[str, str]], context: Context) -> str:
-    """The reply of the endpoint `reader_url`, before the deadline, through the cassette."""
-    counts, deadline, in_thread = context
-    url = config.reader_url.rstrip("/") + "/chat/completions"
-    payload = {"model": config.reader_model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
-
-    def ask() -> str:
-        text, tokens = web.chat(url, "READER_API_KEY", payload, counts, deadline)
-        if text is None:
-            raise WebFailure(*BAD_REPLY)
-        count(counts, "reader_tokens", tokens)
-        count(counts, "usd", tokens * config.price_reader_token)
-        return text
-
-    async with asyncio.timeout(seconds_left(deadline)):
-        return await in_thread(web.cached, "reader", [url, payload], ask, counts, deadline)
-
-
-def make_reader(config: Config, web: Web | None, generate_text: Callable[..., Awaitable[str]] | None = None) -> Reader:
-    """The reader that `reader:` names; raises ConfigError for what it lacks."""
-    if config.reader == "extractive":
-        return extract
-    if config.reader == "engine" and generate_text is not None:
-        # Bounded in tokens, not by the deadline: the clock would make it unrepeatable.
-        return model_reader(lambda messages, _: generate_text(messages))
-    if config.reader == "openai" and web is not None and config.reader_url and config.reader_model:
-        if config.cassette_mode != "replay":
-            require_environment("READER_API_KEY", "reader: openai sends it (any word, if the server asks for none)")
-        return model_reader(partial(ask_openai, config, web))
-    raise ConfigError(f"reader={config.reader!r}: openai needs the web, reader_url and reader_model; engine an engine")
-
-
-async def browse(
-    url: str, question: str, memory: Sequence[str], *, config: Config, web: Web | None, corpus: Corpus | None,
-    reader: Reader, counts: Counter, in_thread: InThread,
-) -> list[tuple[int, str]]:  # fmt: skip
-    """Read a page: (page_number, page_summary) for each segment with new information; `memory` is what was read before.
-
-    Stops when the reader does, at the last segment, at max_segments, or after tool_timeout, with the notes so far.
-    Raises WebFailure, in words, where there is nothing to note.
-    """
-    count(counts, "pages")
-    deadline = time.monotonic() + config.tool_timeout
-    notes: list[tuple[int, str]] = []
-    try:
-        text = corpus.pages.get(url) if corpus is not None else None
-        if text is None:
-            if web is None:
-                raise WebFailure("not_found", "There is no page at this address.")
-            text = await in_thread(fetch_text, url, web, counts, deadline)
-        for number, segment in enumerate(segments(text, config.segment_chars)[: config.max_segments]):
-            earlier = [*memory, *(note for _, note in notes)]
-            information, page_down = await reader(question, segment, earlier, (counts, deadline, in_thread))
-            if information:
-                notes.append((number, information))
-            if not page_down:
-                break
-        if not notes:
-            raise WebFailure("no_information", "The page says nothing about this.")
-    except (WebFailure, TimeoutError) as error:
-        failure = error if isinstance(error, WebFailure) else WebFailure(*TIMEOUT)
-        count(counts, f"fail_{failure.kind}")
-        if not notes:
-            raise failure from None
-    return notes
+        async with asyncio.timeout(seconds_left(deadline)):
+            reply = await self.in_thread(self.web.cached, "reader", [url, payload], ask, counts, deadline)
+        return parse_notes(reply)
 
 
 if __name__ == "__main__":  # a parser: [length, content type] and a body in, one line of JSON out, until no more comes

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from deepresearcher_min import protocol
-from deepresearcher_min.browse import browse, make_reader
+from deepresearcher_min.browse import Browser
 from deepresearcher_min.config import Config
 from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import THINK, Answer, Call, ChatFormat, Entry, Malformed, parse_turn
@@ -74,9 +74,9 @@ class Tools:
     """What the agent can do to the world; failures of the world come back as words and are counted."""
 
     def __init__(self, config: Config, chat: ChatFormat, corpus: Corpus | None = None, web: Web | None = None) -> None:
-        self.config, self.chat, self.corpus, self.web = config, chat, corpus, web
+        self.config, self.chat = config, chat
         self.backend = make_search(config, web, corpus)
-        self.reader = make_reader(config, web, self.generate_text)
+        self.browser = Browser(config, web, corpus, self.in_thread, self.generate_text)
         self.pool = ThreadPoolExecutor(max(1, config.tool_threads), "tool")
         self.readings = 0
         self.scheduler: Scheduler  # of the rollout that is under way, and how many of its tool calls may be
@@ -92,18 +92,16 @@ class Tools:
         return entries
 
     async def search(self, query: str, record: Recording) -> list[dict[str, Any]]:
-        results = await self.in_thread(self.backend.search, query, record.cost)
+        count(record.cost, "searches")
+        results = await self.in_thread(self.backend, query, record.cost)
         record.shown.update(result.url for result in results if result.url)
         return [protocol.search_item(result.snippet, result.title, result.url) for result in results]
 
     async def browse(self, url: str, record: Recording) -> list[dict[str, Any]]:
         if url not in record.shown:
-            count(record.cost, "fail_unknown_url")
             raise WebFailure("unknown_url", "No search has shown this address, so it cannot be opened.")
-        notes = await browse(
-            url, record.question.text, record.memory, config=self.config, web=self.web, corpus=self.corpus,
-            reader=self.reader, counts=record.cost, in_thread=self.in_thread,
-        )  # fmt: skip
+        count(record.cost, "pages")
+        notes = await self.browser.browse(url, record.question.text, record.memory, record.cost)
         record.notes[url] = [summary for _, summary in notes]
         return [protocol.page_item(summary, number) for number, summary in notes]
 
@@ -111,16 +109,15 @@ class Tools:
         try:
             async with self.slots:
                 return Entry(key, tuple(await getattr(self, kind)(key, record)))
-        except WebFailure as failure:  # counted where it happened
-            words = failure.words
+        except WebFailure as raised:
+            failure = raised
         except TimeoutError:
-            count(record.cost, "fail_timeout")
-            words = "This took too long and was given up."
+            failure = WebFailure("timeout", "This took too long and was given up.")
         except Exception:  # a bug, or a world stranger than its tool: it costs this call, and the log says where
             logging.getLogger(__name__).exception("tool call for %.200r", key)
-            count(record.cost, "fail_error")
-            words = "The tool failed."
-        return Entry(key, (protocol.TOOLS[kind].item(words),))
+            failure = WebFailure("error", "The tool failed.")
+        count(record.cost, f"fail_{failure.kind}")
+        return Entry(key, (protocol.TOOLS[kind].item(failure.words),))
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a blocking function, which keeps tool_timeout itself; TimeoutError if it does not."""

@@ -11,13 +11,13 @@ import os
 import re
 import threading
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote, urlencode
 
 import numpy as np
@@ -26,26 +26,17 @@ from deepresearcher_min.config import Config, ConfigError, require_environment
 from deepresearcher_min.web import BAD_REPLY, Web, WebFailure, count
 
 WORD = re.compile(r"\w+")
-FUNCTION_WORDS = frozenset(  # words without content: a query is to match by its names and nouns
-    WORD.findall(
-        "a an and any are as at be been but by can could did do does for from had has have he her him his how i if in "
-        "into is it its may me my of on or our she should so than that the their them then there these they this those "
-        "to us was we were what when where which who whom whose why will with would you your"
-    )
+FUNCTION_WORDS = set(  # words without content: a query is to match by its names and nouns
+    WORD.findall("""a an and any are as at be been but by can could did do does for from had has have
+    he her him his how i if in into is it its may me my of on or our she should so than that the their them then there
+    these they this those to us was we were what when where which who whom whose why will with would you your""")
 )
 NO_RESULTS = ("no_results", "Nothing was found for this query.")
 SNIPPET_CHARS = 300
 INDEX_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deepresearcher_min"
-Document = tuple[str, str, str]  # title, url, text
-Snippet = Callable[[int], str]  # what a result shows of the document with this index
+SearchResult = namedtuple("SearchResult", ["title", "url", "snippet"])
 Ask = Callable[..., Any]  # ask(path, JSON to POST or nothing for a GET) -> JSON of the service
 Rows = Iterable[tuple[Any, Any, Any]]  # title, url (or path of the service), snippet: texts, or whatever was sent
-
-
-class SearchResult(NamedTuple):
-    title: str
-    url: str
-    snippet: str
 
 
 def content_words(text: str) -> list[str]:
@@ -55,9 +46,9 @@ def content_words(text: str) -> list[str]:
 
 
 class Corpus:
-    """Documents, their `pages` (url -> text), and a BM25 index over title and text, which is kept in `folder`."""
+    """Documents (title, url, text), their `pages`, and a BM25 index; a result shows snippet(index of the document)."""
 
-    def __init__(self, documents: Sequence[Document], snippet: Snippet | None = None, folder: Path | None = None):
+    def __init__(self, documents: Sequence, snippet: Callable[[int], str] | None = None, folder: Path | None = None):
         if not documents:
             raise ConfigError("the corpus has no documents")
         import bm25s  # here, because importing it takes 0.7 s and a live run does not need it
@@ -98,21 +89,6 @@ class Corpus:
         return [SearchResult(self.documents[i][0], self.documents[i][1], self.snippet(i)) for i in best.tolist()]
 
 
-class LocalSearch:
-    """BM25 over a corpus in memory: `search: local` and `search: toy`."""
-
-    def __init__(self, corpus: Corpus, results: int) -> None:
-        self.corpus, self.results = corpus, results
-
-    def search(self, query: str, counts: Counter) -> list[SearchResult]:
-        count(counts, "searches")
-        found = self.corpus.search(query, self.results)
-        if not found:
-            count(counts, "fail_no_results")
-            raise WebFailure(*NO_RESULTS)
-        return found
-
-
 class LiveSearch:
     """One of the SERVICES, asked through web.py at this rank's share of `requests_per_second`."""
 
@@ -125,12 +101,16 @@ class LiveSearch:
 
     def search(self, query: str, counts: Counter) -> list[SearchResult]:
         """Ask once, whoever asks; results without an address are left out. Raises WebFailure."""
-        count(counts, "searches")
         query, results = one_line(query), self.config.search_results
         deadline = time.monotonic() + self.config.tool_timeout
 
         def ask(path: str, payload: Any = None) -> Any:
-            self.wait_for_slot(deadline)
+            with self.lock:  # a bucket of one token: a larger one would break the service's limit in its first second
+                slot = max(self.next_slot, time.monotonic())
+                if slot >= deadline:
+                    raise WebFailure("rate_limited", "Too many searches are under way at the moment.")
+                self.next_slot = slot + self.web.world_size / self.config.requests_per_second
+            time.sleep(max(0.0, slot - time.monotonic()))
             reply = self.web.fetch_json(self.base + path, self.headers, payload, counts, deadline)
             count(counts, "usd", self.price)
             return reply
@@ -144,22 +124,9 @@ class LiveSearch:
                 raise WebFailure(*NO_RESULTS)
             return rows
 
-        try:
-            rows = self.web.cached("search", [self.config.search, self.base, query, results], find, counts, deadline)
-        except WebFailure as failure:
-            count(counts, f"fail_{failure.kind}")
-            raise
+        rows = self.web.cached("search", [self.config.search, self.base, query, results], find, counts, deadline)
         found = [SearchResult(*row) for row in rows[:results]]
         return [one._replace(url=self.base + one.url) if one.url[0] == "/" else one for one in found]
-
-    def wait_for_slot(self, deadline: float) -> None:
-        """A token bucket that holds one token: a larger one would break the service's limit in its first second."""
-        with self.lock:
-            slot = max(self.next_slot, time.monotonic())
-            if slot >= deadline:
-                raise WebFailure("rate_limited", "Too many searches are under way at the moment.")
-            self.next_slot = slot + self.web.world_size / self.config.requests_per_second
-        time.sleep(max(0.0, slot - time.monotonic()))
 
 
 def one_line(text: Any) -> str:
@@ -218,14 +185,16 @@ def check_search(config: Config) -> None:
             raise ConfigError(f"search_url={config.search_url!r}: search: {config.search} needs its base URL (http...)")
 
 
-Backend = LocalSearch | LiveSearch  # or anything else that searches, counts and raises as they do
-
-
-def make_search(config: Config, web: Web | None, corpus: Corpus | None) -> Backend:
-    """The backend that `search:` names: local and toy need a corpus, all others a Web."""
-    check_search(config)
+def make_search(config: Config, web: Web | None, corpus: Corpus | None) -> Callable[[str, Counter], list[SearchResult]]:
+    """What `search:` names: local and toy need a corpus, all others a Web, and that check_search finds nothing."""
     if config.search in SERVICES and web is not None:
-        return LiveSearch(config, web)
+        return LiveSearch(config, web).search
     if corpus is None:
         raise ConfigError(f"search={config.search!r} needs a corpus")
-    return LocalSearch(corpus, config.search_results)
+
+    def search(query: str, counts: Counter) -> list[SearchResult]:
+        if not (found := corpus.search(query, config.search_results)):
+            raise WebFailure(*NO_RESULTS)
+        return found
+
+    return search

@@ -1,8 +1,7 @@
 """The only place that opens a socket to the web: search.py and browse.py go through it.
 
-`cached` is the cassette (one SQLite file, cache and recording at once), `check_url` says which addresses the model may
-open. Every wait ends at the deadline of the tool call; what goes wrong is a WebFailure, in words for the model.
-Left out on purpose: cookies, scripts, robots.txt, HTTP/2, proxies.
+`cached` is the cassette: one SQLite file, cache and recording at once. Every wait ends at the deadline of the tool
+call; what goes wrong is a WebFailure, in words for the model. Left out: cookies, scripts, robots.txt, HTTP/2, proxies.
 """
 
 import hashlib
@@ -34,14 +33,11 @@ from deepresearcher_min.config import Config, ConfigError
 USER_AGENT = "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)"
 READABLE = re.compile(r"$|text/(html|plain|markdown)|application/(xhtml\+xml|pdf)")  # content types of pages
 GET_PAGE = {"method": "GET", "headers": {"Accept": "text/html,application/pdf,text/plain"}}
-MAX_REDIRECTS = 5
-FAILURE_TTL = 60.0  # a failure is remembered so long, in mode live [s]
 TIMEOUT = ("timeout", "The server did not answer in time.")
 CONNECTION = ("connection", "The connection to the server failed.")
 BAD_REPLY = ("bad_reply", "The service sent a reply that cannot be read.")
 REFUSED = ("refused_address", "Only plain http and https addresses of the public internet can be opened.")
 PLAIN_URL = re.compile(r"(?i)https?://[^/?#@\\\x00-\x20\x7f]+([/?#][^\\\x00-\x20\x7f]*)?")  # no user, no odd characters
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Not public, although some Python versions call them global: multicast, protocol assignments, 6to4 relays, the metadata
 # service of Azure; of IPv6 all outside 2000::/3, Teredo and its neighbours, documentation.
 NETWORKS = """224.0.0.0/3 192.0.0.0/24 192.88.99.0/24 168.63.129.16/32
@@ -81,7 +77,7 @@ def seconds_left(deadline: float) -> float:
 def is_public(address: str) -> bool:
     """Whether an IP address belongs to the public internet; IPv4 inside IPv6 is judged as IPv4."""
     ip = ipaddress.ip_address(address)
-    if ip in NAT64:
+    if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
         ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     if ip.version == 6:
         ip = ip.ipv4_mapped or ip.sixtofour or ip
@@ -89,11 +85,7 @@ def is_public(address: str) -> bool:
 
 
 def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tuple[Url, list[str]]:
-    """Refuse every URL that does not lead to a public web server; connect only to the addresses returned here.
-
-    All addresses of the name are checked: one bad one among good ones is enough. `allow_private` (tests, the
-    operator's own services) admits any address and port. Raises BlockedURL; `seconds` limits the name's resolution.
-    """
+    """A URL's parts, and the addresses to connect to, no others; BlockedURL unless it is plain and all are public."""
     parts = Url()
     with suppress(errors.LocationParseError):
         parts = parse_url(url if PLAIN_URL.fullmatch(url) else "")
@@ -133,25 +125,12 @@ CONNECTIONS: Any = {
 
 
 def status_failure(status: int, body: bytes) -> WebFailure:
-    """The failure that an HTTP status other than success stands for."""
     if status in (402, 432) or (status == 400 and b"credit" in body[:1000].lower()):  # "Not enough credits" is Serper's
         return WebFailure("quota", "The quota of the service is used up.")
     if status in (401, 403):
         return WebFailure("unauthorized", "The server refused access.")
     words = f"The server answered with the error {status} ({http.client.responses.get(status, 'unknown')})."
     return WebFailure("rate_limited" if status == 429 else f"http_{status}", words)
-
-
-def switch_to_wal(db: sqlite3.Connection, deadline: float) -> None:
-    """Make a database safe for the ranks of one node (on a local disk), and for kill -9."""
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError:  # another rank is at it; this statement, unlike all others, does not wait
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
 
 
 class Web:
@@ -163,7 +142,11 @@ class Web:
             raise ConfigError(f"cassette={str(self.cassette)!r}: cassette_mode: replay needs a recording")
         self.cassette.parent.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(cassette, timeout=30, isolation_level=None, check_same_thread=False)
-        switch_to_wal(self.db, time.monotonic() + 30)
+        for _ in range(600):  # this statement, unlike all others, does not wait while another rank is at it
+            with suppress(sqlite3.OperationalError):
+                self.db.execute("PRAGMA journal_mode=WAL")  # for the ranks of one node (on a local disk) and kill -9
+                break
+            time.sleep(0.05)
         self.db.execute("PRAGMA synchronous=NORMAL")  # a power cut may cost the last replies, never the file
         self.db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, time REAL, reply TEXT)")
         self.db_lock = threading.Lock()
@@ -172,23 +155,17 @@ class Web:
         self.jitter = random.Random(rank)
 
     def cached(self, kind: str, request: Any, produce: Callable[[], Any], counts: Counter, deadline: float) -> Any:
-        """The recorded reply to `request` (any JSON value), else that of produce(), which is then recorded.
-
-        So is a WebFailure of produce(), so that a replay repeats it; in mode live it is forgotten after FAILURE_TTL.
-        Of identical requests at the same time, all but one wait and find the recording.
-        """
+        """The recorded reply to `request` (any JSON), else that of produce(), which is recorded, be it a WebFailure."""
         key = hashlib.sha256(json.dumps([kind, request], sort_keys=True).encode()).digest()
         flight = self.flights[int.from_bytes(key[:2], "big")]
-        if not flight.acquire(timeout=seconds_left(deadline)):
+        if not flight.acquire(timeout=seconds_left(deadline)):  # all but one of identical requests wait for its reply
             raise WebFailure(*TIMEOUT)
         try:
             with self.db_lock:
                 row = self.db.execute("SELECT time, reply FROM replies WHERE key = ?", (key,)).fetchone()
-            reply = json.loads(row[1]) if row else None
-            if reply and self.config.cassette_mode == "live":
-                ttl = FAILURE_TTL if "failure" in reply else self.config.search_ttl
-                reply = reply if time.time() - row[0] <= ttl else None
-            if reply:
+            reply = json.loads(row[1]) if row else {}
+            ttl = 60.0 if "failure" in reply else self.config.search_ttl  # a failure is soon forgotten [s]
+            if reply and (self.config.cassette_mode != "live" or time.time() - row[0] <= ttl):
                 count(counts, "cache_hits")
             elif self.config.cassette_mode == "replay":
                 raise WebFailure("replay_miss", "This is not in the recording that is being replayed.")
@@ -224,9 +201,8 @@ class Web:
                 failure = raised
             again = re.match("timeout|connection|rate_limited|http_5", failure.kind)
             if not again or attempt == self.config.max_retries or time.monotonic() + pause >= deadline:
-                break
+                raise failure
             time.sleep(pause)
-        raise failure
 
     def fetch_json(self, url: str, headers: Any, payload: Any, counts: Counter, deadline: float) -> Any:
         """The JSON reply of a service of the operator, to a POST of `payload`, or a GET if that is None."""
@@ -237,10 +213,7 @@ class Web:
             raise WebFailure(*BAD_REPLY) from None
 
     def chat(self, url: str, key: str, payload: Any, counts: Counter, deadline: float) -> tuple[str | None, int]:
-        """(text, tokens) of a chat model's reply, at temperature 0; (None, 0) if it has no text.
-
-        `url` speaks OpenAI's chat completions; `key` names the environment variable that holds its key.
-        """
+        """(text, tokens) of a chat completion; (None, 0) without text. `key`: the environment variable of the key."""
         headers = {"Authorization": f"Bearer {os.environ.get(key, '')}"}
         reply = self.fetch_json(url, headers, payload | {"temperature": 0}, counts, deadline)
         try:
@@ -252,7 +225,7 @@ class Web:
 
     def _follow(self, url: str, sent: Any, own: bool, attempt: int, counts: Counter, deadline: float) -> Any:
         """(status, headers, body) at the end of the redirects; attempts take turns with the addresses of a name."""
-        for _ in range(MAX_REDIRECTS + 1):
+        for _ in range(6):  # five redirects
             parts, addresses = check_url(url, own or self.config.allow_private_hosts, seconds_left(deadline))
             address = addresses[attempt % len(addresses)]
             status, headers, body = self._exchange(parts, address, sent, own, counts, deadline)
@@ -290,10 +263,9 @@ class Web:
                 response.release_conn()
         except (errors.SSLError, ssl.SSLError):
             raise WebFailure("tls", "No secure connection to the server is possible.") from None
-        except errors.NewConnectionError:  # for urllib3 a kind of timeout
-            raise WebFailure(*CONNECTION) from None
-        except (errors.TimeoutError, errors.EmptyPoolError):
-            raise WebFailure(*TIMEOUT) from None
+        except (errors.TimeoutError, errors.EmptyPoolError) as error:
+            refused = isinstance(error, errors.NewConnectionError)  # for urllib3 a kind of timeout
+            raise WebFailure(*(CONNECTION if refused else TIMEOUT)) from None
         except (errors.HTTPError, OSError, http.client.HTTPException, ValueError):
             raise WebFailure(*CONNECTION) from None
 

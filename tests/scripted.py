@@ -195,7 +195,7 @@ class Source:
         self.answer = answer
         self.lock, self.at_once, self.most_at_once = threading.Lock(), 0, 0
 
-    def search(self, query: str, counts: Counter) -> list[SearchResult]:
+    def __call__(self, query: str, counts: Counter) -> list[SearchResult]:
         with self.lock:
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)

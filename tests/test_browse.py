@@ -12,13 +12,7 @@ from hypothesis import strategies as st
 from loopback import Server
 from test_pages import ARTICLE, page
 
-from deepresearcher_min.browse import (
-    browse,
-    extract,
-    make_reader,
-    parse_notes,
-    segments,
-)
+from deepresearcher_min.browse import Browser, extract, parse_notes, segments
 from deepresearcher_min.config import ConfigError, load_config
 from deepresearcher_min.search import Corpus
 from deepresearcher_min.web import Web, WebFailure
@@ -32,22 +26,17 @@ async def inline(function, *args):
     return function(*args)
 
 
-def read_page(url, question, corpus, memory=None, config=TOY, web=None, reader=None):
-    memory = [] if memory is None else memory
+def read_page(url, question, corpus, memory=(), config=TOY, web=None, engine=None, in_thread=inline):
     counts = Counter()
-    reader = reader or make_reader(config, web)
-    coroutine = browse(
-        url, question, memory,
-        config=config, web=web, corpus=corpus, reader=reader, counts=counts, in_thread=inline,
-    )  # fmt: skip
-    return asyncio.run(coroutine), counts
+    browser = Browser(config, web, corpus, in_thread, engine)
+    return asyncio.run(browser.browse(url, question, memory, counts)), counts
 
 
 def test_corpus_page_gives_the_sentences_that_answer():
     memory = []
     notes, counts = read_page("toy:amra", "Where was Amra Sool born?", Corpus([("Amra", "toy:amra", PAGE)]), memory)
     assert notes == [(0, "Amra Sool is a writer. She was born in Velden.")]
-    assert counts == {"pages": 1}
+    assert not counts
 
 
 def test_unknown_page_and_useless_page_are_failures_in_words():
@@ -77,8 +66,7 @@ def test_a_long_text_is_cut_in_linear_time():
 
 
 def test_extractive_reader_returns_nothing_where_nothing_is_shared():
-    notes = asyncio.run(extract("zebra?", PAGE, [], None))
-    assert notes[0] == ""
+    assert extract("zebra?", PAGE) == ""
 
 
 # --- readers
@@ -116,12 +104,12 @@ def test_the_reader_goes_on_while_it_wants_to_remembers_and_stops_at_the_last_se
         Scripted("CONTINUE: yes\nNOTES: A.", "CONTINUE: yes\nNOTES: none", "CONTINUE: no\nNOTES: C."),
         ["before"],
     )
-    notes, _ = read_page("toy:long", "q", long_page(9), memory, config, reader=make_reader(config, None, engine))
+    notes, _ = read_page("toy:long", "q", long_page(9), memory, config, engine=engine)
     assert notes == [(0, "A."), (2, "C.")] and memory == ["before"]
     assert "Part 0" in engine.prompts[0][1]["content"] and "before\nA." in engine.prompts[1][1]["content"]
     always = Scripted(*["CONTINUE: yes\nNOTES: More."] * 9)
     for parts, read in ((9, 4), (2, 2)):
-        notes, _ = read_page("toy:long", "q", long_page(parts), [], config, reader=make_reader(config, None, always))
+        notes, _ = read_page("toy:long", "q", long_page(parts), [], config, engine=always)
         assert len(notes) == read
 
 
@@ -149,7 +137,7 @@ def test_openai_reader_asks_pays_and_caches_by_content(live):
     for round_ in range(2):
         notes, counts = read_page(server.url + "/page", "Which river?", None, [], config, web)
         assert notes == [(0, "The Ost.")]
-        assert counts["pages"] == 1 and counts["reader_tokens"] == (0 if round_ else 50)
+        assert counts["reader_tokens"] == (0 if round_ else 50)
         assert counts["cache_hits"] == (2 if round_ else 0) and counts["usd"] == (0 if round_ else 0.5)
     _, headers, body = server.sent[1]
     assert headers["Authorization"] == "Bearer secret-key"
@@ -209,9 +197,9 @@ def test_a_reader_waits_in_the_thread_that_tools_are_given_and_counts_tokens_as_
         asked.append(function.__name__)
         return function(*args)
 
-    reader, counts = make_reader(config, web), Counter()
-    call = dict(config=config, web=web, corpus=None, reader=reader, counts=counts, in_thread=in_thread)
-    assert asyncio.run(browse(server.url + "/page", "Which river?", [], **call)) == [(0, "The Ost.")]
+    url = server.url + "/page"
+    notes, counts = read_page(url, "Which river?", None, [], config, web, in_thread=in_thread)
+    assert notes == [(0, "The Ost.")]
     assert asked == ["fetch_text", "cached"] and counts["reader_tokens"] > 100
 
 
@@ -235,9 +223,7 @@ def test_live_pages_that_cannot_be_read_say_so(live):
 
 def test_readers_say_what_they_lack(monkeypatch):
     monkeypatch.delenv("READER_API_KEY", raising=False)
-    with pytest.raises(ConfigError, match="engine"):
-        make_reader(replace(TOY, reader="engine"), None)
     with pytest.raises(ConfigError, match="reader_url"):
-        make_reader(replace(TOY, reader="openai"), None)
+        Browser(replace(TOY, reader="openai"), None, None, inline, None)
     with pytest.raises(ConfigError, match="READER_API_KEY"):
-        make_reader(replace(TOY, reader="openai", reader_url="http://x/v1", reader_model="m"), object())
+        Browser(replace(TOY, reader="openai", reader_url="http://x/v1", reader_model="m"), None, None, inline, None)

@@ -29,7 +29,7 @@ def test_a_new_tool_is_one_row_and_one_method(monkeypatch):
     words = ("Do arithmetic.", "sums", "Expressions of Python.", "max_queries", ("sum", "results"))
     monkeypatch.setitem(protocol.TOOLS, "calculate", protocol.Tool("calculator", *words, protocol.search_item))
     agent = make_agent(Scripted(turns(call("calculator", sums=["6*7", "6/0"]), answer_turn("42"))))
-    agent = dataclasses.replace(agent, tools=Calculating(agent.config, agent.chat, agent.tools.corpus))
+    agent = dataclasses.replace(agent, tools=Calculating(agent.config, agent.chat, agent.tools.browser.corpus))
     trajectory = one(agent)
     assert "calculator" in str(protocol.schemas()) and trajectory.answer == "42"
     right, wrong = ast.literal_eval(trajectory.turns[0].observation)
@@ -75,7 +75,7 @@ def test_a_new_model_is_a_folder_that_transformers_loads(tmp_path):
     config = dataclasses.replace(agent.config, kl_coef=0.0, max_model_len=768, max_turn_tokens=8)
     chat = protocol.ChatFormat(tokenizer, date="")
     policy = Policy(config, str(tmp_path), Ranks())
-    agent = Agent(config, HFEngine(config, str(tmp_path)), Tools(config, chat, agent.tools.corpus), chat)
+    agent = Agent(config, HFEngine(config, str(tmp_path)), Tools(config, chat, agent.tools.browser.corpus), chat)
     (trajectories,) = roll_out(batch(1, repeats=2), agent)
     rewards = [float(i) for i, _ in enumerate(trajectories)]
     metrics = policy.update([reward.Group(trajectories[0].question, trajectories, rewards, [-1.0, 1.0])])
