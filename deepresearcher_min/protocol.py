@@ -135,10 +135,7 @@ def render(kind: str, entries: Sequence[Entry], kept: int | None = None) -> str:
 
 
 class ChatFormat:
-    """Token ids of prompts and observations for one tokenizer, one system prompt and one date.
-
-    Raises ValueError when the tokenizer has no chat template or the template does not show tool messages.
-    """
+    """Token ids of prompts and observations; ValueError where the tokenizer's chat template does not show tools."""
 
     def __init__(self, tokenizer: Any, date: str, system_prompt: str = "") -> None:
         if not tokenizer.chat_template:

@@ -1,11 +1,8 @@
 """The embedded default: a small made-up web, questions about it, and what the agent learned there.
 
-A world is 250 pages about people, cities, companies and books with invented names. A page states its facts in
-plain sentences; a search result shows the page's first sentence and one of its facts, so that browsing pays
-in two cases of three; half of the questions need two pages ("the mayor of the birthplace of ...").
-
-Only world, tokenizer, chat template, reader and sizes are toys: all else is as in every other run. Start model and
-tokenizer come from scripts/; the names must not change, since the model that ships was trained on them.
+A world is 250 pages about people, cities, companies and books with invented names. A search result shows a page's first
+sentence and one of its facts, so that browsing pays in two cases of three; half of the questions need two pages. Start
+model and tokenizer come from scripts/; the names must not change, since the model that ships was trained on them.
 """
 
 import math
