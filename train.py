@@ -234,7 +234,7 @@ def check_needs(config: Config, questions: bool = True) -> None:
         missing.append(str(error))
     if config.dtype == "bfloat16" and not torch.cuda.is_available():
         missing.append("dtype=bfloat16: there is no CUDA GPU; on a CPU use --dtype=float32 and a small model")
-    if questions and config.search != "toy" and not (config.data or config.eval_data):
+    if questions and config.search != "toy" and not config.data:
         missing.append("data is empty: name a file of questions (.parquet or .jsonl) with --data=FILE")
     if missing:
         raise ConfigError("this run cannot start:\n  - " + "\n  - ".join(missing))
