@@ -115,6 +115,8 @@ def load_examination(config: Config, ranks: Ranks) -> Task:
     They are those of eval_data (or --data), else those that the model's run set aside, else the official test set.
     """
     file = config.eval_data
+    if config.search == "toy" and file:
+        raise ConfigError(f"data={file!r}: the toy web does not answer it; add --search=local --corpus=FILE")
     if config.search == "toy" or (config.data and not file):
         task = load_task(config)
     else:
@@ -172,6 +174,7 @@ def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
         agent = replace(agent, chat=PlainChat(agent.chat, found))
     bar = tqdm(total=len(mine), initial=len(mine) - len(numbers), desc=config.method, disable=ranks.rank > 0 or None)
     sums = sum((Counter(measures(one)) for one in done.values()), Counter(n=len(done)))
+    before = sums["usd"]
 
     def on_done(one: Trajectory) -> None:
         one = replace(one, cost={**prepaid.get(one.question.id, {}), **one.cost})
@@ -180,7 +183,7 @@ def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
         sums.update(measures(one) | {"n": len(group.trajectories)})
         bar.update()
         bar.set_postfix_str(f"F1 {sums['f1'] / max(1, sums['n']):.3f}, ${sums['usd']:.2f}")
-        if 0 < config.max_cost <= sums["usd"]:
+        if 0 < config.max_cost <= before + (sums["usd"] - before) * ranks.world_size:  # the others pay about as much
             signal.raise_signal(signal.SIGINT)  # ends as Ctrl-C does
 
     try:

@@ -35,16 +35,16 @@ from deepresearcher_min.web import Web
 
 
 def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
-    """The whole run. False if Ctrl-C, SIGTERM or max_cost ended it early; the state is saved then, too."""
+    """The whole run. False if Ctrl-C, SIGTERM (saved then by one rank only) or max_cost (saved) ended it early."""
     started, task = (time.monotonic(), time.process_time()), load_task(config)
-    agent, examiner = make_agent(config, task, ranks)
+    agent, examinee = make_agent(config, task, ranks)
     policy = Policy(config, task.model_dir, ranks)
     state, earlier = restore(config, policy, ranks)
     save = partial(save_policy, config, policy, agent, ranks, stop)
     try:
         # 0 measure
-        before = earlier[0] if earlier else measure("before", 0, task, examiner, ranks)
-        agent.engine.update_weights(policy.named_weights())  # and no cached prefixes, as after a resume
+        before = earlier[0] if earlier else measure("before", state, task, examinee, ranks)
+        agent.engine.update_weights(policy.named_weights())  # resumed or not: these weights, and no cached prefixes
         while state["step"] < config.steps:
             step, lap = state["step"] + 1, time.monotonic()
             asked = take_questions(task.questions, config.seed, state["asked"], config.questions_per_step)
@@ -72,14 +72,14 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
             if step % config.log_every == 0:
                 write_groups(config, f"step-{step:06d}" + f"-rank{ranks.rank}" * (ranks.world_size > 1), step, groups)
             if config.eval_every and step % config.eval_every == 0:
-                measure(f"step-{step:06d}", step, task, examiner, ranks)
+                measure(f"step-{step:06d}", state, task, examinee, ranks)
                 agent.engine.update_weights(policy.named_weights())  # as before the first step
             if (broke := 0 < config.max_cost <= state["usd"]) or step % config.save_every == 0 or step == config.steps:
                 save(add_times(state, started))
             if broke:
                 ranks.print(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
                 return False
-        after = measure("after", config.steps, task, examiner, ranks)
+        after = measure("after", state, task, examinee, ranks)
         if ranks.rank == 0:
             conclude(config, add_times(state, started), before, after)
         ranks.share(None)  # all wait for the report: vLLM's end is that of the process group
@@ -89,7 +89,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
             save(add_times(state, started))
         return False
     finally:
-        for part in (agent.tools, examiner.tools, agent.engine):
+        for part in (agent.tools, examinee.tools, agent.engine):
             part.close()
     return True
 
@@ -166,18 +166,19 @@ def evaluate(questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done:
     return ranks.gather([trajectory for (trajectory,) in roll_out(batch, agent, on_done)])
 
 
-def measure(name: str, step: int, task: Task, examiner: Agent, ranks: Ranks) -> dict[str, float]:
-    """Evaluate on the held-out questions, write the trajectories and the scores, and return the scores."""
+def measure(name: str, state: dict[str, Any], task: Task, examinee: Agent, ranks: Ranks) -> dict[str, float]:
+    """Evaluate on the held-out questions, write trajectories and scores, add the cost to the state; the scores."""
     with progress(f"evaluation {name}", len(task.held_out) // ranks.world_size, ranks) as on_done:
-        trajectories = evaluate(task.held_out, examiner, ranks, on_done)
-    scores = summarize(trajectories)
+        trajectories = evaluate(task.held_out, examinee, ranks, on_done)
+    scores, step = summarize(trajectories), state["step"]
+    state["usd"] += sum(one.cost.get("usd", 0.0) for one in trajectories)
     if task.world is not None:
         scores |= toyworld.behaviour_rates(trajectories, task.world)
     if ranks.rank == 0:
-        groups = [judge(t.question, [t], examiner.config, 0) for t in trajectories]
-        write_groups(examiner.config, f"eval-{name}", step, groups)
+        groups = [judge(t.question, [t], examinee.config, 0) for t in trajectories]
+        write_groups(examinee.config, f"eval-{name}", step, groups)
         if name != "after":  # the last evaluation is no row: a run that is continued later has another last one
-            report.append_json_line(Path(examiner.config.run_dir) / "metrics.jsonl", {"step": step, "eval": scores})
+            report.append_json_line(Path(examinee.config.run_dir) / "metrics.jsonl", {"step": step, "eval": scores})
         tqdm.write(f"{name}: " + "  ".join(f"{key} {value:.3g}" for key, value in scores.items()))
     return scores
 
@@ -185,6 +186,7 @@ def measure(name: str, step: int, task: Task, examiner: Agent, ranks: Ranks) -> 
 def write_groups(config: Config, name: str, step: int, groups: Sequence[Group]) -> None:
     """All trajectories as JSON lines, and the best and the worst as text."""
     folder = Path(config.run_dir) / "trajectories"
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.jsonl").unlink(missing_ok=True)  # of a step that was run before a kill, and runs again
     report.write_trajectories(folder / f"{name}.jsonl", step, groups, partial(explain, config=config))
     report.write_readable(folder / f"{name}.txt", groups, partial(explain, config=config))
@@ -220,8 +222,8 @@ def conclude(config: Config, state: dict[str, Any], before: dict, after: dict) -
     print(f"\n{report.text_table(report.score_rows({'before': before, 'after': after}))}\n")
     print(
         f"F1 on {before['n']} held-out questions went from {before['f1']:.2f} to {after['f1']:.2f} in "
-        f"{state['step']} steps of GRPO ({state['seconds']:.0f} s). The curve is in {run / 'curve.png'}, every "
-        f"trajectory in {run / 'report.html'}, the model in {run / 'checkpoints'}. Run folder: {run}"
+        f"{state['step']} steps of GRPO ({state['seconds']:.0f} s). The curve is in {run / 'curve.png'}, the "
+        f"logged trajectories in {run / 'report.html'}, the model in {run / 'checkpoints'}. Run folder: {run}"
     )
 
 

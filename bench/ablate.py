@@ -45,13 +45,13 @@ def train_without_mask(argv: list[str]) -> int:
     import train
     from deepresearcher_min import policy
 
-    masked = policy.score_group
+    masked = policy.training_rows
 
     def unmasked(group: Any) -> list[Any]:
         rows = [(row, np.arange(row.sampled[0], len(row.token_ids))) for row in masked(group)]
         return [dataclasses.replace(row, sampled=all_, rollout_logprobs=np.zeros(len(all_))) for row, all_ in rows]
 
-    policy.score_group = unmasked
+    policy.training_rows = unmasked
     return train.main(argv)
 
 

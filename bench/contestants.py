@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from deepresearcher_min import grpo
 from deepresearcher_min.config import load_config
-from deepresearcher_min.policy import Policy, score_group
+from deepresearcher_min.policy import Policy, training_rows
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Group, Question, Trajectory
 
@@ -69,7 +69,7 @@ Contestant = tuple[torch.nn.Module, Callable[[], float]]
 
 def ours(folder: str, group: Group) -> Contestant:
     policy = Policy(load_config(SETTINGS), folder, Ranks())
-    rows = score_group(group)
+    rows = training_rows(group)
     total, plan = sum(t.sampled_mask.sum() for t in group.trajectories), policy.plan(rows)
 
     def run() -> float:
@@ -161,7 +161,7 @@ def trl_async(folder: str, group: Group) -> Contestant:
     model = as_trained(trainer)
     row = packing.TreeRow()
     policy = Policy(load_config(SETTINGS), folder, Ranks())
-    old = [policy.score(policy.scorer, grpo.pack([scored])) for scored in score_group(group)]
+    old = [policy.score(policy.scorer, grpo.pack([scored])) for scored in training_rows(group)]
     for trajectory, advantage, logprobs_S in zip(group.trajectories, group.advantages, old, strict=True):
         known = np.zeros(len(trajectory.token_ids), np.float32)  # one update: old = new; this trainer must be told
         known[trajectory.sampled_mask] = logprobs_S

@@ -34,7 +34,7 @@ from deepresearcher_min import toyworld  # noqa: E402
 from deepresearcher_min.config import load_config  # noqa: E402
 from deepresearcher_min.engine import Engine, Sampling, make_engine  # noqa: E402
 from deepresearcher_min.grpo import group_advantages, pack  # noqa: E402
-from deepresearcher_min.policy import Policy, score_group  # noqa: E402
+from deepresearcher_min.policy import Policy, training_rows  # noqa: E402
 from deepresearcher_min.protocol import ChatFormat  # noqa: E402
 from deepresearcher_min.run import Ranks  # noqa: E402
 from deepresearcher_min.trajectory import Group, Question, Trajectory  # noqa: E402
@@ -86,7 +86,7 @@ def sample_turns(engine: Engine, prompts: list[list[int]], end_id: int) -> list[
 
 def mismatch(policy: Policy, trajectories: list[Trajectory]) -> float:
     nothing = [0.0] * len(trajectories)
-    rows = score_group(Group(trajectories[0].question, trajectories, nothing, nothing))
+    rows = training_rows(Group(trajectories[0].question, trajectories, nothing, nothing))
     batches = [pack([row], policy.device) for row in rows]
     pairs = [(policy.score(policy.scorer, batch).float(), batch.rollout_S) for batch in batches]
     return float(torch.cat([(own_S - rollout_S).abs() for own_S, rollout_S in pairs]).mean())

@@ -10,7 +10,6 @@ import json
 import logging
 import queue
 import re
-import resource
 import sys
 import threading
 import time
@@ -231,6 +230,8 @@ class Browser:
 if __name__ == "__main__":  # a parser: [length, content type] and a body in, one line of JSON out, until no more comes
     logging.disable()
     if sys.platform == "linux":  # a PDF of a few kB can ask for gigabytes; elsewhere only the deadline ends it
+        import resource
+
         resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
     while line := sys.stdin.buffer.readline():
         length, content_type = json.loads(line)

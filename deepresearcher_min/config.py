@@ -26,10 +26,9 @@ CHOICES = {
     "reader": ("engine", "openai", "extractive"),
     "cassette_mode": ("live", "record", "replay"),
 }
-MAY_BE_ZERO = {
-    "seed", "kv_tokens", "eval_questions", "limit", "eval_every", "max_tool_calls", "temperature", "eval_temperature",
-    "lr_warmup", "weight_decay", "kl_coef", "entropy_coef", "importance_cap", "tool_threads", "max_retries",
-    "search_ttl", "price_search", "price_reader_token", "max_cost", "steps",
+MAY_BE_ZERO = {key for key, value in DEFAULTS.items() if value == 0} | {  # all others must be greater
+    "max_tool_calls", "weight_decay", "kl_coef", "importance_cap", "tool_threads", "max_retries", "search_ttl",
+    "price_search", "steps",
 }  # fmt: skip
 MAY_BE_NEGATIVE = {"format_reward"}
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -4,7 +4,7 @@
                                                  - kl_coef k3_t + entropy_coef H_t ]
     rho_t = exp(new_t - old_t)        w_t = min(exp(old_t - rollout_t), importance_cap)
     k3_t  = exp(ref_t - new_t) - (ref_t - new_t) - 1, clamped to +-10
-    N     = sampled tokens of the whole step, over all ranks and micro-batches
+    N     = sampled tokens of one optimizer step, over all ranks and micro-batches
 
 Four log-probabilities, four names: rollout_ is what the engine reported while sampling, old_ the policy before the
 first update of this rollout, new_ the policy now (with gradient), ref_ the frozen start model.
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Of log-probability differences before exp: clips have long acted there, and infinity would turn gradients into nan.
+# Of log-probability differences before exp. Beyond it there is no gradient; infinity would make it nan.
 EXPONENT_LIMIT = 20.0
 
 
@@ -52,7 +52,7 @@ def group_advantages(rewards: Sequence[float] | np.ndarray | Tensor, normalize_s
 
 
 @dataclass(frozen=True)
-class ScoredTrajectory:
+class TrainingRow:
     """What the loss needs of one trajectory; nothing behind the last sampled token matters."""
 
     name: str  # for error messages
@@ -76,7 +76,7 @@ class PackedBatch:
     names_S: np.ndarray  # of the trajectories that the sampled tokens belong to
 
 
-def pack(rows: Sequence[ScoredTrajectory], device: torch.device | str = "cpu") -> PackedBatch:
+def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> PackedBatch:
     """Join sequences into one micro-batch. ValueError when nothing is sampled, or a first token: nothing predicts it.
 
     No rows give one token and no trained position, since a rank with nothing to do still takes part in collectives.
@@ -84,7 +84,7 @@ def pack(rows: Sequence[ScoredTrajectory], device: torch.device | str = "cpu") -
     for row in rows:
         if 0 in row.sampled or not len(row.sampled):
             raise ValueError(f"{row.name}: it needs a prompt and a sampled token")
-    rows = rows or [ScoredTrajectory("nobody", np.zeros(2), np.zeros(0, np.int64), np.zeros(0), 0.0)]
+    rows = rows or [TrainingRow("nobody", np.zeros(2), np.zeros(0, np.int64), np.zeros(0), 0.0)]
     lengths, counts = [len(row.token_ids) - 1 for row in rows], [len(row.sampled) for row in rows]
     starts = itertools.accumulate(lengths, initial=0)
 

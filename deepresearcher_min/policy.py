@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedTok
 
 from deepresearcher_min import grpo
 from deepresearcher_min.config import Config
-from deepresearcher_min.grpo import PackedBatch, ScoredTrajectory
+from deepresearcher_min.grpo import PackedBatch, TrainingRow
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Group
 
@@ -107,7 +107,7 @@ class Policy:
         move the weights (kl_coef and entropy_coef 0); its tokens stay in N. Raises FloatingPointError naming the
         question whose reward, log-probability or gradient is not finite, before that step touches the weights.
         """
-        questions = self.ranks.gather([score_group(group) for group in groups])
+        questions = self.ranks.gather([training_rows(group) for group in groups])
         n, count, updates = len(questions), self.config.updates_per_rollout, []
         for u in range(count):
             rows = [row for question in questions[n * u // count : n * (u + 1) // count] for row in question]
@@ -129,7 +129,7 @@ class Policy:
         means |= {"loss": sums["loss"] / max(1, trained), "grad_norm": sum(norms) / max(1, len(norms))}
         return means | {"lr": self.optimizer.param_groups[0]["lr"], "updates": len(norms), "trained_tokens": trained}
 
-    def plan(self, rows: Sequence[ScoredTrajectory]) -> list[PackedBatch]:
+    def plan(self, rows: Sequence[TrainingRow]) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
         lengths, width = [len(row.token_ids) - 1 for row in rows], self.model.config.hidden_size
         plan = grpo.plan_microbatches(lengths, self.config.microbatch_tokens, self.ranks.world_size, width)
@@ -156,7 +156,7 @@ class Policy:
         self.scorer(batch, loss)[0].backward()
         return sums
 
-    def optimizer_step(self, rows: Sequence[ScoredTrajectory]) -> float:
+    def optimizer_step(self, rows: Sequence[TrainingRow]) -> float:
         """Clip, set the learning rate, step; returns the gradient norm before clipping, over all ranks."""
         if not np.isfinite(norm := self.gradient_norm()):
             raise FloatingPointError(f"gradient norm {norm} {self.blame(rows)}; this update changed no weights")
@@ -172,7 +172,7 @@ class Policy:
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def blame(self, rows: Sequence[ScoredTrajectory]) -> str:
+    def blame(self, rows: Sequence[TrainingRow]) -> str:
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
         for row in rows:
             self.optimizer.zero_grad()
@@ -215,7 +215,7 @@ class Policy:
             save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
 
-def score_group(group: Group) -> list[ScoredTrajectory]:
+def training_rows(group: Group) -> list[TrainingRow]:
     """A group's trajectories that sampled anything; a reward or advantage that is not finite is an error."""
     rows = []
     for i, (trajectory, advantage) in enumerate(zip(group.trajectories, group.advantages, strict=True)):
@@ -224,5 +224,5 @@ def score_group(group: Group) -> list[ScoredTrajectory]:
             raise FloatingPointError(f"{name}: reward {group.rewards[i]}, advantage {advantage}")
         if len(sampled := np.flatnonzero(trajectory.sampled_mask)):
             ids, logprobs = trajectory.token_ids[: sampled[-1] + 1], trajectory.logprobs[sampled]
-            rows.append(ScoredTrajectory(name, ids, sampled, logprobs, float(advantage)))
+            rows.append(TrainingRow(name, ids, sampled, logprobs, float(advantage)))
     return rows

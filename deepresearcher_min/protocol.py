@@ -84,7 +84,7 @@ class Malformed:
 def parse_turn(text: str) -> Call | Answer | Malformed:
     """Read one assistant turn, with or without the opening <think>, which is forced.
 
-    The first complete tag pair after </think> counts, an answer wins over a call, and what follows is ignored.
+    After </think> the first complete <answer> counts, else the first complete <tool_call>; the rest is ignored.
     """
     thought, closed, rest = text.lstrip().removeprefix(THINK).partition("</think>")
     if not closed:

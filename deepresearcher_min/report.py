@@ -234,7 +234,7 @@ def load_trajectories(folder: Path) -> dict[str, Any]:
         cut += left < 0
         for turn in row["turns"]:
             if left < 0:
-                turn |= {"text": turn["text"][:MAX_TURN], "observation": turn["observation"] and None}
+                turn |= {"text": turn["text"][:MAX_TURN], "observation": turn["observation"] and None}  # None: cut
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 turn["observation"] = ast.literal_eval(turn["observation"])  # a list, which the page can fold
     note = f"{len(kept):,} trajectories from {len({row['file'] for row in kept})} of {len(files)} files"

@@ -83,7 +83,7 @@ def explain(trajectory: Trajectory, config: Config) -> str:
     right = len(given & wanted)
     if not right:
         shown = " / ".join(gold[:80] for gold in golds[:3])
-        return f"reward 0: {answer[:80]!r} shares no word with the gold answers ({shown})"
+        return f"reward {value:g}: {answer[:80]!r} shares no word with the gold answers ({shown})"
     verdict = " (exact match)" if exact_match(answer, golds) else ""
     return (
         f"reward {value:.3g}{verdict}: against {best[:80]!r}, {right} of the {len(given)} words given are right "
@@ -137,7 +137,7 @@ def measures(trajectory: Trajectory) -> dict[str, float]:
         "f1": f1_score(answer, golds) if answer is not None else 0.0,
         "em": exact_match(answer, golds) if answer is not None else 0.0,
         "format_errors": float(trajectory.stop_reason != "answer"),
-        "calls": sum(turn.kind not in ("answer", "malformed") for turn in trajectory.turns),
+        "calls": sum(turn.observation != "" for turn in trajectory.turns),  # a call too many is not answered
     } | {name: trajectory.cost.get(name, 0) for name in ("searches", "pages", "usd")}
 
 

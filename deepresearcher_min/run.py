@@ -28,7 +28,7 @@ RUNS = Path("runs")
 
 
 def newest_run() -> Path:
-    """The run folder under runs/ that was started last; ConfigError if there is none."""
+    """The run folder under runs/ that wrote its metrics last; ConfigError if there is none."""
     runs = sorted(RUNS.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime)
     if not runs:
         raise ConfigError("there is no run under runs/ yet; `torchrun train.py` makes one")

@@ -59,8 +59,8 @@ NAMES = invented_names()
 class World:
     """Pages, facts and questions for one purpose (training, held out, warm start ...) and from one seed.
 
-    A fifth of all possible two-word names is reserved for "held out". Every fact has such a name in it (as its subject,
-    or as a city's mayor), so a held-out world shares no fact with the others.
+    A fifth of all possible two-word names is reserved for "held out". Every fact that is asked for has such a name in
+    it (as its subject, or as a city's mayor), so a held-out world shares none with the others.
     """
 
     def __init__(self, purpose: str, seed: int | str) -> None:

@@ -177,7 +177,7 @@ def parse_row(row: Any) -> Question:
     golds = tuple(part.strip() for part in parts if part.strip()) if usable else ()
     if not golds:
         raise ValueError(f"answers must hold a text, or be a list that holds texts, not {str(answers)[:80]!r}")
-    return Question(str(row.get("id") or ""), text, golds, str(row.get("source") or ""))
+    return Question("" if row.get("id") is None else str(row["id"]), text, golds, str(row.get("source") or ""))
 
 
 def take_questions(questions: Sequence[Question], seed: int, start: int, count: int) -> list[Question]:

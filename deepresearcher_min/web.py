@@ -165,7 +165,8 @@ class Web:
                 row = self.db.execute("SELECT time, reply FROM replies WHERE key = ?", (key,)).fetchone()
             reply = json.loads(row[1]) if row else {}
             ttl = 60.0 if "failure" in reply else self.config.search_ttl  # a failure is soon forgotten [s]
-            if reply and (self.config.cassette_mode != "live" or time.time() - row[0] <= ttl):
+            kept = {"live": False, "record": "failure" not in reply, "replay": True}[self.config.cassette_mode]
+            if reply and (kept or time.time() - row[0] <= ttl):
                 count(counts, "cache_hits")
             elif self.config.cassette_mode == "replay":
                 raise WebFailure("replay_miss", "This is not in the recording that is being replayed.")

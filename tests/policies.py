@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from deepresearcher_min.config import Config, load_config
 from deepresearcher_min.grpo import group_advantages, pack
-from deepresearcher_min.policy import Policy, score_group
+from deepresearcher_min.policy import Policy, training_rows
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Group, Question, Trajectory
 
@@ -89,7 +89,7 @@ def weights(policy: Policy) -> dict[str, torch.Tensor]:
 def logprobs(policy: Policy, trajectories: list[Trajectory]) -> list[np.ndarray]:
     """Log-probabilities of each trajectory's sampled tokens, as the update computes them."""
     nothing = [0.0] * len(trajectories)
-    rows = score_group(Group(trajectories[0].question, trajectories, nothing, nothing))
+    rows = training_rows(Group(trajectories[0].question, trajectories, nothing, nothing))
     return [policy.score(policy.scorer, pack([row])).float().numpy() for row in rows]
 
 

@@ -79,6 +79,15 @@ def test_modes_live_record_replay(open_web, monkeypatch):
     assert ask(live, "a", never) == {"x": "ä\ud800"}
     assert ask(live, "b", lambda: "back again") == "back again"
     monkeypatch.setattr(time, "time", lambda: now + 2000)
+    with pytest.raises(WebFailure, match="Not there"):
+        ask(record, "d", fail)
+    with pytest.raises(WebFailure, match="Not there"):
+        ask(record, "d", never)  # a failure is remembered for a short time here, too
+    with monkeypatch.context() as later:
+        later.setattr(time, "time", lambda: now + 3000)
+        with pytest.raises(WebFailure, match="Not there"):
+            ask(replay, "d", never)
+        assert ask(record, "d", lambda: "back again") == "back again"
     assert ask(record, "a", never) == ask(replay, "a", never) == {"x": "ä\ud800"}
     assert ask(live, "a", lambda: "new") == "new"
     with pytest.raises(WebFailure) as failure:

@@ -60,7 +60,8 @@ def test_arguments_are_typed_and_win_over_presets():
     [
         ("--learning_rate=1", "unknown key"), ("--kl_coeff=1", "did you mean 'kl_coef'"), ("--preset=papr", "'paper'"),
         ("--steps=1.5", "steps='1.5': not a whole number"), ("--lr=fast", "lr='fast': not a number"),
-        ("--lr=0", "lr=0.0: must be greater than 0"), ("--lr=nan", "lr=nan"), ("--lr=inf", "lr=inf"),
+        ("--lr=0", "lr=0.0: must be greater than 0"),
+        ("--temperature=0", "temperature=0.0: must be greater"), ("--lr=nan", "lr=nan"), ("--lr=inf", "lr=inf"),
         ("--advantage_std=maybe", "true or false"), ("--engine=vlm", "did you mean 'vllm'"), ("-x", "cannot read"),
         ("--steps", "--steps needs a value"),
     ],

@@ -165,3 +165,9 @@ def test_cot_needs_no_search(monkeypatch, tmp_path):
     evaluation.check_needs(evaluation.resolve([*arguments, "--method=cot"]), questions=False)
     with pytest.raises(ConfigError, match="SERPER_API_KEY"):
         evaluation.check_needs(evaluation.resolve(arguments), questions=False)
+
+
+@pytest.mark.quick
+def test_the_toy_web_is_not_asked_questions_of_a_file(tmp_path, capsys):
+    assert evaluation.main([*TOY, f"--data={tmp_path / 'mine.jsonl'}"]) == 2
+    assert "the toy web does not answer it; add --search=local" in capsys.readouterr().err

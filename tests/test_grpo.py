@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deepresearcher_min.grpo import (
     HeadLoss,
-    ScoredTrajectory,
+    TrainingRow,
     group_advantages,
     kl_k3,
     pack,
@@ -227,10 +227,10 @@ def test_head_with_nothing_to_train_gives_zero_gradients():
 # --- packing
 
 
-def trajectory(mask: str, first_id: int = 0, advantage: float = 0.0) -> ScoredTrajectory:
+def trajectory(mask: str, first_id: int = 0, advantage: float = 0.0) -> TrainingRow:
     sampled = np.array([i for i, c in enumerate(mask) if c == "1"], int)
     ids = np.arange(first_id, first_id + sampled.max(initial=0) + 1, dtype=np.int32)
-    return ScoredTrajectory(f"t{first_id}", ids, sampled, -ids[sampled] / 100, advantage)
+    return TrainingRow(f"t{first_id}", ids, sampled, -ids[sampled] / 100, advantage)
 
 
 def test_pack_worked_by_hand():

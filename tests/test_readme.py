@@ -28,7 +28,7 @@ SAID = {  # README's line -> what is added here, the exit code, and what must be
     "python train.py --preset=paper --model=Qwen/Qwen2.5-1.5B-Instruct --data=train.parquet": ("", 2, NEEDS),
     "torchrun --nproc_per_node=8 train.py --preset=paper --data=train.parquet": ("", 1, NEEDS),
     "torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --master_port=29500 --nproc_per_node=8 train.py "
-    "--preset=paper --data=train.parquet --run_dir=/shared/run1": ("", 1, NEEDS),
+    "--preset=paper --data=train.parquet --run_dir=/shared/run1 --cassette=/tmp/web.sqlite": ("", 1, NEEDS),
     "export SERPER_API_KEY=... && python eval.py --model=GAIR/DeepResearcher-7b": ("", 2, NEEDS),
     "python eval.py --model=DIR --data=FILE --cassette=web.sqlite --cassette_mode=record": ("", 2, NEEDS),
     "python eval.py --model=DIR --data=FILE --cassette=web.sqlite --cassette_mode=replay": ("", 2, NEEDS[1:]),

@@ -15,12 +15,13 @@ from deepresearcher_min.reward import (
     explain,
     f1_score,
     judge,
+    measures,
     reward,
     step_means,
     step_sums,
     summarize,
 )
-from deepresearcher_min.trajectory import HARNESS_STOPS, POLICY_STOPS, Question, Trajectory
+from deepresearcher_min.trajectory import HARNESS_STOPS, POLICY_STOPS, Question, Trajectory, Turn
 
 pytestmark = pytest.mark.quick
 ORACLE = Path(__file__).parents[2] / "shared/data/transcripts/score_oracle.jsonl"
@@ -144,3 +145,13 @@ def test_summaries_are_means_over_what_the_policy_did():
     assert means["reward"] == pytest.approx((1 + 2 / 3 - 0.75) / 3)
     assert means["f1"] == pytest.approx((1 + 2 / 3) / 3)
     assert (means["bad_format"], means["tied"], means["lost"]) == pytest.approx((1 / 3, 0, 1))
+
+
+def test_a_call_too_many_is_not_counted_and_a_replaced_reward_is_what_is_explained(monkeypatch):
+    turns = [Turn((1, 2), (2, 3), "", "search", "[]"), Turn((3, 4), (4, 4), "", "search")]
+    one = Trajectory(
+        trajectory("malformed").question, [0] * 4, [False] * 4, [0.0] * 4, tuple(turns), None, "tool_budget"
+    )
+    assert measures(one)["calls"] == 1
+    monkeypatch.setattr("deepresearcher_min.reward.reward", lambda trajectory, config: 0.25)
+    assert explain(trajectory("answer", "Rome"), CONFIG).startswith("reward 0.25: 'Rome' shares no word")

@@ -11,6 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import train
+from deepresearcher_min.config import load_config
+from deepresearcher_min.reward import judge
+from deepresearcher_min.run import Ranks
+from deepresearcher_min.trajectory import Question, Trajectory
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -94,6 +98,34 @@ def test_a_budget_stops_the_run_after_saving(tmp_path, monkeypatch, capsys):
 
 
 REAL_STEP_MEANS = train.step_means
+
+
+@pytest.mark.quick
+def test_the_presets_for_files_set_questions_aside_to_be_measured_on(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps({"question": f"q{i}", "answers": ["a"]}) + "\n" for i in range(600)))
+    for preset in ("wiki", "paper"):
+        config = load_config([f"--preset={preset}", f"--data={file}"])
+        task = train.load_task(config)
+        assert 0 < len(task.held_out) == config.eval_questions
+        assert not {one.id for one in task.held_out} & {one.id for one in task.questions}
+
+
+@pytest.mark.quick
+def test_a_step_that_lost_every_trajectory_is_written_too(tmp_path):
+    lost = Trajectory(Question("q", "text", ("a",)), [1], [False], [0.0], (), None, "deadline")
+    config = load_config([f"--run_dir={tmp_path / 'run'}"])
+    train.write_groups(config, "eval-before", 0, [judge(lost.question, [lost], config, 0)])
+    assert (tmp_path / "run/trajectories/eval-before.txt").read_text() == ""
+
+
+@pytest.mark.quick
+def test_what_an_evaluation_costs_counts_too(monkeypatch):
+    paid = Trajectory(Question("q", "text", ("a",)), [1], [False], [0.0], (), None, "deadline", {"usd": 0.5})
+    monkeypatch.setattr(train, "evaluate", lambda *_: [paid, paid])
+    state, other = {"step": 3, "usd": 1.0}, Ranks(rank=1)
+    train.measure("before", state, train.Task("", [], [paid.question]), None, other)
+    assert state["usd"] == 2.0
 
 
 @pytest.mark.quick

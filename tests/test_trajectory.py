@@ -90,11 +90,13 @@ def test_jsonl_fills_in_what_is_missing(tmp_path):
         "",
         {"question": "line\u2028separator", "answers": "x<|answer_split|>y", "extra": 1},
         {"question": "again?", "answers": ["z"], "id": "7"},
+        {"question": "first?", "answers": ["z"], "id": 0},
     )
     assert load_questions(path) == [
         Question("7", " who? \n", ("me",), "own"),
         Question("mine, line 3", "line\u2028separator", ("x", "y")),
         Question("7, line 4", "again?", ("z",)),
+        Question("0", "first?", ("z",)),
     ]
 
 
