@@ -79,7 +79,7 @@ class Request:
 
 
 class HFEngine(Engine):
-    """Continuous batching without padding: all new tokens pass a transformers model as one sequence [1, N]."""
+    """Continuous batching without padding: all new tokens pass a model on the CPU as one sequence [1, N]."""
 
     def __init__(self, config: Config, model_dir: str) -> None:
         AttentionInterface.register("rows", attend)

@@ -79,7 +79,7 @@ class Policy:
         self.reference = self.load_model(model_dir).requires_grad_(False) if config.kl_coef > 0 else None
         adam = {"betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, **adam)
-        self.rollouts = 0  # update() calls so far, for the warm-up
+        self.rollouts = 0  # update() calls so far, for warm-up and decay
 
     def load_model(self, model_dir: str) -> TokenScorer:
         master = torch.promote_types(self.compute_dtype, torch.float32)
@@ -103,8 +103,8 @@ class Policy:
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         """Take config.updates_per_rollout optimizer steps on all ranks' groups, of which these are ours; their metrics.
 
-        Each step takes its share of the questions. A trajectory without advantage is skipped only if nothing else could
-        move the weights (kl_coef and entropy_coef 0); its tokens stay in N. Raises FloatingPointError naming the
+        Each step takes its share of the questions. A trajectory without advantage is skipped only if it would
+        get no gradient at all (kl_coef and entropy_coef 0); its tokens stay in N. Raises FloatingPointError naming the
         question whose reward, log-probability or gradient is not finite, before that step touches the weights.
         """
         questions = self.ranks.gather([training_rows(group) for group in groups])

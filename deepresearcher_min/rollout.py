@@ -79,8 +79,8 @@ class Tools:
         self.browser = Browser(config, web, corpus, self.in_thread, self.generate_text)
         self.pool = ThreadPoolExecutor(max(1, config.tool_threads), "tool")
         self.readings = 0
-        self.scheduler: Scheduler  # of the rollout that is under way, and how many of its tool calls may be
-        self.slots: asyncio.Semaphore
+        self.scheduler: Scheduler  # of the rollout that is under way
+        self.slots: asyncio.Semaphore  # so many of its tool calls may be under way
 
     async def use(self, call: Call, record: Recording) -> list[Entry]:
         """What each query of a search or address of a browse brought; one by one without threads, to be repeatable."""
@@ -164,13 +164,13 @@ class Scheduler:
     def leave(self, number: int) -> None:
         self.used -= self.held.pop(number, 0)
         while self.queue:
-            number, tokens, admitted = self.queue[0]
+            oldest, tokens, admitted = self.queue[0]
             full = self.used + tokens > self.engine.capacity_tokens or len(self.held) == self.most
             if full and self.held and not admitted.cancelled():
                 return
             heapq.heappop(self.queue)
             if not admitted.cancelled():
-                self.held[number] = tokens
+                self.held[oldest] = tokens
                 self.used += tokens
                 admitted.set_result(None)
 
@@ -207,7 +207,7 @@ class Batch:
 
 
 async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterator[list[Trajectory]]:
-    """See roll_out. However it ends, nothing is left over. Not a list: asyncio.run would make a string of that."""
+    """See roll_out. However it ends, nothing is left over. No list, of which asyncio.run would make a string."""
     config = agent.config
     scheduler = agent.tools.scheduler = Scheduler(agent.engine, config.max_in_flight)
     agent.tools.slots = asyncio.Semaphore(config.tool_threads or 2**31)  # whoever waits has no tool's deadline running
