@@ -72,6 +72,7 @@ def folder(tmp_path_factory) -> Path:
     tokenizer.save_pretrained(folder / "DIR")
     ours = (
         "prompts",
+        "scripts",
         "tests",
         "train.py",
         "eval.py",
