@@ -73,7 +73,7 @@ def resolve(argv: list[str]) -> Config:
             if not found:
                 raise ConfigError(f"model={str(run)!r}: this run has no complete checkpoint yet")
             folder = found[-1]
-        base = yaml.safe_load((run / "config.yaml").read_text()) | {"run_dir": "", "resume": ""}
+        base = yaml.safe_load((run / "config.yaml").read_text()) | {"run_dir": "", "resume": "", "question": ""}
     elif "preset" not in typed:
         argv = [f"--preset={'wiki' if typed.get('search') == 'local' else 'paper'}", *argv]
     now = datetime.now(UTC)

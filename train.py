@@ -39,7 +39,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
     started, task = (time.monotonic(), time.process_time()), load_task(config)
     agent, examinee = make_agent(config, task, ranks)
     policy = Policy(config, task.model_dir, ranks)
-    state, earlier = restore(config, policy, ranks)
+    state, earlier = restore(config, policy, ranks, len(task.questions))
     save = partial(save_policy, config, policy, agent, ranks, stop)
     try:
         # 0 measure
@@ -94,16 +94,19 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
     return True
 
 
-def restore(config: Config, policy: Policy, ranks: Ranks) -> tuple[dict[str, Any], list[dict[str, float]]]:
+def restore(config: Config, policy: Policy, ranks: Ranks, count: int) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """The newest checkpoint's state, or that of step 0, and the scores before training, if known, in a list.
 
-    The policy and metrics.jsonl are set back to the end of that step.
+    The policy and metrics.jsonl are set back to the end of that step. ConfigError where the run had another order of
+    questions, which depends on the seed and their number.
     """
-    run = Path(config.run_dir)
-    state: dict[str, Any] = {"step": 0, "asked": 0, "usd": 0.0, "seconds": 0.0, "cpu_seconds": 0.0}
+    run, order = Path(config.run_dir), {"seed": config.seed, "questions": count}
+    state: dict[str, Any] = {"step": 0, "asked": 0, "usd": 0.0, "seconds": 0.0, "cpu_seconds": 0.0, **order}
     if found := ranks.share(complete_checkpoints(run)[-1:]):
         policy.load(found[0] / "state")
         state = json.loads((found[0] / "state.json").read_text())
+        if (saved := {key: state.get(key) for key in order}) != order:
+            raise ConfigError(f"{found[0]} belongs to a run with {saved}, not with {order}: begin a new one")
     rows = report.resume_metrics(run / "metrics.jsonl", state["step"]) if ranks.rank == 0 else []
     return state, ranks.share([row["eval"] for row in rows if row["step"] == 0])
 
@@ -125,7 +128,7 @@ def load_task(config: Config) -> Task:
     model_dir = str(toyworld.MODEL_DIR) if config.model == "toy" else config.model
     if config.search == "toy":
         world, held_out = toyworld.World("training", config.seed), toyworld.World("held out", config.seed)
-        questions = world.questions(toyworld.TRAINING_QUESTIONS, config.seed)
+        questions = world.questions(1000, config.seed)
         examination = held_out.questions(config.eval_questions, config.seed)
         return Task(model_dir, questions, examination, world.corpus, held_out.corpus, held_out)
     questions = load_questions(config.data)

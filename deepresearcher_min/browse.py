@@ -26,8 +26,6 @@ from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, count, s
 
 PARSER = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"]  # this module as a process
 NOT_CONTENT = ["script", "style", "noscript", "template", "svg", "iframe", "nav", "header", "footer", "aside", "form"]
-MAX_SENTENCES = 10  # of one segment that the extractive reader returns
-MEMORY_CHARS = 4000  # of earlier notes that a reader is shown, the newest
 Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
 CHARSET = re.compile(r"(?i)(?:^[^<]*|<meta[^>]*)\bcharset\s*=\s*[\"']?([\w.:-]+)")  # in a header, or in HTML
 CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
@@ -128,11 +126,11 @@ def segments(text: str, max_chars: int) -> list[str]:
 
 
 def extract(question: str, segment: str) -> str:
-    """What the reader without a model notes: sentences that share most content words with the question, in order."""
+    """What the reader without a model notes: the ten sentences that share most content words with the question."""
     wanted = set(content_words(question))
     sentences = re.split(r"(?<=[.!?])\s+|\n+", segment)
     shared = [len(wanted.intersection(content_words(sentence))) for sentence in sentences]
-    best = sorted(range(len(sentences)), key=lambda i: (-shared[i], i))[:MAX_SENTENCES]
+    best = sorted(range(len(sentences)), key=lambda i: (-shared[i], i))[:10]
     return " ".join(sentences[i].strip() for i in sorted(best) if shared[i])
 
 
@@ -206,7 +204,7 @@ class Browser:
         """Notes on one segment, and whether to read on; a model's tokens are in no trajectory."""
         if self.config.reader == "extractive":
             return extract(question, segment), True
-        earlier = "\n".join(memory)[-MEMORY_CHARS:] or "none"
+        earlier = "\n".join(memory)[-4000:] or "none"  # the newest
         content = f"Question: {question}\n\nEarlier notes: {earlier}\n\nPage segment:\n<<<\n{segment}\n>>>"
         messages = [{"role": "system", "content": READER_RULES}, {"role": "user", "content": content}]
         if self.config.reader == "engine":  # bounded in tokens: the clock would make it unrepeatable

@@ -64,8 +64,9 @@ def parse_arguments(argv: list[str]) -> dict[str, str]:
             raise ConfigError(f"cannot read the argument {word!r}: write --key=value")
         key, has_value, value = word[2:].partition("=")
         key = key.replace("-", "_")
+        kind = type_of(key)
         if not has_value:
-            if type_of(key) is bool:
+            if kind is bool:
                 value = "true"
             elif rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
@@ -104,9 +105,9 @@ def check(config: Config) -> None:
     for key, allowed in CHOICES.items():
         if (value := getattr(config, key)) not in allowed:
             raise ConfigError(f"{key}={value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
-    for key in TYPES.keys() - MAY_BE_NEGATIVE:
+    for key in (key for key, kind in TYPES.items() if kind in (int, float) and key not in MAY_BE_NEGATIVE):
         value, limit = getattr(config, key), "at least 0" if key in MAY_BE_ZERO else "greater than 0"
-        if TYPES[key] in (int, float) and not (0 < value < float("inf") or (value == 0 and key in MAY_BE_ZERO)):
+        if not (0 < value < float("inf") or (value == 0 and key in MAY_BE_ZERO)):
             raise ConfigError(f"{key}={value}: must be {limit}")
     if config.max_turn_tokens >= config.max_model_len:
         limit = f"max_model_len={config.max_model_len}"

@@ -26,7 +26,6 @@ FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
     "context": "it reached the limit of tokens for a whole trajectory (max_model_len)",
 }
 JUDGE_RULES = (ROOT / "prompts/judge.txt").read_text()
-JUDGE_TRIES = 3  # replies without a verdict, before an answer stays without one
 VERDICT = re.compile(r"\W*(CORRECT|INCORRECT)\W*", re.I)  # alone on the last line of a reply
 
 
@@ -116,7 +115,7 @@ def ask_judge(trajectory: Trajectory, config: Config, web: Web, counts: Counter)
     deadline = time.monotonic() + config.tool_timeout
 
     def ask() -> float:
-        for _ in range(JUDGE_TRIES):
+        for _ in range(3):  # replies without a verdict, before an answer stays without one
             text, _ = web.chat(url, "JUDGE_API_KEY", payload, counts, deadline)
             lines = (text or "").strip().splitlines()
             if lines and (verdict := VERDICT.fullmatch(lines[-1])):

@@ -15,7 +15,6 @@ from deepresearcher_min.protocol import Call, parse_turn
 from deepresearcher_min.search import Corpus
 from deepresearcher_min.trajectory import Question, Trajectory
 
-TRAINING_QUESTIONS = 1000
 MODEL_DIR = Path(__file__).parent / "toy_model"
 SITE = "https://toy.example/"
 # What a question can ask for, by kind of page; the value is the kind of the answer.

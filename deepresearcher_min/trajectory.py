@@ -6,8 +6,7 @@ A trajectory is one flat list of token ids that only ever grows by appending:
     token_ids    = P0 + A0 + E0 + A1
     sampled_mask = 0..0  1..1  0..0  1..1
 
-Sampled ids are never decoded and encoded again on their way into the loss: text is derived from them. Omitted: reading
-questions as a stream; 80,000 are a few dozen MB.
+Sampled ids are never decoded and encoded again on their way into the loss: text is derived from them.
 """
 
 import json

@@ -143,9 +143,12 @@ class Web:
         self.cassette.parent.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(cassette, timeout=30, isolation_level=None, check_same_thread=False)
         for _ in range(600):  # this statement, unlike all others, does not wait while another rank is at it
-            with suppress(sqlite3.OperationalError):
+            try:
                 self.db.execute("PRAGMA journal_mode=WAL")  # for the ranks of one node (on a local disk) and kill -9
                 break
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error):
+                    raise
             time.sleep(0.05)
         self.db.execute("PRAGMA synchronous=NORMAL")  # a power cut may cost the last replies, never the file
         self.db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, time REAL, reply TEXT)")
@@ -219,10 +222,11 @@ class Web:
         reply = self.fetch_json(url, headers, payload | {"temperature": 0}, counts, deadline)
         try:
             text = reply["choices"][0]["message"]["content"] + ""
-            tokens = (reply.get("usage") or {}).get("total_tokens") or len(f"{payload['messages']}{text}") // 4
-            return text, tokens + 0
-        except (LookupError, TypeError, AttributeError):
+        except (LookupError, TypeError):
             return None, 0
+        with suppress(LookupError, TypeError):
+            return text, reply["usage"]["total_tokens"] + 0
+        return text, len(f"{payload['messages']}{text}") // 4  # an estimate
 
     def _follow(self, url: str, sent: Any, own: bool, attempt: int, counts: Counter, deadline: float) -> Any:
         """(status, headers, body) at the end of the redirects; attempts take turns with the addresses of a name."""

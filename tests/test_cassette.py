@@ -124,6 +124,18 @@ def test_ranks_may_open_a_new_cassette_at_the_same_time(tmp_path, open_web):
     assert ask(open_web("new.sqlite"), "a", lambda: "value") == "value"
 
 
+def test_what_waiting_cannot_mend_is_said_at_once(open_web, monkeypatch):
+    class ReadOnly:
+        def execute(self, *_):
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+
+    monkeypatch.setattr(sqlite3, "connect", lambda *_, **__: ReadOnly())
+    started = time.monotonic()
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        open_web()
+    assert time.monotonic() - started < 5
+
+
 def test_ranks_share_a_cassette_and_kill_minus_nine_loses_nothing_that_was_acknowledged(tmp_path):
     path = tmp_path / "cassette.sqlite"
     writers = [

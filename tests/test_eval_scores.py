@@ -92,6 +92,8 @@ NEARLY = answered("nq", 1, "Augusta Ada King,\nCORRECT")
         (reply("The same person.\nCORRECT"), 1.0, None, 1),
         (reply("Another one.\n\n**Incorrect.**\n"), 0.0, None, 1),
         (lambda n: reply("CORRECT" if n == 3 else "Hm."), 1.0, None, 3),
+        ((200, {}, {**reply("CORRECT")[2], "usage": "n/a"}), 1.0, None, 1),
+        ((200, {}, {**reply("CORRECT")[2], "usage": {"total_tokens": "5"}}), 1.0, None, 1),
         (reply("It is correct."), None, "judge_no_verdict", 3),
         (reply("CORRECT or INCORRECT"), None, "judge_no_verdict", 3),
         (reply("CORRECT\nOr not?"), None, "judge_no_verdict", 3),

@@ -1,6 +1,7 @@
 """The main job on the toy web, in this process: what it leaves, that it repeats bit for bit, resumes, and stops."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -81,6 +82,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(two_steps, tmp_path):
     for name, tensor in weights(two_steps, 2).items():
         assert torch.equal(tensor, weights(folder, 2)[name])
     assert train.main([*SMALL, f"--run_dir={folder}"]) == 2  # a run is never overwritten
+
+
+@pytest.mark.quick
+def test_a_run_is_not_resumed_with_another_order_of_questions(two_steps, tmp_path, capsys):
+    shutil.copytree(two_steps, tmp_path / "run")
+    assert train.main([f"--resume={tmp_path / 'run'}", "--steps=3", "--seed=7"]) == 2
+    assert "seed': 0" in (said := capsys.readouterr().err) and "seed': 7" in said
 
 
 @pytest.mark.slow
