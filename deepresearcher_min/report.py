@@ -126,13 +126,13 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def append_json_line(path: Path, row: Row) -> None:
-    """Append a row as one line of JSON; a torn last line is ended first, so that it cannot swallow this one."""
+def append_json_line(path: Path, row: Row, plain: Row | None = None) -> None:
+    """Append what is `plain` JSON, and `row` made so, as one line; a torn last one is ended, lest it swallow this."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         file.seek(max(0, file.tell() - 1))
         torn = file.read() not in (b"", b"\n")
-        file.write(b"\n" * torn + json.dumps(jsonable(row)).encode() + b"\n")
+        file.write(b"\n" * torn + json.dumps({**(plain or {}), **jsonable(row)}).encode() + b"\n")
 
 
 def resume_metrics(path: Path, step: int) -> list[dict[str, Any]]:
@@ -157,8 +157,8 @@ def write_trajectories(path: Path, step: int, groups: Sequence[Group], explain: 
         rewarded = zip(group.trajectories, group.rewards, group.advantages, strict=True)
         for i, (one, reward, advantage) in enumerate(rewarded):
             turns = [{**vars(turn), "logprob": one.logprobs[slice(*turn.sampled)].mean()} for turn in one.turns]
-            row = one.to_json() | {"step": step, "index": i, "reward": reward, "advantage": advantage}
-            append_json_line(path, row | {"why": explain(one), "behaviours": behaviours(one), "turns": turns})
+            row = {"step": step, "index": i, "reward": reward, "advantage": advantage, "why": explain(one)}
+            append_json_line(path, row | {"behaviours": behaviours(one), "turns": turns}, plain=one.to_json())
 
 
 def read_trajectories(path: Path) -> Iterator[Trajectory]:
