@@ -42,7 +42,7 @@ from deepresearcher_min.run import RUNS, Ranks, complete_checkpoints, newest_run
 from deepresearcher_min.search import INDEX_CACHE, Corpus
 from deepresearcher_min.trajectory import Question, Recording, Trajectory, load_questions
 from deepresearcher_min.web import Web, WebFailure
-from train import Task, begin, check_needs, load_task, make_agent, quiet_libraries
+from train import Task, begin, check_needs, load_task, make_agent, open_web, quiet_libraries
 
 # The revision is the one at which a public copy of the official repository has the file; never fetched by us (there is
 # no internet here). What decides is the checksum, which is that of the published file, 3,197 questions.
@@ -199,7 +199,7 @@ def ask_judge_all(config: Config, results: Sequence[Trajectory]) -> tuple[dict[s
     """MBE by question, and a sentence on who judged and what stayed without a verdict; empty without a judge."""
     if not config.judge_url:
         return {}, "not measured (judge_url is empty)"
-    web, counts = Web(config, config.cassette or Path(config.run_dir) / "cassette.sqlite"), Counter[str]()
+    web, counts = open_web(config, Ranks()), Counter[str]()
     with ThreadPoolExecutor(max(1, config.tool_threads)) as pool:
         asked = pool.map(lambda one: ask_judge(one, config, web, counts), results)
         verdicts = list(tqdm(asked, "judge", len(results), disable=None))

@@ -145,15 +145,18 @@ def load_task(config: Config) -> Task:
     return Task(model_dir, questions, examination, corpus, corpus)
 
 
+def open_web(config: Config, ranks: Ranks) -> Web:
+    """The web through the cassette that the config names, or that of the run folder."""
+    cassette = config.cassette or Path(config.run_dir) / "cassette.sqlite"
+    return Web(config, cassette, ranks.rank, ranks.world_size)
+
+
 def make_agent(config: Config, task: Task, ranks: Ranks) -> tuple[Agent, Agent]:
     """The agent in training, and the same one on the held-out web."""
     tokenizer = AutoTokenizer.from_pretrained(task.model_dir)
     prompt = Path(config.system_prompt_file).read_text() if config.system_prompt_file else ""
     chat = ChatFormat(tokenizer, config.date, prompt)
-    web = None
-    if config.search not in ("toy", "local") or config.reader == "openai":
-        cassette = config.cassette or str(Path(config.run_dir) / "cassette.sqlite")
-        web = Web(config, cassette, ranks.rank, ranks.world_size)
+    web = open_web(config, ranks) if config.search not in ("toy", "local") or config.reader == "openai" else None
     tools = Tools(config, chat, task.corpus, web)
     engine = make_engine(config, task.model_dir, ranks.world_size)
     agent = Agent(config, engine, tools, chat)
