@@ -5,12 +5,12 @@ import random
 import re
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from bench.tools import quality
 from deepresearcher_min import browse as browse_module
 from deepresearcher_min.browse import Parsers, decode, main_text
 from deepresearcher_min.config import ROOT
@@ -163,18 +163,10 @@ def real_pages():
 @needs_pages
 def test_quality_on_real_pages_is_at_least_that_of_trafilaturas_fast_mode():
     """Its figures on these pages: kept .972, absent .844, F1 .888; with recall .972, .812, .886."""
-    kept, absent, f1 = [], [], []
-    for row, body in real_pages():
-        text = main_text(body, "text/html")
-        line = " ".join(text.split())
-        kept += [" ".join(wanted.split()) in line for wanted in row.get("must_contain", [])]
-        absent += [" ".join(unwanted.split()) not in line for unwanted in row.get("must_not_contain", [])]
-        if "expected_text" in row:
-            expected, got = Counter(re.findall(r"\w+", row["expected_text"])), Counter(re.findall(r"\w+", text))
-            f1.append(2 * (expected & got).total() / (expected.total() + got.total()))
-    assert sum(kept) / len(kept) >= 0.97
-    assert sum(absent) / len(absent) >= 0.84
-    assert sum(f1) / len(f1) >= 0.94
+    figures = quality(real_pages(), main_text)
+    assert figures["kept"] >= 0.97
+    assert figures["absent"] >= 0.84
+    assert figures["f1"] >= 0.94
 
 
 # --- parsers in child processes

@@ -73,6 +73,7 @@ def folder(tmp_path_factory) -> Path:
     ours = (
         "prompts",
         "scripts",
+        "bench",
         "tests",
         "train.py",
         "eval.py",
