@@ -29,7 +29,7 @@ from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, count, s
 
 PARSER = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"]  # this module as a process
 NOT_CONTENT = ["head", "title", "script", "style", "noscript", "template", "svg", "iframe", "nav", "footer", "aside"]
-NOT_CONTENT += ["dialog", "button", "select", "textarea", "label"]
+NOT_CONTENT += ["dialog", "button", "select", "textarea"]
 BLOCKS = """address article aside blockquote body br caption center dd details div dl dt fieldset figcaption figure form
     h1 h2 h3 h4 h5 h6 header hr html legend li main ol p pre section summary table tr ul""".split()  # noqa: SIM905
 PREFIX = {"li": "- ", "td": " | ", "th": " | "}
@@ -112,10 +112,11 @@ def html_text(text: str) -> str:
     prose = "\n".join(lines)
     if len(found) < 0.25 * len(prose):  # lost, in elements that the library does not know
         return prose
-    squeezed = LAYOUT.sub("", found)  # its last resort tears lines at every link, or joins all of them
-    chosen = "\n".join(line for line in lines if LAYOUT.sub("", line) in squeezed)
-    if 2 * len(chosen) > min(len(prose), len(found)):
-        return chosen
+    if document and len(document.body) == 1:  # its last resort: lines are torn at every link, or all joined
+        squeezed = LAYOUT.sub("", found)
+        chosen = "\n".join(line for line in lines if LAYOUT.sub("", line) in squeezed)
+        if 2 * len(chosen) > min(len(prose), len(found)):
+            return chosen
     return found or html.unescape(re.sub(r"<[^>]*>", "\n", text))  # nested too deeply for any parser
 
 
@@ -131,7 +132,7 @@ def prose_lines(text: str) -> list[str]:
     for event, element in etree.iterwalk(tree, ("start", "end")):
         opens = event == "start"
         if element.tag in BLOCKS:
-            if 2 * linked <= len(line):
+            if 2 * linked <= len(line) or (element.tag == "h1" and not opens):
                 lines.append(line)
             line, linked = "", 0
         if element.tag == "a":
@@ -148,10 +149,11 @@ def prose_lines(text: str) -> list[str]:
 def raised(sup: re.Match) -> str:
     """A superscript in plain characters: a power 10^23, an ordinal 1st, the mark of a note 1850 [4]."""
     mark = html.unescape(re.sub(r"<[^>]*>", "", sup[1])).strip()
-    base = re.sub(r"<[^>]*>", "", sup.string[max(0, sup.start() - 60) : sup.start()])
+    before = sup.string[max(0, sup.start() - 60) : sup.start()]
+    base = re.sub(r"</[^>]*>", "", before).rpartition(">")[2]
     if not mark or len(mark) > 20 or ORDINAL.search(base[-1:] + mark):
         return sup[1]
-    if sup[2]:  # a fraction: 3 1/2
+    if sup[2] and (sup[2] in "/⁄" or not base[-1:].strip()):  # a fraction, 3 1/2, or a nuclide, 14C
         return f" {mark}"
     power = POWER.search(base) or SIGNED.search(mark)
     if power and "#" not in sup[0] and re.search(r"^[^[]*\w", mark):
@@ -184,9 +186,10 @@ def decode(body: bytes, content_type: str) -> str:
     sample = b"\n".join(piece for piece in re.split(rb"<[^>]*>", page) if not piece.isascii())
     beyond = len(sample.translate(None, bytes(range(128))))
     western = 2 * beyond <= len(sample)  # ASCII with accents
-    if beyond < 30 and (texts or western):  # too little to judge by
+    enough = beyond >= (12 if western else 60)  # characters to judge by: fewer are often judged wrongly
+    if not enough and (texts or western):
         return [*texts, body.decode("cp1252", "replace")][0]
-    encoding = detect(sample, western) if beyond >= 30 else None
+    encoding = detect(sample, western) if enough else None
     text = body.decode(encoding or "ascii", "replace")
     if fits(text):
         return text
@@ -216,7 +219,7 @@ POWER = re.compile(r"(?:(?<![^\W\d_])(?:[^\W\d_]{1,2}|sin|cos|tan|log)|(?<![\d.,
 SIGNED = re.compile(r"^[+\u2212\u2013-]|[+\u2212\u2013-]$")
 # Mark-up that carries meaning, in characters: all that the extractor keeps of it is its text, of <time> not even that.
 MEANING: list[tuple[re.Pattern, Any]] = [
-    (re.compile(r"(?is)<sup\b[^>]*>(.{0,400}?)</sup\s*>(?=([/⁄])?)"), raised),
+    (re.compile(r"(?is)<sup\b[^>]*>(.{0,400}?)</sup\s*>(?=([/⁄]|[A-Z][a-z]?\b)?)"), raised),
     (re.compile(r"(?i)<sub\b[^>]*>([^<]*[^\w<][^<]*)</sub\s*>"), r"_(\1)"),  # a_(n+1)
     (re.compile(r"(?i)</?sub\b[^>]*>|<rp\b[^>]*>[^<]*(?:</rp\s*>)?"), ""),  # H2O
     (re.compile(r"(?i)</?q\b[^>]*>"), '"'),
