@@ -102,8 +102,7 @@ def html_text(text: str) -> str:
     """The library's extract, or, where it has lost the page or its lines, the page's own lines without menus."""
     import trafilatura
 
-    for mark_up, characters in MEANING:
-        text = mark_up.sub(characters, text)
+    text = MEANING.sub(in_characters, text)
     document = trafilatura.bare_extraction(text, fast=True, include_comments=False)
     found = document.text if document else ""
     if len(found) >= 1000 and len(document.body) > 1:
@@ -146,17 +145,19 @@ def prose_lines(text: str) -> list[str]:
     return [line for line in lines if LAYOUT.sub("", line)]
 
 
-def raised(sup: re.Match) -> str:
-    """A superscript in plain characters: a power 10^23, an ordinal 1st, the mark of a note 1850 [4]."""
-    mark = html.unescape(re.sub(r"<[^>]*>", "", sup[1])).strip()
-    before = sup.string[max(0, sup.start() - 60) : sup.start()]
+def in_characters(found: re.Match) -> str:
+    """Mark-up as text: 10^23 and m^2, 1st, notes 1850 [4], H2O and a_(n+1), "quoted", ~~deleted~~, 東京(とうきょう)."""
+    if found.lastgroup in WRITTEN:
+        return WRITTEN[found.lastgroup].format(found[found.lastgroup])
+    mark = html.unescape(re.sub(r"<[^>]*>", "", found["sup"])).strip()
+    before = found.string[max(0, found.start() - 60) : found.start()]
     base = re.sub(r"</[^>]*>", "", before).rpartition(">")[2]
     if not mark or len(mark) > 20 or ORDINAL.search(base[-1:] + mark):
-        return sup[1]
-    if sup[2] and (sup[2] in "/⁄" or not base[-1:].strip()):  # a fraction, 3 1/2, or a nuclide, 14C
+        return found["sup"]
+    if found["next"] and (found["next"] in "/⁄" or not base[-1:].strip()):  # a fraction, 3 1/2, or a nuclide, 14C
         return f" {mark}"
     power = POWER.search(base) or SIGNED.search(mark)
-    if power and "#" not in sup[0] and re.search(r"^[^[]*\w", mark):
+    if power and "#" not in found[0] and re.search(r"^[^[]*\w", mark):
         return f"^{mark}" if SIGNED.sub("", mark).isalnum() else f"^({mark})"
     return f" [{mark.strip('[]')}]"
 
@@ -217,16 +218,15 @@ ORDINAL = re.compile(r"^(?:[\dA-Zn](?:st|nd|rd|th|e|er|re|[eè]me|[eè]re|o|os|a
 # What is raised to a power: a unit or variable, a function, a number below 1,000, a power of ten, a bracket.
 POWER = re.compile(r"(?:(?<![^\W\d_])(?:[^\W\d_]{1,2}|sin|cos|tan|log)|(?<![\d.,])(?:\d{1,3}(?:\.\d+)?|10+)|[)\]}|])$")
 SIGNED = re.compile(r"^[+\u2212\u2013-]|[+\u2212\u2013-]$")
-# Mark-up that carries meaning, in characters: all that the extractor keeps of it is its text, of <time> not even that.
-MEANING: list[tuple[re.Pattern, Any]] = [
-    (re.compile(r"(?is)<sup\b[^>]*>(.{0,400}?)</sup\s*>(?=([/⁄]|[A-Z][a-z]?\b)?)"), raised),
-    (re.compile(r"(?i)<sub\b[^>]*>([^<]*[^\w<][^<]*)</sub\s*>"), r"_(\1)"),  # a_(n+1)
-    (re.compile(r"(?i)</?sub\b[^>]*>|<rp\b[^>]*>[^<]*(?:</rp\s*>)?"), ""),  # H2O
-    (re.compile(r"(?i)</?q\b[^>]*>"), '"'),
-    (re.compile(r"(?i)</?(?:del|s|strike)\b[^>]*>"), "~~"),
-    (re.compile(r"(?i)<rt\b[^>]*>([^<]*)(?:</rt\s*>)?"), r"(\1)"),  # the reading of a Chinese character
-    (re.compile(r"(?i)(?<=[\w,(]\s)<time\b[^>]*>([^<]*)</time\s*>"), r"\1"),  # a date inside a sentence
-]
+# Mark-up that carries meaning: the extractor keeps only its text, of <time> and <rt> not even that.
+MEANING = re.compile(
+    r"""(?isx) <(?=/?(?:su[bp]|q|del|s|strike|r[pt]|time)\b) (?:  # all else is soon passed over
+      sup\b[^>]*>(?P<sup>.{0,400}?)</sup\s*>(?=(?P<next>[/⁄]|(?-i:[A-Z][a-z]?)\b)?)
+    | sub\b[^>]*>(?P<low>[^<]*[^\w<][^<]*)</sub\s*> | (?P<plain>/?sub\b[^>]*> | rp\b[^>]*>[^<]*(?:</rp\s*>)?)
+    | (?P<quote>/?q\b[^>]*>) | (?P<struck>/?(?:del|s|strike)\b[^>]*>) | rt\b[^>]*>(?P<reading>[^<]*)(?:</rt\s*>)?
+    | time\b[^>]*>(?P<date>[^<]*)</time\s*>(?=\s*[\w,.;)]) )"""  # inside a sentence
+)
+WRITTEN = {"low": "_({})", "plain": "", "quote": '"', "struck": "~~", "reading": "({})", "date": "{}"}
 
 
 class Parsers:
