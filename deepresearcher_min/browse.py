@@ -33,7 +33,7 @@ NOT_CONTENT += ["dialog", "button", "select", "textarea"]
 BLOCKS = """address article aside blockquote body br caption center dd details div dl dt fieldset figcaption figure form
     h1 h2 h3 h4 h5 h6 header hr html legend li main ol p pre section summary table tr ul""".split()  # noqa: SIM905
 PREFIX = {"li": "- ", "td": " | ", "th": " | "}
-LAYOUT = re.compile(r"[\s|-]+")  # what only lays a text out
+LAYOUT = re.compile(r"\W+")  # what is no word
 Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
 UNREADABLE = "The page is built in a way that cannot be read."
 INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]")  # and control characters
@@ -217,7 +217,7 @@ def detect(sample: bytes, western: bool) -> str | None:
 ORDINAL = re.compile(r"^(?:[\dA-Zn](?:st|nd|rd|th|e|er|re|[eè]me|[eè]re|o|os|a|as|me|r)|.?(?:®|™|TM))$")
 # What is raised to a power: a unit or variable, a function, a number below 1,000, a power of ten, a bracket.
 POWER = re.compile(r"(?:(?<![^\W\d_])(?:[^\W\d_]{1,2}|sin|cos|tan|log)|(?<![\d.,])(?:\d{1,3}(?:\.\d+)?|10+)|[)\]}|])$")
-SIGNED = re.compile(r"^[+\u2212\u2013-]|[+\u2212\u2013-]$")
+SIGNED = re.compile(r"^[+\u2212\u2013-]|[+\u2212-]$")
 # Mark-up that carries meaning: the extractor keeps only its text, of <time> and <rt> not even that.
 MEANING = re.compile(
     r"""(?isx) <(?=/?(?:su[bp]|q|del|s|strike|r[pt]|time)\b) (?:  # all else is soon passed over
