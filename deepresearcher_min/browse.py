@@ -33,7 +33,7 @@ NOT_CONTENT += ["dialog", "button", "select", "textarea"]
 BLOCKS = """address article aside blockquote body br caption center dd details div dl dt fieldset figcaption figure form
     h1 h2 h3 h4 h5 h6 header hr html legend li main ol p pre section summary table tr ul""".split()  # noqa: SIM905
 PREFIX = {"li": "- ", "td": " | ", "th": " | "}
-LAYOUT = re.compile(r"\W+")  # what is no word
+NO_WORD = re.compile(r"\W+")
 Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
 UNREADABLE = "The page is built in a way that cannot be read."
 INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]")  # and control characters
@@ -56,10 +56,8 @@ def parse(body: bytes, content_type: str) -> tuple[str, str]:
     """(main_text, ""), or ("", why the page cannot be read)."""
     try:
         text = page_text(body, content_type)
-    except WebFailure as failure:
-        return "", failure.words
-    except Exception:  # parsers of hostile bytes may raise anything
-        return "", UNREADABLE
+    except Exception as error:  # parsers of hostile bytes may raise anything
+        return "", getattr(error, "words", UNREADABLE)
     text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip(), ""
@@ -107,20 +105,26 @@ def html_text(text: str) -> str:
     found = document.text if document else ""
     if len(found) >= 1000 and len(document.body) > 1:
         return found
-    lines = prose_lines(text)
-    prose = "\n".join(lines)
-    if len(found) < 0.25 * len(prose):  # lost, in elements that the library does not know
-        return prose
+    lines = page_lines(text)[:5000]  # more than is ever read
+    prose = [line for line, menu in lines if not menu]
+    size = sum(map(len, prose))
+    if len(found) < 0.25 * size:  # lost, in elements that the library does not know
+        return "\n".join(prose)
     if document and len(document.body) == 1:  # its last resort: lines are torn at every link, or all joined
-        squeezed = LAYOUT.sub("", found)
-        chosen = "\n".join(line for line in lines if LAYOUT.sub("", line) in squeezed)
-        if 2 * len(chosen) > min(len(prose), len(found)):
-            return chosen
+        words = NO_WORD.sub("", found)
+        lines = [(line, menu) for line, menu in lines if NO_WORD.sub("", line) in words]
+        if sum(len(line) for line, menu in lines) > 0.8 * min(
+            len(found), size
+        ):  # else it is text that the page holds as data
+            sentences = [line for line in prose if len(line.encode()) > 40]  # of an article; else links are the content
+            menus = len("".join(sentences).encode()) >= 120
+            chosen = [line for line, menu in lines if not (menu and menus)]
+            return "\n".join(chosen or prose)
     return found or html.unescape(re.sub(r"<[^>]*>", "\n", text))  # nested too deeply for any parser
 
 
-def prose_lines(text: str) -> list[str]:
-    """The lines of an HTML page, one a block, without those that are mostly links, as in a menu."""
+def page_lines(text: str) -> list[tuple[str, bool]]:
+    """(line, whether most of it is links, as in a menu) of an HTML page, one a block."""
     import trafilatura
     from lxml import etree
 
@@ -131,8 +135,7 @@ def prose_lines(text: str) -> list[str]:
     for event, element in etree.iterwalk(tree, ("start", "end")):
         opens = event == "start"
         if element.tag in BLOCKS:
-            if 2 * linked <= len(line) or (element.tag == "h1" and not opens):
-                lines.append(line)
+            lines.append((line, 2 * linked > len(line) and element.tag != "h1"))
             line, linked = "", 0
         if element.tag == "a":
             links += 1 if opens else -1
@@ -142,7 +145,7 @@ def prose_lines(text: str) -> list[str]:
         line += words
         if links:
             linked += len(words)
-    return [line for line in lines if LAYOUT.sub("", line)]
+    return [(line, menu) for line, menu in lines if NO_WORD.sub("", line)]
 
 
 def in_characters(found: re.Match) -> str:
