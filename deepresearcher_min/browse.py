@@ -37,7 +37,7 @@ NO_WORD = re.compile(r"\W+")
 Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
 UNREADABLE = "The page is built in a way that cannot be read."
 INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]")  # and control characters
-PDF_ROOT = re.compile(rb"(?s)(\d+) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b")
+PDF_ROOT = re.compile(rb"(?s)(\d{1,9}) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b")
 NO_TEXT = re.compile(rb"(?is)<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1|\Z)")
 HEADER_CHARSET = re.compile(r"(?i)\bcharset\s*=\s*[\"']?([\w.:-]+)")
 CHARSET = re.compile(r"(?i)(?:<meta\s[^>]{0,500}?\bcharset|<\?xml[^>]{0,500}?\bencoding)\s*=\s*[\"']?\s*([\w.:-]+)")
@@ -108,7 +108,9 @@ def html_text(text: str) -> str:
     lines = page_lines(text)[:5000]  # more than is ever read
     prose = [line for line, menu in lines if not menu]
     size = sum(map(len, prose))
-    if len(found) < 0.25 * size:  # lost, in elements that the library does not know
+    # The frame of a page has up to 800 characters outside links: with more than that, and three times what the library
+    # found, it has lost the page, in elements that it does not know.
+    if size > 3 * len(found) + 500 * bool(found):
         return "\n".join(prose)
     if document and len(document.body) == 1:  # its last resort: lines are torn at every link, or all joined
         words = NO_WORD.sub("", found)
@@ -120,7 +122,7 @@ def html_text(text: str) -> str:
             menus = len("".join(sentences).encode()) >= 120
             chosen = [line for line, menu in lines if not (menu and menus)]
             return "\n".join(chosen or prose)
-    return found or html.unescape(re.sub(r"<[^>]*>", "\n", text))  # nested too deeply for any parser
+    return found or html.unescape(re.sub(r"<[^<>]*>", "\n", text))  # nested too deeply for any parser
 
 
 def page_lines(text: str) -> list[tuple[str, bool]]:
@@ -187,7 +189,7 @@ def decode(body: bytes, content_type: str) -> str:
             texts.append(webencodings.decode(body, encoding)[0])
             if fits(texts[-1]):
                 return texts[-1]
-    sample = b"\n".join(piece for piece in re.split(rb"<[^>]*>", page) if not piece.isascii())
+    sample = b"\n".join(piece for piece in re.split(rb"<[^<>]*>", page) if not piece.isascii())
     beyond = len(sample.translate(None, bytes(range(128))))
     western = 2 * beyond <= len(sample)  # ASCII with accents
     enough = beyond >= (12 if western else 60)  # characters to judge by: fewer are often judged wrongly
@@ -224,10 +226,11 @@ SIGNED = re.compile(r"^[+\u2212\u2013-]|[+\u2212-]$")
 # Mark-up that carries meaning: the extractor keeps only its text, of <time> and <rt> not even that.
 MEANING = re.compile(
     r"""(?isx) <(?=/?(?:su[bp]|q|del|s|strike|r[pt]|time)\b) (?:  # all else is soon passed over
-      sup\b[^>]*>(?P<sup>.{0,400}?)</sup\s*>(?=(?P<next>[/⁄]|(?-i:[A-Z][a-z]?)\b)?)
-    | sub\b[^>]*>(?P<low>[^<]*[^\w<][^<]*)</sub\s*> | (?P<plain>/?sub\b[^>]*> | rp\b[^>]*>[^<]*(?:</rp\s*>)?)
-    | (?P<quote>/?q\b[^>]*>) | (?P<struck>/?(?:del|s|strike)\b[^>]*>) | rt\b[^>]*>(?P<reading>[^<]*)(?:</rt\s*>)?
-    | time\b[^>]*>(?P<date>[^<]*)</time\s*>(?=\s*[\w,.;)]) )"""  # inside a sentence
+      sup\b[^<>]*>(?P<sup>.{0,400}?)</sup\s*>(?=(?P<next>[/⁄]|(?-i:[A-Z][a-z]?)\b)?)
+    | sub\b[^<>]*>(?P<low>[^<]{0,80}[^\w<][^<]{0,80})</sub\s*>
+    | (?P<plain>/?sub\b[^<>]*> | rp\b[^<>]*>[^<]*(?:</rp\s*>)?)
+    | (?P<quote>/?q\b[^<>]*>) | (?P<struck>/?(?:del|s|strike)\b[^<>]*>) | rt\b[^<>]*>(?P<reading>[^<]*)(?:</rt\s*>)?
+    | time\b[^<>]*>(?P<date>[^<]*)</time\s*>(?=\s*[\w,.;)]) )"""  # inside a sentence
 )
 WRITTEN = {"low": "_({})", "plain": "", "quote": '"', "struck": "~~", "reading": "({})", "date": "{}"}
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pypdf
 import pytest
 import trafilatura
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bench.tools import quality
 from deepresearcher_min import browse as browse_module
@@ -76,6 +78,9 @@ def test_text_that_a_page_holds_as_data_is_not_replaced_by_the_frame():
 @pytest.mark.parametrize("block", ["p", "div", "main", "span", "article"])
 def test_a_short_article_between_two_menus_is_given_without_them(entry, block):
     menu = "<div>" + "".join(entry.format(number) for number in range(400)) + "</div>"
+    notice = "<div>We use cookies to remember what you like, and so do those who advertise on our pages.</div>"
+    with_notice = main_text(page(f"{menu}<article><p>{SHORT}</p></article>{menu}{notice * 6}").encode(), HTML)
+    assert with_notice == re.sub("<[^>]*>", "", SHORT)
     text = main_text(page(f"{menu}<{block}>{SHORT}</{block}>{menu}").encode(), HTML)
     assert text == re.sub("<[^>]*>", "", SHORT)
 
@@ -292,6 +297,11 @@ HOSTILE = {
     "surrogates": "<p>\ud800 hello</p>".encode("utf-8", "surrogatepass") * 50,
     "comment": b"<!--" + b"-" * 100_000,
     "cdata": b"<![CDATA[" * 5_000,
+    "open tags": b"<sup <sub <time <q " * 5_000,
+    "open brackets": b"<" * 20_000 + b"\xe4" * 100,
+    "superscripts": b"<sup>" * 20_000,
+    "a long subscript": b"<sub>" + b" " * 100_000,
+    "declarations": b"<meta " * 20_000 + b"\xe4",
 }
 
 
@@ -320,6 +330,13 @@ def fuzz(pages, number):
     for _ in range(number):
         text = main_text(mutated(rng.choice(pages), rng), rng.choice(("text/html", "", "text/html; charset=utf-8")))
         assert isinstance(text, str) and text.encode() is not None
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300), st.sampled_from(["", "text/html", "text/plain", "text/html; charset=utf-16", "x/pdf"]))
+def test_any_bytes_give_text_or_a_reason(body, content_type):
+    text, reason = parse(body, content_type)
+    assert main_text(body, content_type) == text and text.encode() is not None and not (text and reason)
 
 
 def test_mutated_pages():
