@@ -38,7 +38,7 @@ Notes = tuple[str, bool]  # what a reader took from one segment, and whether it 
 UNREADABLE = "The page is built in a way that cannot be read."
 INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]")  # and control characters
 PDF_ROOT = re.compile(rb"(?s)(\d{1,9}) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b")
-NO_TEXT = re.compile(rb"(?is)<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1|\Z)")
+NO_TEXT = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1[^<>]*>|\Z)")
 HEADER_CHARSET = re.compile(r"(?i)\bcharset\s*=\s*[\"']?([\w.:-]+)")
 CHARSET = re.compile(r"(?i)(?:<meta\s[^>]{0,500}?\bcharset|<\?xml[^>]{0,500}?\bencoding)\s*=\s*[\"']?\s*([\w.:-]+)")
 LEGACY = """gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r iso8859_5 cp1253 cp1255 cp1256 cp874 cp1252 cp1250 iso8859_2
@@ -122,7 +122,7 @@ def html_text(text: str) -> str:
             menus = len("".join(sentences).encode()) >= 120
             chosen = [line for line, menu in lines if not (menu and menus)]
             return "\n".join(chosen or prose)
-    return found or html.unescape(re.sub(r"<[^<>]*>", "\n", text))  # nested too deeply for any parser
+    return found or html.unescape(re.sub("<[^<>]*>", "\n", NO_TEXT.sub("", text)))  # nested too deeply for any parser
 
 
 def page_lines(text: str) -> list[tuple[str, bool]]:
@@ -180,16 +180,16 @@ def decode(body: bytes, content_type: str) -> str:
     text = body.decode(errors="replace")
     if not text.isascii() and (fits(text) or text.encode() == body):
         return text
-    page = NO_TEXT.sub(b"", body)
-    head = page[:100_000].decode("latin-1")
+    page = NO_TEXT.sub("", body.decode("latin-1"))
     texts = []
-    for label in HEADER_CHARSET.findall(content_type) + CHARSET.findall(head):
+    for label in HEADER_CHARSET.findall(content_type) + CHARSET.findall(page[:100_000]):
         encoding = webencodings.lookup(label)
         if encoding and (b"\0" in body or "utf-16" not in encoding.name):
             texts.append(webencodings.decode(body, encoding)[0])
             if fits(texts[-1]):
                 return texts[-1]
-    sample = b"\n".join(piece for piece in re.split(rb"<[^<>]*>", page) if not piece.isascii())
+    pieces = [piece for piece in re.split("<[^<>]*>", page) if not piece.isascii()]
+    sample = "\n".join(pieces).encode("latin-1")
     beyond = len(sample.translate(None, bytes(range(128))))
     western = 2 * beyond <= len(sample)  # ASCII with accents
     enough = beyond >= (12 if western else 60)  # characters to judge by: fewer are often judged wrongly

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pypdf
 import pytest
-import trafilatura
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.tools import quality
+from bench.tools import quality, trafilatura_mode
 from deepresearcher_min import browse as browse_module
 from deepresearcher_min.browse import Parsers, decode, main_text, parse
 from deepresearcher_min.config import ROOT
@@ -230,7 +229,6 @@ def test_pdf_and_plain_text():
 
 
 def pdf_of_three(**encryption):
-    """A PDF file of three pages as pypdf writes it."""
     writer = pypdf.PdfWriter()
     for number in range(3):
         writer.append(io.BytesIO(pdf(f"Page {number} tells of the Ost.")))
@@ -281,8 +279,7 @@ def test_parsers_say_why_a_page_cannot_be_read():
         with pytest.raises(WebFailure, match=f"unreadable.*{words}"):
             own.text(body, content_type, time.monotonic() + 30)
     assert own.text(pdf("The Ost."), "application/pdf", time.monotonic() + 30) == "The Ost."  # by the same child
-    child = own.idle.get()
-    child.communicate()
+    own.idle.get().communicate()
 
 
 HOSTILE = {
@@ -365,9 +362,7 @@ def test_quality_on_real_pages_is_at_least_that_of_trafilaturas_fast_mode():
 
 @needs_pages
 def test_no_real_page_is_worse_than_the_extractor_alone():
-    def alone(body, _):
-        return trafilatura.extract(body, fast=True, include_comments=False) or ""
-
+    alone = trafilatura_mode(fast=True, include_comments=False)
     for row, body in real_pages():
         row = {"must_contain": ["?"], "must_not_contain": ["?"], "expected_text": "?"} | row
         ours, theirs = quality([(row, body)], main_text), quality([(row, body)], alone)
