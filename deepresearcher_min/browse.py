@@ -183,7 +183,7 @@ class Browser:
                 text = await self.in_thread(self.fetch_text, url, counts, deadline())
             pieces = segments(text, config.segment_chars)
             reading.total = len(pieces)
-            if reading.next and reading.next >= reading.total:
+            if 0 < reading.total <= reading.next:
                 raise WebFailure("nothing_left", "This page was read to its end before; nothing is left of it.")
             for segment in pieces[reading.next :][: config.max_segments or None]:
                 information, further = await self.read(reading, segment, counts, deadline())
@@ -226,8 +226,8 @@ class Browser:
         if self.config.reader == "engine":  # bounded in tokens: the clock would make it unrepeatable
             return parse_notes(await self.generate_text(messages))
         url = self.config.reader_url.rstrip("/") + "/chat/completions"
-        payload = {"model": self.config.reader_model, "messages": messages}
-        payload["temperature"] = self.config.reader_temperature
+        temperature = self.config.reader_temperature
+        payload = {"model": self.config.reader_model, "messages": messages, "temperature": temperature}
         if self.config.reader_tokens:
             payload["max_tokens"] = self.config.reader_tokens
 

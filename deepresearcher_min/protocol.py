@@ -196,7 +196,7 @@ class ChatFormat:
     def fit(self, kind: str, entries: Sequence[Entry], max_tokens: int) -> tuple[str, list[int], int]:
         """Render an observation within a token budget: (text, ids, number of items dropped).
 
-        Whole items are dropped, worst rank first; if not even one of them fits, every entry says so in words.
+        Whole items are dropped, worst rank first; if not even one of them fits, the first ten entries say so in words.
         """
 
         def size(kept: int) -> int:

@@ -12,7 +12,6 @@ import string
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from deepresearcher_min.config import ROOT, Config, ConfigError
@@ -28,7 +27,7 @@ FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
     "context": "it reached the limit of tokens for a whole trajectory (max_model_len)",
 }
 JUDGE_RULES = (ROOT / "prompts/judge.txt").read_text()
-JUDGE_FIELDS = ("question", "gt_answer", "pred_answer")  # {...} in a judge_prompt_file, named as in the official prompt
+JUDGE_FIELDS = re.compile(r"\{(question|gt_answer|pred_answer)\}")  # in a judge_prompt_file, as in the official prompt
 VERDICT = re.compile(r"\W*(CORRECT|INCORRECT)\W*", re.I)
 
 
@@ -112,30 +111,26 @@ def judge_rules(config: Config) -> str:
         rules = Path(config.judge_prompt_file).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{named}: cannot be read as text ({error})") from None
-    missing = [name for name in JUDGE_FIELDS if f"{{{name}}}" not in rules]
-    if missing and len(missing) < len(JUDGE_FIELDS):
-        raise ConfigError(f"{named}: {{{missing[0]}}} is missing in it; it must hold all of {JUDGE_FIELDS} or none")
+    if len(set(JUDGE_FIELDS.findall(rules))) in (1, 2):
+        raise ConfigError(f"{named}: must hold all of {{question}}, {{gt_answer}} and {{pred_answer}}, or none of them")
     return rules
 
 
-def judge_messages(rules: str, question: str, golds: Sequence[str], given: str) -> list[dict[str, str]]:
+def judge_messages(rules: str, question: str, golds: list[str], given: str) -> list[dict[str, str]]:
     """What the judge is asked: rules with fields, filled in, as the official scorer does, or rules before the case."""
-    if "{pred_answer}" not in rules:
+    if not JUDGE_FIELDS.search(rules):
         case = json.dumps({"question": question, "accepted": golds, "given": given}, ensure_ascii=False)
         return [{"role": "system", "content": rules}, {"role": "user", "content": case}]
-    values = dict(zip(JUDGE_FIELDS, (question, str(list(golds)), given), strict=True))
-    filled = re.sub(f"{{({'|'.join(values)})}}", lambda field: values[field[1]], rules)
+    values = {"question": question, "gt_answer": str(golds), "pred_answer": given}
+    filled = JUDGE_FIELDS.sub(lambda field: values[field[1]], rules)
     return [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": filled}]
 
 
 def parse_verdict(reply: str) -> float | None:
-    """1.0 or 0.0 from a word alone on the last line, or from {"judgement": word} somewhere (the official form)."""
+    """1.0 or 0.0 by {"judgement": word} in the reply, the official form, or else by a word alone on its last line."""
     reply = reply.rpartition("</think>")[2].strip()
-    told = reply.splitlines()[-1] if reply else ""
-    if found := re.search(r"\{.*\}", reply, re.DOTALL):
-        with suppress(ValueError, RecursionError):
-            told = str(json.loads(found[0], strict=False).get("judgement", told))
-    verdict = VERDICT.fullmatch(told)
+    told = re.findall(r'"judgement"\s*:\s*"(.*?)"', reply) or reply.splitlines()[-1:]
+    verdict = VERDICT.fullmatch(told[0]) if len(told) == 1 else None
     return float(verdict[1].upper() == "CORRECT") if verdict else None
 
 

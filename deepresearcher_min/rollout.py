@@ -98,14 +98,13 @@ class Tools:
         return entries
 
     def remember(self, seen: Sequence[Entry], record: Recording) -> None:
-        """Note what the agent has seen of pages; what its token budget dropped is read again by the next browse."""
+        """Note what the agent has seen of pages. What did not fit into its observation, the next browse reads again."""
         for entry in seen:
-            reading = record.readings.pop(entry.key, None)
-            if reading is None:
-                continue
-            noted, dropped = reading.notes[: len(entry.items)], reading.notes[len(entry.items) :]
-            record.memory[reading.query] += [summary for _, summary in noted]
-            record.read[entry.key] = dropped[0][0] if dropped else reading.next
+            if reading := record.readings.pop(entry.key, None):
+                seen_items = len(entry.items)
+                record.memory[reading.query] += [summary for _, summary in reading.notes[:seen_items]]
+                dropped = reading.notes[seen_items:]
+                record.read[entry.key] = dropped[0][0] if dropped else reading.next
 
     async def search(self, query: str, record: Recording) -> list[dict[str, Any]]:
         count(record.cost, "searches")
@@ -148,9 +147,8 @@ class Tools:
         token_ids, most = self.chat.message_ids(messages), self.config.max_model_len - self.config.max_turn_tokens
         del token_ids[most - 32 : -32]  # what does not fit; the rules are in front, the generation prompt at the end
         self.readings += 1
-        seed = int(np.random.SeedSequence((self.config.seed, *token_ids)).generate_state(1)[0])  # as asked, so answered
-        stop = (self.chat.end_of_turn_id,)
-        sampling = Sampling(self.config.reader_temperature, self.config.max_turn_tokens, seed, stop)
+        end, seed = (self.chat.end_of_turn_id,), self.config.seed  # of all readings: as asked, so answered
+        sampling = Sampling(self.config.reader_temperature, self.config.max_turn_tokens, seed, end)
         completion = await self.scheduler.generate(f"reader/{self.readings}", token_ids, sampling)
         return self.chat.decode(completion.token_ids)
 

@@ -127,9 +127,7 @@ class LiveSearch:
                 raise WebFailure(*NO_RESULTS)
             return rows
 
-        request: list[Any] = [self.config.search, self.base, query, results]
-        if self.place:  # a recording made without it stays valid
-            request.append(self.place)
+        request = [self.config.search, self.base, query, results, *self.place.items()]
         rows = self.web.cached("search", request, find, counts, deadline)
         found = [SearchResult(*row) for row in rows[:results]]
         return [one._replace(url=self.base + one.url) if one.url[0] == "/" else one for one in found]

@@ -88,13 +88,13 @@ class Trajectory:
 
 @dataclass
 class Reading:
-    """A page that is being read: for what, and how far; without `next` and `notes` it is what the reader is told."""
+    """A page that is being read: what the reader is told beside the text, and how far it has come."""
 
     question: str
     query: str = ""  # the latest that showed the page
     memory: Sequence[str] = ()  # what earlier calls noted for this query
-    next: int = 0  # the number of the segment to go on with
-    total: int = 0  # segments of the page
+    next: int = 0  # number of the segment to go on with, from 0
+    total: int = 0  # segments of the page, known when it is opened
     notes: list[tuple[int, str]] = field(default_factory=list)  # of this call: page_number, page_summary
 
 

@@ -205,7 +205,7 @@ def test_verdicts_are_read_in_both_forms(text, verdict):
 @pytest.mark.parametrize(
     ("content", "words"),
     [(None, "cannot be read as text"), (b"\xff\xfe", "cannot be read as text"),
-     (b"Judge {pred_answer} by {gt_answer}.", "{question} is missing in it")],
+     (b"Judge {pred_answer} by {gt_answer}.", "must hold all of {question}")],
 )  # fmt: skip
 def test_a_judges_prompt_that_cannot_be_used_is_said_before(tmp_path, monkeypatch, capsys, content, words):
     monkeypatch.setenv("JUDGE_API_KEY", "secret")
