@@ -108,7 +108,7 @@ def judge_rules(config: Config) -> str:
         return JUDGE_RULES
     named = f"judge_prompt_file={config.judge_prompt_file!r}"
     try:
-        rules = Path(config.judge_prompt_file).read_text(encoding="utf-8")
+        rules = Path(config.judge_prompt_file).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{named}: cannot be read as text ({error})") from None
     if len(set(JUDGE_FIELDS.findall(rules))) in (1, 2):
