@@ -1,7 +1,6 @@
 """The tools at the rollout's edge: what fails, hangs or lies out there becomes words and a counter."""
 
 import asyncio
-import dataclasses
 import random
 import re
 import time
@@ -301,13 +300,28 @@ def test_the_query_of_a_page_is_the_last_of_the_call_whichever_answered_first(th
     async def read(reading, *_):
         return reading.query, False
 
-    agent = long_agent(Scripted(turns(search_turn("slow", "fast", "slower"), browse_turn(LONG), answer_turn())))
-    agent = dataclasses.replace(agent, config=dataclasses.replace(agent.config, tool_threads=threads))
-    agent.tools.config = agent.config
+    write = turns(search_turn("slow", "fast", "slower"), browse_turn(LONG), answer_turn())
+    agent = long_agent(Scripted(write), tool_threads=threads)
     agent.tools.browser.read = read
     found = [SearchResult("Title", LONG, "Summary")]
     with_source(agent, lambda query: time.sleep(0.05 * query.startswith("slow")) or found)
     assert pages_of(one(agent), 1) == [(0, "slower")]
+    agent.tools.close()
+
+
+@pytest.mark.parametrize("threads", [0, 4])
+def test_a_page_that_one_call_names_twice_is_read_twice_from_the_same_place(threads):
+    async def read(reading, *_):
+        await asyncio.sleep(0)
+        return f"{reading.next} after {len(reading.memory)}", reading.next == 0
+
+    write = turns(search_turn(), browse_turn(LONG, LONG), browse_turn(LONG), answer_turn())
+    agent = long_agent(Scripted(write), tool_threads=threads)
+    agent.tools.browser.read = read
+    trajectory = one(agent)
+    first, second = observation(trajectory, 1)
+    assert first == second and len(first["information"]) == 2
+    assert pages_of(trajectory, 2) == [(2, "2 after 2")]
     agent.tools.close()
 
 
