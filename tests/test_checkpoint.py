@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,12 +19,21 @@ import eval as evaluation
 from deepresearcher_min import toyworld
 from deepresearcher_min import web as web_module
 from deepresearcher_min.config import CONFIG_FILE, ROOT
-from deepresearcher_min.protocol import schemas
+from deepresearcher_min.protocol import ChatFormat
+from scripts.toy_tokenizer import TEMPLATE
 
 pytestmark = pytest.mark.quick
 HEADING = "The published checkpoint, as its authors judged it"
 TINY = "--max_model_len=768 --max_turn_tokens=64 --max_in_flight=16 --allow_private_hosts"  # the toy model's room
 SEGMENTS = 3
+SYSTEM = "Today is {date}. \nTwo tools, one question. \n"
+TOOLS = []
+for name, argument, meaning in (("web_search", "query", "Find."), ("browse_webpage", "url_list", "Read.")):
+    parameters = {"type": "object", "properties": {argument: {"type": "array"}}}
+    TOOLS.append({"type": "function", "function": {"name": name, "description": meaning, "parameters": parameters}})
+SHOWS_TOOLS = """\
+{% if tools %}<|tool|>{{ messages[0].content }}
+{%- for tool in tools %}{{ tool.function.description }}{% endfor %}<|end|>{% endif %}"""  # in front of the toy's own
 
 
 def block() -> str:
@@ -78,14 +88,16 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """The exit code of the block with its model, URLs, --dtype and --engine replaced, and what was sent."""
+    """The exit code of the block with its model, URLs, --dtype and --engine replaced; what was sent; prompts."""
     world = toyworld.World("held out", 0)
     asked = world.questions(24, 0)
     rows = [{"question": one.text, "answers": [one.answers[0], "Mr. X"], "source": one.source} for one in asked]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "authors").mkdir()
-    (tmp_path / "authors/system.txt").write_text("Today is {date}. \nTwo tools, one question. \n")
-    (tmp_path / "authors/tools.json").write_text(json.dumps(schemas()))
+    (tmp_path / "authors/system.txt").write_bytes(SYSTEM.encode())
+    (tmp_path / "authors/tools.json").write_text(json.dumps(TOOLS))
+    shutil.copytree(toyworld.MODEL_DIR, tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text(SHOWS_TOOLS + TEMPLATE)
     monkeypatch.chdir(tmp_path)
     *exports, command = block().splitlines()
     for name, value in re.findall(r"(\w+)=(\S+)", " ".join(exports)):
@@ -93,7 +105,7 @@ def run(tmp_path, monkeypatch):
     with World(world) as server:
         for key, path in (("search_url", ""), ("reader_url", "/reader"), ("judge_url", "/judge")):
             command = re.sub(rf"--{key}=\S+", f"--{key}={server.url}{path}", command)
-        command = re.sub(r"--model=\S+", f"--model={toyworld.MODEL_DIR}", command)
+        command = re.sub(r"--model=\S+", "--model=model", command)
         command = command.replace("--dtype=bfloat16", "--dtype=float32").replace("--engine=vllm", "--engine=hf")
         argv = shlex.split(f"{command} {TINY} --data=questions.jsonl --run_dir=run")
         assert argv[:2] == ["python", "eval.py"]
@@ -104,12 +116,19 @@ def run(tmp_path, monkeypatch):
             return (parse_url(online), ["127.0.0.1"]) if online != url else real(url, *rest)
 
         monkeypatch.setattr(web_module, "check_url", toy_address)
-        yield evaluation.main(argv[2:]), server.sent
+        render, shown = ChatFormat.template, set[str]()
+
+        def template(self, *arguments, **options):
+            shown.add(render(self, *arguments, **options))
+            return render(self, *arguments, **options)
+
+        monkeypatch.setattr(ChatFormat, "template", template)
+        yield evaluation.main(argv[2:]), server.sent, shown
         server.shutdown()
 
 
 def test_the_block_under_the_heading_sends_what_the_authors_sent(run):
-    code, sent = run
+    code, sent, prompts = run
     assert code == 0
     searches = [asked for path, _, asked in sent if path == "/search"]
     asked = [(path, each) for path, _, each in sent if path != "/search"]  # a trial call of the start may be among them
@@ -138,6 +157,8 @@ def test_the_block_under_the_heading_sends_what_the_authors_sent(run):
     assert (config["eval_temperature"], config["max_tool_calls"], config["system_prompt_file"]) == (
         1.0, 9, "authors/system.txt",
     )  # fmt: skip
+    system = SYSTEM.replace("{date}", config["date"])
+    assert len(prompts) > 24 and all(prompt.startswith(f"<|tool|>{system}Find.Read.") for prompt in prompts)
 
 
 def test_the_block_names_every_key_of_the_authors_with_the_value_that_config_yaml_gives_for_them():
