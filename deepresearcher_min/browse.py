@@ -9,6 +9,7 @@ import html
 import io
 import json
 import logging
+import math
 import queue
 import re
 import sys
@@ -16,7 +17,7 @@ import threading
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from subprocess import PIPE, Popen
 from typing import Any
@@ -25,6 +26,7 @@ import webencodings
 
 from deepresearcher_min.config import ROOT, Config, ConfigError, require_environment
 from deepresearcher_min.search import Corpus, content_words
+from deepresearcher_min.trajectory import Reading
 from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, count, seconds_left
 
 PARSER = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"]  # this module as a process
@@ -320,24 +322,34 @@ class Browser:
         if config.reader == "openai" and config.cassette_mode != "replay":
             require_environment("READER_API_KEY", "reader: openai sends it (any word, if the server asks for none)")
 
-    async def browse(self, url: str, question: str, memory: Sequence[str], counts: Counter) -> list[tuple[int, str]]:
-        """(page_number, page_summary) for each segment with new information; `memory` is what was read before.
+    async def browse(self, url: str, reading: Reading, counts: Counter) -> list[tuple[int, str]]:
+        """(page_number, page_summary) for each segment with new information, from reading.next on, which it moves.
 
-        What ends it early (a failure, tool_timeout) leaves the notes so far; raises WebFailure where there are none.
+        Fetching and each reading keep tool_timeout, all together browse_timeout. What ends it early leaves the notes
+        so far; raises WebFailure where there are none.
         """
-        deadline = time.monotonic() + self.config.tool_timeout
-        notes: list[tuple[int, str]] = []
+        config, notes = self.config, reading.notes
+        limit = config.tool_timeout if config.browse_timeout < 0 else config.browse_timeout
+        end = time.monotonic() + (limit or math.inf)
+
+        def deadline() -> float:
+            return min(end, time.monotonic() + config.tool_timeout)
+
         try:
             text = self.corpus.pages.get(url) if self.corpus else None
             if text is None:
                 if self.web is None:
                     raise WebFailure("not_found", "There is no page at this address.")
-                text = await self.in_thread(self.fetch_text, url, counts, deadline)
-            for number, segment in enumerate(segments(text, self.config.segment_chars)[: self.config.max_segments]):
-                earlier = [*memory, *(note for _, note in notes)]
-                information, further = await self.read(question, segment, earlier, counts, deadline)
+                text = await self.in_thread(self.fetch_text, url, counts, deadline())
+            pieces = segments(text, config.segment_chars)
+            reading.total = len(pieces)
+            if 0 < reading.total <= reading.next:
+                raise WebFailure("nothing_left", "This page was read to its end before; nothing is left of it.")
+            for segment in pieces[reading.next :][: config.max_segments or None]:
+                information, further = await self.read(reading, segment, counts, deadline())
                 if information:
-                    notes.append((number, information))
+                    notes.append((reading.next, information))
+                reading.next += 1
                 if not further:
                     break
             if not notes:
@@ -360,17 +372,24 @@ class Browser:
 
         return self.web.cached("page", url.partition("#")[0], produce, counts, deadline)
 
-    async def read(self, question: str, segment: str, memory: Sequence[str], counts: Counter, deadline: float) -> Notes:
+    async def read(self, reading: Reading, segment: str, counts: Counter, deadline: float) -> Notes:
         """Notes on one segment, and whether to read on; a model's tokens are in no trajectory."""
         if self.config.reader == "extractive":
-            return extract(question, segment), True
-        earlier = "\n".join(memory)[-4000:] or "none"  # the newest
-        content = f"Question: {question}\n\nEarlier notes: {earlier}\n\nPage segment:\n<<<\n{segment}\n>>>"
+            return extract(reading.question, segment), True
+        earlier = "\n".join([*reading.memory, *(note for _, note in reading.notes)])
+        content = (
+            f"Question: {reading.question}\n\nSearch query: {reading.query or 'none'}\n\n"
+            f"Earlier notes: {earlier[-self.config.reader_memory :] or 'none'}\n\n"  # the newest; [-0:] is all
+            f"Page segment {reading.next + 1} of {reading.total}:\n<<<\n{segment}\n>>>"
+        )
         messages = [{"role": "system", "content": READER_RULES}, {"role": "user", "content": content}]
         if self.config.reader == "engine":  # bounded in tokens: the clock would make it unrepeatable
             return parse_notes(await self.generate_text(messages))
         url = self.config.reader_url.rstrip("/") + "/chat/completions"
-        payload = {"model": self.config.reader_model, "messages": messages, "temperature": 0, "max_tokens": 600}
+        temperature = self.config.reader_temperature
+        payload = {"model": self.config.reader_model, "messages": messages, "temperature": temperature}
+        if self.config.reader_tokens:
+            payload["max_tokens"] = self.config.reader_tokens
 
         def ask() -> str:
             text, tokens = self.web.chat(url, "READER_API_KEY", payload, counts, deadline)

@@ -97,6 +97,8 @@ class LiveSearch:
         self.service, base, key = SERVICES[config.search]
         self.base, self.price = (config.search_url or base).rstrip("/"), config.price_search if key else 0.0
         self.headers = {"X-API-KEY": os.environ.get(key, "").strip()} if key else {}
+        place = {"gl": config.search_country, "hl": config.search_language} if config.search == "serper" else {}
+        self.place = {name: value for name, value in place.items() if value}
         self.lock, self.next_slot = threading.Lock(), 0.0
 
     def search(self, query: str, counts: Counter) -> list[SearchResult]:
@@ -111,6 +113,7 @@ class LiveSearch:
                     raise WebFailure("rate_limited", "Too many searches are under way at the moment.")
                 self.next_slot = slot + self.web.world_size / self.config.requests_per_second
             time.sleep(max(0.0, slot - time.monotonic()))
+            payload = payload and payload | self.place
             reply = self.web.fetch_json(self.base + path, self.headers, payload, counts, deadline)
             count(counts, "usd", self.price)
             return reply
@@ -124,7 +127,8 @@ class LiveSearch:
                 raise WebFailure(*NO_RESULTS)
             return rows
 
-        rows = self.web.cached("search", [self.config.search, self.base, query, results], find, counts, deadline)
+        request = [self.config.search, self.base, query, results, *self.place.items()]
+        rows = self.web.cached("search", request, find, counts, deadline)
         found = [SearchResult(*row) for row in rows[:results]]
         return [one._replace(url=self.base + one.url) if one.url[0] == "/" else one for one in found]
 

@@ -219,7 +219,7 @@ class Web:
     def chat(self, url: str, key: str, payload: Any, counts: Counter, deadline: float) -> tuple[str | None, int]:
         """(text, tokens) of a chat completion; (None, 0) without text. `key`: the environment variable of the key."""
         headers = {"Authorization": f"Bearer {os.environ.get(key, '')}"}
-        reply = self.fetch_json(url, headers, payload | {"temperature": 0}, counts, deadline)
+        reply = self.fetch_json(url, headers, payload, counts, deadline)
         try:
             text = reply["choices"][0]["message"]["content"] + ""
         except (LookupError, TypeError):
@@ -244,7 +244,9 @@ class Web:
     def _exchange(self, url: Url, address: str, sent: Any, own: bool, counts: Counter, deadline: float) -> Any:
         EXCHANGE.deadline = deadline
         third = seconds_left(deadline) / 3  # each for a place in the pool, the connection and its TLS: together in time
-        wait = urllib3.Timeout(connect=min(self.config.connect_timeout, third), read=self.config.read_timeout)
+        # A language model is silent until the whole of its reply is there.
+        silence = third * 3 if "messages" in (sent.get("json") or {}) else self.config.read_timeout
+        wait = urllib3.Timeout(connect=min(self.config.connect_timeout, third), read=silence)
         headers = {"Host": url.netloc, "User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate", **sent["headers"]}
         request = {**sent, "url": url.request_uri, "headers": headers, "timeout": wait, "pool_timeout": third}
         most = max(1, self.config.tool_threads) if own else self.config.connections_per_host
