@@ -155,8 +155,8 @@ def make_agent(config: Config, task: Task, ranks: Ranks) -> tuple[Agent, Agent]:
     """The agent in training, and the same one on the held-out web."""
     tokenizer = AutoTokenizer.from_pretrained(task.model_dir)
     prompt = Path(config.system_prompt_file).read_text() if config.system_prompt_file else ""
-    schemas, ends = read_tools(config.tools_file), declared_ends(task.model_dir)
-    chat = ChatFormat(tokenizer, config.date, prompt, schemas, ends)
+    schemas = read_tools(config.tools_file)
+    chat = ChatFormat(tokenizer, config.date, prompt, schemas, declared_ends(task.model_dir))
     web = open_web(config, ranks) if config.search not in ("toy", "local") or config.reader == "openai" else None
     tools = Tools(config, chat, task.corpus, web)
     engine = make_engine(config, task.model_dir, ranks.world_size)

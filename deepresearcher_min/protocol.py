@@ -9,7 +9,7 @@ import ast
 import json
 import re
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,7 +28,6 @@ load_json = partial(json.loads, strict=False)  # models write raw line breaks in
 PAIR = re.compile(  # of a name and a value
     r"<(?:parameter=|arg_key>)\s*([^<>]*?)\s*(?:>|</arg_key>\s*<arg_value>)(.*?)</(?:parameter|arg_value)>", re.DOTALL
 )
-LIST = re.compile(r"\s*\[\s*[\"'\]]")  # how the text of a list of strings begins
 TURN, WORDS = "THE-TURN", "THE-WORDS"  # stand for a turn and a tool's words while a template is looked at
 EMPTY_THOUGHT = re.compile(r"\s*(?:<think>\s*)?(?:</think>\s*)?\Z")  # at the end of a generation prompt
 SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text().strip()
@@ -85,11 +84,11 @@ def read_tools(path: str) -> Schemas | None:
     try:
         found = json.loads(Path(path).read_bytes())
         functions = [schema["function"] for schema in found]
-        described = [[each["name"], *each["parameters"]["properties"]] for each in functions]
+        described = sorted([each["name"], *each["parameters"]["properties"]] for each in functions)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ConfigError(f"tools_file={path!r}: not a JSON list of tool schemas ({error!r})") from None
-    wanted = [[tool.name, tool.argument] for tool in TOOLS.values()]
-    if sorted(described) != sorted(wanted):
+    wanted = sorted([tool.name, tool.argument] for tool in TOOLS.values())
+    if described != wanted:
         raise ConfigError(f"tools_file={path!r}: tools and arguments are {described}, but must be {wanted}")
     return found
 
@@ -148,10 +147,13 @@ def read_call(text: str) -> tuple[Any, Any]:
     In tags: <function=NAME> around <parameter=KEY>VALUE</parameter> or JSON; NAME and pairs of <arg_key> and
     <arg_value>. JSON, also fenced: `name` (or `function`) and `arguments` or `parameters`, an object or its text.
     """
-    text = re.sub(r"\A\s*```\w*\s(.*)```\s*\Z", r"\1", text, flags=re.DOTALL).strip()
+    text = re.sub(r"\A\s*```\w*(.*)```\s*\Z", r"\1", text, flags=re.DOTALL).strip()
     body = text.partition("</function>")[0]
     if tagged := re.match(r"(?:<function=)?([\w.-]+)>?\s*(?:<parameter=|<arg_key>)", body):
-        return tagged[1], read_pairs(PAIR.findall(body))
+        arguments = defaultdict[str, list[str]](list)
+        for key, value in PAIR.findall(body):
+            arguments[key] += read_keys(value)
+        return tagged[1], arguments
     if function := re.fullmatch(r"<function=([\w.-]+)>(.*)", body, re.DOTALL):
         return function[1], load_json(function[2])
     call = load_json(text)
@@ -159,25 +161,14 @@ def read_call(text: str) -> tuple[Any, Any]:
         call = call[0]
     if isinstance(call.get("function"), dict):
         call = call["function"]
-    arguments = call.get("arguments", call.get("parameters"))
-    if isinstance(arguments, str):
-        arguments = load_json(arguments)
-    return call.get("name", call.get("function")), arguments
-
-
-def read_pairs(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Arguments in tags: each value is a list, or plain text with one string a line."""
-    arguments: dict[str, list[str]] = {}
-    for key, value in pairs:
-        found = read_keys(value) if LIST.match(value) else value.splitlines()
-        arguments.setdefault(key, []).extend(found)
-    return arguments
+    given = call.get("arguments", call.get("parameters"))
+    return call.get("name", call.get("function")), load_json(given) if isinstance(given, str) else given
 
 
 def read_keys(value: Any) -> tuple[str, ...]:
-    """The strings that an argument's value means: a list, its text, or one string, which is plain enough."""
+    """The strings that an argument's value means: a list, a list's text, or plain text with one on each line."""
     if isinstance(value, str):
-        value = read_list(value) if LIST.match(value) else [value]
+        value = read_list(value) if re.match(r"\s*\[\s*[\"'\]]", value) else value.splitlines()
     if not isinstance(value, list):
         raise TypeError("not a list")
     keys = [each.strip() for each in value]
@@ -217,7 +208,7 @@ def declared_ends(model: str) -> list[int]:
         found = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:
         return []
-    return [found] if isinstance(found, int) else list(found or [])
+    return [found] if isinstance(found, int) else found or []
 
 
 def template_inputs(date: str) -> dict[str, Any]:
@@ -290,7 +281,7 @@ class ChatFormat:
         added = tokenizer.added_tokens_decoder.values()
         marks = [str(token) for token in added if token.special or "<" in str(token)]  # not: runs of spaces
         marks.sort(key=len, reverse=True)
-        self.mark = "|".join(map(re.escape, marks))
+        self.mark = "|".join(map(re.escape, marks)) or "(?!)"
         self.unsafe = re.compile(f"</?(?:think|answer|tool_call|tool_response)>|{self.mark}")
         try:
             ends = self.read_frame()
@@ -309,10 +300,10 @@ class ChatFormat:
         """Put into our system prompt the example of a call, and the schemas if the template leaves them out."""
         asked = self.opening("x")
         once, twice = self.template(asked, self.tools), self.template(asked, self.tools * 2)
-        ignored = once == self.template(asked, None)
+        ignored = once == twice
+        if own_prompt and own_tools and ignored:
+            raise ValueError("the chat template shows no tools; leave out tools_file, or system_prompt_file")
         if own_prompt:
-            if ignored and own_tools:
-                raise ValueError("the chat template shows no tools; leave out tools_file, or system_prompt_file")
             return
         self.system = self.system.replace("{call}", example_call(once, twice))
         if ignored:
@@ -353,9 +344,8 @@ class ChatFormat:
             if WORDS not in behind:
                 raise ValueError("the chat template leaves out assistant or tool messages; the agent loop needs both")
             if not EMPTY_THOUGHT.fullmatch(before.removeprefix(prompt)):
-                raise ValueError(
-                    f"the chat template's generation prompt is not what it writes before a turn: {before[-80:]!r}"
-                )
+                ours = f"not what it writes before a turn, {before[-60:]!r}"
+                raise ValueError(f"the chat template's generation prompt is {ours}")
             end = re.match(rf"\s*({self.mark})", behind)
             if not end:
                 raise ValueError("the chat template puts no special token behind an assistant turn; nothing can end it")
