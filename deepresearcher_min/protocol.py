@@ -10,7 +10,7 @@ import json
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -85,7 +85,7 @@ def read_tools(path: str) -> Schemas | None:
         found = json.loads(Path(path).read_bytes())
         functions = [schema["function"] for schema in found]
         described = sorted([each["name"], *each["parameters"]["properties"]] for each in functions)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except Exception as error:  # a file may hold anything
         raise ConfigError(f"tools_file={path!r}: not a JSON list of tool schemas ({error!r})") from None
     wanted = sorted([tool.name, tool.argument] for tool in TOOLS.values())
     if described != wanted:
@@ -136,26 +136,26 @@ def parse_call(text: str) -> Call | Malformed:
             if name == tool.name:
                 keys = read_keys(arguments[tool.argument])
                 return Call(kind, keys) if keys else Malformed(f"{tool.argument} is empty")
-    except (ValueError, SyntaxError, TypeError, LookupError, AttributeError, RecursionError, MemoryError):
+    except Exception:  # a model may write anything: no list, half a list, a list ten thousand deep
         return Malformed("the tool call is not JSON, or tags, with the tool's argument, a list of strings")
     return Malformed("the tool call does not name a tool")
 
 
 def read_call(text: str) -> tuple[Any, Any]:
-    """Name and arguments, neither checked; any of the errors above where there are none.
+    """Name and arguments, neither checked; any error where there are none.
 
     In tags: <function=NAME> around <parameter=KEY>VALUE</parameter> or JSON; NAME and pairs of <arg_key> and
     <arg_value>. JSON, also fenced: `name` (or `function`) and `arguments` or `parameters`, an object or its text.
     """
     text = re.sub(r"\A\s*```\w*(.*)```\s*\Z", r"\1", text, flags=re.DOTALL).strip()
-    body = text.partition("</function>")[0]
-    if tagged := re.match(r"(?:<function=)?([\w.-]+)>?\s*(?:<parameter=|<arg_key>)", body):
-        arguments = defaultdict[str, list[str]](list)
+    if tagged := re.match(r"(?:<function=)?([\w.-]+)>?\s*(<parameter=|<arg_key>|\{)", text):
+        body = text[tagged.start(2) :].partition("</function>")[0]
+        if tagged[2] == "{":
+            return tagged[1], load_json(body)
+        arguments: Any = defaultdict(list)
         for key, value in PAIR.findall(body):
             arguments[key] += read_keys(value)
         return tagged[1], arguments
-    if function := re.fullmatch(r"<function=([\w.-]+)>(.*)", body, re.DOTALL):
-        return function[1], load_json(function[2])
     call = load_json(text)
     if isinstance(call, list):
         call = call[0]
@@ -220,18 +220,15 @@ def template_inputs(date: str) -> dict[str, Any]:
         except ValueError:  # a date in words, or none
             return date
 
-    day = strftime_now("%d %b %Y")  # as Llama's templates write it
-    return dict(strftime_now=strftime_now, date_string=day, enable_thinking=True)
+    dates = {"strftime_now": strftime_now, "date_string": strftime_now("%d %b %Y")}  # as Llama's write it
+    return {**dates, "enable_thinking": True, "add_generation_prompt": True, "tokenize": False}
 
 
 def open_thought(text: str) -> str:
     """A generation prompt with one open thought at its end: the template's own, or ours for none or a closed one."""
-    end = text.rstrip()
-    if end.endswith(THINK):
+    if text.rstrip().endswith(THINK):
         return text
-    if end.endswith("</think>"):
-        text = re.sub(r"(<think>\s*)?</think>\s*\Z", "", text)
-    return text + THINK
+    return re.sub(r"<think>\s*</think>\s*\Z|</think>\s*\Z", "", text) + THINK
 
 
 def example_call(once: str, twice: str) -> str:
@@ -270,7 +267,7 @@ class ChatFormat:
         date: str,
         system_prompt: str = "",
         tools: Schemas | None = None,
-        end_ids: Iterable[int] = (),
+        end_ids: Sequence[int] = (),
     ) -> None:
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; use an instruction-tuned (chat) model")
@@ -314,9 +311,8 @@ class ChatFormat:
 
     def template(self, messages: Messages, tools: Schemas | None, **inputs: Any) -> str:
         """The template's text up to the next assistant turn; ValueError in the template's words."""
-        given = {**self.inputs, **inputs, "add_generation_prompt": True, "tokenize": False}
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, **given)
+            return self.tokenizer.apply_chat_template(messages, tools=tools, **self.inputs | inputs)
         except Exception as error:  # a template is a program, and may raise anything
             words = " ".join(str(error).split())
             raise ValueError(f"the chat template refuses the agent's conversation: {words}") from error
@@ -344,8 +340,7 @@ class ChatFormat:
             if WORDS not in behind:
                 raise ValueError("the chat template leaves out assistant or tool messages; the agent loop needs both")
             if not EMPTY_THOUGHT.fullmatch(before.removeprefix(prompt)):
-                ours = f"not what it writes before a turn, {before[-60:]!r}"
-                raise ValueError(f"the chat template's generation prompt is {ours}")
+                raise ValueError(f"the chat template's generation prompt is not how it begins a turn: {before[-60:]!r}")
             end = re.match(rf"\s*({self.mark})", behind)
             if not end:
                 raise ValueError("the chat template puts no special token behind an assistant turn; nothing can end it")
@@ -377,18 +372,18 @@ class ChatFormat:
         Whole items are dropped, worst rank first; if not even one of them fits, every entry says so in words.
         """
 
-        def size(kept: int) -> int:
-            return len(self.observation_ids(render(kind, entries, kept), earlier))
+        def show(kept: int | None) -> tuple[str, list[int]]:
+            text = render(kind, entries, kept)
+            return text, self.observation_ids(text, earlier)
 
         total = kept = sum(len(entry.items) for entry in entries)
-        text = render(kind, entries)
-        ids = self.observation_ids(text, earlier)
+        text, ids = show(total)
         if len(ids) > max_tokens:
-            kept = bisect_right(range(1, total), max_tokens, key=size)
-            too_long = (TOOLS[kind].item("The result is too long to be shown."),)
-            excuse = [Entry(entry.key[:100], too_long) for entry in entries]
-            text = render(kind, entries, kept) if kept else render(kind, excuse)
-            ids = self.observation_ids(text, earlier)
+            kept = bisect_right(range(1, total), max_tokens, key=lambda few: len(show(few)[1]))
+            if not kept:
+                too_long = (TOOLS[kind].item("The result is too long to be shown."),)
+                entries = [Entry(entry.key[:100], too_long) for entry in entries]
+            text, ids = show(kept or None)
         return text, ids, total - kept
 
     def defuse(self, text: str) -> str:
