@@ -342,7 +342,7 @@ def of_family(path: Path) -> str:
     try:
         chat = ChatFormat(tokenizer, DATE)
     except ValueError as refusal:
-        return f"| {path.stem} | refused: {refusal} | | |".replace("<|", "<\\|").replace("|>", "\\|>")
+        return f"| {path.stem} | refused: {refusal} | | | |".replace("<|", "<\\|").replace("|>", "\\|>")
     turn = "I look.\n</think>\n\n<tool_call>{}</tool_call>"
     opened = chat.tokenizer.decode(chat.prompt_ids("Who?")).rpartition("<think>")[1:]
     thoughts = "the template's" if "\n" in opened[1] else "ours"
