@@ -135,7 +135,7 @@ class PlainChat(ChatFormat):
     """The prompt of the baselines: rules and question, no tools, and for rag what a search for the question found."""
 
     def __init__(self, chat: ChatFormat, found: Mapping[str, str]) -> None:
-        super().__init__(chat.tokenizer, "", chat.system)
+        vars(self).update(vars(chat))
         self.tools, self.found = None, found
 
     def prompt_ids(self, question: str) -> list[int]:

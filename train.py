@@ -25,7 +25,7 @@ from deepresearcher_min import report, toyworld
 from deepresearcher_min.config import Config, ConfigError, describe, replace_file
 from deepresearcher_min.engine import make_engine
 from deepresearcher_min.policy import Policy
-from deepresearcher_min.protocol import ChatFormat
+from deepresearcher_min.protocol import ChatFormat, declared_ends, read_tools
 from deepresearcher_min.reward import explain, judge, step_means, step_sums, summarize
 from deepresearcher_min.rollout import EVALUATION, Agent, Batch, OnDone, Tools, roll_out
 from deepresearcher_min.run import Ranks, Stop, Watch, add_times, complete_checkpoints, open_run, save_checkpoint
@@ -155,7 +155,8 @@ def make_agent(config: Config, task: Task, ranks: Ranks) -> tuple[Agent, Agent]:
     """The agent in training, and the same one on the held-out web."""
     tokenizer = AutoTokenizer.from_pretrained(task.model_dir)
     prompt = Path(config.system_prompt_file).read_text() if config.system_prompt_file else ""
-    chat = ChatFormat(tokenizer, config.date, prompt)
+    schemas = read_tools(config.tools_file)
+    chat = ChatFormat(tokenizer, config.date, prompt, schemas, declared_ends(task.model_dir))
     web = open_web(config, ranks) if config.search not in ("toy", "local") or config.reader == "openai" else None
     tools = Tools(config, chat, task.corpus, web)
     engine = make_engine(config, task.model_dir, ranks.world_size)

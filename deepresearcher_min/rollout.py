@@ -60,7 +60,10 @@ async def agent_loop(record: Recording, generate: Callable[..., Awaitable[Comple
             stop = "tool_budget"
         else:
             entries = await agent.tools.use(action, record)
-            observation, ids, dropped = chat.fit(action.kind, entries, config.max_observation_tokens)
+            most = config.max_observation_tokens
+            observation, ids, dropped = chat.fit(action.kind, entries, most, len(record.turns))
+            if completion.token_ids[-1] != chat.end_of_turn_id:  # another end token: the template's follows, given
+                ids = [chat.end_of_turn_id, *ids]
             count(record.cost, "dropped_results", dropped)
             kept = sum(len(entry.items) for entry in entries) - dropped
             agent.tools.remember(protocol.best(entries, kept), record)
@@ -147,8 +150,8 @@ class Tools:
         token_ids, most = self.chat.message_ids(messages), self.config.max_model_len - self.config.max_turn_tokens
         del token_ids[most - 32 : -32]  # what does not fit; the rules are in front, the generation prompt at the end
         self.readings += 1
-        end, seed = (self.chat.end_of_turn_id,), self.config.seed  # of all readings: as asked, so answered
-        sampling = Sampling(self.config.reader_temperature, self.config.max_turn_tokens, seed, end)
+        seed = self.config.seed  # of all readings: as asked, so answered
+        sampling = Sampling(self.config.reader_temperature, self.config.max_turn_tokens, seed, self.chat.end_ids)
         completion = await self.scheduler.generate(f"reader/{self.readings}", token_ids, sampling)
         return self.chat.decode(completion.token_ids)
 
@@ -236,7 +239,7 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
             if turn := len(record.turns):
                 await scheduler.enter(age, len(token_ids) + max_tokens)
             seed = int(np.random.SeedSequence((config.seed, batch.step, number, index, turn)).generate_state(1)[0])
-            sampling = Sampling(batch.temperature, max_tokens, seed, (agent.chat.end_of_turn_id,))
+            sampling = Sampling(batch.temperature, max_tokens, seed, agent.chat.end_ids)
             return await scheduler.generate(f"{batch.step}/{number}/{index}", token_ids, sampling)
 
         try:
