@@ -169,7 +169,7 @@ def test_notes_taken_before_a_failure_are_kept(live):
     first = completion("CONTINUE: yes\nNOTES: First.")
     server.pages["/v1/chat/completions"] = lambda number: first if number == 1 else (500, {}, b"")
     notes, counts = read_page(server.url + "/page", "q", None, [], config, web)
-    assert notes == [(0, "First.")] and counts["fail_http_500"] == 1
+    assert notes == [(0, "First.")] and counts["fail_reader_http_500"] == 1
 
 
 def test_a_slow_reader_meets_the_deadline_of_the_call(live):
