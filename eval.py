@@ -145,17 +145,11 @@ class PlainChat(ChatFormat):
 
 def search_once(questions: Sequence[Question], agent: Agent) -> tuple[dict[str, str], dict[str, Counter]]:
     """For rag: what a search for each question finds, as the agent would see it, by its text; and the costs by id."""
-    records, sums = [Recording(question, []) for question in questions], Counter[str]()
-
-    async def look(one: Recording) -> Entry:
-        raise_if_down(agent.config, sums, ENOUGH, prefix="")
-        entry = await agent.tools.entry("search", one.question.text, one)
-        sums.update(one.cost)
-        return entry
+    records = [Recording(question, []) for question in questions]
 
     async def search() -> list[Entry]:
         agent.tools.slots = asyncio.Semaphore(agent.config.tool_threads or 1)
-        return await asyncio.gather(*map(look, records))
+        return await asyncio.gather(*(agent.tools.entry("search", one.question.text, one) for one in records))
 
     fit = partial(agent.chat.fit, max_tokens=agent.config.max_observation_tokens)
     texts = {entry.key: fit("search", [entry])[0] for entry in asyncio.run(search())}
@@ -182,12 +176,14 @@ def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
     numbers = [number for number in mine if task.held_out[number].id not in done]
     questions = [task.held_out[number] for number in numbers]
     _, agent = make_agent(config, task, ranks)
+    web = agent.tools.browser.web or Web(config, ":memory:")
+    web.enough = ENOUGH
     found, prepaid = search_once(questions, agent) if config.method == "rag" else ({}, {})
     if config.method != "agent":
         agent = replace(agent, chat=PlainChat(agent.chat, found))
     bar = tqdm(total=len(mine), initial=len(mine) - len(numbers), desc=config.method, disable=ranks.rank > 0 or None)
     sums = sum((Counter(measures(one)) for one in done.values()), Counter(n=len(done)))
-    before, costs = sums["usd"], Counter[str]()
+    before = sums["usd"]
 
     def on_done(one: Trajectory) -> None:
         one = replace(one, cost={**prepaid.get(one.question.id, {}), **one.cost})
@@ -198,13 +194,11 @@ def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
         bar.set_postfix_str(f"F1 {sums['f1'] / max(1, sums['n']):.3f}, ${sums['usd']:.2f}")
         if 0 < config.max_cost <= before + (sums["usd"] - before) * ranks.world_size:  # the others pay about as much
             raise RunStopped(f"The estimated cost has reached max_cost={config.max_cost}.")
-        costs.update(step_sums([], [[one]]))
-        raise_if_down(config, costs, ENOUGH)
 
     try:
         roll_out(Batch(questions, numbers, 1, config.eval_temperature, EVALUATION), agent, on_done)
         # Every rank's file is complete; vLLM's end is that of the process group.
-        raise_if_down(config, ranks.total(costs))
+        raise_if_down(config, ranks.total(web.totals))
     finally:
         bar.close()
         agent.tools.close()
@@ -216,15 +210,12 @@ def ask_judge_all(config: Config, results: Sequence[Trajectory]) -> tuple[dict[s
     if not config.judge_url:
         return {}, "not measured (judge_url is empty)"
     web, counts = open_web(config, Ranks()), Counter[str]()
-
-    def verdict(one: Trajectory) -> float | None:
-        raise_if_down(config, counts, ENOUGH, prefix="")
-        return ask_judge(one, config, web, counts)
-
+    web.enough = ENOUGH
     with ThreadPoolExecutor(max(1, config.tool_threads)) as pool:
-        verdicts = list(tqdm(pool.map(verdict, results), "judge", len(results), disable=None))
+        asked = pool.map(lambda one: ask_judge(one, config, web, counts), results)
+        verdicts = list(tqdm(asked, "judge", len(results), disable=None))
     web.close()
-    raise_if_down(config, counts, prefix="")
+    raise_if_down(config, web.totals)
     causes = ", ".join(f"{amount} {name}" for name, amount in counts.items() if name.startswith("fail_judge_"))
     sentence = f"by {config.judge_model}; without a verdict, left out: {verdicts.count(None)} ({causes or '-'})"
     return {one.question.id: each for one, each in zip(results, verdicts, strict=True)}, sentence
@@ -315,7 +306,7 @@ def main(argv: list[str]) -> int:
             if ranks.rank == 0:
                 conclude(config, task, started)
         except (KeyboardInterrupt, RunStopped) as stopped:
-            print(f"{stopped} Stopped. Go on with: python eval.py --resume={config.run_dir}".strip())
+            print(f"{stopped}\nStopped. Go on with: python eval.py --resume={config.run_dir}".strip())
             return 3 if isinstance(stopped, RunStopped) else 130
     except (ConfigError, ValueError) as error:
         print(f"eval.py: {error}", file=sys.stderr)

@@ -25,7 +25,7 @@ from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import THINK, Answer, Call, ChatFormat, Entry, Malformed, parse_turn
 from deepresearcher_min.search import SERVICES, Corpus, LiveSearch, make_search
 from deepresearcher_min.trajectory import Question, Recording, Trajectory, Turn
-from deepresearcher_min.web import NO_FAULT, Web, WebFailure, count, count_failure
+from deepresearcher_min.web import NO_FAULT, RunStopped, Web, WebFailure, count, count_failure
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
 GRACE = 1.0  # after a tool's own deadline its thread is given up, although it cannot be ended [s]
@@ -113,6 +113,8 @@ class Tools:
                 return Entry(key, tuple(await getattr(self, kind)(key, record)))
         except WebFailure as raised:
             failure = raised
+        except RunStopped:
+            raise
         except TimeoutError:
             failure = WebFailure("timeout", "This took too long and was given up.")
         except Exception:  # a bug, or a world stranger than its tool: it costs this call, and the log says where

@@ -87,16 +87,16 @@ class RunStopped(Exception):
     """Why a run ends before its end, with everything saved: --resume goes on."""
 
 
-def raise_if_down(config: Config, counts: Mapping[str, Any], least: int = 1, prefix: str = "cost_") -> None:
+def raise_if_down(config: Config, counts: Mapping[str, Any], least: int = 1) -> None:
     """RunStopped if most of at least `least` calls to a service failed; never in a replay, which asks nobody.
 
-    `counts` has what Web.cached counts: <prefix><service>_calls and _failed.
+    `counts`: cost_<service>_calls and cost_<service>_failed, as in metrics.jsonl.
     """
     for service in ROLES if config.cassette_mode != "replay" else ():
-        calls, failed = (counts.get(f"{prefix}{service}_{what}", 0) for what in ("calls", "failed"))
+        calls, failed = (counts.get(f"cost_{service}_{what}", 0) for what in ("calls", "failed"))
         if calls >= least and failed > calls / 2:
             last = LAST_WORDS.get(service, "see the other ranks")
-            raise RunStopped(f"{failed:.0f} of {calls:.0f} calls to the {service} service failed, the last by {last}")
+            raise RunStopped(f"{failed:.0f} of {calls:.0f} calls to the {service} service failed. The last one: {last}")
 
 
 def seconds_left(deadline: float) -> float:
@@ -225,6 +225,7 @@ class Web:
         self.flights = [threading.Lock() for _ in range(65536)]  # one for each first two bytes of a key
         self.pools = urllib3.PoolManager(100, block=True, retries=False, ssl_context=ssl.create_default_context())
         self.jitter, self.rank, self.opened = random.Random(rank), rank, time.time()
+        self.totals, self.enough = Counter[str](), 0  # calls and failures; from how many on to stop, 0: never
 
     def cached(self, kind: str, request: Any, produce: Callable[[], Any], counts: Counter, deadline: float) -> Any:
         """The recorded reply to `request` (any JSON), else that of produce(), which is recorded, be it a WebFailure.
@@ -232,15 +233,21 @@ class Web:
         `kind`, of what is asked: page or one of ROLES. Here its calls are counted, and those that failed.
         """
         hurried = deadline - time.monotonic() < self.config.tool_timeout / 2  # others took its time
-        count(counts, f"{kind}_calls")
+        if self.enough:
+            raise_if_down(self.config, self.totals, self.enough)
+        self._count(counts, f"{kind}_calls")
         try:
             return self._recorded(kind, request, produce, counts, deadline)
         except WebFailure as failure:
             count_failure(counts, kind, failure)
             if failure.kind not in NO_FAULT and not (hurried and failure.kind == "timeout"):
-                count(counts, f"{kind}_failed")
+                self._count(counts, f"{kind}_failed")
                 LAST_WORDS[kind] = str(failure)
             raise
+
+    def _count(self, counts: Counter, name: str) -> None:
+        count(counts, name)
+        count(self.totals, f"cost_{name}")
 
     def _recorded(self, kind: str, request: Any, produce: Callable[[], Any], counts: Counter, deadline: float) -> Any:
         key = hashlib.sha256(json.dumps([kind, request], sort_keys=True).encode()).digest()
