@@ -172,7 +172,7 @@ def server_words(body: bytes, headers: Mapping[str, str]) -> str:
     try:
         said = ", ".join(texts(json.loads(text)))
     except (ValueError, RecursionError):
-        said = html.unescape(re.sub(r"(?s)<(style|script|title).*?</\1>|<[^>]*>", " ", text))
+        said = html.unescape(re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", text))
     for secret in (value.split()[-1] for value in headers.values() if value.strip()):
         said = said.replace(secret, "...") if len(secret) > 3 else said
     return shorten("".join(letter if letter.isprintable() else " " for letter in said), 400, placeholder=" ...")

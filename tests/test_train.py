@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,7 +133,8 @@ def test_what_an_evaluation_costs_counts_too(monkeypatch):
     paid = Trajectory(Question("q", "text", ("a",)), [1], [False], [0.0], (), None, "deadline", {"usd": 0.5})
     monkeypatch.setattr(train, "evaluate", lambda *_: [paid, paid])
     state, other = {"step": 3, "usd": 1.0}, Ranks(rank=1)
-    train.measure("before", state, train.Task("", [], [paid.question]), None, other)
+    examinee = SimpleNamespace(config=load_config([]))
+    train.measure("before", state, train.Task("", [], [paid.question]), examinee, other)
     assert state["usd"] == 2.0
 
 
