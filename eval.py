@@ -16,7 +16,6 @@ import csv
 import hashlib
 import json
 import re
-import signal
 import sys
 import textwrap
 import time
@@ -36,22 +35,24 @@ from tqdm import tqdm
 from deepresearcher_min import report
 from deepresearcher_min.config import ROOT, Config, ConfigError, load_config, parse_arguments, require_environment
 from deepresearcher_min.protocol import ChatFormat, Entry
-from deepresearcher_min.reward import ask_judge, explain, judge, judge_rules, measures, summarize
+from deepresearcher_min.reward import ask_judge, explain, judge, judge_rules, measures, step_means, step_sums, summarize
 from deepresearcher_min.rollout import EVALUATION, Agent, Batch, roll_out
 from deepresearcher_min.run import RUNS, Ranks, complete_checkpoints, newest_run, open_run
 from deepresearcher_min.search import INDEX_CACHE, Corpus
 from deepresearcher_min.trajectory import Question, Recording, Trajectory, load_questions
-from deepresearcher_min.web import Web, WebFailure
-from train import Task, begin, check_needs, load_task, make_agent, open_web, quiet_libraries
+from deepresearcher_min.web import ROLES, RunStopped, Web, WebFailure, raise_if_down
+from train import Task, begin, check_needs, check_services, load_task, make_agent, open_web, quiet_libraries
 
 # The revision is the one at which a public copy of the official repository has the file; never fetched by us (there is
 # no internet here). What decides is the checksum, which is that of the published file, 3,197 questions.
 OFFICIAL = "https://raw.githubusercontent.com/GAIR-NLP/DeepResearcher"
 TEST_SET_URL = f"{OFFICIAL}/b576f0cc08e1ca39027f29a56a99548b743bfd3b/data/test.parquet"
 TEST_SET_SHA256 = "30c21c7da1872af08d7db1aacb5f45a57d0a7f038dd7f7baed51231bf6c5e10e"
+ENOUGH = 50  # calls to a service after which an evaluation stops where most of them failed
 CAPTION = """\
 Method {method}, model {model}, search {search} (cot: none), temperature {eval_temperature:g}. F1, EM: official scorer;
 no answer is 0; interval: 2,000 bootstraps of questions. MBE: {judge}. Ended by the harness, left out: {lost}.
+Met by a failed service, left out: {spoilt}; --resume asks both again.
 "plans" to "admits": words in thoughts, see report.behaviours. "paper": F1/MBE of 7B models as published in tables 1
 and 2 of arXiv 2504.03160: whole sets, the web of then, judge gpt-4o-mini."""
 
@@ -155,20 +156,28 @@ def search_once(questions: Sequence[Question], agent: Agent) -> tuple[dict[str, 
     return texts, {one.question.id: one.cost for one in records}
 
 
-def finished(run_dir: str) -> dict[str, Trajectory]:
-    """The trajectories of an evaluation so far, by question; what the harness ended is not among them."""
+def written(run_dir: str) -> list[Trajectory]:
+    """The trajectories of an evaluation so far; what the harness ended is not among them."""
     files = sorted((Path(run_dir) / "trajectories").glob("eval*.jsonl"))
-    return {one.question.id: one for file in files for one in report.read_trajectories(file)}
+    return [one for file in files for one in report.read_trajectories(file)]
+
+
+def finished(config: Config) -> dict[str, Trajectory]:
+    """Those by question that met no service that failed, which are asked again; a replay would only repeat them."""
+    met = [f"{role}_failed" for role in ROLES if config.cassette_mode != "replay"]
+    return {one.question.id: one for one in written(config.run_dir) if not any(name in one.cost for name in met)}
 
 
 def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
     """Ask what has no result yet. Each trajectory is written as it ends, so that no kill loses or repeats one."""
     path = Path(config.run_dir) / "trajectories" / ("eval" + f"-rank{ranks.rank}" * (ranks.world_size > 1) + ".jsonl")
-    done = ranks.share(finished(config.run_dir) if ranks.rank == 0 else None)
+    done = ranks.share(finished(config) if ranks.rank == 0 else None)
     mine = ranks.deal(range(len(task.held_out)))
     numbers = [number for number in mine if task.held_out[number].id not in done]
     questions = [task.held_out[number] for number in numbers]
     _, agent = make_agent(config, task, ranks)
+    web = agent.tools.browser.web or Web(config, ":memory:")
+    web.enough = ENOUGH
     found, prepaid = search_once(questions, agent) if config.method == "rag" else ({}, {})
     if config.method != "agent":
         agent = replace(agent, chat=PlainChat(agent.chat, found))
@@ -184,11 +193,12 @@ def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
         bar.update()
         bar.set_postfix_str(f"F1 {sums['f1'] / max(1, sums['n']):.3f}, ${sums['usd']:.2f}")
         if 0 < config.max_cost <= before + (sums["usd"] - before) * ranks.world_size:  # the others pay about as much
-            signal.raise_signal(signal.SIGINT)  # ends as Ctrl-C does
+            raise RunStopped(f"The estimated cost has reached max_cost={config.max_cost}.")
 
     try:
         roll_out(Batch(questions, numbers, 1, config.eval_temperature, EVALUATION), agent, on_done)
-        ranks.gather([None])  # every rank's file is complete; vLLM's end is that of the process group
+        # Every rank's file is complete; vLLM's end is that of the process group.
+        raise_if_down(config, ranks.total(web.totals))
     finally:
         bar.close()
         agent.tools.close()
@@ -200,17 +210,24 @@ def ask_judge_all(config: Config, results: Sequence[Trajectory]) -> tuple[dict[s
     if not config.judge_url:
         return {}, "not measured (judge_url is empty)"
     web, counts = open_web(config, Ranks()), Counter[str]()
+    web.enough = ENOUGH
     with ThreadPoolExecutor(max(1, config.tool_threads)) as pool:
         asked = pool.map(lambda one: ask_judge(one, config, web, counts), results)
         verdicts = list(tqdm(asked, "judge", len(results), disable=None))
     web.close()
-    causes = ", ".join(f"{amount} {name}" for name, amount in counts.items() if name.startswith("judge_"))
+    raise_if_down(config, web.totals)
+    causes = ", ".join(f"{amount} {name}" for name, amount in counts.items() if name.startswith("fail_judge_"))
     sentence = f"by {config.judge_model}; without a verdict, left out: {verdicts.count(None)} ({causes or '-'})"
     return {one.question.id: each for one, each in zip(results, verdicts, strict=True)}, sentence
 
 
-def scores_of(found: Sequence[Trajectory], verdicts: Mapping[str, float | None]) -> dict[str, object]:
-    """summarize(), and the 95 % bootstrap interval of F1, MBE over the answers with a verdict, shares of behaviours."""
+def scores_of(
+    found: Sequence[Trajectory], verdicts: Mapping[str, float | None], asked: Sequence[Trajectory]
+) -> dict[str, object]:
+    """summarize(), and the 95 % bootstrap interval of F1, MBE over the answers with a verdict, shares of behaviours.
+
+    The share of failed calls is that of `asked`, questions that will be asked again included.
+    """
     f1 = [measures(one)["f1"] for one in found]
     means = np.random.default_rng(0).choice(f1, (2000, len(f1))).mean(axis=1)
     judged = [each for one in found if (each := verdicts.get(one.question.id)) is not None]
@@ -218,26 +235,32 @@ def scores_of(found: Sequence[Trajectory], verdicts: Mapping[str, float | None])
     scores: dict[str, object] = {name: shown[name] / len(found) for name in report.BEHAVIOURS}
     interval, usd = np.quantile(means, (0.025, 0.975)).round(3).tolist(), sum(one.cost.get("usd", 0.0) for one in found)
     scores |= {"f1_interval": interval, "usd": usd, "mbe": sum(judged) / len(judged) if judged else None}
+    scores["failed"] = step_means(step_sums([], [asked]))["failed"]
     return {**summarize(found), **scores}
 
 
 def conclude(config: Config, task: Task, started: float) -> None:
     """Judge the answers; write summary.json, results.md and report.html from the files; print the table."""
-    run, known = Path(config.run_dir), finished(config.run_dir)
+    run, known, asked = Path(config.run_dir), finished(config), written(config.run_dir)
     results = [known[question.id] for question in task.held_out if question.id in known]
     if not results:
-        raise ValueError(f"not one of {len(task.held_out)} questions has a result; see trajectory_timeout")
+        raise RunStopped(f"not one of {len(task.held_out)} questions has a result; see trajectory_timeout and failures")
     verdicts, sentence = ask_judge_all(config, results)
     names = sorted({one.question.source for one in results})
-    by_source = [(name, [one for one in results if one.question.source == name]) for name in names]
-    sources = {name or "no source": scores_of(found, verdicts) for name, found in by_source}
-    overall = scores_of(results, verdicts)
+    sources = {}
+    for name in names:
+        own, tried = ([one for one in some if one.question.source == name] for some in (results, asked))
+        sources[name or "no source"] = scores_of(own, verdicts, tried)
+    overall = scores_of(results, verdicts, asked)
     table = report.score_rows({**sources, "all": overall})
     published = csv.DictReader((ROOT / "docs/paper.csv").read_text().splitlines())
     paper = [row for row in published if sources.keys() & row.keys()]
     table += [[f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])] for row in paper]
-    lost, seconds = len(task.held_out) - len(results), time.monotonic() - started
-    caption = textwrap.fill(CAPTION.format(**asdict(config), judge=sentence, lost=lost), 118)
+    seconds, missing = time.monotonic() - started, {question.id for question in task.held_out} - known.keys()
+    spoilt = len(missing & {one.question.id for one in asked})
+    caption = textwrap.fill(
+        CAPTION.format(**asdict(config), judge=sentence, lost=len(missing) - spoilt, spoilt=spoilt), 118
+    )
     summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": seconds}
     summary |= {"sources": sources, "overall": overall, "table": table, "caption": caption}
     (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1))
@@ -273,17 +296,19 @@ def main(argv: list[str]) -> int:
             judge_rules(config)
         torch.set_num_threads(config.threads)
         task = load_examination(config, ranks)
+        unasked = not config.resume or len(finished(config)) < len(task.held_out)
+        check_services(config, ranks, unasked, judge=bool(config.judge_url) and not config.question)
         if config.question:
             ask(config, task, ranks)
             return 0
         begin(config, ranks)
         try:
             ask_all(config, task, ranks)
-        except KeyboardInterrupt:
-            ranks.print(f"Stopped. Go on with: python eval.py --resume={config.run_dir}")
-            return 130
-        if ranks.rank == 0:
-            conclude(config, task, started)
+            if ranks.rank == 0:
+                conclude(config, task, started)
+        except (KeyboardInterrupt, RunStopped) as stopped:
+            print(f"{stopped}\nStopped. Go on with: python eval.py --resume={config.run_dir}".strip())
+            return 3 if isinstance(stopped, RunStopped) else 130
     except (ConfigError, ValueError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2

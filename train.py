@@ -27,26 +27,32 @@ from deepresearcher_min.engine import make_engine
 from deepresearcher_min.policy import Policy
 from deepresearcher_min.protocol import ChatFormat, declared_ends, read_tools
 from deepresearcher_min.reward import explain, judge, step_means, step_sums, summarize
-from deepresearcher_min.rollout import EVALUATION, Agent, Batch, OnDone, Tools, roll_out
+from deepresearcher_min.rollout import EVALUATION, Agent, Batch, OnDone, Tools, roll_out, try_services
 from deepresearcher_min.run import Ranks, Stop, Watch, add_times, complete_checkpoints, open_run, save_checkpoint
 from deepresearcher_min.search import Corpus, check_search
 from deepresearcher_min.trajectory import Group, Question, Trajectory, load_questions, take_questions
-from deepresearcher_min.web import Web
+from deepresearcher_min.web import RunStopped, Web, raise_if_down
 
 
-def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
-    """The whole run. False if Ctrl-C, SIGTERM (saved then by one rank only) or max_cost (saved) ended it early."""
+def train(config: Config, ranks: Ranks, stop: Stop) -> int:
+    """The whole run; its exit code: 3, max_cost or a dead service; 130, Ctrl-C or SIGTERM (saved by one rank only)."""
     started, task = (time.monotonic(), time.process_time()), load_task(config)
     agent, examinee = make_agent(config, task, ranks)
     policy = Policy(config, task.model_dir, ranks)
-    state, earlier = restore(config, policy, ranks, len(task.questions))
+    state, evaluations = restore(config, policy, ranks, len(task.questions))
     save = partial(save_policy, config, policy, agent, ranks, stop)
     try:
-        # 0 measure
-        before = earlier[0] if earlier else measure("before", state, task, examinee, ranks)
         agent.engine.update_weights(policy.named_weights())  # resumed or not: these weights, and no cached prefixes
-        while state["step"] < config.steps:
-            step, lap = state["step"] + 1, time.monotonic()
+        while True:
+            # 0 measure
+            step = state["step"]
+            if measure_if_due(evaluations, state, task, examinee, ranks):
+                agent.engine.update_weights(policy.named_weights())  # as before the first step
+            if step and (step % config.save_every == 0 or step >= config.steps):
+                save(add_times(state, started))
+            if step >= config.steps:
+                break
+            step, lap = step + 1, time.monotonic()
             asked = take_questions(task.questions, config.seed, state["asked"], config.questions_per_step)
             questions, numbers = ranks.deal(asked), ranks.deal(range(len(asked)))
             # 1 act: G trajectories for each question
@@ -57,6 +63,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
             groups = [judge(question, found, config, step) for question, found in zip(questions, rollouts, strict=True)]
             row = {"step": step, "steps": config.steps, "roll_s": time.monotonic() - lap}
             row |= step_means(ranks.total(step_sums(groups, rollouts)))
+            raise_if_down(config, row)
             # 3 learn: GRPO on the groups, then the new weights go to the engine
             with stop.shield():
                 agent.engine.sleep()
@@ -66,36 +73,40 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
                 state |= {"step": step, "asked": state["asked"] + len(asked), "usd": state["usd"] + row["cost_usd"]}
                 # 4 report
                 row |= {"update_s": time.monotonic() - lap - row["roll_s"], "usd": state["usd"]}
-                if ranks.rank == 0:
-                    report.append_json_line(Path(config.run_dir) / "metrics.jsonl", row)
-                ranks.print(report.step_line(row))
-            if step % config.log_every == 0:
-                write_groups(config, f"step-{step:06d}" + f"-rank{ranks.rank}" * (ranks.world_size > 1), step, groups)
-            if config.eval_every and step % config.eval_every == 0:
-                measure(f"step-{step:06d}", state, task, examinee, ranks)
-                agent.engine.update_weights(policy.named_weights())  # as before the first step
-            if (broke := 0 < config.max_cost <= state["usd"]) or step % config.save_every == 0 or step == config.steps:
-                save(add_times(state, started))
-            if broke:
-                ranks.print(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
-                return False
+                report_step(config, ranks, row, groups)
+            if 0 < config.max_cost <= state["usd"]:
+                raise RunStopped(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
         after = measure("after", state, task, examinee, ranks)
         if ranks.rank == 0:
-            conclude(config, add_times(state, started), before, after)
+            conclude(config, add_times(state, started), evaluations[0], after)
         ranks.share(None)  # all wait for the report: vLLM's end is that of the process group
+    except RunStopped as stopped:  # on all ranks, which saw the same figures
+        ranks.print(str(stopped))
+        save(add_times(state, started))
+        return 3
     except KeyboardInterrupt:
         stop.asked = True  # a rollout has caught the signal itself; the next one must not spoil the saving
         if ranks.world_size == 1:  # several cannot save together now
             save(add_times(state, started))
-        return False
+        return 130
     finally:
         for part in (agent.tools, examinee.tools, agent.engine):
             part.close()
-    return True
+    return 0
 
 
-def restore(config: Config, policy: Policy, ranks: Ranks, count: int) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """The newest checkpoint's state, or that of step 0, and the scores before training, if known, in a list.
+def report_step(config: Config, ranks: Ranks, row: dict[str, Any], groups: Sequence[Group]) -> None:
+    """The console line, the row of metrics.jsonl and, every `log_every` steps, the trajectories."""
+    step = row["step"]
+    if ranks.rank == 0:
+        report.append_json_line(Path(config.run_dir) / "metrics.jsonl", row)
+    ranks.print(report.step_line(row))
+    if step % config.log_every == 0:
+        write_groups(config, f"step-{step:06d}" + f"-rank{ranks.rank}" * (ranks.world_size > 1), step, groups)
+
+
+def restore(config: Config, policy: Policy, ranks: Ranks, count: int) -> tuple[dict[str, Any], dict[int, Any]]:
+    """The newest checkpoint's state, or that of step 0, and the scores of the evaluations so far by step.
 
     The policy and metrics.jsonl are set back to the end of that step. ConfigError where the run had another order of
     questions, which depends on the seed and their number.
@@ -108,7 +119,7 @@ def restore(config: Config, policy: Policy, ranks: Ranks, count: int) -> tuple[d
         if (saved := {key: state.get(key) for key in order}) != order:
             raise ConfigError(f"{found[0]} belongs to a run with {saved}, not with {order}: begin a new one")
     rows = report.resume_metrics(run / "metrics.jsonl", state["step"]) if ranks.rank == 0 else []
-    return state, ranks.share([row["eval"] for row in rows if row["step"] == 0])
+    return state, ranks.share({row["step"]: row["eval"] for row in rows if "eval" in row})
 
 
 @dataclass(frozen=True)
@@ -173,10 +184,21 @@ def evaluate(questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done:
     return ranks.gather([trajectory for (trajectory,) in roll_out(batch, agent, on_done)])
 
 
+def measure_if_due(evaluations: dict[int, Any], state: dict[str, Any], *examination: Any) -> bool:
+    """Add the scores of this step to the evaluations, where they are wanted and not there."""
+    step, every = state["step"], examination[1].config.eval_every
+    wanted = step == 0 or (every and step % every == 0)
+    if not wanted or step in evaluations:
+        return False
+    evaluations[step] = measure(f"step-{step:06d}" if step else "before", state, *examination)
+    return True
+
+
 def measure(name: str, state: dict[str, Any], task: Task, examinee: Agent, ranks: Ranks) -> dict[str, float]:
     """Evaluate on the held-out questions, write trajectories and scores, add the cost to the state; the scores."""
     with progress(f"evaluation {name}", len(task.held_out) // ranks.world_size, ranks) as on_done:
         trajectories = evaluate(task.held_out, examinee, ranks, on_done)
+    raise_if_down(examinee.config, step_sums([], [trajectories]))
     scores, step = summarize(trajectories), state["step"]
     state["usd"] += sum(one.cost.get("usd", 0.0) for one in trajectories)
     if task.world is not None:
@@ -255,6 +277,16 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: that is meant
 
 
+def check_services(config: Config, ranks: Ranks, agent: bool = True, judge: bool = False) -> None:
+    """Try the services that the run will use; rank 0 raises ConfigError, and all others end with it."""
+    ask = ranks.rank == 0 and config.cassette_mode != "replay"
+    trouble = ranks.share(try_services(config, agent, judge) if ask else "")
+    if trouble and ranks.rank == 0:
+        raise ConfigError(trouble)
+    if trouble:
+        sys.exit(2)
+
+
 def begin(config: Config, ranks: Ranks) -> None:
     """Open the run folder, and say what is special about this run."""
     if ranks.rank == 0:
@@ -271,10 +303,12 @@ def main(argv: list[str]) -> int:
         watch = Watch(ranks, config.rank_timeout)
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
+        check_services(config, ranks)
         begin(config, ranks)
-        if not train(config, ranks, Stop()):
+        code = train(config, ranks, Stop())
+        if code:
             ranks.print(f"Stopped. Continue with: python train.py --resume={config.run_dir}")
-            return 130
+            return code
         watch.finished.set()
     except (ConfigError, ValueError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)

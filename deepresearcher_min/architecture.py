@@ -52,6 +52,7 @@ def difference(trial: Trial, kind: Any, architecture: str, max_model_len: int) -
             torch.manual_seed(0)
             try:
                 model = small_copy(kind.from_dict(json.loads(architecture)), length)
+                model.should_save_on_this_rank = lambda _: True  # every rank has a folder of its own
                 model.save_pretrained(folder)
                 prompts = [torch.randint(3, VOCABULARY, (n,)).tolist() for n in (length, min(length, SHORT) // 2)]
                 tried = trial(config, folder, prompts)

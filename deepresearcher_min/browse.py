@@ -27,7 +27,7 @@ import webencodings
 from deepresearcher_min.config import ROOT, Config, ConfigError, require_environment
 from deepresearcher_min.search import Corpus, content_words
 from deepresearcher_min.trajectory import Reading
-from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, count, seconds_left
+from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, count, count_failure, seconds_left
 
 PARSER = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"]  # this module as a process
 NOT_CONTENT = ["head", "title", "script", "style", "noscript", "template", "svg", "iframe", "nav", "footer", "aside"]
@@ -358,7 +358,7 @@ class Browser:
             failure = error if isinstance(error, WebFailure) else WebFailure(*TIMEOUT)
             if not notes:
                 raise failure from None
-            count(counts, f"fail_{failure.kind}")
+            count_failure(counts, "page", failure)
         return notes
 
     def fetch_text(self, url: str, counts: Counter, deadline: float) -> str:

@@ -30,8 +30,8 @@ printable = partial(re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]").su
 
 STEP_LINE = (  # {key:width|format}
     "step {step:3|}/{steps:1|} | reward {reward:5|.2f} | f1 {f1:4|.2f} | bad_format {bad_format:4|.0%} | "
-    "tied {tied:4|.0%} | calls {calls:4|.1f} | tokens {length:5|} | kl {kl:6|.4f} | mismatch {mismatch:7|.2g} | "
-    "grad {grad_norm:5|.2f} | roll {roll_s:5|.1f}s upd {update_s:5|.1f}s | ${usd:1|.2f}"
+    "tied {tied:4|.0%} | calls {calls:4|.1f} | failed {failed:4|.0%} | tokens {length:5|} | kl {kl:6|.4f} | "
+    "mismatch {mismatch:7|.2g} | grad {grad_norm:5|.2f} | roll {roll_s:5|.1f}s upd {update_s:5|.1f}s | ${usd:1|.2f}"
 )
 SCORES = {  # key of an evaluation: its name in tables and how it prints
     "n": ("questions", "d"), "f1": ("F1", ".3f"), "f1_interval": ("F1, 95 % interval", ".2f"),
@@ -41,7 +41,7 @@ SCORES = {  # key of an evaluation: its name in tables and how it prints
     "format_errors": ("format errors", ".1%"), "full_name": ("full name in the query", ".1%"),
     "browse_when_needed": ("browses when needed", ".1%"), "second_hop": ("takes the second hop", ".1%"),
     "plans": ("plans", ".1%"), "cross-checks": ("cross-checks", ".1%"), "reflects": ("reflects", ".1%"),
-    "admits": ("admits not knowing", ".1%"),
+    "admits": ("admits not knowing", ".1%"), "failed": ("failed calls", ".1%"),
 }  # fmt: skip
 BEHAVIOURS = yaml.safe_load(Path(__file__).with_name("behaviours.yaml").read_text())  # name: regular expressions
 

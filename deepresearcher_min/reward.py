@@ -17,7 +17,7 @@ from pathlib import Path
 from deepresearcher_min.config import ROOT, Config, ConfigError
 from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Trajectory
-from deepresearcher_min.web import Web, WebFailure, count
+from deepresearcher_min.web import ROLES, Web, WebFailure
 
 PUNCTUATION_TO_SPACE = str.maketrans({mark: " " for mark in string.punctuation})
 FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
@@ -135,7 +135,7 @@ def parse_verdict(reply: str) -> float | None:
 
 
 def ask_judge(trajectory: Trajectory, config: Config, web: Web, counts: Counter) -> float | None:
-    """MBE, a language model's verdict on an answer: 1 or 0; None, counted by cause, where there is no verdict.
+    """MBE, a language model's verdict on an answer: 1 or 0; None, counted as fail_judge_*, where there is no verdict.
 
     No answer is wrong and an exact match is right without asking, as in the official code.
     """
@@ -160,8 +160,7 @@ def ask_judge(trajectory: Trajectory, config: Config, web: Web, counts: Counter)
 
     try:
         return web.cached("judge", [url, payload], ask, counts, deadline)
-    except WebFailure as failure:
-        count(counts, f"judge_{failure.kind}")
+    except WebFailure:
         return None
 
 
@@ -205,8 +204,13 @@ def step_sums(groups: Sequence[Group], rollouts: Sequence[Sequence[Trajectory]])
 
 
 def step_means(sums: Counter[str]) -> dict[str, float]:
-    """Means over the trajectories of all ranks; `tied` is the share of groups; lost and cost_... stay totals."""
+    """Means over the trajectories of all ranks; lost and cost_... stay totals.
+
+    `tied` is the share of groups, `failed` that of the calls to pages and services.
+    """
     count = max(1, sums["trajectories"])
     means = {name: sums[name] / count for name in ("reward", "f1", "calls", "tokens")}
     means |= {"bad_format": sums["format_errors"] / count, "tied": sums["tied_groups"] / max(1, sums["groups"])}
+    failed, asked = (sum(sums[f"cost_{source}_{what}"] for source in ("page", *ROLES)) for what in ("failed", "calls"))
+    means["failed"] = failed / max(1, asked)
     return means | {name: value for name, value in sums.items() if name.startswith("cost_") or name == "lost"}

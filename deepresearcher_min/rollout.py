@@ -9,6 +9,8 @@ import asyncio
 import heapq
 import logging
 import signal
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,9 +23,9 @@ from deepresearcher_min.browse import Browser
 from deepresearcher_min.config import Config
 from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import THINK, Answer, Call, ChatFormat, Entry, Malformed, parse_turn
-from deepresearcher_min.search import Corpus, make_search
+from deepresearcher_min.search import SERVICES, Corpus, LiveSearch, make_search
 from deepresearcher_min.trajectory import Question, Reading, Recording, Trajectory, Turn
-from deepresearcher_min.web import Web, WebFailure, count
+from deepresearcher_min.web import NO_FAULT, RunStopped, Web, WebFailure, count, count_failure
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
 GRACE = 1.0  # after a tool's own deadline its thread is given up, although it cannot be ended [s]
@@ -130,12 +132,14 @@ class Tools:
                 return Entry(key, tuple(await getattr(self, kind)(key, record)))
         except WebFailure as raised:
             failure = raised
+        except RunStopped:
+            raise
         except TimeoutError:
             failure = WebFailure("timeout", "This took too long and was given up.")
         except Exception:  # a bug, or a world stranger than its tool: it costs this call, and the log says where
             logging.getLogger(__name__).exception("tool call for %.200r", key)
             failure = WebFailure("error", "The tool failed.")
-        count(record.cost, f"fail_{failure.kind}")
+        count_failure(record.cost, "page" if kind == "browse" else kind, failure)
         return Entry(key, (protocol.TOOLS[kind].item(failure.words),))
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -157,6 +161,41 @@ class Tools:
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def try_services(config: Config, agent: bool = True, judge: bool = False) -> str:
+    """Ask each service that a run will use once, unrecorded: what is wrong with the first that fails, or an empty text.
+
+    `agent`: those of its tools; `judge`: that of evaluations.
+    """
+    roles = []
+    if agent and config.search in SERVICES and (config.max_tool_calls or config.method == "rag"):
+        roles.append("search")
+    if agent and config.reader == "openai" and config.max_tool_calls:
+        roles.append("reader")
+    if judge:
+        roles.append("judge")
+    web = Web(config, ":memory:")
+    for role in roles:
+        address, key = getattr(config, f"{role}_url"), f"{role.upper()}_API_KEY"
+        deadline = time.monotonic() + config.tool_timeout
+        try:
+            if role == "search":
+                live = LiveSearch(config, web)
+                address, key = live.base, SERVICES[config.search][2] or "the network"
+                live.find("Wikipedia", Counter(), deadline)
+            else:
+                payload = {
+                    "model": getattr(config, f"{role}_model"),
+                    "messages": [{"role": "user", "content": "Hello"}],
+                }
+                web.chat(f"{address.rstrip('/')}/chat/completions", key, payload, Counter(), deadline)
+        except WebFailure as failure:
+            if failure.kind not in NO_FAULT:
+                trouble = f"the {role} service at {address} does not work ({failure})"
+                return f"{trouble}; check that it runs, {role}_url, {key} and what is left of its quota"
+    web.close()
+    return ""
 
 
 class Scheduler:

@@ -14,6 +14,7 @@ import time
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
@@ -105,6 +106,14 @@ class LiveSearch:
         """Ask once, whoever asks; results without an address are left out. Raises WebFailure."""
         query, results = one_line(query), self.config.search_results
         deadline = time.monotonic() + self.config.tool_timeout
+        request = [self.config.search, self.base, query, results, *self.place.items()]
+        find = partial(self.find, query, counts, deadline)
+        rows = self.web.cached("search", request, find, counts, deadline)
+        found = [SearchResult(*row) for row in rows[:results]]
+        return [one._replace(url=self.base + one.url) if one.url[0] == "/" else one for one in found]
+
+    def find(self, query: str, counts: Counter, deadline: float) -> list[list[str]]:
+        """Title, address and snippet of each result, not from the cassette."""
 
         def ask(path: str, payload: Any = None) -> Any:
             with self.lock:  # a bucket of one token: a larger one would break the service's limit in its first second
@@ -118,19 +127,15 @@ class LiveSearch:
             count(counts, "usd", self.price)
             return reply
 
-        def find() -> list[list[str]]:
-            try:
-                found = [[one_line(text) for text in row] for row in self.service(query, results, ask)]
-            except (LookupError, TypeError, AttributeError):
-                raise WebFailure(*BAD_REPLY) from None
-            if not (rows := [row for row in found if row[1]]):
-                raise WebFailure(*NO_RESULTS)
-            return rows
-
-        request = [self.config.search, self.base, query, results, *self.place.items()]
-        rows = self.web.cached("search", request, find, counts, deadline)
-        found = [SearchResult(*row) for row in rows[:results]]
-        return [one._replace(url=self.base + one.url) if one.url[0] == "/" else one for one in found]
+        try:
+            found = self.service(query, self.config.search_results, ask)
+            rows = [[one_line(text) for text in row] for row in found]
+        except (LookupError, TypeError, AttributeError):
+            raise WebFailure(*BAD_REPLY) from None
+        rows = [row for row in rows if row[1]]
+        if not rows:
+            raise WebFailure(*NO_RESULTS)
+        return rows
 
 
 def one_line(text: Any) -> str:

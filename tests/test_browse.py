@@ -170,7 +170,7 @@ def test_notes_taken_before_a_failure_are_kept(live):
     first = completion("CONTINUE: yes\nNOTES: First.")
     server.pages["/v1/chat/completions"] = lambda number: first if number == 1 else (500, {}, b"")
     notes, counts = read_page(server.url + "/page", "q", None, [], config, web)
-    assert notes == [(0, "First.")] and counts["fail_http_500"] == 1
+    assert notes == [(0, "First.")] and counts["fail_reader_http_500"] == 1
 
 
 def test_a_slow_reader_meets_the_deadline_of_the_call(live):
@@ -237,7 +237,7 @@ def test_a_whole_browse_has_a_deadline_of_its_own_and_each_reading_keeps_tool_ti
     config, read = replace(config, tool_timeout=0.7), {}
     for limit in (-1.0, 0.0, 1.3):
         notes, counts = read_page(url, f"q {limit}", None, [], replace(config, browse_timeout=limit), web)
-        read[limit] = len(notes), counts["fail_timeout"]
+        read[limit] = len(notes), counts["fail_page_timeout"] + counts["fail_reader_timeout"]
     assert read[0.0][0] >= 6 and read[0.0][1] == 0 and read[-1.0][1] == read[1.3][1] == 1
     assert 1 <= read[-1.0][0] <= 2 < read[1.3][0] <= 5
     with pytest.raises(WebFailure, match="timeout"):  # one reading alone has no longer than tool_timeout

@@ -44,7 +44,7 @@ def test_the_table_stands_beside_the_papers(tmp_path, capsys):
     # nq: (3 + 2 * 2/3) / 6; Bamboogle: 2 / 4
     assert cells["F1"] == ["0.500", "0.722", "0.633"] and cells["EM"] == ["0.500", "0.500", "0.500"]
     assert cells["format errors"] == ["50.0%", "0.0%", "20.0%"] and "MBE" not in cells
-    assert cells["paper: DeepResearcher"] == [".710/.728", ".396/.619", "-"] and len(cells) == 5 + 8 + 7 + 1
+    assert cells["paper: DeepResearcher"] == [".710/.728", ".396/.619", "-"] and len(cells) == 5 + 8 + 8 + 1
     low, high = summary["sources"]["nq"]["f1_interval"]
     assert 0.3 < low < 0.722 < high <= 1  # six values of mean .722 and deviation .40: about .72 +- .32
     assert "Ended by the harness, left out: 1." in " ".join(printed.split())
@@ -94,18 +94,18 @@ NEARLY = answered("nq", 1, "Augusta Ada King,\nCORRECT")
         (lambda n: reply("CORRECT" if n == 3 else "Hm."), 1.0, None, 3),
         ((200, {}, {**reply("CORRECT")[2], "usage": "n/a"}), 1.0, None, 1),
         ((200, {}, {**reply("CORRECT")[2], "usage": {"total_tokens": "5"}}), 1.0, None, 1),
-        (reply("It is correct."), None, "judge_no_verdict", 3),
-        (reply("CORRECT or INCORRECT"), None, "judge_no_verdict", 3),
-        (reply("CORRECT\nOr not?"), None, "judge_no_verdict", 3),
-        (reply(""), None, "judge_no_verdict", 3),
-        (reply(None), None, "judge_no_verdict", 3),
-        (reply(["CORRECT"]), None, "judge_no_verdict", 3),
-        ((200, {}, []), None, "judge_no_verdict", 3),
-        ((200, {}, {"error": "overloaded"}), None, "judge_no_verdict", 3),
-        ((200, {}, b"<html>CORRECT</html>"), None, "judge_bad_reply", 1),
-        ((200, {}, b"\xff" * 6_000_000), None, "judge_too_large", 1),
-        ((401, {}, b"no"), None, "judge_unauthorized", 1),
-        ((500, {}, b"oops"), None, "judge_http_500", 2),
+        (reply("It is correct."), None, "fail_judge_no_verdict", 3),
+        (reply("CORRECT or INCORRECT"), None, "fail_judge_no_verdict", 3),
+        (reply("CORRECT\nOr not?"), None, "fail_judge_no_verdict", 3),
+        (reply(""), None, "fail_judge_no_verdict", 3),
+        (reply(None), None, "fail_judge_no_verdict", 3),
+        (reply(["CORRECT"]), None, "fail_judge_no_verdict", 3),
+        ((200, {}, []), None, "fail_judge_bad_reply", 1),
+        ((200, {}, {"error": "overloaded"}), None, "fail_judge_bad_reply", 1),
+        ((200, {}, b"<html>CORRECT</html>"), None, "fail_judge_bad_reply", 1),
+        ((200, {}, b"\xff" * 6_000_000), None, "fail_judge_too_large", 1),
+        ((401, {}, b"no"), None, "fail_judge_unauthorized", 1),
+        ((500, {}, b"oops"), None, "fail_judge_http_500", 2),
         (lambda n: reply("Yes.\nCORRECT") if n > 1 else (503, {"Retry-After": "0"}, b""), 1.0, None, 2),
     ],
 )
@@ -115,7 +115,7 @@ def test_verdicts_are_read_strictly(tmp_path, monkeypatch, page, verdict, cause,
         config, web = judging(server, tmp_path)
         counts = Counter()
         assert ask_judge(NEARLY, config, web, counts) == verdict
-        assert {name for name in counts if name.startswith("judge_")} == ({cause} if cause else set())
+        assert {name for name in counts if name.startswith("fail_judge_")} == ({cause} if cause else set())
         assert server.requests["/v1/chat/completions"] == requests
         _, headers, body = server.sent[0]
         sent = json.loads(body)
@@ -224,7 +224,7 @@ def test_a_silent_judge_costs_its_deadline_and_no_more(tmp_path, monkeypatch):
     with Server({"/": page}) as server:
         config, web = judging(server, tmp_path, judge_url=server.url + "/fault", tool_timeout=0.4)
         start, counts = time.monotonic(), Counter()
-        assert ask_judge(NEARLY, config, web, counts) is None and counts["judge_timeout"] == 1
+        assert ask_judge(NEARLY, config, web, counts) is None and counts["fail_judge_timeout"] == 1
         assert time.monotonic() - start < 5
         web.close()
 
@@ -240,4 +240,4 @@ def test_mbe_in_the_table_says_what_was_left_out(tmp_path, capsys):
     cells = {row[0]: row[1:] for row in summary["table"]}
     assert cells["MBE"] == ["0.500", "0.800", "0.667"]  # nq: 4 of the 5 with a verdict
     words = " ".join(capsys.readouterr().out.split())
-    assert "by judge; without a verdict, left out: 1 (1 judge_no_verdict)" in words
+    assert "by judge; without a verdict, left out: 1 (1 fail_judge_no_verdict)" in words

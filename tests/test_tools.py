@@ -39,10 +39,13 @@ pytestmark = pytest.mark.quick
 
 
 FAILURES = {
-    "fail_quota": (lambda query: raising(WebFailure("quota", "The quota is used up."))(query), "The quota is used up."),
-    "fail_timeout": (lambda query: time.sleep(1.5) or [], "took too long"),
-    "fail_error": (raising(KeyError("a bug")), "failed"),
-    "fail_error by garbage": (lambda query: [None, 7], "failed"),
+    "fail_search_quota": (
+        lambda query: raising(WebFailure("quota", "The quota is used up."))(query),
+        "The quota is used up.",
+    ),
+    "fail_search_timeout": (lambda query: time.sleep(1.5) or [], "took too long"),
+    "fail_search_error": (raising(KeyError("a bug")), "failed"),
+    "fail_search_error by garbage": (lambda query: [None, 7], "failed"),
 }
 
 
@@ -69,7 +72,7 @@ def test_only_shown_addresses_are_opened_and_a_failed_page_says_why():
     assert "No search has shown" in observation(trajectory)[0]["information"][0]["page_summary"]
     shown, unknown = observation(trajectory, 2)
     assert "No search has shown" not in str(shown) and "No search has shown" in str(unknown)
-    assert trajectory.cost["fail_unknown_url"] == 2 and trajectory.cost["pages"] == 1
+    assert trajectory.cost["fail_page_unknown_url"] == 2 and trajectory.cost["pages"] == 1
     assert trajectory.stop_reason == "answer"
     write = turns(search_turn(), browse_turn("https://gone.example/"), answer_turn())
     agent = make_agent(Scripted(write))
@@ -78,14 +81,14 @@ def test_only_shown_addresses_are_opened_and_a_failed_page_says_why():
     assert observation(trajectory, 1)[0]["information"] == [
         {"page_number": 0, "page_summary": "There is no page at this address."}
     ]
-    assert trajectory.cost["fail_not_found"] == 1
+    assert trajectory.cost["fail_page_not_found"] == 1
 
 
 def test_what_another_trajectory_was_shown_is_not_shown():
     first = {"1/0/0": [search_turn(), answer_turn()], "1/1/0": [browse_turn(), answer_turn()]}
     engine = Scripted(lambda request_id, turn: first[request_id][turn], lambda name, turn: 9 if name == "1/1/0" else 1)
     _, second = flat(roll_out(batch(2), make_agent(engine)))
-    assert second.cost["fail_unknown_url"] == 1
+    assert second.cost["fail_page_unknown_url"] == 1
 
 
 async def tiring(reading, segment, counts, deadline):
@@ -106,7 +109,7 @@ def test_a_page_that_takes_too_long_gives_what_was_read_of_it():
     assert observation(trajectory, 1) == [
         {"information": [{"page_number": 0, "page_summary": "The first half."}], "url": url}
     ]
-    assert trajectory.cost["fail_timeout"] == 1
+    assert trajectory.cost["fail_page_timeout"] == 1
 
 
 def test_the_engine_reads_pages_for_the_agent():
@@ -158,7 +161,7 @@ def test_tools_run_while_others_generate_in_at_most_tool_threads_and_waiting_for
     source = with_source(agent, lambda query: time.sleep(0.05) or [SearchResult("T", "https://a.example/", "S")])
     trajectories = flat(roll_out(batch(20), agent))  # 60 searches, 4 at once: 0.75 s
     assert source.most_at_once == 4
-    assert not any("fail_timeout" in t.cost for t in trajectories)
+    assert not any("fail_search_timeout" in t.cost for t in trajectories)
     assert {t.stop_reason for t in trajectories} == {"answer"}
     assert engine.most_running > 4
     agent.tools.close()
@@ -253,7 +256,7 @@ def test_the_reader_is_told_question_query_segment_and_the_notes_for_that_query(
         [(0, "note 1"), (1, "note 2")], [(2, "note 3"), (3, "note 4")], [(4, "note 5")],
     ]  # fmt: skip
     ((number, words),) = pages_of(trajectory, 5)
-    assert number == 0 and "nothing is left" in words and trajectory.cost["fail_nothing_left"] == 1
+    assert number == 0 and "nothing is left" in words and trajectory.cost["fail_page_nothing_left"] == 1
 
 
 def test_a_browse_that_reads_so_many_segments_at_most_is_gone_on_with_by_the_next_one():
@@ -289,7 +292,7 @@ def test_a_failed_segment_is_read_again_and_one_that_did_not_fit_into_the_observ
     agent.tools.browser.generate_text = failing
     trajectory = one(agent)
     assert [words_of(prompt, "Page segment") for prompt in prompts] == [f"{i} of 5" for i in (1, 2, 2, 2)]
-    assert pages_of(trajectory, 1) == [(0, "first")] and trajectory.cost["fail_timeout"] == 1
+    assert pages_of(trajectory, 1) == [(0, "first")] and trajectory.cost["fail_page_timeout"] == 1
     assert "too long to be shown" in pages_of(trajectory, 2)[0][1]
     assert words_of(prompts[3], "Earlier notes") == "first"  # of the second, the agent has seen nothing
     assert pages_of(trajectory, 3) == [(1, "third")]
