@@ -5,6 +5,7 @@ page made to crash or to occupy a parser takes only a child with it. Left out: s
 """
 
 import asyncio
+import hashlib
 import io
 import json
 import logging
@@ -15,6 +16,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Any
 
@@ -25,10 +28,19 @@ from deepresearcher_min.search import Corpus, content_words
 from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, count, seconds_left
 
 PARSER = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"]  # this module as a process
+PARSED_BY = [f"{name} {version(name)}" for name in ("trafilatura", "beautifulsoup4", "lxml", "pypdf")]
+EXTRACTOR = hashlib.sha256(Path(__file__).read_bytes() + "".join(PARSED_BY).encode()).hexdigest()  # makes the texts
 NOT_CONTENT = ["script", "style", "noscript", "template", "svg", "iframe", "nav", "header", "footer", "aside", "form"]
 Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
 CHARSET = re.compile(r"(?i)(?:^[^<]*|<meta[^>]*)\bcharset\s*=\s*[\"']?([\w.:-]+)")  # in a header, or in HTML
 CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
+# No space follows a sentence of Chinese, Japanese, Khmer or Myanmar; Thai and Lao have nothing but a space there.
+ENDS = "。！？｡।॥។៕။"
+BORDERS = (("\n\n",), ("\n",), (". ", *ENDS), (" ",))  # of segments, best first
+SENTENCE_END = re.compile(
+    rf"(?<=[.!?])\s+|\n+|(?<=[{ENDS}])(?![{ENDS}」』”’）])|(?<=[{ENDS}][」』”’）])"
+    r"|(?<=[\u0e00-\u0eff])\s+(?=[\u0e00-\u0eff])"
+)
 READER_RULES = (ROOT / "prompts/reader.txt").read_text().strip()
 
 
@@ -118,7 +130,8 @@ def segments(text: str, max_chars: int) -> list[str]:
     while start < len(text):
         end = start + max_chars
         if end < len(text):
-            borders = (text.rfind(border, start + max_chars // 2, end) for border in ("\n\n", "\n", ". ", " "))
+            half = start + max_chars // 2
+            borders = (max(text.rfind(border, half, end) for border in kind) for kind in BORDERS)
             end = next((place + 1 for place in borders if place >= 0), end)
         pieces.append(text[start:end].strip())
         start = end
@@ -128,7 +141,7 @@ def segments(text: str, max_chars: int) -> list[str]:
 def extract(question: str, segment: str) -> str:
     """What the reader without a model notes: the ten sentences that share most content words with the question."""
     wanted = set(content_words(question))
-    sentences = re.split(r"(?<=[.!?])\s+|\n+", segment)
+    sentences = SENTENCE_END.split(segment)
     shared = [len(wanted.intersection(content_words(sentence))) for sentence in sentences]
     best = sorted(range(len(sentences)), key=lambda i: (-shared[i], i))[:10]
     return " ".join(sentences[i].strip() for i in sorted(best) if shared[i])
@@ -198,7 +211,7 @@ class Browser:
                 return text
             raise WebFailure("no_text", "The page holds no text that can be read.")
 
-        return self.web.cached("page", url.partition("#")[0], produce, counts, deadline)
+        return self.web.cached("page", url.partition("#")[0], produce, counts, deadline, EXTRACTOR)
 
     async def read(self, question: str, segment: str, memory: Sequence[str], counts: Counter, deadline: float) -> Notes:
         """Notes on one segment, and whether to read on; a model's tokens are in no trajectory."""

@@ -9,8 +9,10 @@ import html
 import json
 import os
 import re
+import shutil
 import threading
 import time
+import unicodedata
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -25,68 +27,176 @@ import numpy as np
 from deepresearcher_min.config import Config, ConfigError, require_environment
 from deepresearcher_min.web import BAD_REPLY, Web, WebFailure, count
 
-WORD = re.compile(r"\w+")
-FUNCTION_WORDS = set(  # words without content: a query is to match by its names and nouns
-    WORD.findall("""a an and any are as at be been but by can could did do does for from had has have
-    he her him his how i if in into is it its may me my of on or our she should so than that the their them then there
-    these they this those to us was we were what when where which who whom whose why will with would you your""")
+# Letters and digits, and the signs that belong to letters from Hindi to Khmer, which are no \w.
+WORD = re.compile(r"[\w\u0900-\u0963\u0966-\u0eff\u1000-\u1049\u1050-\u109f\u1780-\u17d3\u17db-\u17ff]+")
+# Scripts that put no space between words, or, as Korean, put endings to them.
+SIGNS = (
+    r"\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff",  # Chinese
+    r"\u3041-\u309f\u30fc",  # Hiragana
+    r"\u30a1-\u30ff\u31f0-\u31ff",  # Katakana
+    r"\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3",  # Korean
 )
+LETTERS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\uaa60-\uaa7f"  # Thai, Lao, Myanmar, Khmer
+PAIRS = "|".join(f"[{signs}]+" for signs in SIGNS)
+UNSPACED = "".join(SIGNS) + LETTERS
+HAS_UNSPACED = re.compile(f"[{UNSPACED}\uff01-\uffdc]")  # or wide and narrow forms of other signs
+RUN = re.compile(f"(?P<pairs>{PAIRS})|(?P<triples>[{LETTERS}]+)|[^{UNSPACED}]+")
 NO_RESULTS = ("no_results", "Nothing was found for this query.")
 SNIPPET_CHARS = 300
-INDEX_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deepresearcher_min"
+INDEX_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepresearcher_min"
+SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # what the code of this file makes, another may not
 SearchResult = namedtuple("SearchResult", ["title", "url", "snippet"])
 Ask = Callable[..., Any]  # ask(path, JSON to POST or nothing for a GET) -> JSON of the service
 Rows = Iterable[tuple[Any, Any, Any]]  # title, url (or path of the service), snippet: texts, or whatever was sent
 
 
+def words(text: str) -> list[str]:
+    """The lower-case words of a text, in order.
+
+    Where a script has no spaces, each two neighbouring signs (Chinese, Japanese, Korean) or three neighbouring
+    letters (Thai, Lao, Myanmar, Khmer) are a word, and so is a shorter run: 'iPad平板电脑' -> ipad 平板 板电 电脑.
+    """
+    text = text.casefold()
+    if text.isascii() or not HAS_UNSPACED.search(text):
+        return WORD.findall(text)
+    found = []
+    for word in WORD.findall(unicodedata.normalize("NFKC", text)):
+        for run in RUN.finditer(word):
+            size = {"pairs": 2, "triples": 3}.get(run.lastgroup or "", len(word))
+            last = max(0, len(run[0]) - size)
+            found += [run[0][start : start + size] for start in range(last + 1)]
+    return found
+
+
+FUNCTION_WORDS = set(  # words without content: a query is to match by its names and nouns
+    words("""a an and any are as at be been but by can could did do does for from had has have
+    he her him his how i if in into is it its may me my of on or our she should so than that the their them then there
+    these they this those to us was we were what when where which who whom whose why will with would you your
+    什么 哪里 哪个 哪些 哪位 怎么 为什么 多少 是谁 是什么 在哪 の は が を に で と も か な へ や です ですか ます
+    でした ました ある いる する した して から まで とは どこ だれ いつ なに なぜ
+    คือ คืออะไร อะไร ที่ไหน เมื่อไร เมื่อไหร่ ใคร เป็น ของ และ ที่""")
+)
+
+
 def content_words(text: str) -> list[str]:
     """The lower-case words of a text without function words; all of its words where nothing else is there."""
-    words = WORD.findall(text.casefold())
-    return [word for word in words if word not in FUNCTION_WORDS] or words
+    found = words(text)
+    return [word for word in found if word not in FUNCTION_WORDS] or found
+
+
+def read_passage(row: Any) -> tuple[str, str, str]:
+    """(title, address, text) of a passage as this package, BEIR, Search-R1 or their servers write it.
+
+    A text alone is `contents`, whose first line is the title (Search-R1). Without `url` the address is passage:ID, with
+    a hash of the text as ID where there is none. Raises LookupError, which lists the columns, without any text.
+    """
+    if isinstance(row, str):
+        row = {"contents": row}
+    url, title, text, name = row.get("url"), row.get("title"), row.get("text"), row.get("id", row.get("_id"))
+    if text is None:
+        text = row.get("contents")
+        if text is None:
+            raise LookupError(f"it has neither text nor contents; the columns here: {', '.join(row)}")
+        first, _, rest = str(text).partition("\n")
+        first = first.strip('" ')
+        if rest and (title is None or title == first):
+            title, text = first, rest
+    title, text = "" if title is None else str(title), str(text)
+    if not url and name is None:
+        name = hashlib.sha256(f"{title}\n{text}".encode("utf-8", "replace")).hexdigest()[:12]
+    return title, str(url or f"passage:{name}"), text
+
+
+def beginning(text: str) -> str:
+    """The first SNIPPET_CHARS of a text, up to the end of a word where it has words."""
+    flat = " ".join(text.split())
+    short = shorten(flat, SNIPPET_CHARS, placeholder=" ...")
+    return short if len(short) >= min(len(flat), SNIPPET_CHARS // 2) else flat[:SNIPPET_CHARS] + " ..."
 
 
 class Corpus:
-    """Documents (title, url, text), their `pages`, and a BM25 index; a result shows snippet(index of the document)."""
+    """Documents (title, url, text) and a BM25 index; a result shows snippet(index of the document).
+
+    `pages`: by url, the texts of all its documents, in their order.
+    """
 
     def __init__(self, documents: Sequence, snippet: Callable[[int], str] | None = None, folder: Path | None = None):
         if not documents:
             raise ConfigError("the corpus has no documents")
-        import bm25s  # here, because importing it takes 0.7 s and a live run does not need it
+        self.documents = documents
+        passages: dict[str, list[str]] = {}
+        for _, url, text in documents:
+            passages.setdefault(url, []).append(text)
+        self.pages = {url: "\n\n".join(texts) for url, texts in passages.items()}
+        self.snippet = snippet or (lambda index: beginning(documents[index][2]))
+        self.index = load_index(folder)
+        if self.index is None:
+            import bm25s  # here, because importing it takes 0.7 s and a live run does not need it
 
-        self.documents, self.pages = documents, {url: text for _, url, text in documents}
-        self.snippet = snippet or (lambda index: shorten(documents[index][2], SNIPPET_CHARS, placeholder=" ..."))
-        if folder is not None and folder.is_dir():
-            self.index = bm25s.BM25.load(folder)
-            return
-        self.index = bm25s.BM25()
-        words = [WORD.findall(f"{title}\n{text}".casefold()) for title, _, text in documents]
-        self.index.index(words, show_progress=False)
-        if folder is not None:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(OSError), TemporaryDirectory(dir=folder.parent) as unfinished:  # another rank was first
-                self.index.save(unfinished)
-                os.rename(unfinished, folder)  # at once: nobody ever reads half an index
+            self.index = bm25s.BM25()
+            self.index.index([words(f"{title}\n{text}") for title, _, text in documents], show_progress=False)
+            save_index(self.index, folder)
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> "Corpus":
-        """From lines of {"title", "url", "text"}, with its index under ~/.cache; ConfigError names a bad line."""
+        """From lines that read_passage reads, with its index under ~/.cache; ConfigError names a bad line."""
         content, documents = Path(path).read_bytes(), []
         for number, line in enumerate(content.splitlines(), start=1):
             try:
                 if line.strip():
-                    row = json.loads(line)
-                    documents.append((str(row["title"]), str(row["url"]), str(row["text"])))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"corpus={path}: line {number} is not title, url, text: {error!r}") from error
-        return cls(documents, folder=INDEX_CACHE / f"bm25-{hashlib.sha256(content).hexdigest()[:24]}")
+                    passage = read_passage(json.loads(line))
+                    escaped = b"\\u" in line
+                    documents.append(tuple(map(without_halves, passage)) if escaped else passage)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise ConfigError(f"corpus={path}: line {number} is no passage (title, url, text): {error}") from error
+        return cls(documents, folder=INDEX_CACHE / f"bm25-{index_key(content)}")
 
     def search(self, query: str, k: int) -> list[SearchResult]:
         """The k best documents, best first, equal scores in corpus order; none that shares no word with the query."""
-        words = list(dict.fromkeys(content_words(query)))
-        scores = self.index.get_scores_from_ids(self.index.get_tokens_ids(words))
+        wanted = list(dict.fromkeys(content_words(query)))
+        scores = self.index.get_scores_from_ids(self.index.get_tokens_ids(wanted))
         found = np.flatnonzero(scores > 0)
         best = found[np.argsort(-scores[found], kind="stable")[:k]]
         return [SearchResult(self.documents[i][0], self.documents[i][1], self.snippet(i)) for i in best.tolist()]
+
+
+def index_key(content: bytes) -> str:
+    """A name for the index of a corpus file: a hash of all that it is made of."""
+    import bm25s
+
+    made = hashlib.sha256(content)
+    for part in (SOURCE, WORD.pattern, WORD.flags, RUN.pattern, bm25s.__version__, unicodedata.unidata_version):
+        made.update(f"{part}\0".encode())
+    return made.hexdigest()[:24]
+
+
+def checksum(folder: Path) -> str:
+    """Of all files of an index but the one that holds it."""
+    files = sorted(file for file in folder.iterdir() if file.name != "checksum")
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+
+
+def load_index(folder: Path | None) -> Any:
+    """The index in a folder; None where there is none, or it is not as it was saved."""
+    with suppress(OSError, ValueError):
+        if folder is not None and (folder / "checksum").read_text() == checksum(folder):
+            import bm25s
+
+            return bm25s.BM25.load(folder, show_progress=False)
+    return None
+
+
+def save_index(index: Any, folder: Path | None) -> None:
+    """Keep an index where that can be done; it costs only time where not."""
+    if folder is None:
+        return
+    with suppress(OSError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent) as unfinished:
+            index.save(unfinished, show_progress=False)
+            (Path(unfinished) / "checksum").write_text(checksum(Path(unfinished)))
+            shutil.rmtree(folder, ignore_errors=True)  # one that could not be loaded, or another rank's
+            os.rename(unfinished, folder)  # at once: nobody ever reads half an index
 
 
 class LiveSearch:
@@ -124,14 +234,20 @@ class LiveSearch:
                 raise WebFailure(*NO_RESULTS)
             return rows
 
-        rows = self.web.cached("search", [self.config.search, self.base, query, results], find, counts, deadline)
+        request = [self.config.search, self.base, query, results]
+        rows = self.web.cached("search", request, find, counts, deadline, SOURCE)
         found = [SearchResult(*row) for row in rows[:results]]
         return [one._replace(url=self.base + one.url) if one.url[0] == "/" else one for one in found]
 
 
 def one_line(text: Any) -> str:
     """Text without line breaks and without the half characters that JSON can bring; empty for what is no text."""
-    return " ".join(text.encode("utf-8", "replace").decode().split()) if isinstance(text, str) else ""
+    return " ".join(without_halves(text).split()) if isinstance(text, str) else ""
+
+
+def without_halves(text: str) -> str:
+    """Text without half of a two-part sign, which JSON can bring and no file and no tokenizer takes: ? stands there."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def serper(query: str, results: int, ask: Ask) -> Rows:
@@ -152,16 +268,22 @@ def wikipedia(query: str, results: int, ask: Ask) -> Rows:
     wanted = urlencode({"srsearch": query, "srlimit": results})
     reply = ask(f"/w/api.php?action=query&list=search&format=json&formatversion=2&{wanted}")
     for row in reply["query"]["search"]:
-        snippet = html.unescape(re.sub("<[^>]*>", "", row["snippet"]))  # matches come marked up
+        snippet = html.unescape(re.sub("<[^>]*>", "", row.get("snippet") or ""))  # matches come marked up
         yield row["title"], "/wiki/" + quote(row["title"].replace(" ", "_"), errors="replace"), snippet
 
 
 def retriever(query: str, results: int, ask: Ask) -> Rows:
     """A server that speaks Search-R1's protocol; passages without an address cannot be browsed, so all is shown."""
-    reply = ask("/retrieve", {"queries": [query], "topk": results, "return_scores": True})
-    for document in (row["document"] for row in reply["result"][0]):
-        title, _, passage = document["contents"].partition("\n")
-        yield title.strip('" '), document.get("url") or f"passage:{document['id']}", passage
+    rows = ask("/retrieve", {"queries": [query], "topk": results, "return_scores": True})["result"][0]
+    if not isinstance(rows, list):
+        raise TypeError("not a list of documents for each query")
+    found = []
+    for row in rows:
+        with suppress(LookupError, TypeError, AttributeError):  # a bad one costs only itself
+            found.append(read_passage(row.get("document", row) if isinstance(row, dict) else row))
+    if rows and not found:
+        raise LookupError("no document can be read")
+    return found
 
 
 # How to ask; the URL of the public one, which `search_url` replaces; the variable that holds the key of a paid one.

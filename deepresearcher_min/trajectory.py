@@ -29,7 +29,9 @@ import pyarrow.parquet as pq
 # left out of group and loss.
 POLICY_STOPS = ("answer", "malformed", "tool_budget", "length", "context")
 HARNESS_STOPS = ("deadline", "cancelled")
-PRINTED_TEXT = re.compile(r"""(["'])(?:\\.|(?!\1)[^\\])*\1(\s+(?=["']))?""", re.DOTALL)  # in quotes, and a gap behind it
+PRINTED_TEXT = re.compile(
+    r"""(["'])(?:\\.|(?!\1)[^\\])*\1(\s+(?=["']))?""", re.DOTALL
+)  # in quotes, and a gap behind it
 PRINTED_ARRAY = re.compile(r"\barray\((\[.*?\])(?:,\s*dtype=[^\])]*)?\)", re.DOTALL)
 
 

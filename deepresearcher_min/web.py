@@ -157,8 +157,13 @@ class Web:
         self.pools = urllib3.PoolManager(100, block=True, retries=False, ssl_context=ssl.create_default_context())
         self.jitter = random.Random(rank)
 
-    def cached(self, kind: str, request: Any, produce: Callable[[], Any], counts: Counter, deadline: float) -> Any:
-        """The recorded reply to `request` (any JSON), else that of produce(), which is recorded, be it a WebFailure."""
+    def cached(
+        self, kind: str, request: Any, produce: Callable, counts: Counter, deadline: float, made: str = ""
+    ) -> Any:
+        """The recorded reply to `request` (any JSON), else that of produce(), which is recorded, be it a WebFailure.
+
+        `made` stands for the code behind produce(): in mode live, what other code has made is asked for again.
+        """
         key = hashlib.sha256(json.dumps([kind, request], sort_keys=True).encode()).digest()
         flight = self.flights[int.from_bytes(key[:2], "big")]
         if not flight.acquire(timeout=seconds_left(deadline)):  # all but one of identical requests wait for its reply
@@ -169,7 +174,8 @@ class Web:
             reply = json.loads(row[1]) if row else {}
             ttl = 60.0 if "failure" in reply else self.config.search_ttl  # a failure is soon forgotten [s]
             kept = {"live": False, "record": "failure" not in reply, "replay": True}[self.config.cassette_mode]
-            if reply and (kept or time.time() - row[0] <= ttl):
+            fresh = reply and time.time() - row[0] <= ttl and reply.get("made", "") == made
+            if reply and (kept or fresh):
                 count(counts, "cache_hits")
             elif self.config.cassette_mode == "replay":
                 raise WebFailure("replay_miss", "This is not in the recording that is being replayed.")
@@ -178,7 +184,7 @@ class Web:
                     reply = {"value": produce()}
                 except WebFailure as failure:
                     reply = {"failure": (failure.kind, failure.words)}
-                row = (key, time.time(), json.dumps(reply))
+                row = (key, time.time(), json.dumps({**reply, "made": made}))
                 with self.db_lock:
                     self.db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", row)
         finally:

@@ -1,6 +1,8 @@
 """search.py: the corpus, and each backend against real loopback servers."""
 
+import hashlib
 import json
+import re
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +72,174 @@ def test_index_is_built_once_and_read_from_disk(tmp_path, monkeypatch):
     assert Corpus.from_jsonl(file).search("river", 3) == first == [SearchResult("Ost", "u:2", "A river.")]
 
 
-@pytest.mark.parametrize("line", ["not json", '{"title": "x"}', "[1]"])
+def spoil_file(folder, name, keep):
+    """Cut every file of an index whose name holds `name`, as a full disk or a power cut does."""
+    for file in folder.iterdir():
+        if name in file.name:
+            file.write_bytes(file.read_bytes()[:keep])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: spoil_file(folder, "data", 100),
+        lambda folder: spoil_file(folder, "indices", 0),
+        lambda folder: spoil_file(folder, "vocab", 10),
+        lambda folder: spoil_file(folder, "", 0),
+        lambda folder: (folder / "vocab.index.json").write_text("{}"),  # can be read, and finds nothing
+        lambda folder: (folder / "indptr.csc.index.npy").unlink(),
+        lambda folder: (folder / "checksum").unlink(),  # as an earlier version kept it
+        lambda folder: [file.unlink() for file in folder.iterdir()],
+        lambda folder: folder.rename(folder.with_name("elsewhere")) and folder.write_text("a file"),
+    ],
+)
+def test_an_index_that_is_not_as_it_was_saved_is_made_again(tmp_path, monkeypatch, spoil):
+    monkeypatch.setattr(search, "INDEX_CACHE", tmp_path / "cache")
+    file = tmp_path / "corpus.jsonl"
+    file.write_text("\n".join(json.dumps({"title": t, "url": u, "text": x}) for t, u, x in DOCUMENTS))
+    expected = Corpus.from_jsonl(file).search("river", 3)
+    (folder,) = (tmp_path / "cache").iterdir()
+    spoil(folder)
+    assert Corpus.from_jsonl(file).search("river", 3) == expected != []
+    if folder.is_dir():  # kept again, whole
+        monkeypatch.setattr(bm25s.BM25, "index", lambda *_, **__: pytest.fail("the index was built again"))
+        assert Corpus.from_jsonl(file).search("river", 3) == expected
+
+
+def test_an_index_knows_what_made_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "INDEX_CACHE", tmp_path / "cache")
+    file = tmp_path / "corpus.jsonl"
+    file.write_text('{"title": "Ost", "url": "u:1", "text": "C++ and C# are languages."}')
+    assert Corpus.from_jsonl(file).search("c#", 3)
+    seen = {search.index_key(file.read_bytes())}
+    for name, value in (
+        ("WORD", re.compile(r"[\w+#]+")),
+        ("WORD", re.compile(r"[\w+#]+", re.ASCII)),
+        ("RUN", re.compile(r"(?P<pairs>[a-z]+)|.+")),
+        ("SOURCE", "after an edit"),
+    ):
+        monkeypatch.setattr(search, name, value)
+        seen.add(search.index_key(file.read_bytes()))
+        assert [one.title for one in Corpus.from_jsonl(file).search("c++", 3)] == ["Ost"]
+    monkeypatch.setattr(bm25s, "__version__", "99")
+    seen.add(search.index_key(file.read_bytes()))
+    assert len(seen) == 6 == len({search.index_key(file.read_bytes() + b"\n"), *seen}) - 1
+    monkeypatch.undo()
+    monkeypatch.setattr(search, "INDEX_CACHE", tmp_path / "cache")
+    assert hashlib.sha256(Path(search.__file__).read_bytes()).hexdigest() == search.SOURCE
+    monkeypatch.setattr(search, "WORD", re.compile(r"[a-z+#]+"))
+    assert Corpus.from_jsonl(file).search("c", 3) == []  # the first index would find it
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch):
+    file = tmp_path / "corpus.jsonl"
+    file.write_text('{"title": "Ost", "url": "u:1", "text": "A river."}')
+    for cache in (file / "below a file", Path("/proc/none"), Path("/dev/null/x")):
+        monkeypatch.setattr(search, "INDEX_CACHE", cache)
+        assert Corpus.from_jsonl(file).search("river", 3)
+
+
+PASSAGES = [
+    ({"title": "Ulm", "url": "https://u.example/", "text": "A city."}, ("Ulm", "https://u.example/", "A city.")),
+    ({"_id": "7", "title": "Ulm", "text": "A city.", "metadata": {}}, ("Ulm", "passage:7", "A city.")),  # BEIR
+    ({"id": 0, "contents": '"Ulm"\nA city.\nOn a river.'}, ("Ulm", "passage:0", "A city.\nOn a river.")),  # wiki-18
+    ({"id": "7", "contents": "A city."}, ("", "passage:7", "A city.")),  # without a title line
+    ({"id": "7", "title": "Ulm", "contents": "A city.\nOn a river."}, ("Ulm", "passage:7", "A city.\nOn a river.")),
+    ({"id": "7", "title": "Ulm", "contents": "Ulm\nA city."}, ("Ulm", "passage:7", "A city.")),
+    ({"id": "7", "title": None, "url": None, "text": "A city.", "contents": "x"}, ("", "passage:7", "A city.")),
+    ("Ulm\nA city.", ("Ulm", "passage:91b25a4edd8c", "A city.")),
+    ({"title": "Ulm", "text": "A city.", "id": None}, ("Ulm", "passage:91b25a4edd8c", "A city.")),  # the same
+]
+
+
+@pytest.mark.parametrize(("row", "passage"), PASSAGES)
+def test_passages_are_read_with_whatever_they_lack(tmp_path, monkeypatch, row, passage):
+    assert search.read_passage(row) == passage
+    monkeypatch.setattr(search, "INDEX_CACHE", tmp_path / "cache")
+    (tmp_path / "corpus.jsonl").write_text("\ufeff" + json.dumps(row) + "\r\n", "utf-8")
+    corpus = Corpus.from_jsonl(tmp_path / "corpus.jsonl")
+    assert corpus.documents == [passage] and corpus.pages == {passage[1]: passage[2]}  # which can be opened
+
+
+def test_an_address_with_several_passages_opens_as_all_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "INDEX_CACHE", tmp_path / "cache")
+    rows = [("Ost", "u:1", "Ost is a river."), ("Velden", "u:2", "A city."), ("Ost", "u:1", "Its spring is cold.")]
+    (tmp_path / "c.jsonl").write_text(
+        "\n".join(json.dumps(dict(zip(("title", "url", "text"), r, strict=True))) for r in rows)
+    )
+    for corpus in (Corpus(rows), Corpus.from_jsonl(tmp_path / "c.jsonl")):
+        assert corpus.search("cold spring", 3) == [SearchResult("Ost", "u:1", "Its spring is cold.")]
+        assert corpus.pages == {"u:1": "Ost is a river.\n\nIts spring is cold.", "u:2": "A city."}
+
+
+def test_half_a_surrogate_in_a_corpus_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "INDEX_CACHE", tmp_path / "cache")
+    line = '{"title": "Ost\\ud83d", "url": "u:\\udc00", "text": "A \\ud83d\\ude00 river\\ud83d."}'
+    (tmp_path / "c.jsonl").write_text(line)
+    corpus = Corpus.from_jsonl(tmp_path / "c.jsonl")
+    assert corpus.search("river", 1) == [SearchResult("Ost?", "u:?", "A 😀 river?.")]
+
+
+# --- scripts without spaces
+
+WORLD = [
+    ("绍兴", "绍兴是浙江省的一座城市。鲁迅于1881年出生在绍兴。"),
+    ("北京", "北京是中国的首都。它有２１００万人口。"),
+    ("東京", "東京は日本の首都である。人口は約1400万人。"),
+    ("京都", "京都は古い都です。794年に平安京が置かれました。"),
+    ("กรุงเทพมหานคร", "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย ก่อตั้งเมื่อ พ.ศ. 2325"),
+    ("เชียงใหม่", "เชียงใหม่เป็นจังหวัดทางภาคเหนือ มีดอยสุเทพ"),
+    ("ភ្នំពេញ", "ភ្នំពេញជារាជធានីនៃប្រទេសកម្ពុជា។ ទីក្រុងនេះស្ថិតនៅលើទន្លេមេគង្គ។"),
+    ("ရန်ကုန်", "ရန်ကုန်သည် မြန်မာနိုင်ငံ၏ အကြီးဆုံးမြို့ဖြစ်သည်။"),
+    ("ວຽງຈັນ", "ວຽງຈັນແມ່ນນະຄອນຫຼວງຂອງປະເທດລາວ"),
+    ("서울", "서울은 대한민국의 수도이다. 한강이 흐른다."),
+    ("दिल्ली", "दिल्ली भारत की राजधानी है। यमुना यहाँ बहती है।"),
+    ("London", "London is the capital of the United Kingdom."),
+]
+SCRIPTS = Corpus([(title, f"w:{title}", text) for title, text in WORLD])
+
+
+@pytest.mark.parametrize(
+    ("query", "title"),
+    [
+        ("鲁迅出生在哪里？", "绍兴"), ("中国的首都是哪个城市？", "北京"), ("2100万", "北京"),
+        ("日本の首都はどこですか？", "東京"), ("平安京が置かれたのはいつですか", "京都"), ("都", "京都"),
+        ("เมืองหลวงของประเทศไทยคืออะไร", "กรุงเทพมหานคร"), ("ดอยสุเทพอยู่ที่ไหน", "เชียงใหม่"),
+        ("រាជធានីនៃប្រទេសកម្ពុជា", "ភ្នំពេញ"), ("မြန်မာနိုင်ငံ", "ရန်ကုန်"), ("ນະຄອນຫຼວງຂອງລາວ", "ວຽງຈັນ"),
+        ("대한민국의 수도는?", "서울"), ("भारत की राजधानी", "दिल्ली"), ("capital of the United Kingdom", "London"),
+    ],
+)  # fmt: skip
+def test_questions_find_pages_in_scripts_without_spaces(query, title):
+    assert SCRIPTS.search(query, 3)[0].title == title
+
+
+def test_words_of_scripts_without_spaces():
+    assert search.words("iPad平板电脑") == ["ipad", "平板", "板电", "电脑"]
+    assert search.words("食べた ｺｰﾋｰ") == ["食", "べた", "コー", "ーヒ", "ヒー"]
+    assert search.words("ไทย ลาว") == ["ไทย", "ลาว"] and search.words("กรุงเทพ")[0] == "กรุ"
+    assert search.words("ＮＨＫは１８８１年") == ["nhk", "は", "1881", "年"]
+    assert search.words("दिल्ली है।") == ["दिल्ली", "है"]
+    assert SCRIPTS.search("斑马有几条腿", 3) == SCRIPTS.search("ม้าลาย", 3) == []
+
+
+def test_snippets_of_scripts_without_spaces_are_cut_anywhere():
+    text = "绍兴是浙江省的一座城市。" * 60
+    snippet = Corpus([("绍兴", "u", text)]).search("绍兴", 1)[0].snippet
+    assert snippet == text[: search.SNIPPET_CHARS] + " ..."
+
+
+def test_other_scripts_change_nothing_for_english():
+    """Scores as the first version of this package computed them, with \\w+ as the only rule."""
+    corpus = Corpus(DOCUMENTS)
+    query = search.content_words("Where was Amra Sool's Red Door born in Velden?")
+    assert query == ["amra", "sool", "s", "red", "door", "born", "velden"]
+    scores = corpus.index.get_scores_from_ids(corpus.index.get_tokens_ids(query))
+    assert scores.tolist() == [2.3118462562561035, 0.2746620774269104, 0.0]
+    accented = "Brontë’s café – déjà vu, 10² m, ½ ﬁn, Łódź, Ἀθῆναι, Москва́"
+    assert search.words(accented) == re.findall(r"\w+", accented.casefold())
+
+
+@pytest.mark.parametrize("line", ["not json", '{"title": "x"}', "[1]", "7", "null", "[" * 100_000])
 def test_a_bad_line_of_the_corpus_is_named(tmp_path, line):
     file = tmp_path / "corpus.jsonl"
     file.write_text('{"title": "a", "url": "u", "text": "t"}\n' + line + "\n")
@@ -173,10 +342,46 @@ def test_searxng_wikipedia_and_retriever(tmp_path):
         assert "usd" not in site.counts or site.counts["usd"] == 0
 
 
+SEARCH_R1 = {  # the documents of its own servers, and of others that speak its protocol
+    "dense": {"document": {"id": "7", "contents": '"Ost"\nA river.'}, "score": 0.5},
+    "dense, its corpus loaded with columns that this row lacks": {"document": {"id": 7, "contents": "Ost\nA river.",
+                                                                  "url": None, "title": None}, "score": 0.5},
+    "BM25": {"document": {"title": "Ost", "text": "A river.", "contents": '"Ost"\nA river.'}, "score": 9},
+    "online": {"document": {"contents": '"Ost"\nA river.'}},
+    "without scores": {"contents": '"Ost"\nA river.'},
+    "text": {"document": '"Ost"\nA river.'},
+    "only text": '"Ost"\nA river.',
+    "address": {"document": {"url": "https://ost.example/", "title": "Ost", "text": "A river."}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SEARCH_R1)
+def test_every_retriever_of_search_r1_is_understood(tmp_path, kind):
+    """A bad document costs only itself; an address without id is the same every time, and another for another text."""
+    other = {"document": {"contents": "A brook."}}
+    with Site("retriever", {"result": [[SEARCH_R1[kind], {"document": {"error": 1}}, None, other]]}, tmp_path) as site:
+        found, brook = site.search("Ost", site.counts)
+        assert (found.title, found.snippet, brook.title, brook.snippet) == ("Ost", "A river.", "", "A brook.")
+        expected = "https://ost.example/" if kind == "address" else "passage:7" if "dense" in kind else found.url
+        assert found.url == expected != brook.url and re.fullmatch("https://.*|passage:[0-9a-f]+", found.url)
+    with Site("retriever", {"result": [[other, SEARCH_R1[kind]]]}, tmp_path / "b") as site:
+        assert site.search("river", site.counts)[::-1] == [found, brook]
+
+
+def test_rows_of_the_other_services_may_lack_what_is_optional(tmp_path):
+    rows = {"query": {"search": [{"title": "Ost"}, {"title": "Ulm", "snippet": None}]}}
+    with Site("wikipedia", rows, tmp_path / "a") as site:
+        assert [(one.title, one.snippet) for one in site.search("x", site.counts)] == [("Ost", ""), ("Ulm", "")]
+    rows = {"results": [{"url": "https://a.example/"}, {"url": "https://b.example/", "title": None, "content": None}]}
+    with Site("searxng", rows, tmp_path / "b") as site:
+        assert [(one.title, one.snippet) for one in site.search("x", site.counts)] == [("", ""), ("", "")]
+
+
 NOTHING = {"serper": {"searchParameters": {}, "organic": []}, "searxng": {"results": []},
            "wikipedia": {"query": {"search": []}}, "retriever": {"result": [[]]}}  # fmt: skip
 STRANGE = [[], None, 7, "text", {}, {"error": {"info": "no"}}, {"organic": 3, "results": 3, "query": 3, "result": 3},
-           {"organic": [3], "results": [3], "query": {"search": [3]}, "result": [[3]]}]  # fmt: skip
+           {"organic": [3], "results": [3], "query": {"search": [3]}, "result": [[3]]},
+           {"result": [{"document": {"contents": "not a list for each query"}}]}]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["serper", "searxng", "wikipedia", "retriever"])
