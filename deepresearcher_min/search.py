@@ -30,17 +30,15 @@ from deepresearcher_min.web import BAD_REPLY, Web, WebFailure, count
 # Letters and digits, and the signs that belong to letters from Hindi to Khmer, which are no \w.
 WORD = re.compile(r"[\w\u0900-\u0963\u0966-\u0eff\u1000-\u1049\u1050-\u109f\u1780-\u17d3\u17db-\u17ff]+")
 # Scripts that put no space between words, or, as Korean, put endings to them.
-SIGNS = (
-    r"\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff",  # Chinese
-    r"\u3041-\u309f\u30fc",  # Hiragana
-    r"\u30a1-\u30ff\u31f0-\u31ff",  # Katakana
-    r"\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3",  # Korean
+UNSPACED = re.compile(r"[\u0e00-\u11ff\u1780-\u17ff\u3005-\uffdc\U00020000-\U0003ffff]")
+RUN = re.compile(
+    r"""(?x) (?P<pairs>
+      [\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+  # Chinese
+    | [\u3041-\u309f\u30fc]+ | [\u30a1-\u30ff\u31f0-\u31ff]+  # Hiragana, Katakana
+    | [\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3]+ )  # Korean
+    | (?P<triples> [\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+ )  # Thai, Lao, Myanmar, Khmer
+    | [^\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff]+ | ."""
 )
-LETTERS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\uaa60-\uaa7f"  # Thai, Lao, Myanmar, Khmer
-PAIRS = "|".join(f"[{signs}]+" for signs in SIGNS)
-UNSPACED = "".join(SIGNS) + LETTERS
-HAS_UNSPACED = re.compile(f"[{UNSPACED}\uff01-\uffdc]")  # or wide and narrow forms of other signs
-RUN = re.compile(f"(?P<pairs>{PAIRS})|(?P<triples>[{LETTERS}]+)|[^{UNSPACED}]+")
 NO_RESULTS = ("no_results", "Nothing was found for this query.")
 SNIPPET_CHARS = 300
 INDEX_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepresearcher_min"
@@ -57,7 +55,7 @@ def words(text: str) -> list[str]:
     letters (Thai, Lao, Myanmar, Khmer) are a word, and so is a shorter run: 'iPad平板电脑' -> ipad 平板 板电 电脑.
     """
     text = text.casefold()
-    if text.isascii() or not HAS_UNSPACED.search(text):
+    if text.isascii() or not UNSPACED.search(text):
         return WORD.findall(text)
     found = []
     for word in WORD.findall(unicodedata.normalize("NFKC", text)):
@@ -88,22 +86,20 @@ def read_passage(row: Any) -> tuple[str, str, str]:
     """(title, address, text) of a passage as this package, BEIR, Search-R1 or their servers write it.
 
     A text alone is `contents`, whose first line is the title (Search-R1). Without `url` the address is passage:ID, with
-    a hash of the text as ID where there is none. Raises LookupError, which lists the columns, without any text.
+    a hash of the text as ID where there is none. Raises LookupError, TypeError or AttributeError without any text.
     """
     if isinstance(row, str):
         row = {"contents": row}
     url, title, text, name = row.get("url"), row.get("title"), row.get("text"), row.get("id", row.get("_id"))
     if text is None:
-        text = row.get("contents")
-        if text is None:
-            raise LookupError(f"it has neither text nor contents; the columns here: {', '.join(row)}")
-        first, _, rest = str(text).partition("\n")
+        text = row["contents"]
+        first, _, rest = text.partition("\n")
         first = first.strip('" ')
-        if rest and (title is None or title == first):
+        if rest and title in (None, first):
             title, text = first, rest
-    title, text = "" if title is None else str(title), str(text)
-    if not url and name is None:
-        name = hashlib.sha256(f"{title}\n{text}".encode("utf-8", "replace")).hexdigest()[:12]
+    title, text = str(title or ""), str(text)
+    if name is None:
+        name = hashlib.sha256((title + text).encode("utf-8", "replace")).hexdigest()[:12]
     return title, str(url or f"passage:{name}"), text
 
 
@@ -129,27 +125,33 @@ class Corpus:
             passages.setdefault(url, []).append(text)
         self.pages = {url: "\n\n".join(texts) for url, texts in passages.items()}
         self.snippet = snippet or (lambda index: beginning(documents[index][2]))
-        self.index = load_index(folder)
+        self.index: Any = load_index(folder) if folder else None
         if self.index is None:
             import bm25s  # here, because importing it takes 0.7 s and a live run does not need it
 
             self.index = bm25s.BM25()
             self.index.index([words(f"{title}\n{text}") for title, _, text in documents], show_progress=False)
-            save_index(self.index, folder)
+            if folder:
+                save_index(self.index, folder)
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> "Corpus":
         """From lines that read_passage reads, with its index under ~/.cache; ConfigError names a bad line."""
+        import bm25s
+
         content, documents = Path(path).read_bytes(), []
         for number, line in enumerate(content.splitlines(), start=1):
             try:
                 if line.strip():
                     passage = read_passage(json.loads(line))
-                    escaped = b"\\u" in line
-                    documents.append(tuple(map(without_halves, passage)) if escaped else passage)
+                    "".join(passage).encode()  # refuses half of a two-part sign, which no tokenizer takes
+                    documents.append(passage)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                raise ConfigError(f"corpus={path}: line {number} is no passage (title, url, text): {error}") from error
-        return cls(documents, folder=INDEX_CACHE / f"bm25-{index_key(content)}")
+                raise ConfigError(f"corpus={path}: line {number} is not title, url, text: {error!r}") from error
+        made = hashlib.sha256(content)  # and of all else that the index comes from
+        rules = SOURCE, WORD.pattern, WORD.flags, RUN.pattern
+        made.update(repr((rules, bm25s.__version__, unicodedata.unidata_version)).encode())
+        return cls(documents, folder=INDEX_CACHE / f"bm25-{made.hexdigest()[:24]}")
 
     def search(self, query: str, k: int) -> list[SearchResult]:
         """The k best documents, best first, equal scores in corpus order; none that shares no word with the query."""
@@ -160,41 +162,31 @@ class Corpus:
         return [SearchResult(self.documents[i][0], self.documents[i][1], self.snippet(i)) for i in best.tolist()]
 
 
-def index_key(content: bytes) -> str:
-    """A name for the index of a corpus file: a hash of all that it is made of."""
+def checksum(folder: Path) -> str:
+    """Of the files of an index."""
+    whole = hashlib.sha256()
+    for file in sorted(folder.glob("*.index.*")):
+        whole.update(file.read_bytes())
+    return whole.hexdigest()
+
+
+def load_index(folder: Path) -> Any:
+    """The index in a folder; None where there is none, or it is not as it was saved."""
     import bm25s
 
-    made = hashlib.sha256(content)
-    for part in (SOURCE, WORD.pattern, WORD.flags, RUN.pattern, bm25s.__version__, unicodedata.unidata_version):
-        made.update(f"{part}\0".encode())
-    return made.hexdigest()[:24]
-
-
-def checksum(folder: Path) -> str:
-    """Of all files of an index but the one that holds it."""
-    files = sorted(file for file in folder.iterdir() if file.name != "checksum")
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
-
-
-def load_index(folder: Path | None) -> Any:
-    """The index in a folder; None where there is none, or it is not as it was saved."""
-    with suppress(OSError, ValueError):
-        if folder is not None and (folder / "checksum").read_text() == checksum(folder):
-            import bm25s
-
-            return bm25s.BM25.load(folder, show_progress=False)
+    with suppress(OSError):
+        if (folder / "checksum").read_text("latin-1") == checksum(folder):
+            return bm25s.BM25.load(folder)
     return None
 
 
-def save_index(index: Any, folder: Path | None) -> None:
-    """Keep an index where that can be done; it costs only time where not."""
-    if folder is None:
-        return
+def save_index(index: Any, folder: Path) -> None:
+    """Keep an index; where that cannot be done, it costs only time."""
     with suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent) as unfinished:
-            index.save(unfinished, show_progress=False)
-            (Path(unfinished) / "checksum").write_text(checksum(Path(unfinished)))
+            index.save(unfinished)
+            Path(unfinished, "checksum").write_text(checksum(Path(unfinished)))
             shutil.rmtree(folder, ignore_errors=True)  # one that could not be loaded, or another rank's
             os.rename(unfinished, folder)  # at once: nobody ever reads half an index
 
@@ -242,12 +234,7 @@ class LiveSearch:
 
 def one_line(text: Any) -> str:
     """Text without line breaks and without the half characters that JSON can bring; empty for what is no text."""
-    return " ".join(without_halves(text).split()) if isinstance(text, str) else ""
-
-
-def without_halves(text: str) -> str:
-    """Text without half of a two-part sign, which JSON can bring and no file and no tokenizer takes: ? stands there."""
-    return text.encode("utf-8", "replace").decode()
+    return " ".join(text.encode("utf-8", "replace").decode().split()) if isinstance(text, str) else ""
 
 
 def serper(query: str, results: int, ask: Ask) -> Rows:
@@ -276,13 +263,13 @@ def retriever(query: str, results: int, ask: Ask) -> Rows:
     """A server that speaks Search-R1's protocol; passages without an address cannot be browsed, so all is shown."""
     rows = ask("/retrieve", {"queries": [query], "topk": results, "return_scores": True})["result"][0]
     if not isinstance(rows, list):
-        raise TypeError("not a list of documents for each query")
+        raise TypeError
     found = []
     for row in rows:
         with suppress(LookupError, TypeError, AttributeError):  # a bad one costs only itself
             found.append(read_passage(row.get("document", row) if isinstance(row, dict) else row))
     if rows and not found:
-        raise LookupError("no document can be read")
+        raise LookupError
     return found
 
 

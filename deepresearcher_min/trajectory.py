@@ -10,9 +10,7 @@ Sampled ids are never decoded and encoded again on their way into the loss: text
 """
 
 import ast
-import codecs
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -134,17 +132,22 @@ class Group:
 
 
 def load_questions(path: str | Path) -> list[Question]:
-    """Read questions from a .parquet, a .jsonl, or a .json with one list; parse_row says which columns count.
+    """Read questions from a .parquet or a .jsonl with the columns that parse_row knows.
 
     The question's text stays as it is, byte for byte; gold answers lose the spaces around them, and empty ones are
     dropped. A missing id becomes the file's name and the row, and a repeated one gets the row appended. Raises
-    ValueError naming the file and the row (from 0; jsonl: the line, from 1) of the first that is unusable.
+    ValueError naming the file and the row (parquet: from 0; jsonl: the line, from 1) of the first that is unusable.
     """
     path, where, questions = Path(path), "", dict[str, Question]()
-    if path.suffix not in (".parquet", ".jsonl", ".json") or not path.is_file():
-        raise ValueError(f"{path}: must be an existing file that ends in .parquet or .jsonl (or .json)")
+    if path.suffix not in (".parquet", ".jsonl") or not path.is_file():
+        raise ValueError(f"{path}: must be an existing file that ends in .parquet or .jsonl")
     try:
-        for where, row in read_rows(path):
+        if path.suffix == ".parquet":
+            rows = [(f", row {number}", row) for number, row in enumerate(pq.read_table(path).to_pylist())]
+        else:  # bytes: text would also be split at U+2028, which JSON allows inside strings
+            lines = enumerate(path.read_bytes().split(b"\n"), start=1)
+            rows = [(f", line {number}", line) for number, line in lines if line.strip()]
+        for where, row in rows:
             question = parse_row(row)
             name = question.id or f"{path.stem}{where}"
             name = f"{name}{where}" if name in questions else name
@@ -154,19 +157,6 @@ def load_questions(path: str | Path) -> list[Question]:
     if not questions:
         raise ValueError(f"{path}: there are no questions in it")
     return list(questions.values())
-
-
-def read_rows(path: Path) -> list[tuple[str, Any]]:
-    """(its place in words, the row) for each row of a file; a line of JSON is left to parse_row."""
-    if path.suffix == ".parquet":
-        rows = pq.read_table(path).to_pylist()
-    else:
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-        if not content.lstrip().startswith(b"["):  # bytes: text would also be split at U+2028, which JSON allows
-            lines = enumerate(content.split(b"\n"), start=1)
-            return [(f", line {number}", line) for number, line in lines if line.strip()]
-        rows = json.loads(content)
-    return [(f", row {number}", row) for number, row in enumerate(rows)]
 
 
 def parse_row(row: Any) -> Question:
@@ -203,9 +193,7 @@ def parse_row(row: Any) -> Question:
         raise ValueError(f"{expected}, not {str(found)[:80]!r}{columns}")
     name, source = first_of(row, "id", "_id", "index"), first_of(row, "source", "data_source")
     question = Question("" if name is None else str(name), text, golds, str(source or ""))
-    for part in (question.id, text, question.source, *golds):
-        if re.search(r"[\ud800-\udfff]", part):  # no file and no tokenizer takes it: it would end the run later
-            raise ValueError(f"half of a two-part sign (\\ud800 to \\udfff) stands in {part[:80]!r}")
+    "".join((question.id, text, question.source, *golds)).encode()  # refuses half of a two-part sign: no file takes it
     return question
 
 
@@ -218,13 +206,13 @@ def unpacked(value: Any) -> Any:
     """The list or dict that a text stores, as JSON or as Python and numpy print them; anything else as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "array(")):
         return value
-    python = PRINTED_ARRAY.sub(r"\1", value)
+    errors = ValueError, SyntaxError, TypeError, MemoryError, RecursionError
+    with suppress(*errors):
+        return json.loads(value)
     # numpy prints no commas, and Python joins texts that stand side by side
-    python = PRINTED_TEXT.sub(lambda match: match[0] + "," * (match[2] is not None), python)
-    for parse, text in ((json.loads, value), (ast.literal_eval, python)):
-        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            found = parse(text)
-            return found if isinstance(found, list | dict) else value
+    listed = PRINTED_TEXT.sub(lambda text: text[0] + "," * bool(text[2]), PRINTED_ARRAY.sub(r"\1", value))
+    with suppress(*errors):
+        return ast.literal_eval(listed)
     return value
 
 
@@ -240,8 +228,8 @@ def gold_answers(value: Any) -> tuple[str, ...]:
     for part in value if isinstance(value, list) else [value]:
         if isinstance(part, bool):
             part = "yes" if part else "no"
-        elif isinstance(part, int | float) and math.isfinite(part):
-            part = f"{part:.15g}" if isinstance(part, float) else str(part)
+        elif isinstance(part, int | float) and part == part:
+            part = str(part).removesuffix(".0")
         if not isinstance(part, str | None):
             return ()
         golds += (part or "").split("<|answer_split|>")
