@@ -37,10 +37,7 @@ CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
 # No space follows a sentence of Chinese, Japanese, Khmer or Myanmar; Thai and Lao have nothing but a space there.
 ENDS = "。！？｡।॥។៕။"
 BORDERS = (("\n\n",), ("\n",), (". ", *ENDS), (" ",))  # of segments, best first
-SENTENCE_END = re.compile(
-    rf"(?<=[.!?])\s+|\n+|(?<=[{ENDS}])(?![{ENDS}」』”’）])|(?<=[{ENDS}][」』”’）])"
-    r"|(?<=[\u0e00-\u0eff])\s+(?=[\u0e00-\u0eff])"
-)
+SENTENCE_END = re.compile(rf"[{ENDS}]+[」』”’）]*|[\u0e00-\u0eff](?=\s+[\u0e00-\u0eff])")
 READER_RULES = (ROOT / "prompts/reader.txt").read_text().strip()
 
 
@@ -141,7 +138,8 @@ def segments(text: str, max_chars: int) -> list[str]:
 def extract(question: str, segment: str) -> str:
     """What the reader without a model notes: the ten sentences that share most content words with the question."""
     wanted = set(content_words(question))
-    sentences = SENTENCE_END.split(segment)
+    segment = SENTENCE_END.sub(r"\g<0>\n", segment)
+    sentences = re.split(r"(?<=[.!?])\s+|\n+", segment)
     shared = [len(wanted.intersection(content_words(sentence))) for sentence in sentences]
     best = sorted(range(len(sentences)), key=lambda i: (-shared[i], i))[:10]
     return " ".join(sentences[i].strip() for i in sorted(best) if shared[i])
