@@ -138,7 +138,8 @@ def segments(text: str, max_chars: int) -> list[str]:
 def extract(question: str, segment: str) -> str:
     """What the reader without a model notes: the ten sentences that share most content words with the question."""
     wanted = set(content_words(question))
-    segment = SENTENCE_END.sub(r"\g<0>\n", segment)
+    if not segment.isascii():
+        segment = SENTENCE_END.sub(r"\g<0>\n", segment)
     sentences = re.split(r"(?<=[.!?])\s+|\n+", segment)
     shared = [len(wanted.intersection(content_words(sentence))) for sentence in sentences]
     best = sorted(range(len(sentences)), key=lambda i: (-shared[i], i))[:10]

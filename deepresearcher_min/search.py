@@ -90,7 +90,7 @@ def read_passage(row: Any) -> tuple[str, str, str]:
     """
     if isinstance(row, str):
         row = {"contents": row}
-    url, title, text, name = row.get("url"), row.get("title"), row.get("text"), row.get("id", row.get("_id"))
+    url, title, text = row.get("url"), row.get("title"), row.get("text")
     if text is None:
         text = row["contents"]
         first, _, rest = text.partition("\n")
@@ -98,9 +98,12 @@ def read_passage(row: Any) -> tuple[str, str, str]:
         if rest and title in (None, first):
             title, text = first, rest
     title, text = str(title or ""), str(text)
-    if name is None:
-        name = hashlib.sha256((title + text).encode("utf-8", "replace")).hexdigest()[:12]
-    return title, str(url or f"passage:{name}"), text
+    if not url:
+        name = row.get("id", row.get("_id"))
+        if name is None:
+            name = hashlib.sha256((title + text).encode("utf-8", "replace")).hexdigest()[:12]
+        url = f"passage:{name}"
+    return title, str(url), text
 
 
 def beginning(text: str) -> str:
@@ -144,7 +147,8 @@ class Corpus:
             try:
                 if line.strip():
                     passage = read_passage(json.loads(line))
-                    "".join(passage).encode()  # refuses half of a two-part sign, which no tokenizer takes
+                    if b"\\u" in line:
+                        "".join(passage).encode()  # refuses half of a two-part sign, which no tokenizer takes
                     documents.append(passage)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise ConfigError(f"corpus={path}: line {number} is not title, url, text: {error!r}") from error
