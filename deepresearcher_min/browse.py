@@ -28,8 +28,8 @@ from deepresearcher_min.search import Corpus, content_words
 from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, count, seconds_left
 
 PARSER = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"]  # this module as a process
-PARSED_BY = [f"{name} {version(name)}" for name in ("trafilatura", "beautifulsoup4", "lxml", "pypdf")]
-EXTRACTOR = hashlib.sha256(Path(__file__).read_bytes() + "".join(PARSED_BY).encode()).hexdigest()  # makes the texts
+SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+EXTRACTOR = SOURCE + version("trafilatura") + version("pypdf")  # what has made the text of a page
 NOT_CONTENT = ["script", "style", "noscript", "template", "svg", "iframe", "nav", "header", "footer", "aside", "form"]
 Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
 CHARSET = re.compile(r"(?i)(?:^[^<]*|<meta[^>]*)\bcharset\s*=\s*[\"']?([\w.:-]+)")  # in a header, or in HTML
