@@ -36,7 +36,7 @@ from tqdm import tqdm
 from deepresearcher_min import report
 from deepresearcher_min.config import ROOT, Config, ConfigError, load_config, parse_arguments, require_environment
 from deepresearcher_min.protocol import ChatFormat, Entry
-from deepresearcher_min.reward import ask_judge, explain, judge, measures, summarize
+from deepresearcher_min.reward import ask_judge, explain, judge, judge_rules, measures, summarize
 from deepresearcher_min.rollout import EVALUATION, Agent, Batch, roll_out
 from deepresearcher_min.run import RUNS, Ranks, complete_checkpoints, newest_run, open_run
 from deepresearcher_min.search import INDEX_CACHE, Corpus
@@ -271,6 +271,7 @@ def main(argv: list[str]) -> int:
         check_needs(config, questions=False)
         if config.judge_url:
             require_environment("JUDGE_API_KEY", "judge_url needs it (any word, if the server asks for none)")
+            judge_rules(config)
         torch.set_num_threads(config.threads)
         task = load_examination(config, ranks)
         if config.question:

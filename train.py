@@ -60,7 +60,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
             # 3 learn: GRPO on the groups, then the new weights go to the engine
             with stop.shield():
                 agent.engine.sleep()
-                row |= policy.update(groups)
+                row |= policy.update(groups, type(agent.engine).__name__)
                 agent.engine.wake_up()
                 agent.engine.update_weights(policy.named_weights())
                 state |= {"step": step, "asked": state["asked"] + len(asked), "usd": state["usd"] + row["cost_usd"]}

@@ -28,9 +28,9 @@ CHOICES = {
 }
 MAY_BE_ZERO = {key for key, value in DEFAULTS.items() if value == 0} | {  # all others must be greater
     "max_tool_calls", "weight_decay", "kl_coef", "importance_cap", "tool_threads", "max_retries", "search_ttl",
-    "price_search", "steps",
+    "price_search", "steps", "max_urls", "max_segments", "reader_tokens", "reader_memory",
 }  # fmt: skip
-MAY_BE_NEGATIVE = {"format_reward"}
+MAY_BE_NEGATIVE = {"format_reward", "browse_timeout"}
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -105,9 +105,13 @@ def check(config: Config) -> None:
     for key, allowed in CHOICES.items():
         if (value := getattr(config, key)) not in allowed:
             raise ConfigError(f"{key}={value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
-    for key in (key for key, kind in TYPES.items() if kind in (int, float) and key not in MAY_BE_NEGATIVE):
-        value, limit = getattr(config, key), "at least 0" if key in MAY_BE_ZERO else "greater than 0"
-        if not (0 < value < float("inf") or (value == 0 and key in MAY_BE_ZERO)):
+    for key in (key for key, kind in TYPES.items() if kind in (int, float)):
+        value, lowest, limit = getattr(config, key), 0.0, "greater than 0"
+        if key in MAY_BE_ZERO:
+            limit = "at least 0"
+        if key in MAY_BE_NEGATIVE:
+            lowest, limit = -float("inf"), "a finite number"
+        if not (lowest < value < float("inf") or (value == 0 and key in MAY_BE_ZERO)):
             raise ConfigError(f"{key}={value}: must be {limit}")
     if config.max_turn_tokens >= config.max_model_len:
         limit = f"max_model_len={config.max_model_len}"

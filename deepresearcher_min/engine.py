@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from deepresearcher_min.architecture import check_architecture
 from deepresearcher_min.config import Config, ConfigError
 
 PREFILL_TOKENS = 1024  # HFEngine: no more prompts join a step that has so many tokens to compute
@@ -81,17 +82,19 @@ class Request:
 class HFEngine(Engine):
     """Continuous batching without padding: all new tokens pass a model on the CPU as one sequence [1, N]."""
 
-    def __init__(self, config: Config, model_dir: str) -> None:
+    def __init__(self, config: Config, model_dir: str, tried: bool = False) -> None:
+        """ValueError for an architecture that is not computed exactly here, unless that was `tried`."""
+        if not tried:
+            check_architecture("engine=hf", trial, model_dir, config.max_model_len)
         AttentionInterface.register("rows", attend)
         self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=config.dtype, attn_implementation="rows")
-        model = self.model.config
-        if any(kind != "full_attention" for kind in getattr(model, "layer_types", None) or []):
-            raise ConfigError(f"model={model_dir}: engine=hf has no sliding-window attention")
+        model = self.model.config.get_text_config()
         self.max_len = config.max_model_len
         rows = max(1, config.kv_tokens // self.max_len) if config.kv_tokens else config.max_in_flight
         self.capacity_tokens = rows * self.max_len
         head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-        shape = (model.num_hidden_layers, 2, rows, model.num_key_value_heads, self.max_len, head_dim)
+        kv_heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+        shape = (model.num_hidden_layers, 2, rows, kv_heads, self.max_len, head_dim)
         self.cache = torch.empty(shape, dtype=self.model.dtype)  # takes memory only where it is ever written
         self.ids = np.full((rows, self.max_len), -1, np.int32)  # in the cache now or after the next step; -1: nothing
         self.idle: dict[Any, int] = {row: row for row in range(rows)}  # last request -> its row; longest idle first
@@ -158,6 +161,23 @@ class HFEngine(Engine):
             raise ValueError(f"update_weights: no values for {sorted(missing)}")
         # The rows' order is as new, too: who shares whose prefix decides the last bits, and a resumed run has no past.
         self.ids[:], self.idle = -1, {row: row for row in range(len(self.ids))}
+
+
+def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
+    """Log-probabilities of eight tokens that HFEngine samples in the prompts' last turns (architecture.Trial)."""
+    engine, found = HFEngine(config, folder, tried=True), []
+    longest = max(map(len, prompts))
+    for end in range(PREFILL_TOKENS, longest + PREFILL_TOKENS, PREFILL_TOKENS):  # long prompts grow in turns
+        for i, ids in enumerate(prompts):
+            turn = ids[: min(end, len(ids) - 8)]
+            engine.submit(str(i), turn, Sampling(1.0, 8, i, ()))
+        done: dict[str, Completion] = {}
+        while len(done) < len(prompts):
+            done |= engine.step()
+    for i, ids in enumerate(prompts):
+        completion = done[str(i)]
+        found.append((ids[:-8] + completion.token_ids, torch.tensor(completion.logprobs)))
+    return found
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None, **given: Any) -> tuple[Tensor, None]:

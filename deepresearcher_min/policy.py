@@ -2,8 +2,8 @@
 
 Sequences are joined without padding; the head runs only where a sampled token is predicted (grpo.HeadLoss). With
 several ranks, FSDP2 shards everything, and all compute one plan: the work is balanced, whoever sampled what. Never run
-by us, for want of a GPU: FSDP over NCCL, offload to CPU memory. Tested with Qwen2 and Llama. Omitted: tensor, pipeline
-and sequence parallelism; biased heads, logit scaling and soft-capping, which few architectures have.
+by us, for want of a GPU: FSDP over NCCL, offload to CPU memory. Omitted: tensor, pipeline and sequence parallelism;
+biased heads, logit scaling and soft-capping, which few architectures have: those are refused (architecture.py).
 """
 
 from collections import Counter
@@ -21,22 +21,23 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deepresearcher_min import grpo
+from deepresearcher_min.architecture import check_architecture
 from deepresearcher_min.config import Config
 from deepresearcher_min.grpo import PackedBatch, TrainingRow
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Group
 
 LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap")  # of the config
+MISMATCH_LIMITS = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}  # between engine and policy [nats], by dtype
 METRICS = ("loss", "kl", "mismatch", "entropy", "clip_fraction", "capped_fraction")  # of grpo.token_losses
 
 
 def attend(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **given: Any) -> tuple[Tensor, None]:
     """Causal attention inside each of the joined sequences: [1, heads, T, head_dim] -> [1, T, heads, head_dim]."""
-    lengths, window = list(given["lengths"]), given.get("sliding_window")
-    if window and max(lengths) > window:
-        raise ValueError(f"a sequence of {max(lengths)} tokens needs the sliding window of {window}: not built")
+    lengths = list(given["lengths"])
     options = {"is_causal": True, "scale": given["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
     sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     # On a GPU, flash-attention's varlen kernel would take one launch (not tried).
@@ -67,8 +68,13 @@ class TokenScorer(nn.Module):
 class Policy:
     """The model under training. With several ranks every method is collective: all ranks call it in step."""
 
-    def __init__(self, config: Config, model_dir: str, ranks: Ranks) -> None:
-        """float32 master weights, compute in config.dtype, reduction in float32; a frozen reference if kl_coef > 0."""
+    def __init__(self, config: Config, model_dir: str, ranks: Ranks, tried: bool = False) -> None:
+        """float32 master weights, compute in config.dtype, reduction in float32; a frozen reference if kl_coef > 0.
+
+        ValueError for an architecture that the update does not compute exactly, unless that was `tried`.
+        """
+        if not tried:
+            check_architecture("the update", trial, model_dir, config.max_model_len)
         if config.offload_optimizer and ranks.world_size == 1:
             raise ValueError("offload_optimizer=true needs FSDP: start with torchrun and at least 2 processes")
         self.config, self.ranks, self.device = config, ranks, ranks.device
@@ -80,6 +86,7 @@ class Policy:
         adam = {"betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, **adam)
         self.rollouts = 0  # update() calls so far, for warm-up and decay
+        self.compared = False  # with the engine, in this process
 
     def load_model(self, model_dir: str) -> TokenScorer:
         master = torch.promote_types(self.compute_dtype, torch.float32)
@@ -87,7 +94,8 @@ class Policy:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=master, attn_implementation="packed")
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # checkpointing is off in eval mode; `attend` applies no dropout
+            for layer in model.modules():  # checkpointing is off in eval mode, but dropout must stay so
+                layer.training = isinstance(layer, GradientCheckpointingLayer)
         scorer = TokenScorer(model, self.config)
         if self.ranks.world_size == 1:
             return scorer.to(self.device)
@@ -96,16 +104,18 @@ class Policy:
         options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": True}
         if self.config.offload_optimizer:  # gradients are then reduced on the CPU, by the gloo of "cpu:gloo,cuda:nccl"
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-        for layer in model.base_model.layers:
-            fully_shard(layer, **options)
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                fully_shard(layer, **options)
         return fully_shard(scorer, **options)
 
-    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+    def update(self, groups: Sequence[Group], engine: str = "") -> dict[str, float]:
         """Take config.updates_per_rollout optimizer steps on all ranks' groups, of which these are ours; their metrics.
 
         Each step takes its share of the questions. A trajectory without advantage is skipped only if it would
         get no gradient at all (kl_coef and entropy_coef 0); its tokens stay in N. Raises FloatingPointError naming the
         question whose reward, log-probability or gradient is not finite, before that step touches the weights.
+        The first update is held against the engine that sampled, if it is named (compare_with).
         """
         questions = self.ranks.gather([training_rows(group) for group in groups])
         n, count, updates = len(questions), self.config.updates_per_rollout, []
@@ -121,6 +131,8 @@ class Policy:
             if total:
                 for batch, old_S in batches:
                     sums.update(self.backward(batch, old_S, total))
+                if engine and not self.compared:
+                    self.compare_with(engine, sums)
                 norms.append(self.optimizer_step(rows))
                 trained += total
         self.rollouts += 1
@@ -128,6 +140,17 @@ class Policy:
         means = {name: sums[name] / max(1, sums["tokens"]) for name in METRICS}  # without the skipped trajectories
         means |= {"loss": sums["loss"] / max(1, trained), "grad_norm": sum(norms) / max(1, len(norms))}
         return means | {"lr": self.optimizer.param_groups[0]["lr"], "updates": len(norms), "trained_tokens": trained}
+
+    def compare_with(self, engine: str, sums: Counter[str]) -> None:
+        """ValueError if the engine's log-probabilities are further from ours than rounding explains: another model."""
+        found = self.ranks.total(Counter({name: float(sums[name]) for name in ("mismatch", "tokens")}))
+        mismatch, limit = found["mismatch"] / max(1, found["tokens"]), MISMATCH_LIMITS[self.config.dtype]
+        if not mismatch <= limit:
+            raise ValueError(
+                f"engine={engine}: its log-probabilities differ from the policy's by {mismatch:.2g} nats a token on "
+                f"average (mismatch; limit {limit:g} for dtype={self.config.dtype}): it computes another model"
+            )
+        self.compared = bool(found["tokens"])
 
     def plan(self, rows: Sequence[TrainingRow]) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
@@ -213,6 +236,17 @@ class Policy:
             for part in (config, self.model.generation_config, tokenizer):
                 part.save_pretrained(folder)
             save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+
+def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
+    """Log-probabilities of all tokens but the first ones, as the update computes them (architecture.Trial)."""
+    policy = Policy(config, folder, Ranks(), tried=True)
+    rows = []
+    for ids in prompts:
+        sampled = np.arange(1, len(ids))
+        rows.append(TrainingRow("trial", np.array(ids), sampled, np.zeros(len(sampled)), 0.0))
+    logprobs_S = policy.score(policy.scorer, grpo.pack(rows))
+    return list(zip(prompts, logprobs_S.split([len(row.sampled) for row in rows]), strict=True))
 
 
 def training_rows(group: Group) -> list[TrainingRow]:

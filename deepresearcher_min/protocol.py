@@ -30,6 +30,7 @@ class Tool:
     most: str  # the config key that limits the number of keys
     shape: tuple[str, str]  # in an observation: the name of a key, and that of the list of items that it brought
     item: Callable[[str], dict[str, Any]]  # one item with these words as its content
+    over: str = ""  # what is said of a key beyond the limit; empty: it is left out, as in the published system
 
 
 def search_item(summary: str, title: str = "", url: str = "") -> dict[str, Any]:
@@ -47,7 +48,7 @@ TOOLS = {  # by kind, which is also the name of the method of rollout.Tools that
     ),
     "browse": Tool(
         "browse_webpage", "Read web pages and take notes.", "url_list", "URLs that an earlier search showed.",
-        "max_urls", ("url", "information"), page_item,
+        "max_urls", ("url", "information"), page_item, "This page was not opened: one call opens at most {most}.",
     ),
 }  # fmt: skip
 
@@ -122,15 +123,17 @@ class Entry:
     items: tuple[dict[str, Any], ...]  # best first
 
 
-def render(kind: str, entries: Sequence[Entry], kept: int | None = None) -> str:
-    """The observation: the Python repr of a list of dicts with keys in alphabetical order.
-
-    `kept` limits the items of all entries together, by rank: every entry's best, then every entry's second, and so on.
-    """
+def best(entries: Sequence[Entry], kept: int | None) -> list[Entry]:
+    """The entries with `kept` items together, by rank: every entry's best, then every entry's second, and so on."""
     ranks = sorted((rank, i) for i, entry in enumerate(entries) for rank in range(len(entry.items)))
     shown = Counter(i for _, i in ranks[:kept])  # so many items of each entry
+    return [Entry(entry.key, entry.items[: shown[i]]) for i, entry in enumerate(entries)]
+
+
+def render(kind: str, entries: Sequence[Entry], kept: int | None = None) -> str:
+    """The observation: the Python repr of a list of dicts with keys in alphabetical order; `kept` as in `best`."""
     key_name, items_name = TOOLS[kind].shape
-    found = [{key_name: entry.key, items_name: list(entry.items[: shown[i]])} for i, entry in enumerate(entries)]
+    found = [{key_name: entry.key, items_name: list(entry.items)} for entry in best(entries, kept)]
     return repr([dict(sorted(each.items())) for each in found])
 
 
@@ -193,7 +196,7 @@ class ChatFormat:
     def fit(self, kind: str, entries: Sequence[Entry], max_tokens: int) -> tuple[str, list[int], int]:
         """Render an observation within a token budget: (text, ids, number of items dropped).
 
-        Whole items are dropped, worst rank first; if not even one of them fits, every entry says so in words.
+        Whole items are dropped, worst rank first; if not even one of them fits, the first ten entries say so in words.
         """
 
         def size(kept: int) -> int:
@@ -205,7 +208,7 @@ class ChatFormat:
         if len(ids) > max_tokens:
             kept = bisect_right(range(1, total), max_tokens, key=size)
             too_long = (TOOLS[kind].item("The result is too long to be shown."),)
-            excuse = [Entry(entry.key[:100], too_long) for entry in entries]
+            excuse = [Entry(entry.key[:100], too_long) for entry in entries[:10]]
             text = render(kind, entries, kept) if kept else render(kind, excuse)
             ids = self.observation_ids(text)
         return text, ids, total - kept

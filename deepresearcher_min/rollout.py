@@ -22,7 +22,7 @@ from deepresearcher_min.config import Config
 from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import THINK, Answer, Call, ChatFormat, Entry, Malformed, parse_turn
 from deepresearcher_min.search import Corpus, make_search
-from deepresearcher_min.trajectory import Question, Recording, Trajectory, Turn
+from deepresearcher_min.trajectory import Question, Reading, Recording, Trajectory, Turn
 from deepresearcher_min.web import Web, WebFailure, count
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
@@ -62,6 +62,8 @@ async def agent_loop(record: Recording, generate: Callable[..., Awaitable[Comple
             entries = await agent.tools.use(action, record)
             observation, ids, dropped = chat.fit(action.kind, entries, config.max_observation_tokens)
             count(record.cost, "dropped_results", dropped)
+            kept = sum(len(entry.items) for entry in entries) - dropped
+            agent.tools.remember(protocol.best(entries, kept), record)
             if len(record.token_ids) + len(ids) >= config.max_model_len:
                 stop, ids = "context", []
         record.turns.append(Turn(sampled, record.append(ids), text, action.kind, observation))
@@ -84,25 +86,39 @@ class Tools:
 
     async def use(self, call: Call, record: Recording) -> list[Entry]:
         """What each query of a search or address of a browse brought; one by one without threads, to be repeatable."""
-        keys = call.keys[: getattr(self.config, protocol.TOOLS[call.kind].most)]
-        jobs = [self.entry(call.kind, key, record) for key in keys]
-        entries = await asyncio.gather(*jobs) if self.config.tool_threads else [await job for job in jobs]
-        for key in keys:  # in this order, whichever page was read first: a replay asks the reader the same
-            record.memory += record.notes.pop(key, [])
+        tool = protocol.TOOLS[call.kind]
+        most = getattr(self.config, tool.most) or len(call.keys)
+        jobs = [self.entry(call.kind, key, record) for key in call.keys[:most]]
+        entries = list(await asyncio.gather(*jobs) if self.config.tool_threads else [await job for job in jobs])
+        for entry in entries:  # in the call's order, whichever came first: a replay asks the reader the same
+            record.shown.update({item["url"]: entry.key for item in entry.items if item.get("url")})
+        if tool.over:
+            words = tool.over.format(most=most)
+            entries += [Entry(key, (tool.item(words),)) for key in call.keys[most:]]
         return entries
+
+    def remember(self, seen: Sequence[Entry], record: Recording) -> None:
+        """Note what the agent has seen of pages. What did not fit into its observation, the next browse reads again."""
+        for entry in seen:
+            if reading := record.readings.pop(entry.key, None):
+                seen_items = len(entry.items)
+                record.memory[reading.query] += [summary for _, summary in reading.notes[:seen_items]]
+                dropped = reading.notes[seen_items:]
+                record.read[entry.key] = dropped[0][0] if dropped else reading.next
 
     async def search(self, query: str, record: Recording) -> list[dict[str, Any]]:
         count(record.cost, "searches")
         results = await self.in_thread(self.backend, query, record.cost)
-        record.shown.update(result.url for result in results if result.url)
         return [protocol.search_item(result.snippet, result.title, result.url) for result in results]
 
     async def browse(self, url: str, record: Recording) -> list[dict[str, Any]]:
         if url not in record.shown:
             raise WebFailure("unknown_url", "No search has shown this address, so it cannot be opened.")
         count(record.cost, "pages")
-        notes = await self.browser.browse(url, record.question.text, record.memory, record.cost)
-        record.notes[url] = [summary for _, summary in notes]
+        query = record.shown[url]
+        reading = Reading(record.question.text, query, record.memory[query], record.read[url])
+        record.readings[url] = reading
+        notes = await self.browser.browse(url, reading, record.cost)
         return [protocol.page_item(summary, number) for number, summary in notes]
 
     async def entry(self, kind: str, key: str, record: Recording) -> Entry:
@@ -127,11 +143,12 @@ class Tools:
             return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
 
     async def generate_text(self, messages: list[dict[str, str]]) -> str:
-        """The policy's own engine as a plain chat model, greedy; in no trajectory, and not counted for admission."""
+        """The policy's own engine as a plain chat model; in no trajectory, and not counted for admission."""
         token_ids, most = self.chat.message_ids(messages), self.config.max_model_len - self.config.max_turn_tokens
         del token_ids[most - 32 : -32]  # what does not fit; the rules are in front, the generation prompt at the end
         self.readings += 1
-        sampling = Sampling(0.0, self.config.max_turn_tokens, 0, (self.chat.end_of_turn_id,))
+        end, seed = (self.chat.end_of_turn_id,), self.config.seed  # of all readings: as asked, so answered
+        sampling = Sampling(self.config.reader_temperature, self.config.max_turn_tokens, seed, end)
         completion = await self.scheduler.generate(f"reader/{self.readings}", token_ids, sampling)
         return self.chat.decode(completion.token_ids)
 

@@ -25,7 +25,7 @@ from urllib.parse import quote, urlencode
 import numpy as np
 
 from deepresearcher_min.config import Config, ConfigError, require_environment
-from deepresearcher_min.web import BAD_REPLY, Web, WebFailure, count
+from deepresearcher_min.web import BAD_REPLY, Web, WebFailure, code_of, count
 
 # Letters and digits, and the signs that belong to letters from Hindi to Khmer, which are no \w.
 WORD = re.compile(r"[\w\u0900-\u0963\u0966-\u0eff\u1000-\u1049\u1050-\u109f\u1780-\u17d3\u17db-\u17ff]+")
@@ -42,7 +42,7 @@ RUN = re.compile(
 NO_RESULTS = ("no_results", "Nothing was found for this query.")
 SNIPPET_CHARS = 300
 INDEX_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepresearcher_min"
-SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # what the code of this file makes, another may not
+SOURCE = code_of(__file__)
 SearchResult = namedtuple("SearchResult", ["title", "url", "snippet"])
 Ask = Callable[..., Any]  # ask(path, JSON to POST or nothing for a GET) -> JSON of the service
 Rows = Iterable[tuple[Any, Any, Any]]  # title, url (or path of the service), snippet: texts, or whatever was sent
@@ -203,6 +203,8 @@ class LiveSearch:
         self.service, base, key = SERVICES[config.search]
         self.base, self.price = (config.search_url or base).rstrip("/"), config.price_search if key else 0.0
         self.headers = {"X-API-KEY": os.environ.get(key, "").strip()} if key else {}
+        place = {"gl": config.search_country, "hl": config.search_language} if config.search == "serper" else {}
+        self.place = {name: value for name, value in place.items() if value}
         self.lock, self.next_slot = threading.Lock(), 0.0
 
     def search(self, query: str, counts: Counter) -> list[SearchResult]:
@@ -217,6 +219,7 @@ class LiveSearch:
                     raise WebFailure("rate_limited", "Too many searches are under way at the moment.")
                 self.next_slot = slot + self.web.world_size / self.config.requests_per_second
             time.sleep(max(0.0, slot - time.monotonic()))
+            payload = payload and payload | self.place
             reply = self.web.fetch_json(self.base + path, self.headers, payload, counts, deadline)
             count(counts, "usd", self.price)
             return reply
@@ -230,7 +233,7 @@ class LiveSearch:
                 raise WebFailure(*NO_RESULTS)
             return rows
 
-        request = [self.config.search, self.base, query, results]
+        request = [self.config.search, self.base, query, results, *self.place.items()]
         rows = self.web.cached("search", request, find, counts, deadline, SOURCE)
         found = [SearchResult(*row) for row in rows[:results]]
         return [one._replace(url=self.base + one.url) if one.url[0] == "/" else one for one in found]

@@ -12,7 +12,7 @@ Sampled ids are never decoded and encoded again on their way into the loss: text
 import ast
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -93,6 +93,18 @@ class Trajectory:
         return {**question, **end, "turns": turns, **tokens, "logprobs": logprobs}
 
 
+@dataclass
+class Reading:
+    """A page that is being read: what the reader is told beside the text, and how far it has come."""
+
+    question: str
+    query: str = ""  # the latest that showed the page
+    memory: Sequence[str] = ()  # what earlier calls noted for this query
+    next: int = 0  # number of the segment to go on with, from 0
+    total: int = 0  # segments of the page, known when it is opened
+    notes: list[tuple[int, str]] = field(default_factory=list)  # of this call: page_number, page_summary
+
+
 class Recording:
     """A trajectory while it grows: three parallel lists that are only ever appended to, and what the agent knows."""
 
@@ -103,9 +115,10 @@ class Recording:
         self.logprobs: list[float] = []
         self.turns: list[Turn] = []
         self.cost: Counter = Counter()
-        self.shown: set[str] = set()  # every URL that a search of this trajectory has shown
-        self.memory: list[str] = []  # what the reader noted in earlier turns
-        self.notes: dict[str, list[str]] = {}  # and in this one, by page
+        self.shown: dict[str, str] = {}  # every URL that a search of this trajectory has shown: the latest query
+        self.memory: dict[str, list[str]] = defaultdict(list)  # what the reader noted in earlier turns, by query
+        self.read: Counter[str] = Counter()  # segments read in earlier turns, by URL
+        self.readings: dict[str, Reading] = {}  # of this turn, by URL
         self.append(prompt_ids)
 
     def append(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> tuple[int, int]:

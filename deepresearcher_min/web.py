@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
@@ -64,6 +65,11 @@ def count(counts: dict, name: str, amount: float = 1) -> None:
     """Add to a counter that several tool threads of one trajectory may share."""
     with COUNT_LOCK:
         counts[name] += amount
+
+
+def code_of(file: str, *packages: str) -> str:
+    """What a cached reply was made by: a hash of a module's file, and the versions of what it works with."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() + "".join(map(version, packages))
 
 
 def seconds_left(deadline: float) -> float:
@@ -225,7 +231,7 @@ class Web:
     def chat(self, url: str, key: str, payload: Any, counts: Counter, deadline: float) -> tuple[str | None, int]:
         """(text, tokens) of a chat completion; (None, 0) without text. `key`: the environment variable of the key."""
         headers = {"Authorization": f"Bearer {os.environ.get(key, '')}"}
-        reply = self.fetch_json(url, headers, payload | {"temperature": 0}, counts, deadline)
+        reply = self.fetch_json(url, headers, payload, counts, deadline)
         try:
             text = reply["choices"][0]["message"]["content"] + ""
         except (LookupError, TypeError):
@@ -250,7 +256,9 @@ class Web:
     def _exchange(self, url: Url, address: str, sent: Any, own: bool, counts: Counter, deadline: float) -> Any:
         EXCHANGE.deadline = deadline
         third = seconds_left(deadline) / 3  # each for a place in the pool, the connection and its TLS: together in time
-        wait = urllib3.Timeout(connect=min(self.config.connect_timeout, third), read=self.config.read_timeout)
+        # A language model is silent until the whole of its reply is there.
+        silence = third * 3 if "messages" in (sent.get("json") or {}) else self.config.read_timeout
+        wait = urllib3.Timeout(connect=min(self.config.connect_timeout, third), read=silence)
         headers = {"Host": url.netloc, "User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate", **sent["headers"]}
         request = {**sent, "url": url.request_uri, "headers": headers, "timeout": wait, "pool_timeout": third}
         most = max(1, self.config.tool_threads) if own else self.config.connections_per_host

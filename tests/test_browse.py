@@ -16,6 +16,7 @@ from deepresearcher_min import browse
 from deepresearcher_min.browse import SENTENCE_END, Browser, extract, parse_notes, segments
 from deepresearcher_min.config import ConfigError, load_config
 from deepresearcher_min.search import Corpus
+from deepresearcher_min.trajectory import Reading
 from deepresearcher_min.web import Web, WebFailure
 
 pytestmark = pytest.mark.quick
@@ -30,7 +31,7 @@ async def inline(function, *args):
 def read_page(url, question, corpus, memory=(), config=TOY, web=None, engine=None, in_thread=inline):
     counts = Counter()
     browser = Browser(config, web, corpus, in_thread, engine)
-    return asyncio.run(browser.browse(url, question, memory, counts)), counts
+    return asyncio.run(browser.browse(url, Reading(question, memory=memory), counts)), counts
 
 
 def test_corpus_page_gives_the_sentences_that_answer():
@@ -226,6 +227,71 @@ def test_a_slow_reader_meets_the_deadline_of_the_call(live):
     with pytest.raises(WebFailure, match="timeout"):
         read_page(server.url + "/page", "q", None, [], config, replay)  # what is recorded is that it was late
     replay.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "temperature", "cap"),
+    [({}, 0, 600), ({"reader_temperature": 0.6, "reader_tokens": 0}, 0.6, None), ({"reader_tokens": 9}, 0, 9)],
+)
+def test_the_reader_is_sent_the_temperature_and_the_cap_that_the_keys_say(live, changes, temperature, cap):
+    server, config, web = live
+    server.pages["/v1/chat/completions"] = completion("NOTES: The Ost.")
+    read_page(server.url + "/page", "Which river?", None, [], replace(config, **changes), web)
+    sent = json.loads(server.sent[-1][2])
+    assert sent["temperature"] == temperature and sent.get("max_tokens") == cap
+    assert sent.keys() - {"max_tokens"} == {"model", "messages", "temperature"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"reader_temperature": 0.6}, {"reader_tokens": 0}, {"reader_model": "other"}, {"segment_chars": 500}],
+)
+def test_a_recording_under_other_settings_of_the_reader_does_not_answer(live, changes):
+    server, config, web = live
+    server.pages["/v1/chat/completions"] = completion("NOTES: The Ost.")
+    url = server.url + "/page"
+    read_page(url, "Which river?", None, [], config, web)
+    replay = Web(replace(config, cassette_mode="replay"), web.cassette)
+    assert read_page(url, "Which river?", None, [], config, replay)[0] == [(0, "The Ost.")]
+    with pytest.raises(WebFailure, match="replay_miss"):
+        read_page(url, "Which river?", None, [], replace(config, **changes), replay)
+    replay.close()
+
+
+def test_the_reader_sees_as_much_of_earlier_notes_as_it_may():
+    memory = ["oldest " * 5, "middle", "newest"]
+    for most, seen in ((12, "iddle\nnewest"), (0, "\n".join(memory))):
+        engine = Scripted("NOTES: none")
+        with pytest.raises(WebFailure, match="no_information"):
+            config = replace(TOY, reader="engine", reader_memory=most)
+            read_page("toy:amra", "q", Corpus([("Amra", "toy:amra", PAGE)]), memory, config, engine=engine)
+        assert f"Earlier notes: {seen}\n\nPage segment 1 of 1:" in engine.prompts[0][1]["content"]
+
+
+def test_a_whole_browse_has_a_deadline_of_its_own_and_each_reading_keeps_tool_timeout(live):
+    server, config, web = live
+    url = server.url + "/page"
+    server.pages["/v1/chat/completions"] = lambda _: time.sleep(0.25) or completion("CONTINUE: yes\nNOTES: More.")
+    config = replace(config, segment_chars=190, max_segments=0)
+    read_page(url, "q", None, [], replace(config, max_segments=1), web)  # the page is in the cassette now
+    config, read = replace(config, tool_timeout=0.7), {}
+    for limit in (-1.0, 0.0, 1.3):
+        notes, counts = read_page(url, f"q {limit}", None, [], replace(config, browse_timeout=limit), web)
+        read[limit] = len(notes), counts["fail_timeout"]
+    assert read[0.0][0] >= 6 and read[0.0][1] == 0 and read[-1.0][1] == read[1.3][1] == 1
+    assert 1 <= read[-1.0][0] <= 2 < read[1.3][0] <= 5
+    with pytest.raises(WebFailure, match="timeout"):  # one reading alone has no longer than tool_timeout
+        read_page(url, "late", None, [], replace(config, browse_timeout=0.0, tool_timeout=0.1), web)
+
+
+def test_a_model_may_be_silent_until_its_reply_is_whole_and_a_page_may_not(live):
+    server, config, web = live
+    server.pages["/v1/chat/completions"] = lambda _: time.sleep(0.5) or completion("NOTES: The Ost.")
+    hasty = Web(replace(config, read_timeout=0.2), web.cassette)
+    assert read_page(server.url + "/page", "Which river?", None, [], hasty.config, hasty)[0] == [(0, "The Ost.")]
+    with pytest.raises(WebFailure, match="timeout"):
+        read_page(server.url + "/fault/silence", "q", None, [], hasty.config, hasty)
+    hasty.close()
 
 
 def test_a_reader_waits_in_the_thread_that_tools_are_given_and_counts_tokens_as_it_can(live):

@@ -1,6 +1,5 @@
 """search.Corpus: local search, its index and the index's cache, and scripts without spaces."""
 
-import hashlib
 import json
 import re
 import time
@@ -12,6 +11,7 @@ import pytest
 from deepresearcher_min import search
 from deepresearcher_min.config import ConfigError
 from deepresearcher_min.search import Corpus, SearchResult
+from deepresearcher_min.web import code_of
 
 pytestmark = pytest.mark.quick
 DOCUMENTS = [
@@ -101,7 +101,7 @@ def test_an_index_that_is_not_as_it_was_saved_is_made_again(tmp_path, monkeypatc
 
 def test_an_index_knows_what_made_it(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "INDEX_CACHE", tmp_path / "cache")
-    assert hashlib.sha256(Path(search.__file__).read_bytes()).hexdigest() == search.SOURCE
+    assert code_of(search.__file__) == search.SOURCE
     file = tmp_path / "corpus.jsonl"
     file.write_text('{"title": "Ost", "url": "u:1", "text": "C++ and C# are languages."}')
     assert Corpus.from_jsonl(file).search("c", 3) and Corpus.from_jsonl(file).search("c", 3)
@@ -114,6 +114,13 @@ def test_an_index_knows_what_made_it(tmp_path, monkeypatch):
         monkeypatch.setattr(*change)
         assert Corpus.from_jsonl(file).search("c", 3) == []  # the first index would find it
         assert len(list((tmp_path / "cache").iterdir())) == number
+
+
+def test_code_is_known_by_its_file_and_by_the_packages_that_it_uses(tmp_path):
+    (tmp_path / "module.py").write_text("x = 1")
+    seen = {code_of(str(tmp_path / "module.py")), code_of(str(tmp_path / "module.py"), "bm25s")}
+    (tmp_path / "module.py").write_text("x = 2")
+    assert len({code_of(str(tmp_path / "module.py"), "bm25s"), *seen}) == 3
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch):

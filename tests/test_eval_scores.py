@@ -13,7 +13,7 @@ from loopback import Server
 import eval as evaluation
 from deepresearcher_min import report
 from deepresearcher_min.config import ROOT, load_config
-from deepresearcher_min.reward import ask_judge
+from deepresearcher_min.reward import ask_judge, parse_verdict
 from deepresearcher_min.trajectory import Group, Question, Trajectory
 from deepresearcher_min.web import Web
 
@@ -127,6 +127,95 @@ def test_verdicts_are_read_strictly(tmp_path, monkeypatch, page, verdict, cause,
         assert server.requests["/v1/chat/completions"] == requests
         assert b"secret" not in (tmp_path / "cassette.sqlite").read_bytes()
         web.close()
+
+
+TEMPLATE = "Asked: {question} Golds: {gt_answer} Given: {pred_answer}\nReply as JSON.\n"
+
+
+def asked(server, folder, trajectory, **changes):
+    """What the judge was sent, and the verdict."""
+    config, web = judging(server, folder, **changes)
+    verdict = ask_judge(trajectory, config, web, Counter())
+    web.close()
+    return json.loads(server.sent[-1][2]), verdict
+
+
+@pytest.mark.quick
+def test_the_judge_is_asked_as_the_keys_say(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "secret")
+    question = Question("q", "Who wrote {pred_answer}?", ("The BOOK's", "O'Neill, E."), "nq")
+    answer = "Eugene\nO'Neill {question}!"
+    one = Trajectory(question, [1, 2], [False, True], [float("nan"), -0.5], (), answer, "answer")
+    (tmp_path / "rules.txt").write_text("Rules of my own, with a last line.\n")
+    (tmp_path / "fields.txt").write_text(TEMPLATE)
+    with Server({"/v1/chat/completions": reply("Yes.\nCORRECT")}) as server:
+        sent, _ = asked(server, tmp_path, one, judge_prompt_file=tmp_path / "rules.txt", judge_normalize=True)
+        assert sent["messages"][0]["content"] == "Rules of my own, with a last line.\n" and sent["temperature"] == 0
+        assert json.loads(sent["messages"][1]["content"]) == {
+            "question": question.text, "accepted": ["the book's", "o'neill, e."], "given": "eugene o neill question",
+        }  # fmt: skip
+        sent, verdict = asked(server, tmp_path, one, judge_prompt_file=tmp_path / "fields.txt", judge_temperature=0.7)
+        _, message = sent["messages"]
+        assert message == {"role": "user", "content": (
+            f"Asked: {question.text} Golds: {list(question.answers)} Given: {answer}\nReply as JSON.\n"
+        )}  # fmt: skip
+        assert sent["temperature"] == 0.7 and verdict == 1.0 and set(sent) == {"model", "messages", "temperature"}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "changes",
+    [{"judge_temperature": 0.7}, {"judge_normalize": True}, {"judge_prompt_file": "rules.txt"}, {"judge_model": "x"}],
+)
+def test_a_verdict_under_other_settings_of_the_judge_does_not_answer(tmp_path, monkeypatch, changes):
+    monkeypatch.setenv("JUDGE_API_KEY", "secret")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rules.txt").write_text("Rules of my own.")
+    with Server({"/v1/chat/completions": reply("Yes.\nCORRECT")}) as server:
+        for settings, requests in (({}, 1), ({}, 1), (changes, 2), (changes, 2)):
+            asked(server, tmp_path, NEARLY, **settings)
+            assert server.requests["/v1/chat/completions"] == requests
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ('{"rationale": "the same", "judgement": "correct"}', 1.0),
+        ('```json\n{\n"rationale": "not {the} same",\n"judgement": "incorrect"\n}\n```', 0.0),
+        ('{"rationale": "a raw\nline break", "judgement": "Correct"}\n', 1.0),
+        ('Here it is: {"judgement": "incorrect", "rationale": "CORRECT"}', 0.0),
+        ('<think>{"judgement": "correct"}</think>{"judgement": "incorrect"}', 0.0),
+        ("Both mean the set {1, 2}.\nCORRECT", 1.0),
+        ("It means {}.\nINCORRECT", 0.0),
+        ('{"judgement": "correct or incorrect"}', None),
+        ('{"judgement": true}', None),
+        ('{"judgement": "correct"} {"judgement": "incorrect"}', None),
+        ('{"rationale": "correct"}', None),
+        ("{" * 10_000 + "}" * 10_000, None),
+        ("correct", 1.0),
+        ("", None),
+    ],
+)
+def test_verdicts_are_read_in_both_forms(text, verdict):
+    assert parse_verdict(text) == verdict
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "cannot be read as text"), (b"\xff\xfe", "cannot be read as text"),
+     (b"Judge {pred_answer} by {gt_answer}.", "must hold all of {question}")],
+)  # fmt: skip
+def test_a_judges_prompt_that_cannot_be_used_is_said_before(tmp_path, monkeypatch, capsys, content, words):
+    monkeypatch.setenv("JUDGE_API_KEY", "secret")
+    path = tmp_path / "judge.txt"
+    if content is not None:
+        path.write_bytes(content)
+    arguments = ["--preset=toy", "--model=toy", f"--run_dir={tmp_path / 'run'}", "--judge_url=http://127.0.0.1:9"]
+    assert evaluation.main([*arguments, f"--judge_prompt_file={path}"]) == 2
+    said = capsys.readouterr().err
+    assert f"judge_prompt_file='{path}': " in said and words in said and not (tmp_path / "run").exists()
 
 
 @pytest.mark.quick

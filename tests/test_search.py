@@ -90,6 +90,24 @@ def serper_key(monkeypatch):
     monkeypatch.setenv("SERPER_API_KEY", "secret-key")
 
 
+@pytest.mark.parametrize(("country", "language"), [("", ""), ("us", "en"), ("", "de")])
+def test_serper_is_sent_country_and_language_and_a_recording_for_others_does_not_answer(tmp_path, country, language):
+    place = {name: value for name, value in (("gl", country), ("hl", language)) if value}
+    with Site("serper", SERPER, tmp_path, search_country=country, search_language=language) as site:
+        site.search("Who?", Counter())
+        assert json.loads(site.server.sent[-1][2]) == {"q": "Who?", "num": 10, **place}
+        for other in (("", ""), ("us", "en"), ("", "de")):
+            there = {"search_country": other[0], "search_language": other[1]}
+            replay = Web(replace(site.web.config, cassette_mode="replay", **there), site.web.cassette)
+            search = make_search(replay.config, replay, None)
+            if other == (country, language):
+                assert search("Who?", Counter())
+            else:
+                with pytest.raises(WebFailure, match="replay_miss"):
+                    search("Who?", Counter())
+            replay.close()
+
+
 def test_serper_asks_as_documented_and_reads_what_is_there(tmp_path):
     with Site("serper", SERPER, tmp_path, search_results=10, price_search=0.5) as site:
         assert site.search("who?", site.counts) == [
