@@ -25,7 +25,7 @@ from typing import Any
 import webencodings
 
 from deepresearcher_min.config import ROOT, Config, ConfigError, require_environment
-from deepresearcher_min.search import Corpus, content_words
+from deepresearcher_min.search import ENDS, SENTENCE_END, Corpus, content_words
 from deepresearcher_min.trajectory import Reading
 from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, code_of, count, seconds_left
 
@@ -47,10 +47,7 @@ CHARSET = re.compile(r"(?i)(?:<meta\s[^>]{0,500}?\bcharset|<\?xml[^>]{0,500}?\be
 LEGACY = """gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r iso8859_5 cp1253 cp1255 cp1256 cp874 cp1252 cp1250 iso8859_2
     cp1254 cp1257 cp1258""".split()  # noqa: SIM905  # what pages are found in, in Python's names
 CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
-# No space follows a sentence of Chinese, Japanese, Khmer or Myanmar; Thai and Lao have nothing but a space there.
-ENDS = "。！？｡।॥។៕။"
 BORDERS = (("\n\n",), ("\n",), (". ", *ENDS), (" ",))  # of segments, best first
-SENTENCE_END = re.compile(rf"[{ENDS}]+[」』”’）]*|[\u0e00-\u0eff](?=\s+[\u0e00-\u0eff])")
 READER_RULES = (ROOT / "prompts/reader.txt").read_text().strip()
 
 

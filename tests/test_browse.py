@@ -13,9 +13,9 @@ from loopback import Server
 from test_pages import ARTICLE, page
 
 from deepresearcher_min import browse
-from deepresearcher_min.browse import SENTENCE_END, Browser, extract, parse_notes, segments
+from deepresearcher_min.browse import Browser, extract, parse_notes, segments
 from deepresearcher_min.config import ConfigError, load_config
-from deepresearcher_min.search import Corpus
+from deepresearcher_min.search import SENTENCE_END, Corpus
 from deepresearcher_min.trajectory import Reading
 from deepresearcher_min.web import Web, WebFailure
 
