@@ -206,7 +206,7 @@ def parse_row(row: Any) -> Question:
         raise ValueError(f"{expected}, not {str(found)[:80]!r}{columns}")
     name, source = first_of(row, "id", "_id", "index"), first_of(row, "source", "data_source")
     question = Question("" if name is None else str(name), text, golds, str(source or ""))
-    "".join((question.id, text, question.source, *golds)).encode()  # refuses half of a two-part sign: no file takes it
+    "".join((text, *golds, question.id, question.source)).encode()  # refuses half of a two-part sign: no file takes it
     return question
 
 
