@@ -94,7 +94,8 @@ def resolve(argv: list[str]) -> Config:
 def test_set(config: Config) -> str:
     """The official test set, fetched once and kept under ~/.cache; ConfigError if it cannot be had or is not that."""
     path = INDEX_CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
-    if not path.exists():
+    kept = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(kept).hexdigest() != TEST_SET_SHA256:
         web = Web(replace(config, cassette_mode="live"), ":memory:")
         try:
             body, _ = web.fetch(TEST_SET_URL, Counter(), time.monotonic() + 120, own=True)

@@ -25,11 +25,21 @@ from typing import Any
 import webencodings
 
 from deepresearcher_min.config import ROOT, Config, ConfigError, require_environment
-from deepresearcher_min.search import Corpus, content_words
+from deepresearcher_min.search import ENDS, SENTENCE_END, Corpus, content_words
 from deepresearcher_min.trajectory import Reading
-from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, count, count_failure, seconds_left
+from deepresearcher_min.web import (
+    BAD_REPLY,
+    TIMEOUT,
+    Web,
+    WebFailure,
+    code_of,
+    count,
+    count_failure,
+    seconds_left,
+)
 
 PARSER = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"]  # this module as a process
+EXTRACTOR = code_of(__file__, "trafilatura", "lxml", "pypdf")  # what has made the text of a page
 NOT_CONTENT = ["head", "title", "script", "style", "noscript", "template", "svg", "iframe", "nav", "footer", "aside"]
 NOT_CONTENT += ["dialog", "button", "select", "textarea"]
 BLOCKS = """address article aside blockquote body br caption center dd details div dl dt fieldset figcaption figure form
@@ -46,6 +56,7 @@ CHARSET = re.compile(r"(?i)(?:<meta\s[^>]{0,500}?\bcharset|<\?xml[^>]{0,500}?\be
 LEGACY = """gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r iso8859_5 cp1253 cp1255 cp1256 cp874 cp1252 cp1250 iso8859_2
     cp1254 cp1257 cp1258""".split()  # noqa: SIM905  # what pages are found in, in Python's names
 CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
+BORDERS = (("\n\n",), ("\n",), (". ", *ENDS), (" ",))  # of segments, best first
 READER_RULES = (ROOT / "prompts/reader.txt").read_text().strip()
 
 
@@ -280,7 +291,8 @@ def segments(text: str, max_chars: int) -> list[str]:
     while start < len(text):
         end = start + max_chars
         if end < len(text):
-            borders = (text.rfind(border, start + max_chars // 2, end) for border in ("\n\n", "\n", ". ", " "))
+            half = start + max_chars // 2
+            borders = (max(text.rfind(border, half, end) for border in kind) for kind in BORDERS)
             end = next((place + 1 for place in borders if place >= 0), end)
         pieces.append(text[start:end].strip())
         start = end
@@ -290,6 +302,8 @@ def segments(text: str, max_chars: int) -> list[str]:
 def extract(question: str, segment: str) -> str:
     """What the reader without a model notes: the ten sentences that share most content words with the question."""
     wanted = set(content_words(question))
+    if not segment.isascii():
+        segment = SENTENCE_END.sub(r"\g<0>\n", segment)
     sentences = re.split(r"(?<=[.!?])\s+|\n+", segment)
     shared = [len(wanted.intersection(content_words(sentence))) for sentence in sentences]
     best = sorted(range(len(sentences)), key=lambda i: (-shared[i], i))[:10]
@@ -370,7 +384,7 @@ class Browser:
                 return text
             raise WebFailure("no_text", "The page holds no text that can be read.")
 
-        return self.web.cached("page", url.partition("#")[0], produce, counts, deadline)
+        return self.web.cached("page", url.partition("#")[0], produce, counts, deadline, EXTRACTOR)
 
     async def read(self, reading: Reading, segment: str, counts: Counter, deadline: float) -> Notes:
         """Notes on one segment, and whether to read on; a model's tokens are in no trajectory."""

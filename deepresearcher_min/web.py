@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -97,6 +98,11 @@ def raise_if_down(config: Config, counts: Mapping[str, Any], least: int = 1) -> 
         if calls >= least and failed > calls / 2:
             last = LAST_WORDS.get(service, "see the other ranks")
             raise RunStopped(f"{failed:.0f} of {calls:.0f} calls to the {service} service failed. The last one: {last}")
+
+
+def code_of(file: str, *packages: str) -> str:
+    """What a cached reply was made by: a hash of a module's file, and the versions of what it works with."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() + "".join(map(version, packages))
 
 
 def seconds_left(deadline: float) -> float:
@@ -227,17 +233,20 @@ class Web:
         self.jitter, self.rank, self.opened = random.Random(rank), rank, time.time()
         self.totals, self.enough = Counter[str](), 0  # calls and failures; from how many on to stop, 0: never
 
-    def cached(self, kind: str, request: Any, produce: Callable[[], Any], counts: Counter, deadline: float) -> Any:
+    def cached(
+        self, kind: str, request: Any, produce: Callable, counts: Counter, deadline: float, made: str = ""
+    ) -> Any:
         """The recorded reply to `request` (any JSON), else that of produce(), which is recorded, be it a WebFailure.
 
-        `kind`, of what is asked: page or one of ROLES. Here its calls are counted, and those that failed.
+        `kind`, of what is asked: page or one of ROLES. Here its calls are counted, and those that failed. `made` stands
+        for the code behind produce(): in mode live, what other code has made is asked for again.
         """
         hurried = deadline - time.monotonic() < self.config.tool_timeout / 2  # others took its time
         if self.enough:
             raise_if_down(self.config, self.totals, self.enough)
         self._count(counts, f"{kind}_calls")
         try:
-            return self._recorded(kind, request, produce, counts, deadline)
+            return self._recorded(kind, request, produce, counts, deadline, made)
         except WebFailure as failure:
             count_failure(counts, kind, failure)
             if failure.kind not in NO_FAULT and not (hurried and failure.kind == "timeout"):
@@ -249,7 +258,7 @@ class Web:
         count(counts, name)
         count(self.totals, f"cost_{name}")
 
-    def _recorded(self, kind: str, request: Any, produce: Callable[[], Any], counts: Counter, deadline: float) -> Any:
+    def _recorded(self, kind: str, request: Any, produce: Callable, counts: Counter, deadline: float, made: str) -> Any:
         key = hashlib.sha256(json.dumps([kind, request], sort_keys=True).encode()).digest()
         flight = self.flights[int.from_bytes(key[:2], "big")]
         if not flight.acquire(timeout=seconds_left(deadline)):  # all but one of identical requests wait for its reply
@@ -262,7 +271,8 @@ class Web:
             if "failure" in reply:  # soon forgotten [s], and by the next process at once: a service may be mended
                 ttl = min(60.0, time.time() - self.opened)
             kept = {"live": False, "record": "failure" not in reply, "replay": True}[self.config.cassette_mode]
-            if reply and (kept or time.time() - row[0] <= ttl):
+            fresh = reply and time.time() - row[0] <= ttl and reply.get("made", "") == made
+            if reply and (kept or fresh):
                 count(counts, "cache_hits")
             elif self.config.cassette_mode == "replay":
                 raise WebFailure("replay_miss", "This is not in the recording that is being replayed.")
@@ -271,7 +281,7 @@ class Web:
                     reply = {"value": produce()}
                 except WebFailure as failure:
                     reply = {"failure": (failure.kind, failure.words, failure.said)}
-                row = (key, time.time(), json.dumps(reply))
+                row = (key, time.time(), json.dumps({**reply, "made": made}))
                 with self.db_lock:
                     self.db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", row)
         finally:

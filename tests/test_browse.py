@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from loopback import Server
 from test_pages import ARTICLE, page
 
+from deepresearcher_min import browse
 from deepresearcher_min.browse import Browser, extract, parse_notes, segments
 from deepresearcher_min.config import ConfigError, load_config
-from deepresearcher_min.search import Corpus
+from deepresearcher_min.search import SENTENCE_END, Corpus
 from deepresearcher_min.trajectory import Reading
 from deepresearcher_min.web import Web, WebFailure
 
@@ -68,6 +69,45 @@ def test_a_long_text_is_cut_in_linear_time():
 
 def test_extractive_reader_returns_nothing_where_nothing_is_shared():
     assert extract("zebra?", PAGE) == ""
+
+
+CHINESE = "绍兴是一座城市。鲁迅于1881年出生在绍兴！他写了「阿Q正传。」后来呢？他去了北京。"
+THAI = "เชียงใหม่เป็นจังหวัดทางภาคเหนือ ดอยสุเทพสูง 1676 เมตร ประชากรพูดคำเมือง"
+
+
+@pytest.mark.parametrize(
+    ("question", "page_", "notes"),
+    [
+        ("鲁迅出生在哪里？", CHINESE, "鲁迅于1881年出生在绍兴！"),
+        ("谁写了《阿Q正传》？", CHINESE, "他写了「阿Q正传。」"),
+        ("北京", CHINESE, "他去了北京。"),
+        (
+            "平安京はいつ置かれましたか",
+            "京都は古い都です。794年に平安京が置かれました。",
+            "794年に平安京が置かれました。",
+        ),
+        ("ดอยสุเทพสูงเท่าไร", THAI, "ดอยสุเทพสูง 1676 เมตร"),
+        ("ទន្លេមេគង្គ", "ភ្នំពេញជារាជធានី។ ទីក្រុងនេះនៅលើទន្លេមេគង្គ។", "ទីក្រុងនេះនៅលើទន្លេមេគង្គ។"),
+        ("यमुना", "दिल्ली राजधानी है। यमुना यहाँ बहती है।", "यमुना यहाँ बहती है।"),
+        ("斑马", CHINESE, ""),
+    ],
+)
+def test_the_extractive_reader_knows_sentences_of_other_scripts(question, page_, notes):
+    assert extract(question, page_) == notes
+
+
+def test_segments_end_with_sentences_of_other_scripts():
+    for sentence in ("鲁迅于一八八一年出生在绍兴。", "猫は何匹いますか？", "ទីក្រុងនេះនៅលើទន្លេមេគង្គ។"):
+        pieces = segments(sentence * 50, 100)
+        assert len(pieces) > 1 and all(piece.endswith(sentence[-1]) for piece in pieces)
+        assert "".join(pieces) == sentence * 50
+    assert segments("One. Two! 三。 four", 12)[0] == "One. Two! 三。"
+
+
+def test_english_sentences_end_as_ever():
+    text = 'It is 3.5 m (approx.) high. "Is it?" No!Yes... So “it is.” Dr. Who\nsaid x.y.z. End'
+    assert SENTENCE_END.sub("", text) == text
+    assert extract("high end", text) == "It is 3.5 m (approx.) high. End"
 
 
 # --- readers
@@ -267,6 +307,21 @@ def test_a_reader_waits_in_the_thread_that_tools_are_given_and_counts_tokens_as_
     notes, counts = read_page(url, "Which river?", None, [], config, web, in_thread=in_thread)
     assert notes == [(0, "The Ost.")]
     assert asked == ["fetch_text", "cached"] and counts["reader_tokens"] > 100
+
+
+@pytest.mark.parametrize("mode", ["live", "record"])
+def test_a_page_that_other_code_has_read_is_read_again_in_mode_live_only(live, monkeypatch, mode):
+    server, config, web = live
+    config = replace(config, reader="extractive", cassette_mode=mode)
+    again = Web(config, web.cassette)
+    for _ in range(2):
+        read_page(server.url + "/page", "Where does the Ost rise?", None, [], config, again)
+    assert server.requests["/page"] == 1
+    monkeypatch.setattr(browse, "EXTRACTOR", "after an edit")
+    for _ in range(2):
+        read_page(server.url + "/page", "Where does the Ost rise?", None, [], config, again)
+    assert server.requests["/page"] == (2 if mode == "live" else 1)
+    again.close()
 
 
 def test_live_pages_that_cannot_be_read_say_so(live):

@@ -39,6 +39,15 @@ def test_the_test_set_is_fetched_once(published):
 
 
 @pytest.mark.quick
+def test_a_kept_file_that_is_not_the_published_one_is_fetched_again(published):
+    path = Path(evaluation.test_set(CONFIG))
+    for spoiled in (published.body[:1000], b""):
+        path.write_bytes(spoiled)
+        assert Path(evaluation.test_set(CONFIG)).read_bytes() == published.body
+    assert published.requests["/file"] == 3
+
+
+@pytest.mark.quick
 def test_a_broken_download_starts_again(published, monkeypatch):
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(published.body)
 
