@@ -15,6 +15,7 @@ import asyncio
 import csv
 import hashlib
 import json
+import os
 import re
 import signal
 import sys
@@ -27,22 +28,45 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 from deepresearcher_min import report
-from deepresearcher_min.config import ROOT, Config, ConfigError, load_config, parse_arguments, require_environment
+from deepresearcher_min.config import (
+    ROOT,
+    Config,
+    ConfigError,
+    check_inputs,
+    help_text,
+    load_config,
+    named,
+    parse_arguments,
+    read_config,
+    replace_file,
+    require_environment,
+)
 from deepresearcher_min.protocol import ChatFormat, Entry
 from deepresearcher_min.reward import ask_judge, explain, judge, measures, summarize
 from deepresearcher_min.rollout import EVALUATION, Agent, Batch, roll_out
-from deepresearcher_min.run import RUNS, Ranks, complete_checkpoints, newest_run, open_run
-from deepresearcher_min.search import INDEX_CACHE, Corpus
-from deepresearcher_min.trajectory import Question, Recording, Trajectory, load_questions
+from deepresearcher_min.run import RUNS, Ranks, complete_checkpoints, newest_run, open_run, starting
+from deepresearcher_min.search import INDEX_CACHE
+from deepresearcher_min.trajectory import Question, Recording, Trajectory
 from deepresearcher_min.web import Web, WebFailure
-from train import Task, begin, check_needs, load_task, make_agent, open_web, quiet_libraries
+from train import (
+    Task,
+    begin,
+    check_needs,
+    context_notes,
+    load_task,
+    make_agent,
+    open_web,
+    quiet_libraries,
+    read_corpus,
+    read_questions,
+)
 
 # The revision is the one at which a public copy of the official repository has the file; never fetched by us (there is
 # no internet here). What decides is the checksum, which is that of the published file, 3,197 questions.
@@ -67,20 +91,20 @@ def resolve(argv: list[str]) -> Config:
     folder = Path(typed.get("model") or newest_run())
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     base = None
-    if (run / "config.yaml").exists() and (run / "checkpoints").is_dir():
+    if os.path.isfile(run / "config.yaml") and os.path.isdir(run / "checkpoints"):
         if folder == run:
             found = complete_checkpoints(run)
             if not found:
                 raise ConfigError(f"model={str(run)!r}: this run has no complete checkpoint yet")
             folder = found[-1]
-        base = yaml.safe_load((run / "config.yaml").read_text()) | {"run_dir": "", "resume": "", "question": ""}
+        base = read_config("model", run) | {"run_dir": "", "resume": "", "question": ""}
     elif "preset" not in typed:
         argv = [f"--preset={'wiki' if typed.get('search') == 'local' else 'paper'}", *argv]
     now = datetime.now(UTC)
     extra = {"run_dir": f"{RUNS}/eval-{now:%Y%m%d-%H%M%S}", "date": f"{now:%Y-%m-%d}", **typed, "model": folder}
     extra |= {"eval_data": typed["data"]} if "data" in typed else {}
     config = load_config([*argv, *(f"--{key}={value}" for key, value in extra.items())], base=base)
-    if (Path(config.run_dir) / "config.yaml").exists():
+    if os.path.exists(f"{config.run_dir}/config.yaml"):
         raise ConfigError(f"run_dir={config.run_dir!r} is taken; an evaluation goes on with --resume={config.run_dir}")
     if config.method == "agent":
         return config
@@ -93,7 +117,7 @@ def resolve(argv: list[str]) -> Config:
 def test_set(config: Config) -> str:
     """The official test set, fetched once and kept under ~/.cache; ConfigError if it cannot be had or is not that."""
     path = INDEX_CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
-    if not path.exists():
+    if not os.path.isfile(path):
         web = Web(replace(config, cassette_mode="live"), ":memory:")
         try:
             body, _ = web.fetch(TEST_SET_URL, Counter(), time.monotonic() + 120, own=True)
@@ -103,9 +127,11 @@ def test_set(config: Config) -> str:
             web.close()
         if (found := hashlib.sha256(body).hexdigest()) != TEST_SET_SHA256:
             raise ConfigError(f"{TEST_SET_URL} sent another file: sha256 {found}, not {TEST_SET_SHA256}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_bytes(body)
-        path.with_suffix(".part").replace(path)
+        try:
+            replace_file(path, body)
+        except OSError:  # a home that cannot be written: fetched again next time
+            path = Path(mkdtemp()) / path.name
+            replace_file(path, body)
     return str(path)
 
 
@@ -115,15 +141,13 @@ def load_examination(config: Config, ranks: Ranks) -> Task:
     They are those of eval_data (or --data), else those that the model's run set aside, else the official test set.
     """
     file = config.eval_data
-    if config.search == "toy" and file:
-        raise ConfigError(f"data={file!r}: the toy web does not answer it; add --search=local --corpus=FILE")
     if config.search == "toy" or (config.data and not file):
         task = load_task(config)
     else:
         if not file and not config.question:
             file = ranks.share(test_set(config) if ranks.rank == 0 else None)
-        corpus = Corpus.from_jsonl(config.corpus) if config.corpus else None
-        task = Task(config.model, [], load_questions(file) if file else [], corpus, corpus)
+        corpus = read_corpus(config)
+        task = Task(config.model, [], read_questions("data", file) if file else [], corpus, corpus)
     taken: dict[str, list[Question]] = {}
     for question in task.held_out:
         taken.setdefault(question.source, []).append(question)
@@ -161,14 +185,12 @@ def finished(run_dir: str) -> dict[str, Trajectory]:
     return {one.question.id: one for file in files for one in report.read_trajectories(file)}
 
 
-def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
+def ask_all(config: Config, task: Task, agent: Agent, done: Mapping[str, Trajectory], ranks: Ranks) -> None:
     """Ask what has no result yet. Each trajectory is written as it ends, so that no kill loses or repeats one."""
     path = Path(config.run_dir) / "trajectories" / ("eval" + f"-rank{ranks.rank}" * (ranks.world_size > 1) + ".jsonl")
-    done = ranks.share(finished(config.run_dir) if ranks.rank == 0 else None)
     mine = ranks.deal(range(len(task.held_out)))
     numbers = [number for number in mine if task.held_out[number].id not in done]
     questions = [task.held_out[number] for number in numbers]
-    _, agent = make_agent(config, task, ranks)
     found, prepaid = search_once(questions, agent) if config.method == "rag" else ({}, {})
     if config.method != "agent":
         agent = replace(agent, chat=PlainChat(agent.chat, found))
@@ -233,25 +255,24 @@ def conclude(config: Config, task: Task, started: float) -> None:
     sources = {name or "no source": scores_of(found, verdicts) for name, found in by_source}
     overall = scores_of(results, verdicts)
     table = report.score_rows({**sources, "all": overall})
-    published = csv.DictReader((ROOT / "docs/paper.csv").read_text().splitlines())
+    published = csv.DictReader((ROOT / "docs/paper.csv").read_text(encoding="utf-8").splitlines())
     paper = [row for row in published if sources.keys() & row.keys()]
     table += [[f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])] for row in paper]
     lost, seconds = len(task.held_out) - len(results), time.monotonic() - started
     caption = textwrap.fill(CAPTION.format(**asdict(config), judge=sentence, lost=lost), 118)
     summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": seconds}
     summary |= {"sources": sources, "overall": overall, "table": table, "caption": caption}
-    (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1))
-    (run / "results.md").write_text(f"{report.text_table(table, markdown=True)}\n\n{caption}\n")
+    (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1), encoding="utf-8")
+    (run / "results.md").write_text(f"{report.text_table(table, markdown=True)}\n\n{caption}\n", encoding="utf-8")
     report.write_html(run)
     print(f"{report.text_table(table)}\n\n{caption}\n")
     print(f"{seconds:.0f} s. Every trajectory is in {run}/report.html, the table in {run}/results.md")
 
 
-def ask(config: Config, task: Task, ranks: Ranks) -> None:
+def ask(config: Config, task: Task, agent: Agent) -> None:
     """Answer one question and print the whole trajectory; a known question is scored, too."""
     typed = Question("typed", config.question, ("",))
     question = next((each for each in task.held_out if each.text == typed.text), typed)
-    _, agent = make_agent(config, task, ranks)
     try:
         ((one,),) = roll_out(Batch([question], [0], 1, config.eval_temperature, step=0), agent)
     finally:
@@ -264,27 +285,40 @@ def ask(config: Config, task: Task, ranks: Ranks) -> None:
 
 def main(argv: list[str]) -> int:
     quiet_libraries()
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\n{help_text()}")
+        return 0
     ranks, started = Ranks.start(), time.monotonic()
     try:
         config = ranks.share(resolve(argv) if ranks.rank == 0 else None)
+        notes = check_inputs(config, argv, "train.py")
         check_needs(config, questions=False)
         if config.judge_url:
             require_environment("JUDGE_API_KEY", "judge_url needs it (any word, if the server asks for none)")
+            if not config.judge_model:
+                raise ConfigError(f"judge_url={config.judge_url!r}: needs --judge_model=NAME, too")
         torch.set_num_threads(config.threads)
-        task = load_examination(config, ranks)
+        with starting(config, ranks.rank):
+            task = load_examination(config, ranks)
+            with named("resume", config.run_dir, "its trajectories are not what eval.py wrote"):
+                done = ranks.share(finished(config.run_dir) if ranks.rank == 0 else None)
+            _, agent = make_agent(config, task, ranks)
+            notes += context_notes(config, task)
+            # Here everything is loaded and nothing begun: the place to ask outside services once.
+            if not config.question:
+                begin(config, ranks, notes)
         if config.question:
-            ask(config, task, ranks)
+            ask(config, task, agent)
             return 0
-        begin(config, ranks)
         try:
-            ask_all(config, task, ranks)
+            ask_all(config, task, agent, done, ranks)
         except KeyboardInterrupt:
             ranks.print(f"Stopped. Go on with: python eval.py --resume={config.run_dir}")
             return 130
         if ranks.rank == 0:
             conclude(config, task, started)
     except (ConfigError, ValueError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
+        ranks.complain("eval.py", error)
         return 2
     finally:
         ranks.stop()

@@ -4,7 +4,12 @@
 --key=value; --preset=wiki|paper are other starting points; --resume continues the newest run.
 """
 
+import importlib
+import io
 import json
+import logging
+import os
+import re
 import sys
 import time
 import warnings
@@ -15,31 +20,49 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 import yaml
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from deepresearcher_min import report, toyworld
-from deepresearcher_min.config import Config, ConfigError, describe, replace_file
+from deepresearcher_min.config import (
+    Config,
+    ConfigError,
+    check_inputs,
+    describe,
+    help_text,
+    named,
+    replace_file,
+)
 from deepresearcher_min.engine import make_engine
 from deepresearcher_min.policy import Policy
 from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.reward import explain, judge, step_means, step_sums, summarize
 from deepresearcher_min.rollout import EVALUATION, Agent, Batch, OnDone, Tools, roll_out
-from deepresearcher_min.run import Ranks, Stop, Watch, add_times, complete_checkpoints, open_run, save_checkpoint
+from deepresearcher_min.run import (
+    Ranks,
+    Stop,
+    Watch,
+    add_times,
+    complete_checkpoints,
+    open_run,
+    save_checkpoint,
+    starting,
+)
 from deepresearcher_min.search import Corpus, check_search
 from deepresearcher_min.trajectory import Group, Question, Trajectory, load_questions, take_questions
 from deepresearcher_min.web import Web
 
+PARSING = ["trafilatura", "bs4", "lxml", "pypdf"]  # what reading live pages imports late
 
-def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
+
+def train(config: Config, ranks: Ranks, stop: Stop, notes: Sequence[str] = ()) -> bool:
     """The whole run. False if Ctrl-C, SIGTERM (saved then by one rank only) or max_cost (saved) ended it early."""
-    started, task = (time.monotonic(), time.process_time()), load_task(config)
-    agent, examinee = make_agent(config, task, ranks)
-    policy = Policy(config, task.model_dir, ranks)
-    state, earlier = restore(config, policy, ranks, len(task.questions))
+    started = time.monotonic(), time.process_time()
+    task, agent, examinee, policy, state, earlier = prepare(config, ranks, notes)
     save = partial(save_policy, config, policy, agent, ranks, stop)
     try:
         # 0 measure
@@ -94,6 +117,20 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
     return True
 
 
+def prepare(config: Config, ranks: Ranks, notes: Sequence[str]) -> tuple[Any, ...]:
+    """All that the run needs, tried once; only then is the run described. ConfigError for what does not work."""
+    with starting(config, ranks.rank):
+        task = load_task(config)
+        agent, examinee = make_agent(config, task, ranks)
+        with named("model", config.model):
+            policy = Policy(config, task.model_dir, ranks)
+        state, earlier = restore(config, policy, ranks, len(task.questions))
+        policy.check_saving(agent.chat.tokenizer)
+        # Here everything is loaded and nothing begun: the place to ask outside services once.
+        begin(config, ranks, [*notes, *context_notes(config, task)])
+    return task, agent, examinee, policy, state, earlier
+
+
 def restore(config: Config, policy: Policy, ranks: Ranks, count: int) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """The newest checkpoint's state, or that of step 0, and the scores before training, if known, in a list.
 
@@ -103,11 +140,14 @@ def restore(config: Config, policy: Policy, ranks: Ranks, count: int) -> tuple[d
     run, order = Path(config.run_dir), {"seed": config.seed, "questions": count}
     state: dict[str, Any] = {"step": 0, "asked": 0, "usd": 0.0, "seconds": 0.0, "cpu_seconds": 0.0, **order}
     if found := ranks.share(complete_checkpoints(run)[-1:]):
-        policy.load(found[0] / "state")
-        state = json.loads((found[0] / "state.json").read_text())
-        if (saved := {key: state.get(key) for key in order}) != order:
+        with named("resume", str(found[0]), "delete this checkpoint to go on from the one before"):
+            policy.load(found[0] / "state")
+            state = json.loads((found[0] / "state.json").read_text(encoding="utf-8"))
+            saved = {key: state.get(key) for key in order}
+        if saved != order:
             raise ConfigError(f"{found[0]} belongs to a run with {saved}, not with {order}: begin a new one")
-    rows = report.resume_metrics(run / "metrics.jsonl", state["step"]) if ranks.rank == 0 else []
+    with named("resume", config.run_dir, "metrics.jsonl is not what train.py wrote"):
+        rows = report.resume_metrics(run / "metrics.jsonl", state["step"]) if ranks.rank == 0 else []
     return state, ranks.share([row["eval"] for row in rows if row["step"] == 0])
 
 
@@ -131,9 +171,9 @@ def load_task(config: Config) -> Task:
         questions = world.questions(1000, config.seed)
         examination = held_out.questions(config.eval_questions, config.seed)
         return Task(model_dir, questions, examination, world.corpus, held_out.corpus, held_out)
-    questions = load_questions(config.data)
+    questions = read_questions("data", config.data)
     if config.eval_data:
-        examination = load_questions(config.eval_data)[: config.eval_questions or None]
+        examination = read_questions("eval_data", config.eval_data)[: config.eval_questions or None]
     else:  # set aside, and never trained on
         if not 0 < config.eval_questions < len(questions):
             raise ConfigError(
@@ -141,24 +181,84 @@ def load_task(config: Config) -> Task:
                 f"{len(questions)} questions of data={config.data} are set aside"
             )
         examination, questions = questions[: config.eval_questions], questions[config.eval_questions :]
-    corpus = Corpus.from_jsonl(config.corpus) if config.corpus else None
+    corpus = read_corpus(config)
     return Task(model_dir, questions, examination, corpus, corpus)
+
+
+def read_questions(key: str, path: str) -> list[Question]:
+    with named(key, path):
+        return load_questions(path)
+
+
+def read_corpus(config: Config) -> Corpus | None:
+    if not config.corpus:
+        return None
+    with named("corpus", config.corpus, "it must be a corpus.jsonl (title, url, text)"):
+        return Corpus.from_jsonl(config.corpus)
 
 
 def open_web(config: Config, ranks: Ranks) -> Web:
     """The web through the cassette that the config names, or that of the run folder."""
     cassette = config.cassette or Path(config.run_dir) / "cassette.sqlite"
-    return Web(config, cassette, ranks.rank, ranks.world_size)
+    with named("cassette", str(cassette), "it must be an SQLite file that can be written"):
+        web = Web(config, cassette, ranks.rank, ranks.world_size)
+        web.db.execute("SELECT key, time, reply FROM replies LIMIT 1")  # or it is another program's
+        return web
+
+
+def check_model(model: str) -> None:
+    """OSError for what is neither the folder of a model nor a name that the hub knows."""
+    if model == "toy" or os.path.isfile(f"{model}/config.json"):
+        return
+    if os.path.exists(model):
+        raise OSError("this is not the folder of a model: there is no config.json in it")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise OSError("there is no such folder")
+    if not isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json"), str):
+        try:  # transformers itself would try for most of a minute
+            huggingface_hub.model_info(model, timeout=10)
+        except Exception as error:
+            raise OSError(f"there is no such folder, and the hub cannot give it ({error})") from error
+
+
+def context_notes(config: Config, task: Task) -> list[str]:
+    """A line if trajectories may grow longer than what the model was made for."""
+    model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
+    limit = getattr(model, "max_position_embeddings", None) or config.max_model_len
+    if config.max_model_len <= limit:
+        return []
+    return [f"max_model_len={config.max_model_len} is above the model's own limit of {limit} tokens."]
+
+
+def load_chat(config: Config, task: Task) -> ChatFormat:
+    """The tokenizer and its template, tried with the first question; ConfigError for what the agent cannot use."""
+    prompt = ""
+    if config.system_prompt_file:
+        with named("system_prompt_file", config.system_prompt_file):
+            prompt = Path(config.system_prompt_file).read_text(encoding="utf-8")
+            if not prompt.strip():
+                raise ValueError("there is no text in it")
+    with named("model", config.model, "name a chat model with --model=DIR"):
+        check_model(config.model)
+        model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
+        chat = ChatFormat(AutoTokenizer.from_pretrained(task.model_dir), config.date, prompt)
+        questions = [question.text for question in (task.questions + task.held_out)[:1]]
+        for ids in map(chat.prompt_ids, questions or ["Who?"]):
+            if max(ids) >= model.vocab_size:
+                raise ValueError(f"token {max(ids)} of its tokenizer is none of the model's {model.vocab_size}")
+        chat.message_ids(chat.opening("x"))  # as reader: engine asks
+    if len(ids) >= config.max_model_len:
+        raise ConfigError(f"max_model_len={config.max_model_len}: the prompt alone has {len(ids)} tokens")
+    return chat
 
 
 def make_agent(config: Config, task: Task, ranks: Ranks) -> tuple[Agent, Agent]:
     """The agent in training, and the same one on the held-out web."""
-    tokenizer = AutoTokenizer.from_pretrained(task.model_dir)
-    prompt = Path(config.system_prompt_file).read_text() if config.system_prompt_file else ""
-    chat = ChatFormat(tokenizer, config.date, prompt)
-    web = open_web(config, ranks) if config.search not in ("toy", "local") or config.reader == "openai" else None
+    chat = load_chat(config, task)
+    web = open_web(config, ranks) if config.uses_web else None
     tools = Tools(config, chat, task.corpus, web)
-    engine = make_engine(config, task.model_dir, ranks.world_size)
+    with named("model", config.model):
+        engine = make_engine(config, task.model_dir, ranks.world_size)
     agent = Agent(config, engine, tools, chat)
     if task.held_out_corpus is task.corpus:
         return agent, agent
@@ -221,7 +321,7 @@ def conclude(config: Config, state: dict[str, Any], before: dict, after: dict) -
     steps = [row for row in report.read_json_lines(run / "metrics.jsonl") if "reward" in row]
     times = {"seconds": round(state["seconds"], 1), "cpu_seconds": round(state["cpu_seconds"], 1)}
     summary = {"seed": config.seed, "steps": state["step"], **times, "before": before, "after": after}
-    (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1))
+    (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1), encoding="utf-8")
     report.curve_png(steps, run / "curve.png", before, after)
     report.write_html(run)
     print(f"\nF1 of the sampled answers, step by step:\n{report.text_plot([(r['step'], r['f1']) for r in steps])}")
@@ -240,43 +340,63 @@ def check_needs(config: Config, questions: bool = True) -> None:
         check_search(config)
     except ConfigError as error:
         missing.append(str(error))
+    for key in ("reader_url", "judge_url"):
+        if not re.match("(https?://|$)", url := getattr(config, key)):
+            missing.append(f"{key}={url!r}: must begin with http:// or https://")
+    packages = ["matplotlib.figure"] if questions else []
+    packages += PARSING if config.live else ["bm25s"]
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except Exception as error:
+            missing.append(f"{package} cannot be imported ({error}); pip install -r requirements-cpu.txt")
     if config.dtype == "bfloat16" and not torch.cuda.is_available():
         missing.append("dtype=bfloat16: there is no CUDA GPU; on a CPU use --dtype=float32 and a small model")
     if questions and config.search != "toy" and not config.data:
         missing.append("data is empty: name a file of questions (.parquet or .jsonl) with --data=FILE")
     if missing:
-        raise ConfigError("this run cannot start:\n  - " + "\n  - ".join(missing))
+        raise ConfigError("; ".join(missing))
 
 
 def quiet_libraries() -> None:
-    """Bars and warnings of libraries that would only come between the run's own lines."""
+    """Bars and warnings of libraries that would only come between the run's own lines; any console will do."""
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    for name in ("huggingface_hub", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: that is meant
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console that lacks a character must not end a run
 
 
-def begin(config: Config, ranks: Ranks) -> None:
-    """Open the run folder, and say what is special about this run."""
+def begin(config: Config, ranks: Ranks, notes: Sequence[str] = ()) -> None:
+    """Write the run's config.yaml, and say what is special about this run."""
     if ranks.rank == 0:
         replace_file(Path(config.run_dir) / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False).encode())
         print(f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n", flush=True)
+        print("".join(f"{note}\n" for note in notes), end="", flush=True)
 
 
 def main(argv: list[str]) -> int:
     quiet_libraries()
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\n{help_text()}")
+        return 0
     ranks = Ranks.start()
     try:
         config = ranks.share(open_run(argv) if ranks.rank == 0 else None)  # one clock names the run
+        notes = check_inputs(config, argv, "eval.py")
         check_needs(config)
         watch = Watch(ranks, config.rank_timeout)
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        begin(config, ranks)
-        if not train(config, ranks, Stop()):
+        if not train(config, ranks, Stop(), notes):
             ranks.print(f"Stopped. Continue with: python train.py --resume={config.run_dir}")
             return 130
         watch.finished.set()
     except (ConfigError, ValueError, FloatingPointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        ranks.complain("train.py", error)
         return 2
     finally:
         ranks.stop()

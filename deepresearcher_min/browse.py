@@ -29,7 +29,7 @@ NOT_CONTENT = ["script", "style", "noscript", "template", "svg", "iframe", "nav"
 Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
 CHARSET = re.compile(r"(?i)(?:^[^<]*|<meta[^>]*)\bcharset\s*=\s*[\"']?([\w.:-]+)")  # in a header, or in HTML
 CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
-READER_RULES = (ROOT / "prompts/reader.txt").read_text().strip()
+READER_RULES = (ROOT / "prompts/reader.txt").read_text(encoding="utf-8").strip()
 
 
 def main_text(body: bytes, content_type: str) -> str:

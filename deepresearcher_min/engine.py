@@ -68,6 +68,16 @@ def make_engine(config: Config, model_dir: str, world_size: int = 1) -> Engine:
     return VLLMEngine(config, model_dir, world_size)
 
 
+def load_model(folder: str, dtype: Any, attention: str) -> nn.Module:
+    """The model with this attention; ValueError for weights that transformers would make up, or could not place."""
+    options = {"attn_implementation": attention, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    wrong = [*found["missing_keys"], *found["mismatched_keys"]]
+    if wrong:
+        raise ValueError(f"{len(wrong)} weights are missing or unlike what config.json says, first {wrong[0]}")
+    return model
+
+
 @dataclass
 class Request:
     token_ids: np.ndarray  # the prompt, [n] int32
@@ -83,7 +93,7 @@ class HFEngine(Engine):
 
     def __init__(self, config: Config, model_dir: str) -> None:
         AttentionInterface.register("rows", attend)
-        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=config.dtype, attn_implementation="rows")
+        self.model = load_model(model_dir, config.dtype, "rows")
         model = self.model.config
         if any(kind != "full_attention" for kind in getattr(model, "layer_types", None) or []):
             raise ConfigError(f"model={model_dir}: engine=hf has no sliding-window attention")

@@ -16,7 +16,7 @@ from typing import Any
 from deepresearcher_min.config import ROOT
 
 THINK = "<think>"  # forced: part of every generation prompt, never sampled, never trained
-SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text().strip()
+SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text(encoding="utf-8").strip()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
     "length": "its last turn reached the limit of tokens for a turn (max_turn_tokens)",
     "context": "it reached the limit of tokens for a whole trajectory (max_model_len)",
 }
-JUDGE_RULES = (ROOT / "prompts/judge.txt").read_text()
+JUDGE_RULES = (ROOT / "prompts/judge.txt").read_text(encoding="utf-8")
 VERDICT = re.compile(r"\W*(CORRECT|INCORRECT)\W*", re.I)  # alone on the last line of a reply
 
 

@@ -33,7 +33,7 @@ FUNCTION_WORDS = set(  # words without content: a query is to match by its names
 )
 NO_RESULTS = ("no_results", "Nothing was found for this query.")
 SNIPPET_CHARS = 300
-INDEX_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deepresearcher_min"
+INDEX_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "deepresearcher_min"
 SearchResult = namedtuple("SearchResult", ["title", "url", "snippet"])
 Ask = Callable[..., Any]  # ask(path, JSON to POST or nothing for a GET) -> JSON of the service
 Rows = Iterable[tuple[Any, Any, Any]]  # title, url (or path of the service), snippet: texts, or whatever was sent
@@ -62,10 +62,11 @@ class Corpus:
         words = [WORD.findall(f"{title}\n{text}".casefold()) for title, _, text in documents]
         self.index.index(words, show_progress=False)
         if folder is not None:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(OSError), TemporaryDirectory(dir=folder.parent) as unfinished:  # another rank was first
-                self.index.save(unfinished)
-                os.rename(unfinished, folder)  # at once: nobody ever reads half an index
+            with suppress(OSError):  # another rank was first, or the home cannot be written
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with TemporaryDirectory(dir=folder.parent) as unfinished:
+                    self.index.save(unfinished)
+                    os.rename(unfinished, folder)  # at once: nobody ever reads half an index
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> "Corpus":
