@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deepresearcher_min import toyworld
 
+LOCAL = "--preset=wiki --model={}/m --corpus={}/c.jsonl --data={}/q.jsonl --max_model_len=1000 --eval_questions=1"
 ASKED = [{"question": "Who built the pier of Ormley?", "answers": ["Ada Quill"]}, {"question": "q2", "answers": ["b"]}]
 PAGES = [
     {"title": t, "url": f"https://example.org/{t}", "text": f"{t} is a town by the sea."} for t in ("Ormley", "Tarn")
@@ -91,3 +92,8 @@ def make(place: Path) -> None:
     database = sqlite3.connect(place / "cassette_other")
     database.execute("CREATE VIEW replies AS SELECT 1")
     database.close()
+
+
+def arguments(base: str, extra: str, place: Path) -> list[str]:
+    added = [f"--run_dir={place}/new/run"] if "run_dir" not in extra and "resume" not in extra else []
+    return [word.replace("{}", str(place)) for word in [*base.split(), *added, *extra.split(" ")]]

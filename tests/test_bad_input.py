@@ -3,18 +3,23 @@
 The tables hold the mistake, and words that must stand in the line; {} is the folder of bad_inputs.make().
 """
 
+import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
-import bad_inputs
 import pytest
+from bad_inputs import LOCAL, arguments
+from small_runs import SMALL
 
 import eval as evaluation
 import train
 from deepresearcher_min import search
+from deepresearcher_min.config import ROOT, TYPES
+from deepresearcher_min.search import Corpus
 
 pytestmark = pytest.mark.quick
-LOCAL = "--preset=wiki --model={}/m --corpus={}/c.jsonl --data={}/q.jsonl --max_model_len=1000 --eval_questions=1"
 LIVE = "--preset=wiki --model={}/m --data={}/q.jsonl --max_model_len=1000 --eval_questions=1 --search=wikipedia"
 VALUES = [  # for both programs
     ("--stepps=1", "unknown key 'stepps' (did you mean 'steps'?)"),
@@ -150,31 +155,6 @@ TABLES = {
 CASES = [(program, *case) for program, cases in TABLES.items() for case in cases]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bad")
-    bad_inputs.make(folder)
-    return folder
-
-
-def arguments(base: str, extra: str, place: Path) -> list[str]:
-    added = [f"--run_dir={place}/new/run"] if "run_dir" not in extra and "resume" not in extra else []
-    return [word.replace("{}", str(place)) for word in [*base.split(), *added, *extra.split(" ")]]
-
-
-@pytest.fixture
-def nothing_begun(place, monkeypatch):
-    """No keys, an empty cache and home, no run folder before and after, and no folder between."""
-    for name in ("SERPER_API_KEY", "JUDGE_API_KEY", "READER_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(search, "INDEX_CACHE", place / "cache")
-    before = {path: path.stat().st_mtime_ns for path in place.glob("r_*/*")}
-    shutil.rmtree(place / "new", ignore_errors=True)
-    yield
-    assert not (place / "new").exists()
-    assert {path: path.stat().st_mtime_ns for path in place.glob("r_*/*")} == before
-
-
 @pytest.mark.parametrize(
     ("program", "base", "extra", "words"),
     [(program, base, extra, words) for program, base, extra, *words in CASES],
@@ -191,42 +171,6 @@ def test_a_mistake_is_one_line_that_names_it(program, base, extra, words, place,
 
 def test_the_tables_are_long():
     assert all(len(cases) >= 60 for cases in TABLES.values())
-
-
-RUNS = {  # as a person meets them
-    "train.py": [
-        f"{LOCAL} --model={{}}/mistyped", f"{LOCAL} --model={{}}/m_template_raises", f"{LOCAL} --model={{}}/m_weights_torn",
-        f"{LOCAL} --system_prompt_file={{}}/none.txt", "--data={}/q.jsonl",
-    ],
-    "eval.py": [
-        f"{LOCAL} --model={{}}/mistyped", f"{LOCAL} --model={{}}/m_tokenizer_torn", f"{LOCAL} --model={{}}/m_other_shape",
-        f"{LOCAL} --data={{}}/latin.jsonl", "--resume={}/r_yaml",
-    ],
-}  # fmt: skip
-
-
-def run(program: str, words: list[str], **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / program), *words]
-    return subprocess.run(command, capture_output=True, env=os.environ | environment, timeout=120)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("program", "base"), [(program, base) for program, each in RUNS.items() for base in each])
-def test_the_line_is_all_that_a_person_sees(program, base, place, nothing_begun):
-    done = run(program, arguments(base, "--seed=1", place))
-    said = done.stdout + done.stderr
-    assert done.returncode == 2 and said.count(b"\n") == 1 and said.startswith(program.encode()), said.decode()
-
-
-@pytest.mark.slow
-def test_several_ranks_say_it_once_and_end_soon(place, nothing_begun):
-    for words in (["--model={}/mistyped"], ["--model={}/m_weights_torn"], ["--steps=many"]):
-        options = ["--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
-        command = [sys.executable, "-m", "torch.distributed.run", *options, *arguments(LOCAL, " ".join(words), place)]
-        started = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode != 0 and time.monotonic() - started < 90
-        assert (done.stdout + done.stderr).count("train.py: ") == 1, done.stderr
 
 
 def test_the_corrected_command_starts_and_dies_of_nothing_late(place, tmp_path, monkeypatch, capsys):
@@ -254,9 +198,7 @@ def test_the_corrected_command_starts_and_dies_of_nothing_late(place, tmp_path, 
     exported = json.loads((saved / "generation_config.json").read_text())
     assert exported["eos_token_id"] == settings["eos_token_id"] and "temperature" not in exported
     assert evaluation.main([*words, f"--run_dir={tmp_path}/eval"]) == 0
-    assert "Without effect on this run: search_url, steps.\n" in capsys.readouterr().out.replace(
-        "steps, search_url", "search_url, steps"
-    )
+    assert "Without effect on this run: steps, search_url.\n" in capsys.readouterr().out
 
     for name, content, words in (  # what is broken in the run folder, when it is to go on
         ("state.json", "{", "delete this checkpoint"),
@@ -275,7 +217,7 @@ def test_help_shows_every_key_with_its_default_and_meaning(capsys):
     for program, word in ((train, "--help"), (train, "-h"), (evaluation, "--help")):
         assert program.main(["--steps=2", word]) == 0
         said = capsys.readouterr()
-        lines = [line for line in said.out.splitlines() if line.startswith("--")]
+        lines = [line for line in said.out.partition("Keys,")[2].splitlines() if line.startswith("--")]
         assert {line[2:].partition("=")[0] for line in lines} == TYPES.keys() and len(lines) == len(TYPES)
         assert all(len(line.split(maxsplit=1)[1]) > 5 for line in lines) and not said.err
         assert "--group_size=16 " in said.out and "\nGRPO, train.py only:\n" in said.out
@@ -290,18 +232,6 @@ def test_a_package_that_is_needed_at_the_end_is_missed_at_the_start(monkeypatch,
 def test_a_corpus_is_indexed_without_a_cache(place, monkeypatch):
     monkeypatch.setattr(search, "INDEX_CACHE", place / "file/cache")
     assert Corpus.from_jsonl(place / "c.jsonl").search("Ormley", 1)[0].title == "Ormley"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932", "utf-16"])
-def test_no_console_ends_a_run(encoding, place, tmp_path):
-    small = [*SMALL, "--steps=1", f"--run_dir={tmp_path}/run"]
-    done = run("train.py", small, PYTHONIOENCODING=encoding, PYTHONUTF8="0", LC_ALL="C")
-    assert done.returncode == 0 and "held-out questions went from" in done.stdout.decode(encoding), done.stderr
-    words = ["--preset=toy", "--model=toy", "--limit=2", f"--run_dir={tmp_path}/eval"]
-    done = run("eval.py", words, PYTHONIOENCODING=encoding, PYTHONUTF8="0", LC_ALL="C")
-    assert done.returncode == 0 and "bootstraps" in done.stdout.decode(encoding), done.stderr
-    assert "–" in (tmp_path / "eval/results.md").read_text(encoding="utf-8")
 
 
 def test_every_text_file_is_utf8_whatever_the_machine_says():
