@@ -26,6 +26,7 @@ import transformers
 import yaml
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import CONFIG_NAME
 
 from deepresearcher_min import report, toyworld
 from deepresearcher_min.config import (
@@ -36,6 +37,8 @@ from deepresearcher_min.config import (
     help_text,
     named,
     replace_file,
+    searches_web,
+    uses_web,
 )
 from deepresearcher_min.engine import make_engine
 from deepresearcher_min.policy import Policy
@@ -208,13 +211,13 @@ def open_web(config: Config, ranks: Ranks) -> Web:
 
 def check_model(model: str) -> None:
     """OSError for what is neither the folder of a model nor a name that the hub knows."""
-    if model == "toy" or os.path.isfile(f"{model}/config.json"):
+    if model == "toy" or os.path.isfile(f"{model}/{CONFIG_NAME}"):
         return
     if os.path.exists(model):
-        raise OSError("this is not the folder of a model: there is no config.json in it")
+        raise OSError(f"this is not the folder of a model: there is no {CONFIG_NAME} in it")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise OSError("there is no such folder")
-    if not isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json"), str):
+    if not isinstance(huggingface_hub.try_to_load_from_cache(model, CONFIG_NAME), str):
         try:  # transformers itself would try for most of a minute
             huggingface_hub.model_info(model, timeout=10)
         except Exception as error:
@@ -255,7 +258,7 @@ def load_chat(config: Config, task: Task) -> ChatFormat:
 def make_agent(config: Config, task: Task, ranks: Ranks) -> tuple[Agent, Agent]:
     """The agent in training, and the same one on the held-out web."""
     chat = load_chat(config, task)
-    web = open_web(config, ranks) if config.uses_web else None
+    web = open_web(config, ranks) if uses_web(config) else None
     tools = Tools(config, chat, task.corpus, web)
     with named("model", config.model):
         engine = make_engine(config, task.model_dir, ranks.world_size)
@@ -344,7 +347,7 @@ def check_needs(config: Config, questions: bool = True) -> None:
         if not re.match("(https?://|$)", url := getattr(config, key)):
             missing.append(f"{key}={url!r}: must begin with http:// or https://")
     packages = ["matplotlib.figure"] if questions else []
-    packages += PARSING if config.live else ["bm25s"]
+    packages += PARSING if searches_web(config) else ["bm25s"]
     for package in packages:
         try:
             importlib.import_module(package)
@@ -398,6 +401,8 @@ def main(argv: list[str]) -> int:
     except (ConfigError, ValueError, FloatingPointError) as error:
         ranks.complain("train.py", error)
         return 2
+    except KeyboardInterrupt:  # before the first step: nothing is begun
+        return 130
     finally:
         ranks.stop()
     return 0

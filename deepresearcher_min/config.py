@@ -75,15 +75,6 @@ def named(key: str, value: str, remedy: str = "") -> Iterator[None]:
 class Config(make_dataclass("Keys", TYPES.items(), frozen=True)):  # type: ignore[misc]
     """All keys of config.yaml, each in its type; never changed (dataclasses.replace makes another, unchecked)."""
 
-    @property
-    def live(self) -> bool:
-        """Whether a service is asked for search results."""
-        return self.search not in ("toy", "local")
-
-    @property
-    def uses_web(self) -> bool:
-        return self.live or self.reader == "openai"
-
 
 def load_config(argv: list[str], base: dict[str, Any] | None = None) -> Config:
     """The values of config.yaml, then the preset's, then every --key=value (or --key value) of argv.
@@ -162,13 +153,21 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def searches_web(config: Config) -> bool:
+    return config.search not in ("toy", "local")
+
+
+def uses_web(config: Config) -> bool:
+    return searches_web(config) or config.reader == "openai"
+
+
 def check_inputs(config: Config, argv: list[str], other: str) -> list[str]:
     """ConfigError for an input that this run will not read; a line on typed keys without effect, if there are any.
 
     `other` is the program that is not running: train.py or eval.py.
     """
     typed, unread = parse_arguments(argv), {}
-    reads_web = config.uses_web or config.judge_url != ""
+    reads_web = uses_web(config) or config.judge_url != ""
     if config.search == "toy":
         remedy = "the toy web does not answer it; add --search=local --corpus=FILE"
         unread = {"data": remedy, "eval_data": remedy, "corpus": "the toy web has its own pages; add --search=local"}
@@ -179,7 +178,7 @@ def check_inputs(config: Config, argv: list[str], other: str) -> list[str]:
     for key, why in unread.items():
         if typed.get(key, DEFAULTS[key]):
             raise ConfigError(f"{key}={getattr(config, key)!r}: this run does not read it: {why}")
-    used = {"search_url": config.live, "cassette_mode": reads_web}
+    used = {"search_url": searches_web(config), "cassette_mode": reads_web}
     for key in ("reader_url", "reader_model", "price_reader_token"):
         used[key] = config.reader == "openai"
     for heading, key, _, meaning in documented():

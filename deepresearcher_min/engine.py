@@ -74,7 +74,7 @@ def load_model(folder: str, dtype: Any, attention: str) -> nn.Module:
     model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     wrong = [*found["missing_keys"], *found["mismatched_keys"]]
     if wrong:
-        raise ValueError(f"{len(wrong)} weights are missing or unlike what config.json says, first {wrong[0]}")
+        raise ValueError(f"{len(wrong)} weights are missing or have other shapes than the model, first {wrong[0]}")
     return model
 
 

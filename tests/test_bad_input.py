@@ -100,7 +100,7 @@ MODELS = {  # for both programs: what is said of a model folder that bad_inputs.
     "m_no_config": "no config.json", "m_config_torn": "JSON", "m_config_list": "", "m_config_empty": "JSON",
     "m_config_latin": "JSON", "m_unknown_type": "nonesuch", "m_no_decoder": "", "m_no_weights": "model.safetensors",
     "m_weights_torn": "", "m_weights_empty": "", "m_weights_pointer": "",
-    "m_other_shape": "unlike what config.json says",
+    "m_other_shape": "have other shapes than the model",
     "m_more_layers": "weights are missing", "m_no_tokenizer": "tokenizer",
     "m_tokenizer_torn": "", "m_tokenizer_other": "",
     "m_tokenizer_config_torn": "", "m_no_template": "no chat template", "m_template_syntax": "TemplateSyntaxError",
