@@ -171,13 +171,16 @@ def check_inputs(config: Config, argv: list[str], other: str) -> list[str]:
     if config.search == "toy":
         remedy = "the toy web does not answer it; add --search=local --corpus=FILE"
         unread = {"data": remedy, "eval_data": remedy, "corpus": "the toy web has its own pages; add --search=local"}
+    elif other == "train.py" and typed.get("data"):
+        unread = {"eval_data": f"data={typed['data']!r} is read instead"}
     if not reads_web:
         unread["cassette"] = f"search={config.search} opens no web"
     if other == "eval.py":
         unread["question"] = "python eval.py answers one"
     for key, why in unread.items():
-        if typed.get(key, DEFAULTS[key]):
-            raise ConfigError(f"{key}={getattr(config, key)!r}: this run does not read it: {why}")
+        value = typed.get(key, DEFAULTS[key])
+        if value:
+            raise ConfigError(f"{key}={value!r}: this run does not read it: {why}")
     used = {"search_url": searches_web(config), "cassette_mode": reads_web}
     for key in ("reader_url", "reader_model", "price_reader_token"):
         used[key] = config.reader == "openai"

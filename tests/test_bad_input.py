@@ -131,6 +131,7 @@ EVAL = [
     ("--method=rga", "method='rga' (did you mean 'rag'?)"),
     ("--limit=all", "limit='all': not a whole number"),
     ("--judge_url=http://127.0.0.1:9", "JUDGE_API_KEY is not set"),
+    ("--eval_data={}/q.jsonl", "eval_data='{}/q.jsonl': this run does not read it", "q.jsonl' is read instead"),
     ("--judge_url=localhost", "judge_url='localhost': must begin with http"),
     *((f"--model={{}}/{name}", words) for name, words in {
         "r_yaml": "model='{}/r_yaml'", "r_list": "model='{}/r_list'", "r_latin": "model='{}/r_latin'",
