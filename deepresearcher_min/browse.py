@@ -57,7 +57,7 @@ LEGACY = """gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r iso8859_5 cp1253 cp125
     cp1254 cp1257 cp1258""".split()  # noqa: SIM905  # what pages are found in, in Python's names
 CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
 BORDERS = (("\n\n",), ("\n",), (". ", *ENDS), (" ",))  # of segments, best first
-READER_RULES = (ROOT / "prompts/reader.txt").read_text().strip()
+READER_RULES = (ROOT / "prompts/reader.txt").read_text(encoding="utf-8").strip()
 
 
 def main_text(body: bytes, content_type: str) -> str:

@@ -30,7 +30,7 @@ PAIR = re.compile(  # of a name and a value
 )
 TURN, WORDS = "THE-TURN", "THE-WORDS"  # stand for a turn and a tool's words while a template is looked at
 EMPTY_THOUGHT = re.compile(r"\s*(?:<think>\s*)?(?:</think>\s*)?\Z")  # at the end of a generation prompt
-SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text().strip()
+SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text(encoding="utf-8").strip()
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ SCORES = {  # key of an evaluation: its name in tables and how it prints
     "plans": ("plans", ".1%"), "cross-checks": ("cross-checks", ".1%"), "reflects": ("reflects", ".1%"),
     "admits": ("admits not knowing", ".1%"), "failed": ("failed calls", ".1%"),
 }  # fmt: skip
-BEHAVIOURS = yaml.safe_load(Path(__file__).with_name("behaviours.yaml").read_text())  # name: regular expressions
+BEHAVIOURS = yaml.safe_load(
+    Path(__file__).with_name("behaviours.yaml").read_text(encoding="utf-8")
+)  # name: regular expressions
 
 
 def step_line(metrics: Row) -> str:
@@ -201,9 +203,12 @@ def write_html(run_dir: Path) -> Path:
     """Write report.html, one file without requests, from what a run folder holds: a stopped run has a page, too."""
     run_dir = Path(run_dir).resolve()
     config, scores = run_dir / "config.yaml", run_dir / "summary.json"
-    summary = json.loads(scores.read_text()) if scores.exists() else {}
+    summary = json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else {}
     page = load_trajectories(run_dir / "trajectories")
-    page |= {"name": run_dir.name, "config": yaml.safe_load(config.read_text()) if config.exists() else {}}
+    page |= {
+        "name": run_dir.name,
+        "config": yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {},
+    }
     page |= {"summary": summary, "metrics": list(read_json_lines(run_dir / "metrics.jsonl"))}
     page["compared"] = score_rows({name: summary[name] for name in ("before", "after")}) if "after" in summary else []
     data = json.dumps(jsonable(page), ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepresearcher_min.config import ROOT, Config, ConfigError
+from deepresearcher_min.config import ROOT, Config, named
 from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Trajectory
 from deepresearcher_min.web import ROLES, Web, WebFailure
@@ -26,7 +26,7 @@ FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
     "length": "its last turn reached the limit of tokens for a turn (max_turn_tokens)",
     "context": "it reached the limit of tokens for a whole trajectory (max_model_len)",
 }
-JUDGE_RULES = (ROOT / "prompts/judge.txt").read_text()
+JUDGE_RULES = (ROOT / "prompts/judge.txt").read_text(encoding="utf-8")
 JUDGE_FIELDS = re.compile(r"\{(question|gt_answer|pred_answer)\}")  # in a judge_prompt_file, as in the official prompt
 VERDICT = re.compile(r"\W*(CORRECT|INCORRECT)\W*", re.I)
 
@@ -106,13 +106,10 @@ def judge_rules(config: Config) -> str:
     """The text of judge_prompt_file, or ours; ConfigError where it cannot be used."""
     if not config.judge_prompt_file:
         return JUDGE_RULES
-    named = f"judge_prompt_file={config.judge_prompt_file!r}"
-    try:
-        rules = Path(config.judge_prompt_file).expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{named}: cannot be read as text ({error})") from None
-    if len(set(JUDGE_FIELDS.findall(rules))) in (1, 2):
-        raise ConfigError(f"{named}: must hold all of {{question}}, {{gt_answer}} and {{pred_answer}}, or none of them")
+    with named("judge_prompt_file", config.judge_prompt_file):
+        rules = Path(config.judge_prompt_file).read_text(encoding="utf-8")
+        if len(set(JUDGE_FIELDS.findall(rules))) in (1, 2):
+            raise ValueError("must hold all of {question}, {gt_answer} and {pred_answer}, or none of them")
     return rules
 
 
