@@ -4,6 +4,7 @@
   python eval.py --model=DIR                           any model on the official test set (fetched once), live search
   python eval.py --model=DIR --data=FILE --limit=20    any model on any questions, 20 of each data source
   python eval.py --method=cot                          the paper's baselines: no tools (rag: one search, in the prompt)
+  python eval.py --repeats=4 --eval_temperature=1      four runs: deviation, pass@4, answer by majority
   python eval.py --resume                              goes on with the newest evaluation, killed or stopped
   python eval.py --question="..."                      one question: thoughts, searches, pages, answer, sources
 
@@ -28,17 +29,24 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from tqdm import tqdm
 
 from deepresearcher_min import report
-from deepresearcher_min.config import ROOT, Config, ConfigError, load_config, parse_arguments, require_environment
+from deepresearcher_min.config import (
+    ROOT,
+    Config,
+    ConfigError,
+    load_config,
+    parse_arguments,
+    require_environment,
+)
 from deepresearcher_min.protocol import ChatFormat, Entry
-from deepresearcher_min.reward import ask_judge, explain, judge, measures, summarize
+from deepresearcher_min.reward import ask_judge, explain, judge, measures
 from deepresearcher_min.rollout import EVALUATION, Agent, Batch, roll_out
-from deepresearcher_min.run import RUNS, Ranks, complete_checkpoints, newest_run, open_run
+from deepresearcher_min.run import RUNS, Ranks, complete_checkpoints, fetch_model, newest_run, open_run
+from deepresearcher_min.scores import Verdicts, scores_over_runs
 from deepresearcher_min.search import INDEX_CACHE, Corpus
 from deepresearcher_min.trajectory import Question, Recording, Trajectory, load_questions
 from deepresearcher_min.web import Web, WebFailure
@@ -55,8 +63,26 @@ no answer is 0; interval: 2,000 bootstraps of questions. MBE: {judge}. Ended by 
 "plans" to "admits": words in thoughts, see report.behaviours. "paper": F1/MBE of 7B models as published in tables 1
 and 2 of arXiv 2504.03160: whole sets, the web of then, judge gpt-4o-mini."""
 
+REPEATED = """
+Means over {repeats} runs; pass@k: share of questions right (EM, or MBE where judged) in one of them at least; majority:
+the commonest answer. Each run has seeds, reader and judge replies of its own; searches and pages are shared."""
+
 
 def resolve(argv: list[str]) -> Config:
+    """choose_config(argv), its blocked hosts spelled out; ConfigError for several runs that would be the same."""
+    config = choose_config(argv)
+    if config.repeats > 1 and config.eval_temperature == 0:
+        raise ConfigError(
+            f"repeats={config.repeats}: at eval_temperature=0 every run gives the same answers; add "
+            "--eval_temperature=1 (or --repeats=1)"
+        )
+    if config.blocked_hosts != "auto":
+        return config
+    listed = (ROOT / "deepresearcher_min/blocked_hosts.txt").read_text()
+    return replace(config, blocked_hosts=" ".join(re.findall(r"^[^#\s]+", listed, re.MULTILINE)))
+
+
+def choose_config(argv: list[str]) -> Config:
     """The config of a stopped evaluation, or of the run that the model belongs to, or a preset; argv over it."""
     typed = parse_arguments(argv)
     if "resume" in typed:
@@ -77,7 +103,8 @@ def resolve(argv: list[str]) -> Config:
     elif "preset" not in typed:
         argv = [f"--preset={'wiki' if typed.get('search') == 'local' else 'paper'}", *argv]
     now = datetime.now(UTC)
-    extra = {"run_dir": f"{RUNS}/eval-{now:%Y%m%d-%H%M%S}", "date": f"{now:%Y-%m-%d}", **typed, "model": folder}
+    extra = {"run_dir": f"{RUNS}/eval-{now:%Y%m%d-%H%M%S}", "date": f"{now:%Y-%m-%d}", "engine_memory": "0.9"}
+    extra |= {**typed, "model": str(folder)}
     extra |= {"eval_data": typed["data"]} if "data" in typed else {}
     config = load_config([*argv, *(f"--{key}={value}" for key, value in extra.items())], base=base)
     if (Path(config.run_dir) / "config.yaml").exists():
@@ -155,10 +182,13 @@ def search_once(questions: Sequence[Question], agent: Agent) -> tuple[dict[str, 
     return texts, {one.question.id: one.cost for one in records}
 
 
-def finished(run_dir: str) -> dict[str, Trajectory]:
-    """The trajectories of an evaluation so far, by question; what the harness ended is not among them."""
-    files = sorted((Path(run_dir) / "trajectories").glob("eval*.jsonl"))
-    return {one.question.id: one for file in files for one in report.read_trajectories(file)}
+def finished(run_dir: str) -> dict[tuple[int, str], Trajectory]:
+    """The trajectories of an evaluation so far, by run and question; what the harness ended is not among them."""
+    known = {}
+    for file in sorted((Path(run_dir) / "trajectories").glob("eval*.jsonl")):
+        for row in report.read_json_lines(file):
+            known[row["index"], row["id"]] = report.read_trajectory(row)
+    return known
 
 
 def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
@@ -166,20 +196,18 @@ def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
     path = Path(config.run_dir) / "trajectories" / ("eval" + f"-rank{ranks.rank}" * (ranks.world_size > 1) + ".jsonl")
     done = ranks.share(finished(config.run_dir) if ranks.rank == 0 else None)
     mine = ranks.deal(range(len(task.held_out)))
-    numbers = [number for number in mine if task.held_out[number].id not in done]
-    questions = [task.held_out[number] for number in numbers]
+    missing = [[n for n in mine if (run, task.held_out[n].id) not in done] for run in range(config.repeats)]
     _, agent = make_agent(config, task, ranks)
-    found, prepaid = search_once(questions, agent) if config.method == "rag" else ({}, {})
-    if config.method != "agent":
-        agent = replace(agent, chat=PlainChat(agent.chat, found))
-    bar = tqdm(total=len(mine), initial=len(mine) - len(numbers), desc=config.method, disable=ranks.rank > 0 or None)
+    total = len(mine) * config.repeats
+    began = total - sum(map(len, missing))
+    bar = tqdm(total=total, initial=began, desc=config.method, disable=ranks.rank > 0 or None)
     sums = sum((Counter(measures(one)) for one in done.values()), Counter(n=len(done)))
     before = sums["usd"]
 
-    def on_done(one: Trajectory) -> None:
+    def on_done(run: int, prepaid: Mapping[str, Counter], one: Trajectory) -> None:
         one = replace(one, cost={**prepaid.get(one.question.id, {}), **one.cost})
         group = judge(one.question, [one], config, 0)  # empty for what the harness ended
-        report.write_trajectories(path, 0, [group], partial(explain, config=config))
+        report.write_trajectories(path, 0, [group], partial(explain, config=config), run)
         sums.update(measures(one) | {"n": len(group.trajectories)})
         bar.update()
         bar.set_postfix_str(f"F1 {sums['f1'] / max(1, sums['n']):.3f}, ${sums['usd']:.2f}")
@@ -187,7 +215,15 @@ def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
             signal.raise_signal(signal.SIGINT)  # ends as Ctrl-C does
 
     try:
-        roll_out(Batch(questions, numbers, 1, config.eval_temperature, EVALUATION), agent, on_done)
+        for run, numbers in enumerate(missing):  # one after the other: alone, the first is what it is without repeats
+            questions = [task.held_out[number] for number in numbers]
+            if agent.tools.browser.web:
+                agent.tools.browser.web.run = run
+            found, prepaid = search_once(questions, agent) if config.method == "rag" else ({}, {})
+            if config.method != "agent":
+                agent = replace(agent, chat=PlainChat(agent.chat, found))
+            batch = Batch(questions, numbers, 1, config.eval_temperature, EVALUATION, run)
+            roll_out(batch, agent, partial(on_done, run, prepaid))
         ranks.gather([None])  # every rank's file is complete; vLLM's end is that of the process group
     finally:
         bar.close()
@@ -195,56 +231,67 @@ def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
         agent.engine.close()
 
 
-def ask_judge_all(config: Config, results: Sequence[Trajectory]) -> tuple[dict[str, float | None], str]:
-    """MBE by question, and a sentence on who judged and what stayed without a verdict; empty without a judge."""
+def ask_judge_all(config: Config, runs: Sequence[Sequence[Trajectory]]) -> tuple[list[Verdicts], str, float]:
+    """MBE by question in each run, a sentence on who judged and what stayed without a verdict, and dollars so far.
+
+    Empty without a judge. KeyboardInterrupt at max_cost, after which only --resume with a higher one goes on.
+    """
+    paid, bills = 0.0, Path(config.run_dir) / "judge.jsonl"
+    for cost in [*(one.cost for found in runs for one in found), *report.read_json_lines(bills)]:
+        paid += cost.get("usd", 0.0)
     if not config.judge_url:
-        return {}, "not measured (judge_url is empty)"
-    web, counts = open_web(config, Ranks()), Counter[str]()
-    with ThreadPoolExecutor(max(1, config.tool_threads)) as pool:
-        asked = pool.map(lambda one: ask_judge(one, config, web, counts), results)
-        verdicts = list(tqdm(asked, "judge", len(results), disable=None))
-    web.close()
+        return [{} for _ in runs], "not measured (judge_url is empty)", paid
+    web, counts, verdicts = open_web(config, Ranks()), Counter[str](), list[Verdicts]()
+
+    def ask_one(one: Trajectory) -> float | None:
+        if config.price_judge_token and 0 < config.max_cost <= paid + counts["usd"]:
+            raise KeyboardInterrupt
+        return ask_judge(one, config, web, counts)
+
+    try:
+        for web.run, found in enumerate(runs):
+            with ThreadPoolExecutor(max(1, config.tool_threads)) as pool:
+                asked = tqdm(pool.map(ask_one, found), "judge", len(found), disable=None)
+                verdicts.append({one.question.id: each for one, each in zip(found, asked, strict=True)})
+    finally:
+        report.append_json_line(bills, {"usd": counts["usd"]})
+        web.close()
+    silent = sum(list(each.values()).count(None) for each in verdicts)
     causes = ", ".join(f"{amount} {name}" for name, amount in counts.items() if name.startswith("judge_"))
-    sentence = f"by {config.judge_model}; without a verdict, left out: {verdicts.count(None)} ({causes or '-'})"
-    return {one.question.id: each for one, each in zip(results, verdicts, strict=True)}, sentence
-
-
-def scores_of(found: Sequence[Trajectory], verdicts: Mapping[str, float | None]) -> dict[str, object]:
-    """summarize(), and the 95 % bootstrap interval of F1, MBE over the answers with a verdict, shares of behaviours."""
-    f1 = [measures(one)["f1"] for one in found]
-    means = np.random.default_rng(0).choice(f1, (2000, len(f1))).mean(axis=1)
-    judged = [each for one in found if (each := verdicts.get(one.question.id)) is not None]
-    shown = Counter(name for one in found for name in report.behaviours(one))
-    scores: dict[str, object] = {name: shown[name] / len(found) for name in report.BEHAVIOURS}
-    interval, usd = np.quantile(means, (0.025, 0.975)).round(3).tolist(), sum(one.cost.get("usd", 0.0) for one in found)
-    scores |= {"f1_interval": interval, "usd": usd, "mbe": sum(judged) / len(judged) if judged else None}
-    return {**summarize(found), **scores}
+    sentence = f"by {config.judge_model}; without a verdict, left out: {silent} ({causes or '-'})"
+    return verdicts, sentence, paid + counts["usd"]
 
 
 def conclude(config: Config, task: Task, started: float) -> None:
     """Judge the answers; write summary.json, results.md and report.html from the files; print the table."""
-    run, known = Path(config.run_dir), finished(config.run_dir)
-    results = [known[question.id] for question in task.held_out if question.id in known]
-    if not results:
+    folder, known = Path(config.run_dir), finished(config.run_dir)
+    runs: list[list[Trajectory]] = []
+    for run in range(config.repeats):
+        keys = [(run, question.id) for question in task.held_out]
+        runs.append([known[key] for key in keys if key in known])
+    if not any(runs):
         raise ValueError(f"not one of {len(task.held_out)} questions has a result; see trajectory_timeout")
-    verdicts, sentence = ask_judge_all(config, results)
-    names = sorted({one.question.source for one in results})
-    by_source = [(name, [one for one in results if one.question.source == name]) for name in names]
-    sources = {name or "no source": scores_of(found, verdicts) for name, found in by_source}
-    overall = scores_of(results, verdicts)
+    verdicts, sentence, usd = ask_judge_all(config, runs)
+    sources = {}
+    for name in sorted({one.question.source for found in runs for one in found}):
+        part = [[one for one in found if one.question.source == name] for found in runs]
+        sources[name or "no source"], _ = scores_over_runs(part, verdicts, config)
+    overall, each = scores_over_runs(runs, verdicts, config)
+    overall["usd"] = usd / config.repeats  # the judge's, too
     table = report.score_rows({**sources, "all": overall})
     published = csv.DictReader((ROOT / "docs/paper.csv").read_text().splitlines())
     paper = [row for row in published if sources.keys() & row.keys()]
     table += [[f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])] for row in paper]
-    lost, seconds = len(task.held_out) - len(results), time.monotonic() - started
-    caption = textwrap.fill(CAPTION.format(**asdict(config), judge=sentence, lost=lost), 118)
-    summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": seconds}
-    summary |= {"sources": sources, "overall": overall, "table": table, "caption": caption}
-    (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1))
-    (run / "results.md").write_text(f"{report.text_table(table, markdown=True)}\n\n{caption}\n")
-    report.write_html(run)
+    lost, seconds = len(task.held_out) * config.repeats - sum(map(len, runs)), time.monotonic() - started
+    caption = CAPTION + REPEATED * (config.repeats > 1)
+    caption = textwrap.fill(caption.format(**asdict(config), judge=sentence, lost=lost), 118)
+    summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": seconds, "usd": usd}
+    summary |= {"sources": sources, "overall": overall, "runs": each, "table": table, "caption": caption}
+    (folder / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1))
+    (folder / "results.md").write_text(f"{report.text_table(table, markdown=True)}\n\n{caption}\n")
+    report.write_html(folder)
     print(f"{report.text_table(table)}\n\n{caption}\n")
-    print(f"{seconds:.0f} s. Every trajectory is in {run}/report.html, the table in {run}/results.md")
+    print(f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {folder}/report.html, the table in {folder}/results.md")
 
 
 def ask(config: Config, task: Task, ranks: Ranks) -> None:
@@ -272,17 +319,18 @@ def main(argv: list[str]) -> int:
             require_environment("JUDGE_API_KEY", "judge_url needs it (any word, if the server asks for none)")
         torch.set_num_threads(config.threads)
         task = load_examination(config, ranks)
+        fetch_model(task.model_dir, ranks)
         if config.question:
             ask(config, task, ranks)
             return 0
         begin(config, ranks)
         try:
             ask_all(config, task, ranks)
+            if ranks.rank == 0:
+                conclude(config, task, started)
         except KeyboardInterrupt:
             ranks.print(f"Stopped. Go on with: python eval.py --resume={config.run_dir}")
             return 130
-        if ranks.rank == 0:
-            conclude(config, task, started)
     except (ConfigError, ValueError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2

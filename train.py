@@ -28,7 +28,16 @@ from deepresearcher_min.policy import Policy
 from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.reward import explain, judge, step_means, step_sums, summarize
 from deepresearcher_min.rollout import EVALUATION, Agent, Batch, OnDone, Tools, roll_out
-from deepresearcher_min.run import Ranks, Stop, Watch, add_times, complete_checkpoints, open_run, save_checkpoint
+from deepresearcher_min.run import (
+    Ranks,
+    Stop,
+    Watch,
+    add_times,
+    complete_checkpoints,
+    fetch_model,
+    open_run,
+    save_checkpoint,
+)
 from deepresearcher_min.search import Corpus, check_search
 from deepresearcher_min.trajectory import Group, Question, Trajectory, load_questions, take_questions
 from deepresearcher_min.web import Web
@@ -37,6 +46,7 @@ from deepresearcher_min.web import Web
 def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
     """The whole run. False if Ctrl-C, SIGTERM (saved then by one rank only) or max_cost (saved) ended it early."""
     started, task = (time.monotonic(), time.process_time()), load_task(config)
+    fetch_model(task.model_dir, ranks)
     agent, examinee = make_agent(config, task, ranks)
     policy = Policy(config, task.model_dir, ranks)
     state, earlier = restore(config, policy, ranks, len(task.questions))

@@ -5,6 +5,7 @@ config.yaml alone knows the keys, their types, values and meanings: a line more 
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, make_dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ MAY_BE_ZERO = {key for key, value in DEFAULTS.items() if value == 0} | {  # all 
 }  # fmt: skip
 MAY_BE_NEGATIVE = {"format_reward"}
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
 
 
 class ConfigError(ValueError):
@@ -115,8 +117,33 @@ def check(config: Config) -> None:
     if config.questions_per_step % config.updates_per_rollout:
         whole = f"questions_per_step={config.questions_per_step}"
         raise ConfigError(f"updates_per_rollout={config.updates_per_rollout}: must divide {whole}")
+    host_list(config)
     if config.group_size < 2:
         raise ConfigError(f"group_size={config.group_size}: a group needs at least 2 trajectories to compare")
+
+
+def host_list(config: Config) -> list[str]:
+    """The names in `blocked_hosts`, as plain_host writes them; auto, which eval.py spells out, and none are empty."""
+    if config.blocked_hosts in ("auto", "none"):
+        return []
+    hosts = []
+    for word in config.blocked_hosts.split() or [""]:
+        host = plain_host(word)
+        if not HOST.fullmatch(host):
+            raise ConfigError(
+                f"blocked_hosts={config.blocked_hosts!r}: {word!r} is no host; write auto, none, or names "
+                "like huggingface.co separated by spaces (no http://, port or *: subdomains count)"
+            )
+        hosts.append(host)
+    return hosts
+
+
+def plain_host(name: str) -> str:
+    """'Bücher.Example.' -> 'xn--bcher-kva.example': one spelling for each name; empty for what cannot be one."""
+    try:
+        return name.strip(".").encode("idna").decode().strip(".").lower()
+    except UnicodeError:
+        return ""
 
 
 def describe(config: Config) -> str:

@@ -116,7 +116,8 @@ def ask_judge(trajectory: Trajectory, config: Config, web: Web, counts: Counter)
 
     def ask() -> float:
         for _ in range(3):  # replies without a verdict, before an answer stays without one
-            text, _ = web.chat(url, "JUDGE_API_KEY", payload, counts, deadline)
+            text, tokens = web.chat(url, "JUDGE_API_KEY", payload, counts, deadline)
+            count(counts, "usd", tokens * config.price_judge_token)
             lines = (text or "").strip().splitlines()
             if lines and (verdict := VERDICT.fullmatch(lines[-1])):
                 return float(verdict[1].upper() == "CORRECT")

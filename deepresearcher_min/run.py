@@ -25,6 +25,8 @@ from tqdm import tqdm
 from deepresearcher_min.config import Config, ConfigError, load_config, parse_arguments
 
 RUNS = Path("runs")
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the hub
+HUB_TIMEOUT = 10.0  # for its first answer [s]
 
 
 def newest_run() -> Path:
@@ -56,6 +58,41 @@ def open_run(argv: list[str]) -> Config:
     if Path(run_dir, "config.yaml").exists():
         raise ConfigError(f"run_dir={run_dir!r} holds a run already; continue it with --resume={run_dir}")
     return replace(config, run_dir=run_dir, date=config.date or f"{now:%Y-%m-%d}")
+
+
+def fetch_model(model: str, ranks: "Ranks") -> None:
+    """Download a hub's model once on each node, with a bar; the other ranks wait, an hour as in any collective.
+
+    ConfigError where it cannot be had. Left out: weights in other formats than safetensors.
+    """
+    if Path(model).is_dir():
+        return
+    problem = ""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        problem = download(model)
+    for each in ranks.gather([problem]):
+        if each:
+            raise ConfigError(f"model={model!r}: no folder here, and the hub did not give it: {each}")
+
+
+def download(model: str) -> str:
+    """Bring a model's missing files into the hub's cache; what went wrong, unless the cache has the model."""
+    from huggingface_hub import HfApi, snapshot_download, utils  # here: it takes a while, and only this needs it
+
+    try:
+        HfApi().model_info(model, timeout=HUB_TIMEOUT)  # a download waits for a silent hub without end
+        utils.enable_progress_bars()
+        snapshot_download(model, allow_patterns=MODEL_FILES)
+        return ""
+    except Exception as error:  # its own, those of its HTTP client, of the disk: they have no other class in common
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        utils.disable_progress_bars()
+    try:
+        snapshot_download(model, local_files_only=True)
+        return ""
+    except (OSError, ValueError):
+        return problem
 
 
 @dataclass(frozen=True)
