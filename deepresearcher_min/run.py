@@ -89,7 +89,7 @@ def download(model: str) -> str:
     finally:
         utils.disable_progress_bars()
     try:
-        snapshot_download(model, local_files_only=True)
+        snapshot_download(model, allow_patterns=MODEL_FILES, local_files_only=True)
         return ""
     except (OSError, ValueError):
         return problem
