@@ -107,7 +107,7 @@ def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tu
 
 
 def is_blocked(url: str, hosts: Sequence[str]) -> bool:
-    """Whether an address, however it is spelled, is at one of these hosts (of config.host_list) or their subdomains."""
+    """Whether an address, however it is spelled, is at one of these hosts, from host_list, or their subdomains."""
     found = HOST_OF_URL.match(url.strip().replace("\\", "/"))
     host = plain_host(unquote(found[1] if found else ""))
     return any(f".{host}".endswith(f".{blocked}") for blocked in hosts)

@@ -16,7 +16,8 @@ OURS_REFUSES = [
     f"Hm. {CALL}</think>", "Hm. <answer>ice</answer></think>", f"Hm. {CALL}</think><tool_call>?</tool_call>",
     f"Hm. <think> So.</think>{CALL}", "Hm. <think> So.</think><answer>ice</answer>",
     f"Hm.</think><tool_call>{CALL}", f"Close it by </tool_call>.</think>{CALL.removesuffix('</tool_call>')}",
-    search("[]"), search('[" "]'), search('[1, "ice"]'), search("[null]"), search('[{"q": "ice"}]'), search('[["ice"]]'),
+    search("[]"), search('[" "]'), search('[1, "ice"]'), search("[null]"), search('[{"q": "ice"}]'),
+    search('[["ice"]]'),
     "Hm.</think><ANSWER>ice</ANSWER>", "Hm.</think><Answer>ice</Answer>",
 ]  # fmt: skip
 OURS_ACCEPTS = [
