@@ -384,15 +384,18 @@ def main(argv: list[str]) -> int:
         if config.question:
             ask(config, task, agent)
             return 0
-        ask_all(config, task, agent, done, ranks)
-        if ranks.rank == 0:
-            conclude(config, task, started)
-    except (KeyboardInterrupt, RunStopped) as stopped:
-        print(f"{stopped}\nStopped. Go on with: python eval.py --resume={config.run_dir}".strip())
-        return 3 if isinstance(stopped, RunStopped) else 130
+        try:
+            ask_all(config, task, agent, done, ranks)
+            if ranks.rank == 0:
+                conclude(config, task, started)
+        except (KeyboardInterrupt, RunStopped) as stopped:
+            print(f"{stopped}\nStopped. Go on with: python eval.py --resume={config.run_dir}".strip())
+            return 3 if isinstance(stopped, RunStopped) else 130
     except (ConfigError, ValueError) as error:
         ranks.complain("eval.py", error)
         return 2
+    except KeyboardInterrupt:  # before the first question: nothing is begun
+        return 130
     finally:
         ranks.stop()
     return 0

@@ -46,6 +46,7 @@ MOST = {key: 2.0**31 - 1 for key in TYPES} | {  # what the libraries below can c
 PATHS = {"run_dir", "resume", "model", "data", "eval_data", "corpus", "cassette"}  # and all that end in _file
 MAY_BE_NEGATIVE = {"format_reward", "browse_timeout"}
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
 
 
 class ConfigError(ValueError):
@@ -234,8 +235,33 @@ def check(config: Config) -> None:
     if config.questions_per_step % config.updates_per_rollout:
         whole = f"questions_per_step={config.questions_per_step}"
         raise ConfigError(f"updates_per_rollout={config.updates_per_rollout}: must divide {whole}")
+    host_list(config)
     if config.group_size < 2:
         raise ConfigError(f"group_size={config.group_size}: a group needs at least 2 trajectories to compare")
+
+
+def host_list(config: Config) -> list[str]:
+    """The names in `blocked_hosts`, as plain_host writes them; auto, which eval.py spells out, and none are empty."""
+    if config.blocked_hosts in ("auto", "none"):
+        return []
+    hosts = []
+    for word in config.blocked_hosts.split() or [""]:
+        host = plain_host(word)
+        if not HOST.fullmatch(host):
+            raise ConfigError(
+                f"blocked_hosts={config.blocked_hosts!r}: {word!r} is no host; write auto, none, or names "
+                "like huggingface.co separated by spaces (no http://, port or *: subdomains count)"
+            )
+        hosts.append(host)
+    return hosts
+
+
+def plain_host(name: str) -> str:
+    """'Bücher.Example.' -> 'xn--bcher-kva.example': one spelling for each name; empty for what cannot be one."""
+    try:
+        return name.strip(".").encode("idna").decode().strip(".").lower()
+    except UnicodeError:
+        return ""
 
 
 def describe(config: Config) -> str:

@@ -1,7 +1,7 @@
 """What train.py and eval.py share: the task, the agent, how a run begins, and the scores of an evaluation.
 
-Everything that a run needs is loaded and tried here, before its first step: a mistake is one ConfigError. Left out: tests
-of significance; the interval and the deviation over runs say what a difference is worth.
+Everything that a run needs is loaded and tried here, before its first step: a mistake is one ConfigError. Left out:
+tests of significance; the interval and the deviation over runs say what a difference is worth.
 """
 
 import importlib

@@ -17,7 +17,7 @@ from pathlib import Path
 from deepresearcher_min.config import ROOT, Config, named
 from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Trajectory
-from deepresearcher_min.web import ROLES, Web, WebFailure
+from deepresearcher_min.web import ROLES, Web, WebFailure, count
 
 PUNCTUATION_TO_SPACE = str.maketrans({mark: " " for mark in string.punctuation})
 FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
@@ -149,7 +149,8 @@ def ask_judge(trajectory: Trajectory, config: Config, web: Web, counts: Counter)
 
     def ask() -> float:
         for _ in range(3):  # replies without a verdict, before an answer stays without one
-            text, _ = web.chat(url, "JUDGE_API_KEY", payload, counts, deadline)
+            text, tokens = web.chat(url, "JUDGE_API_KEY", payload, counts, deadline)
+            count(counts, "usd", tokens * config.price_judge_token)
             verdict = parse_verdict(text or "")
             if verdict is not None:
                 return verdict

@@ -20,12 +20,21 @@ import numpy as np
 
 from deepresearcher_min import protocol
 from deepresearcher_min.browse import Browser
-from deepresearcher_min.config import Config
+from deepresearcher_min.config import Config, host_list
 from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import THINK, Answer, Call, ChatFormat, Entry, Malformed, parse_turn
 from deepresearcher_min.search import SERVICES, Corpus, LiveSearch, make_search
 from deepresearcher_min.trajectory import Question, Reading, Recording, Trajectory, Turn
-from deepresearcher_min.web import NO_FAULT, RunStopped, Web, WebFailure, count, count_failure
+from deepresearcher_min.web import (
+    BLOCKED,
+    NO_FAULT,
+    RunStopped,
+    Web,
+    WebFailure,
+    count,
+    count_failure,
+    is_blocked,
+)
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
 GRACE = 1.0  # after a tool's own deadline its thread is given up, although it cannot be ended [s]
@@ -85,7 +94,7 @@ class Tools:
         self.backend = make_search(config, web, corpus)
         self.browser = Browser(config, web, corpus, self.in_thread, self.generate_text)
         self.pool = ThreadPoolExecutor(max(1, config.tool_threads), "tool")
-        self.readings = 0
+        self.blocked, self.readings = host_list(config), 0
         self.scheduler: Scheduler  # of the rollout that is under way
         self.slots: asyncio.Semaphore  # so many of its tool calls may be under way
 
@@ -117,6 +126,8 @@ class Tools:
         return [protocol.search_item(result.snippet, result.title, result.url) for result in results]
 
     async def browse(self, url: str, record: Recording) -> list[dict[str, Any]]:
+        if is_blocked(url, self.blocked):
+            raise WebFailure(*BLOCKED)
         if url not in record.shown:
             raise WebFailure("unknown_url", "No search has shown this address, so it cannot be opened.")
         count(record.cost, "pages")
@@ -263,6 +274,7 @@ class Batch:
     repeats: int
     temperature: float
     step: int
+    first: int = 0  # index of the first of the repeats, for the seeds
 
 
 async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterator[list[Trajectory]]:
@@ -292,7 +304,8 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
         on_done(trajectory)
         return trajectory
 
-    asked = [(q, n, i) for q, n in zip(batch.questions, batch.numbers, strict=True) for i in range(batch.repeats)]
+    indices = range(batch.first, batch.first + batch.repeats)
+    asked = [(q, n, i) for q, n in zip(batch.questions, batch.numbers, strict=True) for i in indices]
     jobs = [asyncio.create_task(one(age, *each)) for age, each in enumerate(asked)]
     everything: asyncio.Future = asyncio.gather(*jobs)
     pumping: asyncio.Future = asyncio.create_task(scheduler.pump())

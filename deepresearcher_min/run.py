@@ -5,6 +5,7 @@ Left out: uploading anywhere, and a run folder shared by two jobs at once.
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -27,6 +28,8 @@ from tqdm import tqdm
 from deepresearcher_min.config import Config, ConfigError, load_config, named, parse_arguments, read_config
 
 RUNS = Path("runs")
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the hub
+HUB_TIMEOUT = 10.0  # for its first answer [s]
 
 
 def newest_run() -> Path:
@@ -85,6 +88,45 @@ def starting(config: Config, rank: int = 0) -> Iterator[None]:
         *_, place = traceback.extract_tb(error.__traceback__)
         where = f"{place.filename}:{place.lineno}"
         raise ConfigError(f"the start failed: {type(error).__name__}: {error} ({where})") from error
+
+
+def fetch_model(model: str, ranks: "Ranks") -> None:
+    """Download a hub's model once on each node, with a bar; the other ranks wait, an hour as in any collective.
+
+    ConfigError where it cannot be had. Left out: weights in other formats than safetensors.
+    """
+    if os.path.isfile(f"{model}/config.json"):
+        return
+    if os.path.exists(model):
+        raise ConfigError(f"model={model!r}: this is not the folder of a model: there is no config.json in it")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise ConfigError(f"model={model!r}: there is no such folder; name a chat model with --model=DIR")
+    problem = ""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        problem = download(model)
+    for each in ranks.gather([problem]):
+        if each:
+            raise ConfigError(f"model={model!r}: no folder here, and the hub did not give it: {each}")
+
+
+def download(model: str) -> str:
+    """Bring a model's missing files into the hub's cache; what went wrong, unless the cache has the model."""
+    from huggingface_hub import HfApi, snapshot_download, utils  # here: it takes a while, and only this needs it
+
+    try:
+        HfApi().model_info(model, timeout=HUB_TIMEOUT)  # a download waits for a silent hub without end
+        utils.enable_progress_bars()
+        snapshot_download(model, allow_patterns=MODEL_FILES)
+        return ""
+    except Exception as error:  # its own, those of its HTTP client, of the disk: they have no other class in common
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        utils.disable_progress_bars()
+    try:
+        snapshot_download(model, allow_patterns=MODEL_FILES, local_files_only=True)
+        return ""
+    except (OSError, ValueError):
+        return problem
 
 
 @dataclass(frozen=True)

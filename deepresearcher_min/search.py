@@ -25,8 +25,8 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 
-from deepresearcher_min.config import Config, ConfigError, require_environment
-from deepresearcher_min.web import BAD_REPLY, Web, WebFailure, code_of, count
+from deepresearcher_min.config import Config, ConfigError, host_list, require_environment
+from deepresearcher_min.web import BAD_REPLY, Web, WebFailure, code_of, count, is_blocked
 
 # Letters and digits, and the signs that belong to letters from Hindi to Khmer, which are no \w.
 WORD = re.compile(r"[\w\u0900-\u0963\u0966-\u0eff\u1000-\u1049\u1050-\u109f\u1780-\u17d3\u17db-\u17ff]+")
@@ -310,15 +310,24 @@ def check_search(config: Config) -> None:
 
 
 def make_search(config: Config, web: Web | None, corpus: Corpus | None) -> Callable[[str, Counter], list[SearchResult]]:
-    """What `search:` names: local and toy need a corpus, all others a Web, and that check_search finds nothing."""
+    """What `search:` names: local and toy need a corpus, all others a Web, and that check_search finds nothing.
+
+    Results at `blocked_hosts` are dropped from what it finds, and so from what a cassette holds, too.
+    """
+    source: Any = corpus
     if config.search in SERVICES and web is not None:
-        return LiveSearch(config, web).search
-    if corpus is None:
+        source = LiveSearch(config, web)
+    if source is None:
         raise ConfigError(f"search={config.search!r} needs a corpus")
+    blocked = host_list(config)
 
     def search(query: str, counts: Counter) -> list[SearchResult]:
-        if not (found := corpus.search(query, config.search_results)):
+        found = source.search(query, config.search_results if source is corpus else counts)
+        kept = [one for one in found if not is_blocked(one.url, blocked)]
+        if len(kept) < len(found):
+            count(counts, "blocked", len(found) - len(kept))
+        if not kept:
             raise WebFailure(*NO_RESULTS)
-        return found
+        return kept
 
     return search

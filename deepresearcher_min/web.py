@@ -19,20 +19,20 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
-from urllib.parse import urljoin
+from urllib.parse import unquote, urljoin
 
 import urllib3
 from urllib3 import exceptions as errors
 from urllib3.util import Url, parse_url
 
-from deepresearcher_min.config import Config, ConfigError
+from deepresearcher_min.config import Config, ConfigError, host_list, plain_host
 
 USER_AGENT = "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)"
 READABLE = re.compile(r"$|text/(html|plain|markdown)|application/(xhtml\+xml|pdf)")  # content types of pages
@@ -41,7 +41,9 @@ TIMEOUT = ("timeout", "The server did not answer in time.")
 CONNECTION = ("connection", "The connection to the server failed.")
 BAD_REPLY = ("bad_reply", "The service sent a reply that cannot be read.")
 REFUSED = ("refused_address", "Only plain http and https addresses of the public internet can be opened.")
+BLOCKED = ("blocked_host", "This host is blocked: data sets are kept there, with the answers to questions.")
 PLAIN_URL = re.compile(r"(?i)https?://[^/?#@\\\x00-\x20\x7f]+([/?#][^\\\x00-\x20\x7f]*)?")  # no user, no odd characters
+HOST_OF_URL = re.compile(r"(?:[^/?#]*//)?(?:[^/?#]*@)?([^/?#:]*)")
 # Not public, although some Python versions call them global: multicast, protocol assignments, 6to4 relays, the metadata
 # service of Azure; of IPv6 all outside 2000::/3, Teredo and its neighbours, documentation.
 NETWORKS = """224.0.0.0/3 192.0.0.0/24 192.88.99.0/24 168.63.129.16/32
@@ -143,6 +145,13 @@ def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tu
     return parts, addresses
 
 
+def is_blocked(url: str, hosts: Sequence[str]) -> bool:
+    """Whether an address, however it is spelled, is at one of these hosts, from host_list, or their subdomains."""
+    found = HOST_OF_URL.match(url.strip().replace("\\", "/"))
+    host = plain_host(unquote(found[1] if found else ""))
+    return any(f".{host}".endswith(f".{blocked}") for blocked in hosts)
+
+
 class DeadlineResponse(http.client.HTTPResponse):
     """A response whose head and body end at the deadline: a limit of silence never meets a byte every second."""
 
@@ -231,6 +240,8 @@ class Web:
         self.flights = [threading.Lock() for _ in range(65536)]  # one for each first two bytes of a key
         self.pools = urllib3.PoolManager(100, block=True, retries=False, ssl_context=ssl.create_default_context())
         self.jitter, self.rank, self.opened = random.Random(rank), rank, time.time()
+        self.blocked = host_list(config)
+        self.run = 0  # of an evaluation's repeats
         self.totals, self.enough = Counter[str](), 0  # calls and failures; from how many on to stop, 0: never
 
     def cached(
@@ -259,7 +270,10 @@ class Web:
         count(self.totals, f"cost_{name}")
 
     def _recorded(self, kind: str, request: Any, produce: Callable, counts: Counter, deadline: float, made: str) -> Any:
-        key = hashlib.sha256(json.dumps([kind, request], sort_keys=True).encode()).digest()
+        asked = [kind, request]
+        if self.run and kind in ("reader", "judge"):  # models answer each run anew; searches and pages are shared
+            asked.append(self.run)
+        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
         flight = self.flights[int.from_bytes(key[:2], "big")]
         if not flight.acquire(timeout=seconds_left(deadline)):  # all but one of identical requests wait for its reply
             raise WebFailure(*TIMEOUT)
@@ -361,6 +375,8 @@ class Web:
     def _follow(self, url: str, sent: Any, own: bool, attempt: int, counts: Counter, deadline: float) -> Any:
         """(status, headers, body) at the end of the redirects; attempts take turns with the addresses of a name."""
         for _ in range(6):  # five redirects
+            if not own and is_blocked(url, self.blocked):
+                raise BlockedURL(*BLOCKED)
             parts, addresses = check_url(url, own or self.config.allow_private_hosts, seconds_left(deadline))
             address = addresses[attempt % len(addresses)]
             status, headers, body = self._exchange(parts, address, sent, own, counts, deadline)

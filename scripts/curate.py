@@ -20,13 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from deepresearcher_min.config import Config, ConfigError, require_environment
+from deepresearcher_min.evaluation import Task, check_needs, make_agent, open_web, quiet_libraries
 from deepresearcher_min.reward import measures
 from deepresearcher_min.rollout import Agent, Batch, roll_out
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Question, load_questions
 from deepresearcher_min.web import Web, WebFailure
 from eval import PlainChat, resolve
-from train import Task, check_needs, make_agent, open_web, quiet_libraries
 
 MIX = {"nq": 1, "tq": 1, "hotpotqa": 3, "2wiki": 3}
 RULES = """\
