@@ -64,7 +64,7 @@ from deepresearcher_min.evaluation import (
     scores_over_runs,
 )
 from deepresearcher_min.protocol import ChatFormat, Entry
-from deepresearcher_min.reward import ask_judge, explain, judge, judge_rules, measures, step_means, step_sums
+from deepresearcher_min.reward import ask_judge, explain, judge, judge_rules, measures
 from deepresearcher_min.rollout import EVALUATION, Agent, Batch, roll_out
 from deepresearcher_min.run import RUNS, Ranks, complete_checkpoints, fetch_model, newest_run, open_run, starting
 from deepresearcher_min.search import INDEX_CACHE
@@ -299,31 +299,30 @@ def ask_judge_all(config: Config, runs: Sequence[Sequence[Trajectory]]) -> tuple
 
 def conclude(config: Config, task: Task, started: float) -> None:
     """Judge the answers; write summary.json, results.md and report.html from the files; print the table."""
-    folder, known, asked = Path(config.run_dir), finished(config), written(config.run_dir)
-    runs: list[list[Trajectory]] = []
-    missing = set()
+    folder, known = Path(config.run_dir), finished(config)
+    runs, asked = list[list[Trajectory]](), list[list[Trajectory]]()
     for run in range(config.repeats):
         keys = [(run, question.id) for question in task.held_out]
         runs.append([known[key] for key in keys if key in known])
-        missing |= set(keys) - known.keys()
+        asked.append([one for number, one in written(config.run_dir) if number == run])
     if not any(runs):
         raise RunStopped(f"not one of {len(task.held_out)} questions has a result; see trajectory_timeout and failures")
     verdicts, sentence, usd = ask_judge_all(config, runs)
     sources = {}
     for name in sorted({one.question.source for found in runs for one in found}):
-        part = [[one for one in found if one.question.source == name] for found in runs]
-        scores, _ = scores_over_runs(part, verdicts, config)
-        scores["failed"] = failed_share([one for _, one in asked if one.question.source == name])
-        sources[name or "no source"] = scores
-    overall, each = scores_over_runs(runs, verdicts, config)
+        part, tried = (
+            [[one for one in found if one.question.source == name] for found in some] for some in (runs, asked)
+        )
+        sources[name or "no source"], _ = scores_over_runs(part, verdicts, config, tried)
+    overall, each = scores_over_runs(runs, verdicts, config, asked)
     overall["usd"] = usd / config.repeats  # the judge's, too
-    overall["failed"] = failed_share([one for _, one in asked])
     table = report.score_rows({**sources, "all": overall})
     published = csv.DictReader((ROOT / "docs/paper.csv").read_text(encoding="utf-8").splitlines())
     paper = [row for row in published if sources.keys() & row.keys()]
     table += [[f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])] for row in paper]
-    spoilt = len(missing & {(run, one.question.id) for run, one in asked})
-    lost, seconds = len(missing) - spoilt, time.monotonic() - started
+    met = {(run, one.question.id) for run, tried in enumerate(asked) for one in tried}
+    spoilt, seconds = len(met - known.keys()), time.monotonic() - started
+    lost = len(task.held_out) * config.repeats - sum(map(len, runs)) - spoilt
     caption = CAPTION + REPEATED * (config.repeats > 1)
     caption = textwrap.fill(caption.format(**asdict(config), judge=sentence, lost=lost, spoilt=spoilt), 118)
     summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": seconds, "usd": usd}
@@ -334,11 +333,6 @@ def conclude(config: Config, task: Task, started: float) -> None:
     report.write_html(folder)
     print(f"{report.text_table(table)}\n\n{caption}\n")
     print(f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {folder}/report.html, the table in {folder}/results.md")
-
-
-def failed_share(asked: Sequence[Trajectory]) -> float:
-    """The share of failed calls over questions that were asked, those that will be asked again included."""
-    return step_means(step_sums([], [asked]))["failed"]
 
 
 def ask(config: Config, task: Task, agent: Agent) -> None:

@@ -36,7 +36,7 @@ from deepresearcher_min.config import (
 )
 from deepresearcher_min.engine import make_engine
 from deepresearcher_min.protocol import ChatFormat, declared_ends, read_tools
-from deepresearcher_min.reward import measures, summarize, words
+from deepresearcher_min.reward import measures, step_means, step_sums, summarize, words
 from deepresearcher_min.rollout import EVALUATION, Agent, Batch, OnDone, Tools, roll_out, try_services
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Corpus, check_search
@@ -215,15 +215,19 @@ def begin(config: Config, ranks: Ranks, notes: Sequence[str] = ()) -> None:
         print("".join(f"{note}\n" for note in notes), end="", flush=True)
 
 
-def scores_of(found: Sequence[Trajectory], verdicts: Verdicts, config: Config) -> Scores:
-    """summarize(), and F1's interval, MBE over the answers with a verdict, behaviours, dollars, what was blocked."""
+def scores_of(found: Sequence[Trajectory], verdicts: Verdicts, config: Config, asked: Sequence[Trajectory]) -> Scores:
+    """summarize(), and F1's interval, MBE over the answers with a verdict, behaviours, dollars, what was blocked.
+
+    The share of failed calls is that of `asked`, questions that will be asked again included.
+    """
     shown = Counter(name for one in found for name in report.behaviours(one))
     costs = sum((Counter(one.cost) for one in found), Counter())
     rows = [{"f1": measures(one)["f1"], "mbe": verdicts.get(one.question.id)} for one in found]
     scores: Scores = {name: shown[name] / len(found) for name in report.BEHAVIOURS}
     scores |= {"f1_interval": interval(rows), "mbe": mean(rows, "mbe"), "usd": costs["usd"]}
+    scores["failed"] = step_means(step_sums([], [asked]))["failed"]
     if host_list(config):
-        scores["blocked"] = costs["blocked"] + costs["fail_blocked_host"]
+        scores["blocked"] = costs["blocked"] + costs["fail_page_blocked_host"]
     return {**summarize(found), **scores}
 
 
@@ -240,20 +244,24 @@ def mean(rows: Sequence[Scores], name: str) -> float | None:
 
 
 def scores_over_runs(
-    runs: Sequence[Sequence[Trajectory]], verdicts: Sequence[Verdicts], config: Config
+    runs: Sequence[Sequence[Trajectory]],
+    verdicts: Sequence[Verdicts],
+    config: Config,
+    asked: Sequence[Sequence[Trajectory]],
 ) -> tuple[Scores, list[Scores]]:
     """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's scores, too.
 
-    Their interval draws questions, with the mean F1 of each. What has no result or no verdict is left out.
+    Their interval draws questions, with the mean F1 of each. What has no result or no verdict is left out. `asked`: as
+    in scores_of, for each run.
     """
     each, answers = list[Scores](), defaultdict[str, list[Scores]](list)
-    for found, known in zip(runs, verdicts, strict=True):
+    for found, known, tried in zip(runs, verdicts, asked, strict=True):
         for one in found:
             text = None if one.answer is None else " ".join(words(one.answer))
             row = {**measures(one), "mbe": known.get(one.question.id), "text": text}
             answers[one.question.id].append(row)
         if found:
-            each.append(scores_of(found, known, config))
+            each.append(scores_of(found, known, config, tried))
     if config.repeats == 1:
         return each[0], each
     scores: Scores = {name: mean(each, name) for name in each[0] if name != "f1_interval"}

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+from transformers.utils import CONFIG_NAME
 
 from deepresearcher_min.config import Config, ConfigError, load_config, named, parse_arguments, read_config
 
@@ -95,18 +96,18 @@ def fetch_model(model: str, ranks: "Ranks") -> None:
 
     ConfigError where it cannot be had. Left out: weights in other formats than safetensors.
     """
-    if os.path.isfile(f"{model}/config.json"):
+    if os.path.isfile(f"{model}/{CONFIG_NAME}"):
         return
     if os.path.exists(model):
-        raise ConfigError(f"model={model!r}: this is not the folder of a model: there is no config.json in it")
+        raise ConfigError(f"model={model!r}: this is not the folder of a model: there is no {CONFIG_NAME} in it")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise ConfigError(f"model={model!r}: there is no such folder; name a chat model with --model=DIR")
+        raise ConfigError(f"model={model!r}: no folder here; name a chat model with --model=DIR")
     problem = ""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         problem = download(model)
     for each in ranks.gather([problem]):
         if each:
-            raise ConfigError(f"model={model!r}: no folder here, and the hub did not give it: {each}")
+            raise ConfigError(f"model={model!r}: no folder here, and the hub cannot give it: {each}")
 
 
 def download(model: str) -> str:

@@ -155,7 +155,7 @@ class Corpus:
                         "".join(passage).encode()  # refuses half of a two-part sign, which no tokenizer takes
                     documents.append(passage)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                raise ConfigError(f"corpus={path}: line {number} is not title, url, text: {error!r}") from error
+                raise ConfigError(f"corpus={str(path)!r}: line {number} is not title, url, text: {error!r}") from error
         made = hashlib.sha256(content)  # and of all else that the index comes from
         rules = SOURCE, WORD.pattern, WORD.flags, RUN.pattern
         made.update(repr((rules, bm25s.__version__, unicodedata.unidata_version)).encode())
@@ -183,7 +183,7 @@ def load_index(folder: Path) -> Any:
     import bm25s
 
     with suppress(OSError):
-        if (folder / "checksum").read_text("latin-1") == checksum(folder):
+        if (folder / "checksum").read_text(encoding="ascii") == checksum(folder):
             return bm25s.BM25.load(folder)
     return None
 

@@ -71,7 +71,7 @@ def make(place: Path) -> None:
         "keys.jsonl": lines([{"ask": "Who?", "reply": "I"}]),
         "no_answer.jsonl": lines([{"question": "Who?", "answers": []}]),
         "text.parquet": b"no parquet at all", "empty.parquet": b"", "cut.parquet": b"PAR1" + b"\0" * 40,
-        "c_keys.jsonl": lines([{"title": "a", "text": "b"}]),
+        "c_keys.jsonl": lines([{"title": "a", "url": "b"}]),
         "c_latin.jsonl": b'{"title": "\xe9", "url": "u", "text": "t"}\n',
         "c_text.jsonl": b"Once upon a time\n", "c_nested.jsonl": b"[" * 100_000, "prompt_latin.txt": b"R\xe9ponds.",
         "cassette_text": b"not a database, but some text that is long enough to be looked at" * 20,

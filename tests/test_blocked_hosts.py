@@ -114,7 +114,7 @@ def test_a_browse_call_is_refused_in_words_whatever_was_shown():
     trajectory = one(agent)
     (entry,) = observation(trajectory, 1)
     assert "blocked" in entry["information"][0]["page_summary"]
-    assert trajectory.cost["fail_blocked_host"] == 1 and "pages" not in trajectory.cost
+    assert trajectory.cost["fail_page_blocked_host"] == 1 and "pages" not in trajectory.cost
 
 
 def test_a_redirect_ends_at_a_blocked_host(open_web, monkeypatch):

@@ -18,6 +18,7 @@ from deepresearcher_min.config import ROOT, load_config
 from deepresearcher_min.evaluation import scores_over_runs
 from deepresearcher_min.reward import ask_judge
 from deepresearcher_min.trajectory import Group
+from deepresearcher_min.web import RunStopped
 
 pytestmark = pytest.mark.quick
 TOY = ["--preset=toy", "--model=toy", "--limit=2", "--eval_temperature=1"]
@@ -143,7 +144,7 @@ def test_the_judges_tokens_are_paid_and_end_the_judging(tmp_path, monkeypatch, c
         options = [f"--run_dir={tmp_path}", f"--judge_url={server.url}/v1", "--judge_model=j", "--tool_threads=0"]
         options += ["--price_judge_token=0.001", "--preset=toy"]
         for _ in range(2):  # what was paid is remembered, so a second try asks nothing
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(RunStopped, match="max_cost"):
                 evaluation.conclude(load_config([*options, "--max_cost=0.25"]), task, 0.0)
             assert server.requests["/v1/chat/completions"] == 3  # $0.10 each
         evaluation.conclude(load_config([*options, "--max_cost=9"]), task, 0.0)
@@ -167,7 +168,7 @@ def test_scores_of_three_runs_by_hand():
             for texts in given]  # fmt: skip
     runs[2].pop()
     config = load_config(["--repeats=3"])
-    scores, each = scores_over_runs(runs, [{}, {}, {}], config)
+    scores, each = scores_over_runs(runs, [{}, {}, {}], config, runs)
     assert [row["em"] for row in each] == pytest.approx([1 / 3, 2 / 3, 0])
     assert scores["em"] == pytest.approx(1 / 3) and scores["em_std"] == pytest.approx(1 / 3)
     assert scores["f1"] == pytest.approx((1 / 3 + (1 + 2 / 3 + 1) / 3 + 0) / 3)
@@ -176,7 +177,7 @@ def test_scores_of_three_runs_by_hand():
     assert scores["majority_em"] == pytest.approx(2 / 3) == scores["majority_f1"]
     assert scores["majority_mbe"] is None and scores["mbe"] is None and scores["n"] == 3
     verdicts = [{f"nq {q}": float(q == 1) for q in range(3)}, {}, {"nq 0": None, "nq 1": 1.0}]
-    judged, _ = scores_over_runs(runs, verdicts, config)
+    judged, _ = scores_over_runs(runs, verdicts, config, runs)
     assert judged["pass_at_k"] == pytest.approx(1 / 3)  # by the judge, where there is one
     assert judged["mbe"] == pytest.approx((1 / 3 + 1) / 2)  # the second run has no verdict
     assert judged["majority_mbe"] == 0.5  # wrong, right, and the third question's has no verdict
@@ -185,16 +186,16 @@ def test_scores_of_three_runs_by_hand():
 def test_the_earliest_of_equally_common_answers_is_the_majoritys():
     runs = [[answered("nq", 1, text)] for text in ("Grace", "Ada Lovelace", "ada lovelace", "GRACE!")]
     config = load_config(["--repeats=4"])
-    assert scores_over_runs(runs, [{}] * 4, config)[0]["majority_em"] == 0
-    assert scores_over_runs(runs[1:] + runs[:1], [{}] * 4, config)[0]["majority_em"] == 1
+    assert scores_over_runs(runs, [{}] * 4, config, runs)[0]["majority_em"] == 0
+    assert scores_over_runs(runs[1:] + runs[:1], [{}] * 4, config, runs)[0]["majority_em"] == 1
 
 
 def test_dropped_results_are_a_row(tmp_path):
     from dataclasses import replace
 
-    one = replace(answered("nq", 1, "Ada"), cost={"blocked": 3, "fail_blocked_host": 2})
+    one = replace(answered("nq", 1, "Ada"), cost={"blocked": 3, "fail_page_blocked_host": 2})
     for value, shown in (("none", None), ("sets.example", 5)):
-        scores, _ = scores_over_runs([[one]], [{}], load_config([f"--blocked_hosts={value}"]))
+        scores, _ = scores_over_runs([[one]], [{}], load_config([f"--blocked_hosts={value}"]), [[one]])
         assert scores.get("blocked") == shown
         rows = {row[0]: row[1] for row in report.score_rows({"all": scores})}
         assert rows.get("dropped as blocked") == (None if shown is None else "5")

@@ -204,7 +204,7 @@ def test_verdicts_are_read_in_both_forms(text, verdict):
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "cannot be read as text"), (b"\xff\xfe", "cannot be read as text"),
+    [(None, "No such file"), (b"\xff\xfe", "codec can't decode"),
      (b"Judge {pred_answer} by {gt_answer}.", "must hold all of {question}")],
 )  # fmt: skip
 def test_a_judges_prompt_that_cannot_be_used_is_said_before(tmp_path, monkeypatch, capsys, content, words):

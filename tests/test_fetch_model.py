@@ -81,7 +81,7 @@ def test_a_hub_that_does_not_give_it_is_one_line(kind, tmp_path):
         said, shown = fetch(url, tmp_path, HF_HUB_OFFLINE="1" if kind == "offline" else "0")
     assert not said and time.monotonic() - start < 45
     last = shown.strip().splitlines()[-1]
-    assert "ConfigError: model='maker/model': no folder here, and the hub did not give it: " in last
+    assert "ConfigError: model='maker/model': no folder here, and the hub cannot give it: " in last
 
 
 @pytest.mark.quick
