@@ -37,7 +37,6 @@ BLOCKS = """address article aside blockquote body br caption center dd details d
     h1 h2 h3 h4 h5 h6 header hr html legend li main ol p pre section summary table tr ul""".split()  # noqa: SIM905
 PREFIX = {"li": "- ", "td": " | ", "th": " | "}
 NO_WORD = re.compile(r"\W+")
-# What tells the kinds of <sup>.
 ORDINALS = "st nd rd th e er re me ère ème o os".split()  # noqa: SIM905
 PRICE = re.compile(r"[$€£¥]\s?[\d,]+$")
 SIGNED = re.compile(r"^[+\u2212\u2013-]|[+\u2212-]$")
@@ -113,22 +112,17 @@ def html_text(text: str) -> str:
         text = re.sub("(?i)<" + pattern, written, text)
     document = trafilatura.bare_extraction(text, fast=True, include_comments=False)
     found = document.text if document else ""
-    # Its last resort gives one block, in which lines are torn at every link, or all joined.
-    one_block = document and len(document.body) == 1
+    one_block = document and len(document.body) == 1  # its last resort: lines torn, or all joined
     if len(found) >= 1000 and not one_block:
         return found
     lines = page_lines(text)[:5000]  # more than is ever read
     prose = [line for line, menu in lines if not menu]
-    size = len("".join(prose))
-    # The frame of a page has up to 800 characters outside links: with more than that, and three
-    # times what the library found, it has lost the page, in elements that it does not know.
-    frame = 500 if found else 0
-    if size > 3 * len(found) + frame:
+    # A page's frame has up to 800 characters outside links: with more, the library has lost the page.
+    if len("".join(prose)) > 3 * len(found) + 500 * bool(found):
         return "\n".join(prose)
     if one_block:
         found = whole_lines(found, lines)
-    # What is nested too deeply for any parser is left.
-    return found or html.unescape(re.sub("<[^<>]*>", "\n", NO_TEXT.sub("", text)))
+    return found or html.unescape(re.sub("<[^<>]*>", "\n", NO_TEXT.sub("", text)))  # nested too deeply
 
 
 def whole_lines(found: str, lines: list[tuple[str, bool]]) -> str:
@@ -136,11 +130,10 @@ def whole_lines(found: str, lines: list[tuple[str, bool]]) -> str:
     words = NO_WORD.sub("", found)
     lines = [(line, menu) for line, menu in lines if NO_WORD.sub("", line) in words]
     held = "\n".join(line for line, _ in lines)
+    prose = "\n".join(line for line, menu in lines if not menu)
     if len(held) < 0.8 * len(found):
         return found
-    prose = "\n".join(line for line, menu in lines if not menu)
-    article = len(prose.encode()) >= 120  # else links are the content
-    return prose if article else held
+    return prose if len(prose.encode()) >= 120 else held  # else links are the content
 
 
 def page_lines(text: str) -> list[tuple[str, bool]]:
@@ -155,13 +148,13 @@ def page_lines(text: str) -> list[tuple[str, bool]]:
         node = waiting.pop()
         if node.name in NOT_CONTENT:
             continue
-        if node.name in BLOCKS:
+        if node.name in BLOCKS:  # a line ends here
             lines.append((line, 2 * linked > len(line)))
             line, linked = "", 0
+            if node.contents:
+                waiting.append(bs4.Tag(name="br"))  # the line ends where the block ends
         if isinstance(node, bs4.Tag):
             line += PREFIX.get(node.name, "")
-            if node.name in BLOCKS and node.contents:
-                waiting.append(bs4.Tag(name="br"))  # the line ends where the block ends
             waiting += reversed(node.contents)
         elif type(node) is bs4.NavigableString:  # and no comment
             words = re.sub(r"\s+", " ", node)
@@ -172,7 +165,7 @@ def page_lines(text: str) -> list[tuple[str, bool]]:
 
 def superscript(found: re.Match) -> str:
     """The text of a <sup>: a power, a note, or the rest of a word or a price."""
-    mark = re.sub("<[^<>]*>", "", html.unescape(found[1])).strip()
+    mark = html.unescape(re.sub("<[^<>]*>", "", found[1])).strip()
     before = found.string[max(0, found.start() - 60) : found.start()]
     base = re.sub("</[^<>]*>", "", before).rpartition(">")[2]
     after = found.string[found.end() : found.end() + 1]
@@ -182,7 +175,7 @@ def superscript(found: re.Match) -> str:
         return found[1]
     if after in ("/", "\u2044") or mark.startswith("["):  # 3 1/2
         return f" {mark}"
-    if PRICE.search(base) and mark.isdigit():
+    if PRICE.search(base):
         return f".{mark}"
     power = SIGNED.search(mark) or (POWER.search(base) and mark[0].isalnum())
     if "#" in found[0] or not power:  # a link within the page
@@ -204,11 +197,7 @@ MARKS: dict[str, Any] = {
 
 
 def decode(body: bytes, content_type: str) -> str:
-    """Bytes to text; raises WebFailure (unreadable).
-
-    Byte-order mark; valid UTF-8 beyond ASCII; what header, <meta> or XML declaration say, if the
-    bytes bear it out; detection.
-    """
+    """Bytes to text by mark, valid UTF-8, what is declared, detection; raises WebFailure (unreadable)."""
     if body.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return webencodings.decode(body, "utf-8")[0]
     text = body.decode(errors="replace")
@@ -223,12 +212,11 @@ def decode(body: bytes, content_type: str) -> str:
     declared = []
     for label in HEADER_CHARSET.findall(content_type) + CHARSET.findall(page[:100_000]):
         encoding = webencodings.lookup(label)
-        default = encoding == webencodings.lookup("latin-1")  # of many servers, whatever they send
-        if encoding and (western or not enough or not default):
-            declared.append(webencodings.decode(body, encoding)[0])
-    for text in declared:
-        if fits(text):
-            return text
+        if not encoding or (encoding.name == "windows-1252" and enough and not western):
+            continue  # that one is the default of many servers, whatever they send
+        declared.append(webencodings.decode(body, encoding)[0])
+        if fits(declared[-1]):
+            return declared[-1]
     if enough:
         text = body.decode(detect(sample, western), "replace")
     elif western:
@@ -251,9 +239,7 @@ def detect(sample: bytes, western: bool) -> str:
     best = from_bytes(sample, cp_isolation=["cp1252"]).best() if western else None
     if not best or best.chaos:
         best = from_bytes(sample, cp_isolation=LEGACY).best()
-    if best:
-        return best.encoding
-    return "cp1252" if western else "ascii"
+    return best.encoding if best else "cp1252" if western else "ascii"
 
 
 class Parsers:
