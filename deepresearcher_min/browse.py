@@ -38,10 +38,10 @@ BLOCKS = """address article aside blockquote body br caption center dd details d
 PREFIX = {"li": "- ", "td": " | ", "th": " | "}
 NO_WORD = re.compile(r"\W+")
 ORDINALS = "st nd rd th e er re me ère ème o os".split()  # noqa: SIM905
-PRICE = re.compile(r"[$€£¥]\s?[\d,]+$")
+PRICE = re.compile(r"[$€£¥]\s?[\d,]+ \d\d$")  # dollars and cents
 SIGNED = re.compile(r"^[+\u2212\u2013-]|[+\u2212-]$")
 # A unit or variable, a function, a number below 1,000, a power of ten, a bracket.
-POWER = re.compile(r"(?<![\w.,])(?:[^\W\d_]{1,2}|sin|cos|tan|log|\d{1,3}(?:\.\d+)?|10+)$|[)\]}|]$")
+POWER = re.compile(r"(?<![\w.,$€£¥])(?:[^\W\d_]{1,2}|sin|cos|tan|log|\d{1,3}(?:\.\d+)?|10+)$|[)\]}|]$")
 Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
 UNREADABLE = "The page is built in a way that cannot be read."
 INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]")  # and control characters
@@ -117,12 +117,12 @@ def html_text(text: str) -> str:
         return found
     lines = page_lines(text)[:5000]  # more than is ever read
     prose = [line for line, menu in lines if not menu]
-    # A page's frame has up to 800 characters outside links: with more, the library has lost the page.
+    # A frame has up to 800 characters outside links: with more, the library has lost the page.
     if len("".join(prose)) > 3 * len(found) + 500 * bool(found):
         return "\n".join(prose)
     if one_block:
         found = whole_lines(found, lines)
-    return found or html.unescape(re.sub("<[^<>]*>", "\n", NO_TEXT.sub("", text)))  # nested too deeply
+    return found or html.unescape(re.sub("<[^<>]*>", "\n", NO_TEXT.sub("", text)))
 
 
 def whole_lines(found: str, lines: list[tuple[str, bool]]) -> str:
@@ -175,7 +175,7 @@ def superscript(found: re.Match) -> str:
         return found[1]
     if after in ("/", "\u2044") or mark.startswith("["):  # 3 1/2
         return f" {mark}"
-    if PRICE.search(base):
+    if PRICE.search(f"{base} {mark}") and "#" not in found[0]:
         return f".{mark}"
     power = SIGNED.search(mark) or (POWER.search(base) and mark[0].isalnum())
     if "#" in found[0] or not power:  # a link within the page
@@ -197,7 +197,7 @@ MARKS: dict[str, Any] = {
 
 
 def decode(body: bytes, content_type: str) -> str:
-    """Bytes to text by mark, valid UTF-8, what is declared, detection; raises WebFailure (unreadable)."""
+    """Bytes to text: mark, UTF-8, what is declared, detection; raises WebFailure (unreadable)."""
     if body.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return webencodings.decode(body, "utf-8")[0]
     text = body.decode(errors="replace")

@@ -97,6 +97,7 @@ def test_a_short_article_between_two_menus_is_given_without_them(entry, block):
         ("of it.<sup>*</sup> Kell<sup>1,2</sup>", "of it. [*] Kell [1,2]"),
         ("the 1<sup>st</sup>, 20<sup>th</sup>, XIX<sup>e</sup>, N<sup>o</sup> 7", "the 1st, 20th, XIXe, No 7"),
         ("3<sup>1</sup>/<sub>2</sub> miles of <sup>14</sup>C", "3 1/2 miles of 14C"),
+        ("of $19<sup>4</sup>, $5<sup><a href=#n>12</a></sup>", "of $19 [4], $5 [12]"),
         ("for $19<sup>99</sup>, 1.5<sup>2</sup>, Na<sup>+</sup>", "for $19.99, 1.5^2, Na^+"),
         ("H<sub>2</sub>O, SO<sub>4</sub><sup>2-</sup>", "H2O, SO4^2-"),
         ("He said <q>yes</q>, <del>twice</del> <ins>once</ins>.", 'He said "yes", ~~twice~~ once.'),
