@@ -5,6 +5,7 @@ page made to crash or to occupy a parser takes only a child with it. Left out: s
 """
 
 import asyncio
+import codecs
 import html
 import io
 import json
@@ -46,11 +47,16 @@ BLOCKS = """address article aside blockquote body br caption center dd details d
     h1 h2 h3 h4 h5 h6 header hr html legend li main ol p pre section summary table tr ul""".split()  # noqa: SIM905
 PREFIX = {"li": "- ", "td": " | ", "th": " | "}
 NO_WORD = re.compile(r"\W+")
+ORDINALS = "st nd rd th e er re me ère ème o os".split()  # noqa: SIM905
+PRICE = re.compile(r"[$€£¥]\s?[\d,]+ \d\d$")  # dollars and cents
+SIGNED = re.compile(r"^[+\u2212\u2013-]|[+\u2212-]$")
+# A unit or variable, a function, a number below 1,000, a power of ten, a bracket.
+POWER = re.compile(r"(?<![\w.,$€£¥])(?:[^\W\d_]{1,2}|sin|cos|tan|log|\d{1,3}(?:\.\d+)?|10+)$|[)\]}|]$")
 Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
 UNREADABLE = "The page is built in a way that cannot be read."
 INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]")  # and control characters
 PDF_ROOT = re.compile(rb"(?s)(\d{1,9}) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b")
-NO_TEXT = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1[^<>]*>|\Z)")
+NO_TEXT = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style|noscript)\b.*?(?:</\1[^<>]*>|\Z)")
 HEADER_CHARSET = re.compile(r"(?i)\bcharset\s*=\s*[\"']?([\w.:-]+)")
 CHARSET = re.compile(r"(?i)(?:<meta\s[^>]{0,500}?\bcharset|<\?xml[^>]{0,500}?\bencoding)\s*=\s*[\"']?\s*([\w.:-]+)")
 LEGACY = """gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r iso8859_5 cp1253 cp1255 cp1256 cp874 cp1252 cp1250 iso8859_2
@@ -110,106 +116,122 @@ def pdf_text(body: bytes) -> str:
 
 
 def html_text(text: str) -> str:
-    """The library's extract, or, where it has lost the page or its lines, the page's own lines without menus."""
+    """The library's extract, or, where it has lost the page or its lines, the page's own lines."""
     import trafilatura
 
-    text = MEANING.sub(in_characters, text)
+    for pattern, written in MARKS.items():
+        text = re.sub("(?i)<" + pattern, written, text)
     document = trafilatura.bare_extraction(text, fast=True, include_comments=False)
     found = document.text if document else ""
-    if len(found) >= 1000 and len(document.body) > 1:
+    one_block = document and len(document.body) == 1  # its last resort: lines torn, or all joined
+    if len(found) >= 1000 and not one_block:
         return found
     lines = page_lines(text)[:5000]  # more than is ever read
     prose = [line for line, menu in lines if not menu]
-    size = sum(map(len, prose))
-    # The frame of a page has up to 800 characters outside links: with more than that, and three times what the library
-    # found, it has lost the page, in elements that it does not know.
-    if size > 3 * len(found) + 500 * bool(found):
+    # A frame has up to 800 characters outside links: with more, the library has lost the page.
+    if len("".join(prose)) > 3 * len(found) + 500 * bool(found):
         return "\n".join(prose)
-    if document and len(document.body) == 1:  # its last resort: lines are torn at every link, or all joined
-        words = NO_WORD.sub("", found)
-        lines = [(line, menu) for line, menu in lines if NO_WORD.sub("", line) in words]
-        if sum(len(line) for line, menu in lines) > 0.8 * min(
-            len(found), size
-        ):  # else it is text that the page holds as data
-            sentences = [line for line in prose if len(line.encode()) > 40]  # of an article; else links are the content
-            menus = len("".join(sentences).encode()) >= 120
-            chosen = [line for line, menu in lines if not (menu and menus)]
-            return "\n".join(chosen or prose)
-    return found or html.unescape(re.sub("<[^<>]*>", "\n", NO_TEXT.sub("", text)))  # nested too deeply for any parser
+    if one_block:
+        found = whole_lines(found, lines)
+    return found or html.unescape(re.sub("<[^<>]*>", "\n", NO_TEXT.sub("", text)))
+
+
+def whole_lines(found: str, lines: list[tuple[str, bool]]) -> str:
+    """The page's lines that `found` is made of; `found` itself if it is data that no line holds."""
+    words = NO_WORD.sub("", found)
+    lines = [(line, menu) for line, menu in lines if NO_WORD.sub("", line) in words]
+    held = "\n".join(line for line, _ in lines)
+    prose = "\n".join(line for line, menu in lines if not menu)
+    if len(held) < 0.8 * len(found):
+        return found
+    return prose if len(prose.encode()) >= 120 else held  # else links are the content
 
 
 def page_lines(text: str) -> list[tuple[str, bool]]:
     """(line, whether most of it is links, as in a menu) of an HTML page, one a block."""
-    import trafilatura
-    from lxml import etree
+    import bs4
 
-    tree = trafilatura.load_html("<html><head></head><body>" + text)
-    for part in list(tree.iter(*NOT_CONTENT)):
-        part.drop_tree()
-    lines, line, linked, links = [], "", 0, 0
-    for event, element in etree.iterwalk(tree, ("start", "end")):
-        opens = event == "start"
-        if element.tag in BLOCKS:
-            lines.append((line, 2 * linked > len(line) and element.tag != "h1"))
+    soup = bs4.BeautifulSoup(text, "lxml")
+    in_links = {id(words) for link in soup("a") for words in link.strings}
+    lines, line, linked = [], "", 0
+    waiting: list[Any] = [soup]
+    while waiting:
+        node = waiting.pop()
+        if node.name in NOT_CONTENT:
+            continue
+        if node.name in BLOCKS:  # a line ends here
+            lines.append((line, 2 * linked > len(line)))
             line, linked = "", 0
-        if element.tag == "a":
-            links += 1 if opens else -1
-        if opens:
-            line += PREFIX.get(element.tag, "")
-        words = re.sub(r"\s+", " ", (element.text if opens else element.tail) or "")
-        line += words
-        if links:
-            linked += len(words)
+            if node.contents:
+                waiting.append(bs4.Tag(name="br"))  # the line ends where the block ends
+        if isinstance(node, bs4.Tag):
+            line += PREFIX.get(node.name, "")
+            waiting += reversed(node.contents)
+        elif type(node) is bs4.NavigableString:  # and no comment
+            words = re.sub(r"\s+", " ", node)
+            line += words
+            linked += len(words) * (id(node) in in_links)
     return [(line, menu) for line, menu in lines if NO_WORD.sub("", line)]
 
 
-def in_characters(found: re.Match) -> str:
-    """Mark-up as text: 10^23 and m^2, 1st, notes 1850 [4], H2O and a_(n+1), "quoted", ~~deleted~~, 東京(とうきょう)."""
-    if found.lastgroup in WRITTEN:
-        return WRITTEN[found.lastgroup].format(found[found.lastgroup])
-    mark = html.unescape(re.sub(r"<[^>]*>", "", found["sup"])).strip()
+def superscript(found: re.Match) -> str:
+    """The text of a <sup>: a power, a note, or the rest of a word or a price."""
+    mark = html.unescape(re.sub("<[^<>]*>", "", found[1])).strip()
     before = found.string[max(0, found.start() - 60) : found.start()]
-    base = re.sub(r"</[^>]*>", "", before).rpartition(">")[2]
-    if not mark or len(mark) > 20 or ORDINAL.search(base[-1:] + mark):
-        return found["sup"]
-    if found["next"] and (found["next"] in "/⁄" or not base[-1:].strip()):  # a fraction, 3 1/2, or a nuclide, 14C
+    base = re.sub("</[^<>]*>", "", before).rpartition(">")[2]
+    after = found.string[found.end() : found.end() + 1]
+    opens_word = after.isalnum() and not base[-1:].strip()  # 14C
+    ordinal = mark in ORDINALS and not base[-1:].islower()
+    if not mark or len(mark) > 20 or opens_word or ordinal:
+        return found[1]
+    if after in ("/", "\u2044") or mark.startswith("["):  # 3 1/2
         return f" {mark}"
-    power = POWER.search(base) or SIGNED.search(mark)
-    if power and "#" not in found[0] and re.search(r"^[^[]*\w", mark):
-        return f"^{mark}" if SIGNED.sub("", mark).isalnum() else f"^({mark})"
-    return f" [{mark.strip('[]')}]"
+    if PRICE.search(f"{base} {mark}") and "#" not in found[0]:
+        return f".{mark}"
+    power = SIGNED.search(mark) or (POWER.search(base) and mark[0].isalnum())
+    if "#" in found[0] or not power:  # a link within the page
+        return f" [{mark}]"
+    return f"^({mark})" if re.search(r"\w\W+\w", mark) else f"^{mark}"
+
+
+# Mark-up that carries meaning, and how it is written in characters: extractors keep only its text.
+MARKS: dict[str, Any] = {
+    r"/?q(?:\s[^<>]*)?>": '"',
+    r"/?(?:del|s|strike)(?:\s[^<>]*)?>": "~~",
+    r"rp>[^<]*(?:</rp>)?": "",
+    r"rt(?:\s[^<>]*)?>([^<]*)(?:</rt>)?": r"(\1)",
+    r"sub(?:\s[^<>]*)?>([^<]{0,80}[^\w<][^<]{0,80})</sub>": r"_(\1)",  # a_(n+1)
+    r"/?sub(?:\s[^<>]*)?>": "",  # H2O
+    r"time(?:\s[^<>]*)?>([^<]*)</time>(?=\s*[\w,.;)])": r"\1",  # in a sentence
+    r"sup(?:\s[^<>]*)?>((?s:.{0,400}?))</sup>": superscript,
+}
 
 
 def decode(body: bytes, content_type: str) -> str:
-    """Bytes to text as browsers do it, and better where a page says nothing, or nothing true, of itself.
-
-    Byte-order mark; UTF-8, whatever is declared, if there are characters beyond ASCII and they are valid; HTTP header,
-    <meta>, XML declaration, if the bytes bear them out; detection. Raises WebFailure (unreadable) where none fits.
-    """
-    if body[:2] in (b"<\0", b"\0<"):
-        body = (b"\xff\xfe" if body[0] else b"\xfe\xff") + body
-    if body.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+    """Bytes to text: mark, UTF-8, what is declared, detection; raises WebFailure (unreadable)."""
+    if body.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return webencodings.decode(body, "utf-8")[0]
     text = body.decode(errors="replace")
-    if not text.isascii() and (fits(text) or text.encode() == body):
+    if not text.isascii() and fits(text):
         return text
     page = NO_TEXT.sub("", body.decode("latin-1"))
-    texts = []
-    for label in HEADER_CHARSET.findall(content_type) + CHARSET.findall(page[:100_000]):
-        encoding = webencodings.lookup(label)
-        if encoding and (b"\0" in body or "utf-16" not in encoding.name):
-            texts.append(webencodings.decode(body, encoding)[0])
-            if fits(texts[-1]):
-                return texts[-1]
     pieces = [piece for piece in re.split("<[^<>]*>", page) if not piece.isascii()]
     sample = "\n".join(pieces).encode("latin-1")
     beyond = len(sample.translate(None, bytes(range(128))))
     western = 2 * beyond <= len(sample)  # ASCII with accents
-    enough = beyond >= (12 if western else 60)  # characters to judge by: fewer are often judged wrongly
-    if not enough and (texts or western):
-        return [*texts, body.decode("cp1252", "replace")][0]
-    encoding = detect(sample, western) if enough else None
-    text = body.decode(encoding or "ascii", "replace")
+    enough = beyond >= (12 if western else 60)  # fewer characters are often judged wrongly
+    declared = []
+    for label in HEADER_CHARSET.findall(content_type) + CHARSET.findall(page[:100_000]):
+        encoding = webencodings.lookup(label)
+        if not encoding or (encoding.name == "windows-1252" and enough and not western):
+            continue  # that one is the default of many servers, whatever they send
+        declared.append(webencodings.decode(body, encoding)[0])
+        if fits(declared[-1]):
+            return declared[-1]
+    if enough:
+        text = body.decode(detect(sample, western), "replace")
+    elif western:
+        return [*declared, body.decode("cp1252", "replace")][0]
     if fits(text):
         return text
     raise WebFailure("unreadable", "The page's characters are in an unknown encoding.")
@@ -217,35 +239,18 @@ def decode(body: bytes, content_type: str) -> str:
 
 def fits(text: str) -> bool:
     """Whether at most a tenth of a decoded text's characters beyond ASCII are errors."""
-    return 10 * text.count("\ufffd") <= len(text) - len(text.encode("ascii", "ignore"))
+    beyond = len(text) - len(text.encode("ascii", "ignore"))
+    return 10 * text.count("\ufffd") <= beyond
 
 
-def detect(sample: bytes, western: bool) -> str | None:
-    """The name of an encoding by statistics of the text; Windows-1252 comes first where `western`, as in browsers."""
+def detect(sample: bytes, western: bool) -> str:
+    """An encoding by statistics of the text; Windows-1252 first where `western`, as in browsers."""
     from charset_normalizer import from_bytes
 
-    if western:
-        best = from_bytes(sample, cp_isolation=["cp1252"]).best()
-        if best and not best.chaos:
-            return "cp1252"
-    best = from_bytes(sample, cp_isolation=LEGACY).best()
-    return best.encoding if best else "cp1252" if western else None
-
-
-ORDINAL = re.compile(r"^(?:[\dA-Zn](?:st|nd|rd|th|e|er|re|[eè]me|[eè]re|o|os|a|as|me|r)|.?(?:®|™|TM))$")
-# What is raised to a power: a unit or variable, a function, a number below 1,000, a power of ten, a bracket.
-POWER = re.compile(r"(?:(?<![^\W\d_])(?:[^\W\d_]{1,2}|sin|cos|tan|log)|(?<![\d.,])(?:\d{1,3}(?:\.\d+)?|10+)|[)\]}|])$")
-SIGNED = re.compile(r"^[+\u2212\u2013-]|[+\u2212-]$")
-# Mark-up that carries meaning: the extractor keeps only its text, of <time> and <rt> not even that.
-MEANING = re.compile(
-    r"""(?isx) <(?=/?(?:su[bp]|q|del|s|strike|r[pt]|time)\b) (?:  # all else is soon passed over
-      sup\b[^<>]*>(?P<sup>.{0,400}?)</sup\s*>(?=(?P<next>[/⁄]|(?-i:[A-Z][a-z]?)\b)?)
-    | sub\b[^<>]*>(?P<low>[^<]{0,80}[^\w<][^<]{0,80})</sub\s*>
-    | (?P<plain>/?sub\b[^<>]*> | rp\b[^<>]*>[^<]*(?:</rp\s*>)?)
-    | (?P<quote>/?q\b[^<>]*>) | (?P<struck>/?(?:del|s|strike)\b[^<>]*>) | rt\b[^<>]*>(?P<reading>[^<]*)(?:</rt\s*>)?
-    | time\b[^<>]*>(?P<date>[^<]*)</time\s*>(?=\s*[\w,.;)]) )"""  # inside a sentence
-)
-WRITTEN = {"low": "_({})", "plain": "", "quote": '"', "struck": "~~", "reading": "({})", "date": "{}"}
+    best = from_bytes(sample, cp_isolation=["cp1252"]).best() if western else None
+    if not best or best.chaos:
+        best = from_bytes(sample, cp_isolation=LEGACY).best()
+    return best.encoding if best else "cp1252" if western else "ascii"
 
 
 class Parsers:

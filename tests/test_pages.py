@@ -97,6 +97,8 @@ def test_a_short_article_between_two_menus_is_given_without_them(entry, block):
         ("of it.<sup>*</sup> Kell<sup>1,2</sup>", "of it. [*] Kell [1,2]"),
         ("the 1<sup>st</sup>, 20<sup>th</sup>, XIX<sup>e</sup>, N<sup>o</sup> 7", "the 1st, 20th, XIXe, No 7"),
         ("3<sup>1</sup>/<sub>2</sub> miles of <sup>14</sup>C", "3 1/2 miles of 14C"),
+        ("of $19<sup>4</sup>, $5<sup><a href=#n>12</a></sup>", "of $19 [4], $5 [12]"),
+        ("for $19<sup>99</sup>, 1.5<sup>2</sup>, Na<sup>+</sup>", "for $19.99, 1.5^2, Na^+"),
         ("H<sub>2</sub>O, SO<sub>4</sub><sup>2-</sup>", "H2O, SO4^2-"),
         ("He said <q>yes</q>, <del>twice</del> <ins>once</ins>.", 'He said "yes", ~~twice~~ once.'),
         ("born on <time datetime=1850-05-04>4 May 1850</time> in Kell", "born on 4 May 1850 in Kell"),
@@ -172,6 +174,7 @@ def test_a_page_is_read_in_its_encoding_wherever_that_is_said_or_not_said_at_all
     assert sentence in read(sentence * 4, "text/plain"), "not declared"
     assert sentence in read(page(paragraphs), "text/html; charset=x-unknown")
     assert sentence in read(page(paragraphs), "text/html; charset=utf-8"), "declared wrongly"
+    assert label == "windows-1250" or sentence in read(page(paragraphs), "text/html; charset=iso-8859-1")
     assert sentence in read(page(sentence), f"text/html; charset={label}")
     assert sentence in read(page(sentence, late))
     assert sentence in read(page(sentence, hidden))
@@ -181,9 +184,6 @@ def test_a_page_is_read_in_its_encoding_wherever_that_is_said_or_not_said_at_all
     assert sentence in read(page(sentence, f"<meta charset={label}>"), encoding="utf-8")
     assert sentence in read(page(sentence), f"text/html; charset={label}", "utf-8")
     assert sentence in main_text(page(paragraphs, f"<meta charset={label}>").encode() + b"\xe4<p>", "text/html")
-    for order in ("utf-16-le", "utf-16-be"):
-        assert sentence in read(page(sentence), encoding=order), "without a mark"
-        assert sentence in read(page(sentence), "text/html; charset=utf-16", order)
 
 
 @pytest.mark.parametrize("label", list(SCRIPTS)[:5])
