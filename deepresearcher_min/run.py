@@ -101,13 +101,14 @@ def fetch_model(model: str, ranks: "Ranks") -> None:
     if os.path.exists(model):
         raise ConfigError(f"model={model!r}: this is not the folder of a model: there is no {CONFIG_NAME} in it")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise ConfigError(f"model={model!r}: no folder here; name a chat model with --model=DIR")
+        raise ConfigError(f"model={model!r}: there is no such folder; name a chat model with --model=DIR")
     problem = ""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         problem = download(model)
     for each in ranks.gather([problem]):
         if each:
-            raise ConfigError(f"model={model!r}: no folder here, and the hub cannot give it: {each}")
+            remedy = "name a chat model with --model=DIR"
+            raise ConfigError(f"model={model!r}: no folder here, and the hub cannot give it: {each}; {remedy}")
 
 
 def download(model: str) -> str:

@@ -183,7 +183,7 @@ def load_index(folder: Path) -> Any:
     import bm25s
 
     with suppress(OSError):
-        if (folder / "checksum").read_text(encoding="ascii") == checksum(folder):
+        if (folder / "checksum").read_text(encoding="utf-8", errors="replace") == checksum(folder):
             return bm25s.BM25.load(folder)
     return None
 

@@ -87,5 +87,5 @@ def test_a_hub_that_does_not_give_it_is_one_line(kind, tmp_path):
 @pytest.mark.quick
 def test_a_folder_needs_no_hub_and_a_wrong_name_is_said(monkeypatch):
     fetch_model(str(MODEL_DIR), Ranks())
-    with pytest.raises(ConfigError, match="model='/no/such/folder': no folder here"):
+    with pytest.raises(ConfigError, match="model='/no/such/folder': there is no such folder"):
         fetch_model("/no/such/folder", Ranks())
