@@ -104,7 +104,8 @@ MODELS = {  # for both programs: what is said of a model folder that bad_inputs.
     "m_more_layers": "weights are missing", "m_no_tokenizer": "tokenizer",
     "m_tokenizer_torn": "", "m_tokenizer_other": "",
     "m_tokenizer_config_torn": "", "m_no_template": "no chat template", "m_template_syntax": "template refuses",
-    "m_template_raises": "no system words", "m_template_undefined": "template refuses", "m_template_types": "template refuses",
+    "m_template_raises": "no system words", "m_template_undefined": "template refuses",
+    "m_template_types": "template refuses",
     "m_small_vocabulary": "40", "m_nested": "weights are missing",
 }  # fmt: skip
 LIVE_VALUES = [
