@@ -173,7 +173,7 @@ def key_of(name: str, case: str) -> str:
 def bench_time(workers: dict[str, Worker], rounds: int, first: dict[str, Any]) -> dict[str, float]:
     """Rounds of one call of every contestant, and the table."""
     figures: dict[str, float] = {}
-    print(f"\n{'batch':9}{'':14}{'CPU s':>8}{'x ours':>8}{'wall s':>8}{'peak GB':>9}{'loss':>12}{'grad norm':>11}")
+    print(f"\n{'batch':10}{'':14}{'CPU s':>8}{'x ours':>8}{'wall s':>8}{'peak GB':>9}{'loss':>12}{'grad norm':>11}")
     for case in CASES | PROMPTS:
         found: dict[str, list[dict[str, float]]] = {name: [] for name in workers if case in cases_of(name)}
         for _ in range(rounds):
@@ -184,7 +184,7 @@ def bench_time(workers: dict[str, Worker], rounds: int, first: dict[str, Any]) -
             ratio = median(a["cpu_s"] / b["cpu_s"] for a, b in zip(runs, found["ours"], strict=True))
             times = f"{row['cpu_s']:8.2f}{ratio:8.2f}{row['wall_s']:8.2f}"
             checks = f"{row['peak_gb']:9.3f}{row['loss']:12.6f}{row['grad_norm']:11.6f}"
-            print(f"{case:9}{LABELS.get(name, name):14}{times}{checks}", flush=True)
+            print(f"{case:10}{LABELS.get(name, name):14}{times}{checks}", flush=True)
             figures[f"{name}_{case}_cpu_s"] = row["cpu_s"]
             figures[f"{'' if name == 'ours' else name + '_'}peak_extra_gb_{case}"] = row["peak_gb"]
             if name != "ours":
