@@ -195,7 +195,7 @@ def bench_time(workers: dict[str, Worker], rounds: int, first: dict[str, Any]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=0, help="3; with --peers 2")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/deepresearcher_min")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -211,7 +211,7 @@ def main() -> None:
         first, slope = bench_memory(lambda name: Worker(python, name, models, memory=True), names)
         with ExitStack() as stack:
             workers = {name: stack.enter_context(closing(Worker(python, name, models, memory=False))) for name in names}
-            figures |= slope | bench_time(workers, args.rounds, first)
+            figures |= slope | bench_time(workers, args.rounds or (2 if args.peers else 3), first)
     print(CAPTION)
     print(f"load of this machine: {figures['load']:.1f} before, {os.getloadavg()[0]:.1f} after, {figures['cpus']} CPUs")
     if args.json:
