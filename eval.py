@@ -4,6 +4,7 @@
   python eval.py --model=DIR                           any model on the official test set (fetched once), live search
   python eval.py --model=DIR --data=FILE --limit=20    any model on any questions, 20 of each data source
   python eval.py --method=cot                          the paper's baselines: no tools (rag: one search, in the prompt)
+  python eval.py --repeats=4 --eval_temperature=1      four runs: deviation, pass@4, answer by majority
   python eval.py --resume                              goes on with the newest evaluation, killed or stopped
   python eval.py --question="..."                      one question: thoughts, searches, pages, answer, sources
 
@@ -15,8 +16,8 @@ import asyncio
 import csv
 import hashlib
 import json
+import os
 import re
-import signal
 import sys
 import textwrap
 import time
@@ -27,36 +28,82 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 
-import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 from deepresearcher_min import report
-from deepresearcher_min.config import ROOT, Config, ConfigError, load_config, parse_arguments, require_environment
+from deepresearcher_min.config import (
+    ROOT,
+    Config,
+    ConfigError,
+    check_inputs,
+    help_text,
+    load_config,
+    named,
+    parse_arguments,
+    read_config,
+    replace_file,
+    require_environment,
+)
+from deepresearcher_min.evaluation import (
+    Task,
+    Verdicts,
+    begin,
+    check_needs,
+    check_services,
+    context_notes,
+    load_task,
+    make_agent,
+    model_folder,
+    open_web,
+    quiet_libraries,
+    read_corpus,
+    read_questions,
+    scores_over_runs,
+)
 from deepresearcher_min.protocol import ChatFormat, Entry
-from deepresearcher_min.reward import ask_judge, explain, judge, measures, summarize
+from deepresearcher_min.reward import ask_judge, explain, judge, judge_rules, measures, step_means, step_sums
 from deepresearcher_min.rollout import EVALUATION, Agent, Batch, roll_out
-from deepresearcher_min.run import RUNS, Ranks, complete_checkpoints, newest_run, open_run
-from deepresearcher_min.search import INDEX_CACHE, Corpus
-from deepresearcher_min.trajectory import Question, Recording, Trajectory, load_questions
-from deepresearcher_min.web import Web, WebFailure
-from train import Task, begin, check_needs, load_task, make_agent, open_web, quiet_libraries
+from deepresearcher_min.run import RUNS, Ranks, complete_checkpoints, fetch_model, newest_run, open_run, starting
+from deepresearcher_min.search import INDEX_CACHE
+from deepresearcher_min.trajectory import Question, Recording, Trajectory
+from deepresearcher_min.web import ROLES, RunStopped, Web, WebFailure, raise_if_down
 
 # The revision is the one at which a public copy of the official repository has the file; never fetched by us (there is
 # no internet here). What decides is the checksum, which is that of the published file, 3,197 questions.
 OFFICIAL = "https://raw.githubusercontent.com/GAIR-NLP/DeepResearcher"
 TEST_SET_URL = f"{OFFICIAL}/b576f0cc08e1ca39027f29a56a99548b743bfd3b/data/test.parquet"
 TEST_SET_SHA256 = "30c21c7da1872af08d7db1aacb5f45a57d0a7f038dd7f7baed51231bf6c5e10e"
+ENOUGH = 50  # calls to a service after which an evaluation stops where most of them failed
 CAPTION = """\
 Method {method}, model {model}, search {search} (cot: none), temperature {eval_temperature:g}. F1, EM: official scorer;
 no answer is 0; interval: 2,000 bootstraps of questions. MBE: {judge}. Ended by the harness, left out: {lost}.
+Met by a failed service, left out: {spoilt}; --resume asks both again.
 "plans" to "admits": words in thoughts, see report.behaviours. "paper": F1/MBE of 7B models as published in tables 1
 and 2 of arXiv 2504.03160: whole sets, the web of then, judge gpt-4o-mini."""
 
+REPEATED = """
+Means over {repeats} runs; pass@k: share of questions right (EM, or MBE where judged) in one of them at least; majority:
+the commonest answer. Each run has seeds, reader and judge replies of its own; searches and pages are shared."""
+
 
 def resolve(argv: list[str]) -> Config:
+    """choose_config(argv), its blocked hosts spelled out; ConfigError for several runs that would be the same."""
+    config = choose_config(argv)
+    if config.repeats > 1 and config.eval_temperature == 0:
+        raise ConfigError(
+            f"repeats={config.repeats}: at eval_temperature=0 every run gives the same answers; add "
+            "--eval_temperature=1 (or --repeats=1)"
+        )
+    if config.blocked_hosts != "auto":
+        return config
+    listed = (ROOT / "deepresearcher_min/blocked_hosts.txt").read_text(encoding="utf-8")
+    return replace(config, blocked_hosts=" ".join(re.findall(r"^[^#\s]+", listed, re.MULTILINE)))
+
+
+def choose_config(argv: list[str]) -> Config:
     """The config of a stopped evaluation, or of the run that the model belongs to, or a preset; argv over it."""
     typed = parse_arguments(argv)
     if "resume" in typed:
@@ -67,20 +114,21 @@ def resolve(argv: list[str]) -> Config:
     folder = Path(typed.get("model") or newest_run())
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     base = None
-    if (run / "config.yaml").exists() and (run / "checkpoints").is_dir():
+    if os.path.isfile(run / "config.yaml") and os.path.isdir(run / "checkpoints"):
         if folder == run:
             found = complete_checkpoints(run)
             if not found:
                 raise ConfigError(f"model={str(run)!r}: this run has no complete checkpoint yet")
             folder = found[-1]
-        base = yaml.safe_load((run / "config.yaml").read_text()) | {"run_dir": "", "resume": "", "question": ""}
+        base = read_config("model", run) | {"run_dir": "", "resume": "", "question": ""}
     elif "preset" not in typed:
         argv = [f"--preset={'wiki' if typed.get('search') == 'local' else 'paper'}", *argv]
     now = datetime.now(UTC)
-    extra = {"run_dir": f"{RUNS}/eval-{now:%Y%m%d-%H%M%S}", "date": f"{now:%Y-%m-%d}", **typed, "model": folder}
+    extra = {"run_dir": f"{RUNS}/eval-{now:%Y%m%d-%H%M%S}", "date": f"{now:%Y-%m-%d}", "engine_memory": "0.9"}
+    extra |= {**typed, "model": str(folder)}
     extra |= {"eval_data": typed["data"]} if "data" in typed else {}
     config = load_config([*argv, *(f"--{key}={value}" for key, value in extra.items())], base=base)
-    if (Path(config.run_dir) / "config.yaml").exists():
+    if os.path.exists(f"{config.run_dir}/config.yaml"):
         raise ConfigError(f"run_dir={config.run_dir!r} is taken; an evaluation goes on with --resume={config.run_dir}")
     if config.method == "agent":
         return config
@@ -93,7 +141,8 @@ def resolve(argv: list[str]) -> Config:
 def test_set(config: Config) -> str:
     """The official test set, fetched once and kept under ~/.cache; ConfigError if it cannot be had or is not that."""
     path = INDEX_CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
-    if not path.exists():
+    kept = path.read_bytes() if os.path.isfile(path) else b""
+    if hashlib.sha256(kept).hexdigest() != TEST_SET_SHA256:
         web = Web(replace(config, cassette_mode="live"), ":memory:")
         try:
             body, _ = web.fetch(TEST_SET_URL, Counter(), time.monotonic() + 120, own=True)
@@ -103,9 +152,11 @@ def test_set(config: Config) -> str:
             web.close()
         if (found := hashlib.sha256(body).hexdigest()) != TEST_SET_SHA256:
             raise ConfigError(f"{TEST_SET_URL} sent another file: sha256 {found}, not {TEST_SET_SHA256}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_bytes(body)
-        path.with_suffix(".part").replace(path)
+        try:
+            replace_file(path, body)
+        except OSError:  # a home that cannot be written: fetched again next time
+            path = Path(mkdtemp()) / path.name
+            replace_file(path, body)
     return str(path)
 
 
@@ -115,15 +166,14 @@ def load_examination(config: Config, ranks: Ranks) -> Task:
     They are those of eval_data (or --data), else those that the model's run set aside, else the official test set.
     """
     file = config.eval_data
-    if config.search == "toy" and file:
-        raise ConfigError(f"data={file!r}: the toy web does not answer it; add --search=local --corpus=FILE")
     if config.search == "toy" or (config.data and not file):
         task = load_task(config)
     else:
         if not file and not config.question:
             file = ranks.share(test_set(config) if ranks.rank == 0 else None)
-        corpus = Corpus.from_jsonl(config.corpus) if config.corpus else None
-        task = Task(config.model, [], load_questions(file) if file else [], corpus, corpus)
+        corpus = read_corpus(config)
+        questions = read_questions("data", file) if file else []
+        task = Task(model_folder(config), [], questions, corpus, corpus)
     taken: dict[str, list[Question]] = {}
     for question in task.held_out:
         taken.setdefault(question.source, []).append(question)
@@ -135,7 +185,7 @@ class PlainChat(ChatFormat):
     """The prompt of the baselines: rules and question, no tools, and for rag what a search for the question found."""
 
     def __init__(self, chat: ChatFormat, found: Mapping[str, str]) -> None:
-        super().__init__(chat.tokenizer, "", chat.system)
+        vars(self).update(vars(chat))
         self.tools, self.found = None, found
 
     def prompt_ids(self, question: str) -> list[int]:
@@ -155,103 +205,146 @@ def search_once(questions: Sequence[Question], agent: Agent) -> tuple[dict[str, 
     return texts, {one.question.id: one.cost for one in records}
 
 
-def finished(run_dir: str) -> dict[str, Trajectory]:
-    """The trajectories of an evaluation so far, by question; what the harness ended is not among them."""
-    files = sorted((Path(run_dir) / "trajectories").glob("eval*.jsonl"))
-    return {one.question.id: one for file in files for one in report.read_trajectories(file)}
+def written(run_dir: str) -> list[tuple[int, Trajectory]]:
+    """(run, trajectory) of an evaluation so far, in order; what the harness ended is not among them."""
+    found = []
+    for file in sorted((Path(run_dir) / "trajectories").glob("eval*.jsonl")):
+        for row in report.read_json_lines(file):
+            found.append((row["index"], report.read_trajectory(row)))
+    return found
 
 
-def ask_all(config: Config, task: Task, ranks: Ranks) -> None:
+def finished(config: Config) -> dict[tuple[int, str], Trajectory]:
+    """Those by run and question that met no service that failed, which are asked again; a replay would repeat them."""
+    met = [f"{role}_failed" for role in ROLES if config.cassette_mode != "replay"]
+    known = {}
+    for run, one in written(config.run_dir):
+        if not any(name in one.cost for name in met):
+            known[run, one.question.id] = one
+    return known
+
+
+def ask_all(config: Config, task: Task, agent: Agent, done: Mapping[tuple[int, str], Trajectory], ranks: Ranks) -> None:
     """Ask what has no result yet. Each trajectory is written as it ends, so that no kill loses or repeats one."""
     path = Path(config.run_dir) / "trajectories" / ("eval" + f"-rank{ranks.rank}" * (ranks.world_size > 1) + ".jsonl")
-    done = ranks.share(finished(config.run_dir) if ranks.rank == 0 else None)
     mine = ranks.deal(range(len(task.held_out)))
-    numbers = [number for number in mine if task.held_out[number].id not in done]
-    questions = [task.held_out[number] for number in numbers]
-    _, agent = make_agent(config, task, ranks)
-    found, prepaid = search_once(questions, agent) if config.method == "rag" else ({}, {})
-    if config.method != "agent":
-        agent = replace(agent, chat=PlainChat(agent.chat, found))
-    bar = tqdm(total=len(mine), initial=len(mine) - len(numbers), desc=config.method, disable=ranks.rank > 0 or None)
+    missing = [[n for n in mine if (run, task.held_out[n].id) not in done] for run in range(config.repeats)]
+    web = agent.tools.browser.web or Web(config, ":memory:")
+    web.enough = ENOUGH
+    total = len(mine) * config.repeats
+    began = total - sum(map(len, missing))
+    bar = tqdm(total=total, initial=began, desc=config.method, disable=ranks.rank > 0 or None)
     sums = sum((Counter(measures(one)) for one in done.values()), Counter(n=len(done)))
     before = sums["usd"]
 
-    def on_done(one: Trajectory) -> None:
+    def on_done(run: int, prepaid: Mapping[str, Counter], one: Trajectory) -> None:
         one = replace(one, cost={**prepaid.get(one.question.id, {}), **one.cost})
         group = judge(one.question, [one], config, 0)  # empty for what the harness ended
-        report.write_trajectories(path, 0, [group], partial(explain, config=config))
+        report.write_trajectories(path, 0, [group], partial(explain, config=config), run)
         sums.update(measures(one) | {"n": len(group.trajectories)})
         bar.update()
         bar.set_postfix_str(f"F1 {sums['f1'] / max(1, sums['n']):.3f}, ${sums['usd']:.2f}")
         if 0 < config.max_cost <= before + (sums["usd"] - before) * ranks.world_size:  # the others pay about as much
-            signal.raise_signal(signal.SIGINT)  # ends as Ctrl-C does
+            raise RunStopped(f"The estimated cost has reached max_cost={config.max_cost}.")
 
     try:
-        roll_out(Batch(questions, numbers, 1, config.eval_temperature, EVALUATION), agent, on_done)
-        ranks.gather([None])  # every rank's file is complete; vLLM's end is that of the process group
+        for run, numbers in enumerate(missing):  # one after the other: alone, the first is what it is without repeats
+            questions = [task.held_out[number] for number in numbers]
+            web.run = run
+            found, prepaid = search_once(questions, agent) if config.method == "rag" else ({}, {})
+            if config.method != "agent":
+                agent = replace(agent, chat=PlainChat(agent.chat, found))
+            batch = Batch(questions, numbers, 1, config.eval_temperature, EVALUATION, run)
+            roll_out(batch, agent, partial(on_done, run, prepaid))
+        # Every rank's file is complete; vLLM's end is that of the process group.
+        raise_if_down(config, ranks.total(web.totals))
     finally:
         bar.close()
         agent.tools.close()
         agent.engine.close()
 
 
-def ask_judge_all(config: Config, results: Sequence[Trajectory]) -> tuple[dict[str, float | None], str]:
-    """MBE by question, and a sentence on who judged and what stayed without a verdict; empty without a judge."""
+def ask_judge_all(config: Config, runs: Sequence[Sequence[Trajectory]]) -> tuple[list[Verdicts], str, float]:
+    """MBE by question in each run, a sentence on who judged and what stayed without a verdict, and dollars so far.
+
+    Empty without a judge. RunStopped at max_cost, after which only --resume with a higher one goes on.
+    """
+    paid, bills = 0.0, Path(config.run_dir) / "judge.jsonl"
+    for cost in [*(one.cost for found in runs for one in found), *report.read_json_lines(bills)]:
+        paid += cost.get("usd", 0.0)
     if not config.judge_url:
-        return {}, "not measured (judge_url is empty)"
-    web, counts = open_web(config, Ranks()), Counter[str]()
-    with ThreadPoolExecutor(max(1, config.tool_threads)) as pool:
-        asked = pool.map(lambda one: ask_judge(one, config, web, counts), results)
-        verdicts = list(tqdm(asked, "judge", len(results), disable=None))
-    web.close()
-    causes = ", ".join(f"{amount} {name}" for name, amount in counts.items() if name.startswith("judge_"))
-    sentence = f"by {config.judge_model}; without a verdict, left out: {verdicts.count(None)} ({causes or '-'})"
-    return {one.question.id: each for one, each in zip(results, verdicts, strict=True)}, sentence
+        return [{} for _ in runs], "not measured (judge_url is empty)", paid
+    web, counts, verdicts = open_web(config, Ranks()), Counter[str](), list[Verdicts]()
+    web.enough = ENOUGH
 
+    def ask_one(one: Trajectory) -> float | None:
+        if config.price_judge_token and 0 < config.max_cost <= paid + counts["usd"]:
+            raise RunStopped(f"The estimated cost has reached max_cost={config.max_cost}.")
+        return ask_judge(one, config, web, counts)
 
-def scores_of(found: Sequence[Trajectory], verdicts: Mapping[str, float | None]) -> dict[str, object]:
-    """summarize(), and the 95 % bootstrap interval of F1, MBE over the answers with a verdict, shares of behaviours."""
-    f1 = [measures(one)["f1"] for one in found]
-    means = np.random.default_rng(0).choice(f1, (2000, len(f1))).mean(axis=1)
-    judged = [each for one in found if (each := verdicts.get(one.question.id)) is not None]
-    shown = Counter(name for one in found for name in report.behaviours(one))
-    scores: dict[str, object] = {name: shown[name] / len(found) for name in report.BEHAVIOURS}
-    interval, usd = np.quantile(means, (0.025, 0.975)).round(3).tolist(), sum(one.cost.get("usd", 0.0) for one in found)
-    scores |= {"f1_interval": interval, "usd": usd, "mbe": sum(judged) / len(judged) if judged else None}
-    return {**summarize(found), **scores}
+    try:
+        for web.run, found in enumerate(runs):
+            with ThreadPoolExecutor(max(1, config.tool_threads)) as pool:
+                asked = tqdm(pool.map(ask_one, found), "judge", len(found), disable=None)
+                verdicts.append({one.question.id: each for one, each in zip(found, asked, strict=True)})
+    finally:
+        report.append_json_line(bills, {"usd": counts["usd"]})
+        web.close()
+    raise_if_down(config, web.totals)
+    silent = sum(list(each.values()).count(None) for each in verdicts)
+    causes = ", ".join(f"{amount} {name}" for name, amount in counts.items() if name.startswith("fail_judge_"))
+    sentence = f"by {config.judge_model}; without a verdict, left out: {silent} ({causes or '-'})"
+    return verdicts, sentence, paid + counts["usd"]
 
 
 def conclude(config: Config, task: Task, started: float) -> None:
     """Judge the answers; write summary.json, results.md and report.html from the files; print the table."""
-    run, known = Path(config.run_dir), finished(config.run_dir)
-    results = [known[question.id] for question in task.held_out if question.id in known]
-    if not results:
-        raise ValueError(f"not one of {len(task.held_out)} questions has a result; see trajectory_timeout")
-    verdicts, sentence = ask_judge_all(config, results)
-    names = sorted({one.question.source for one in results})
-    by_source = [(name, [one for one in results if one.question.source == name]) for name in names]
-    sources = {name or "no source": scores_of(found, verdicts) for name, found in by_source}
-    overall = scores_of(results, verdicts)
+    folder, known, asked = Path(config.run_dir), finished(config), written(config.run_dir)
+    runs: list[list[Trajectory]] = []
+    missing = set()
+    for run in range(config.repeats):
+        keys = [(run, question.id) for question in task.held_out]
+        runs.append([known[key] for key in keys if key in known])
+        missing |= set(keys) - known.keys()
+    if not any(runs):
+        raise RunStopped(f"not one of {len(task.held_out)} questions has a result; see trajectory_timeout and failures")
+    verdicts, sentence, usd = ask_judge_all(config, runs)
+    sources = {}
+    for name in sorted({one.question.source for found in runs for one in found}):
+        part = [[one for one in found if one.question.source == name] for found in runs]
+        scores, _ = scores_over_runs(part, verdicts, config)
+        scores["failed"] = failed_share([one for _, one in asked if one.question.source == name])
+        sources[name or "no source"] = scores
+    overall, each = scores_over_runs(runs, verdicts, config)
+    overall["usd"] = usd / config.repeats  # the judge's, too
+    overall["failed"] = failed_share([one for _, one in asked])
     table = report.score_rows({**sources, "all": overall})
-    published = csv.DictReader((ROOT / "docs/paper.csv").read_text().splitlines())
+    published = csv.DictReader((ROOT / "docs/paper.csv").read_text(encoding="utf-8").splitlines())
     paper = [row for row in published if sources.keys() & row.keys()]
     table += [[f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])] for row in paper]
-    lost, seconds = len(task.held_out) - len(results), time.monotonic() - started
-    caption = textwrap.fill(CAPTION.format(**asdict(config), judge=sentence, lost=lost), 118)
-    summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": seconds}
-    summary |= {"sources": sources, "overall": overall, "table": table, "caption": caption}
-    (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1))
-    (run / "results.md").write_text(f"{report.text_table(table, markdown=True)}\n\n{caption}\n")
-    report.write_html(run)
+    spoilt = len(missing & {(run, one.question.id) for run, one in asked})
+    lost, seconds = len(missing) - spoilt, time.monotonic() - started
+    caption = CAPTION + REPEATED * (config.repeats > 1)
+    caption = textwrap.fill(caption.format(**asdict(config), judge=sentence, lost=lost, spoilt=spoilt), 118)
+    summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": seconds, "usd": usd}
+    summary |= {"sources": sources, "overall": overall, "runs": each, "table": table, "caption": caption}
+    (folder / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1), encoding="utf-8")
+    markdown = report.text_table(table, markdown=True)
+    (folder / "results.md").write_text(f"{markdown}\n\n{caption}\n", encoding="utf-8")
+    report.write_html(folder)
     print(f"{report.text_table(table)}\n\n{caption}\n")
-    print(f"{seconds:.0f} s. Every trajectory is in {run}/report.html, the table in {run}/results.md")
+    print(f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {folder}/report.html, the table in {folder}/results.md")
 
 
-def ask(config: Config, task: Task, ranks: Ranks) -> None:
+def failed_share(asked: Sequence[Trajectory]) -> float:
+    """The share of failed calls over questions that were asked, those that will be asked again included."""
+    return step_means(step_sums([], [asked]))["failed"]
+
+
+def ask(config: Config, task: Task, agent: Agent) -> None:
     """Answer one question and print the whole trajectory; a known question is scored, too."""
     typed = Question("typed", config.question, ("",))
     question = next((each for each in task.held_out if each.text == typed.text), typed)
-    _, agent = make_agent(config, task, ranks)
     try:
         ((one,),) = roll_out(Batch([question], [0], 1, config.eval_temperature, step=0), agent)
     finally:
@@ -264,28 +357,45 @@ def ask(config: Config, task: Task, ranks: Ranks) -> None:
 
 def main(argv: list[str]) -> int:
     quiet_libraries()
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\n{help_text()}")
+        return 0
     ranks, started = Ranks.start(), time.monotonic()
     try:
         config = ranks.share(resolve(argv) if ranks.rank == 0 else None)
+        notes = check_inputs(config, argv, "train.py")
         check_needs(config, questions=False)
         if config.judge_url:
             require_environment("JUDGE_API_KEY", "judge_url needs it (any word, if the server asks for none)")
+            judge_rules(config)
+            if not config.judge_model:
+                raise ConfigError(f"judge_url={config.judge_url!r}: needs --judge_model=NAME, too")
         torch.set_num_threads(config.threads)
-        task = load_examination(config, ranks)
+        with starting(config, ranks.rank):
+            task = load_examination(config, ranks)
+            with named("resume", config.run_dir, "its trajectories are not what eval.py wrote"):
+                done = ranks.share(finished(config) if ranks.rank == 0 else None)
+            fetch_model(task.model_dir, ranks)
+            _, agent = make_agent(config, task, ranks)
+            unasked = bool(config.question) or len(done) < len(task.held_out) * config.repeats
+            check_services(config, ranks, unasked, judge=bool(config.judge_url) and not config.question)
+            if not config.question:
+                begin(config, ranks, [*notes, *context_notes(config, task)])
         if config.question:
-            ask(config, task, ranks)
+            ask(config, task, agent)
             return 0
-        begin(config, ranks)
         try:
-            ask_all(config, task, ranks)
-        except KeyboardInterrupt:
-            ranks.print(f"Stopped. Go on with: python eval.py --resume={config.run_dir}")
-            return 130
-        if ranks.rank == 0:
-            conclude(config, task, started)
+            ask_all(config, task, agent, done, ranks)
+            if ranks.rank == 0:
+                conclude(config, task, started)
+        except (KeyboardInterrupt, RunStopped) as stopped:
+            print(f"{stopped}\nStopped. Go on with: python eval.py --resume={config.run_dir}".strip())
+            return 3 if isinstance(stopped, RunStopped) else 130
     except (ConfigError, ValueError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
+        ranks.complain("eval.py", error)
         return 2
+    except KeyboardInterrupt:  # before the first question: nothing is begun
+        return 130
     finally:
         ranks.stop()
     return 0

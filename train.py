@@ -7,46 +7,63 @@
 import json
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import yaml
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from deepresearcher_min import report, toyworld
-from deepresearcher_min.config import Config, ConfigError, describe, replace_file
-from deepresearcher_min.engine import make_engine
+from deepresearcher_min.config import Config, ConfigError, check_inputs, help_text, named
+from deepresearcher_min.evaluation import (
+    Task,
+    begin,
+    check_needs,
+    check_services,
+    context_notes,
+    evaluate,
+    load_task,
+    make_agent,
+    quiet_libraries,
+)
 from deepresearcher_min.policy import Policy
-from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.reward import explain, judge, step_means, step_sums, summarize
-from deepresearcher_min.rollout import EVALUATION, Agent, Batch, OnDone, Tools, roll_out
-from deepresearcher_min.run import Ranks, Stop, Watch, add_times, complete_checkpoints, open_run, save_checkpoint
-from deepresearcher_min.search import Corpus, check_search
-from deepresearcher_min.trajectory import Group, Question, Trajectory, load_questions, take_questions
-from deepresearcher_min.web import Web
+from deepresearcher_min.rollout import Agent, Batch, roll_out
+from deepresearcher_min.run import (
+    Ranks,
+    Stop,
+    Watch,
+    add_times,
+    complete_checkpoints,
+    fetch_model,
+    open_run,
+    save_checkpoint,
+    starting,
+)
+from deepresearcher_min.trajectory import Group, Trajectory, take_questions
+from deepresearcher_min.web import RunStopped, raise_if_down
 
 
-def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
-    """The whole run. False if Ctrl-C, SIGTERM (saved then by one rank only) or max_cost (saved) ended it early."""
-    started, task = (time.monotonic(), time.process_time()), load_task(config)
-    agent, examinee = make_agent(config, task, ranks)
-    policy = Policy(config, task.model_dir, ranks)
-    state, earlier = restore(config, policy, ranks, len(task.questions))
+def train(config: Config, ranks: Ranks, stop: Stop, notes: Sequence[str] = ()) -> int:
+    """The whole run; its exit code: 3, max_cost or a dead service; 130, Ctrl-C or SIGTERM (saved by one rank only)."""
+    started = time.monotonic(), time.process_time()
+    task, agent, examinee, policy, state, evaluations = prepare(config, ranks, notes)
     save = partial(save_policy, config, policy, agent, ranks, stop)
     try:
-        # 0 measure
-        before = earlier[0] if earlier else measure("before", state, task, examinee, ranks)
         agent.engine.update_weights(policy.named_weights())  # resumed or not: these weights, and no cached prefixes
-        while state["step"] < config.steps:
-            step, lap = state["step"] + 1, time.monotonic()
+        while True:
+            # 0 measure
+            step = state["step"]
+            if measure_if_due(evaluations, state, task, examinee, ranks):
+                agent.engine.update_weights(policy.named_weights())  # as before the first step
+            if step and (step % config.save_every == 0 or step >= config.steps):
+                save(add_times(state, started))
+            if step >= config.steps:
+                break
+            step, lap = step + 1, time.monotonic()
             asked = take_questions(task.questions, config.seed, state["asked"], config.questions_per_step)
             questions, numbers = ranks.deal(asked), ranks.deal(range(len(asked)))
             # 1 act: G trajectories for each question
@@ -57,6 +74,7 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
             groups = [judge(question, found, config, step) for question, found in zip(questions, rollouts, strict=True)]
             row = {"step": step, "steps": config.steps, "roll_s": time.monotonic() - lap}
             row |= step_means(ranks.total(step_sums(groups, rollouts)))
+            raise_if_down(config, row)
             # 3 learn: GRPO on the groups, then the new weights go to the engine
             with stop.shield():
                 agent.engine.sleep()
@@ -66,36 +84,55 @@ def train(config: Config, ranks: Ranks, stop: Stop) -> bool:
                 state |= {"step": step, "asked": state["asked"] + len(asked), "usd": state["usd"] + row["cost_usd"]}
                 # 4 report
                 row |= {"update_s": time.monotonic() - lap - row["roll_s"], "usd": state["usd"]}
-                if ranks.rank == 0:
-                    report.append_json_line(Path(config.run_dir) / "metrics.jsonl", row)
-                ranks.print(report.step_line(row))
-            if step % config.log_every == 0:
-                write_groups(config, f"step-{step:06d}" + f"-rank{ranks.rank}" * (ranks.world_size > 1), step, groups)
-            if config.eval_every and step % config.eval_every == 0:
-                measure(f"step-{step:06d}", state, task, examinee, ranks)
-                agent.engine.update_weights(policy.named_weights())  # as before the first step
-            if (broke := 0 < config.max_cost <= state["usd"]) or step % config.save_every == 0 or step == config.steps:
-                save(add_times(state, started))
-            if broke:
-                ranks.print(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
-                return False
+                report_step(config, ranks, row, groups)
+            if 0 < config.max_cost <= state["usd"]:
+                raise RunStopped(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
         after = measure("after", state, task, examinee, ranks)
         if ranks.rank == 0:
-            conclude(config, add_times(state, started), before, after)
+            conclude(config, add_times(state, started), evaluations[0], after)
         ranks.share(None)  # all wait for the report: vLLM's end is that of the process group
+    except RunStopped as stopped:  # on all ranks, which saw the same figures
+        ranks.print(str(stopped))
+        save(add_times(state, started))
+        return 3
     except KeyboardInterrupt:
         stop.asked = True  # a rollout has caught the signal itself; the next one must not spoil the saving
         if ranks.world_size == 1:  # several cannot save together now
             save(add_times(state, started))
-        return False
+        return 130
     finally:
         for part in (agent.tools, examinee.tools, agent.engine):
             part.close()
-    return True
+    return 0
 
 
-def restore(config: Config, policy: Policy, ranks: Ranks, count: int) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """The newest checkpoint's state, or that of step 0, and the scores before training, if known, in a list.
+def prepare(config: Config, ranks: Ranks, notes: Sequence[str]) -> tuple[Any, ...]:
+    """All that the run needs, tried once; only then is the run described. ConfigError for what does not work."""
+    with starting(config, ranks.rank):
+        task = load_task(config)
+        fetch_model(task.model_dir, ranks)
+        agent, examinee = make_agent(config, task, ranks)
+        with named("model", config.model):
+            policy = Policy(config, task.model_dir, ranks)
+        state, evaluations = restore(config, policy, ranks, len(task.questions))
+        policy.check_saving(agent.chat.tokenizer)
+        check_services(config, ranks)
+        begin(config, ranks, [*notes, *context_notes(config, task)])
+    return task, agent, examinee, policy, state, evaluations
+
+
+def report_step(config: Config, ranks: Ranks, row: dict[str, Any], groups: Sequence[Group]) -> None:
+    """The console line, the row of metrics.jsonl and, every `log_every` steps, the trajectories."""
+    step = row["step"]
+    if ranks.rank == 0:
+        report.append_json_line(Path(config.run_dir) / "metrics.jsonl", row)
+    ranks.print(report.step_line(row))
+    if step % config.log_every == 0:
+        write_groups(config, f"step-{step:06d}" + f"-rank{ranks.rank}" * (ranks.world_size > 1), step, groups)
+
+
+def restore(config: Config, policy: Policy, ranks: Ranks, count: int) -> tuple[dict[str, Any], dict[int, Any]]:
+    """The newest checkpoint's state, or that of step 0, and the scores of the evaluations so far by step.
 
     The policy and metrics.jsonl are set back to the end of that step. ConfigError where the run had another order of
     questions, which depends on the seed and their number.
@@ -103,79 +140,32 @@ def restore(config: Config, policy: Policy, ranks: Ranks, count: int) -> tuple[d
     run, order = Path(config.run_dir), {"seed": config.seed, "questions": count}
     state: dict[str, Any] = {"step": 0, "asked": 0, "usd": 0.0, "seconds": 0.0, "cpu_seconds": 0.0, **order}
     if found := ranks.share(complete_checkpoints(run)[-1:]):
-        policy.load(found[0] / "state")
-        state = json.loads((found[0] / "state.json").read_text())
-        if (saved := {key: state.get(key) for key in order}) != order:
+        with named("resume", str(found[0]), "delete this checkpoint to go on from the one before"):
+            policy.load(found[0] / "state")
+            state = json.loads((found[0] / "state.json").read_text(encoding="utf-8"))
+            saved = {key: state.get(key) for key in order}
+        if saved != order:
             raise ConfigError(f"{found[0]} belongs to a run with {saved}, not with {order}: begin a new one")
-    rows = report.resume_metrics(run / "metrics.jsonl", state["step"]) if ranks.rank == 0 else []
-    return state, ranks.share([row["eval"] for row in rows if row["step"] == 0])
+    with named("resume", config.run_dir, "metrics.jsonl is not what train.py wrote"):
+        rows = report.resume_metrics(run / "metrics.jsonl", state["step"]) if ranks.rank == 0 else []
+    return state, ranks.share({row["step"]: row["eval"] for row in rows if "eval" in row})
 
 
-@dataclass(frozen=True)
-class Task:
-    """What to learn on, and what to be measured on; a corpus is an offline web."""
-
-    model_dir: str
-    questions: list[Question]
-    held_out: list[Question]
-    corpus: Corpus | None = None
-    held_out_corpus: Corpus | None = None
-    world: toyworld.World | None = None  # the held-out toy world, for the behaviour rates
-
-
-def load_task(config: Config) -> Task:
-    """Questions, offline web and model that the config names; ConfigError or ValueError for what cannot be used."""
-    model_dir = str(toyworld.MODEL_DIR) if config.model == "toy" else config.model
-    if config.search == "toy":
-        world, held_out = toyworld.World("training", config.seed), toyworld.World("held out", config.seed)
-        questions = world.questions(1000, config.seed)
-        examination = held_out.questions(config.eval_questions, config.seed)
-        return Task(model_dir, questions, examination, world.corpus, held_out.corpus, held_out)
-    questions = load_questions(config.data)
-    if config.eval_data:
-        examination = load_questions(config.eval_data)[: config.eval_questions or None]
-    else:  # set aside, and never trained on
-        if not 0 < config.eval_questions < len(questions):
-            raise ConfigError(
-                f"eval_questions={config.eval_questions}: without eval_data, 1 to {len(questions) - 1} of the "
-                f"{len(questions)} questions of data={config.data} are set aside"
-            )
-        examination, questions = questions[: config.eval_questions], questions[config.eval_questions :]
-    corpus = Corpus.from_jsonl(config.corpus) if config.corpus else None
-    return Task(model_dir, questions, examination, corpus, corpus)
-
-
-def open_web(config: Config, ranks: Ranks) -> Web:
-    """The web through the cassette that the config names, or that of the run folder."""
-    cassette = config.cassette or Path(config.run_dir) / "cassette.sqlite"
-    return Web(config, cassette, ranks.rank, ranks.world_size)
-
-
-def make_agent(config: Config, task: Task, ranks: Ranks) -> tuple[Agent, Agent]:
-    """The agent in training, and the same one on the held-out web."""
-    tokenizer = AutoTokenizer.from_pretrained(task.model_dir)
-    prompt = Path(config.system_prompt_file).read_text() if config.system_prompt_file else ""
-    chat = ChatFormat(tokenizer, config.date, prompt)
-    web = open_web(config, ranks) if config.search not in ("toy", "local") or config.reader == "openai" else None
-    tools = Tools(config, chat, task.corpus, web)
-    engine = make_engine(config, task.model_dir, ranks.world_size)
-    agent = Agent(config, engine, tools, chat)
-    if task.held_out_corpus is task.corpus:
-        return agent, agent
-    return agent, replace(agent, tools=Tools(config, chat, task.held_out_corpus, web))
-
-
-def evaluate(questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done: OnDone) -> list[Trajectory]:
-    """One trajectory for each question at config.eval_temperature; every rank gets all of them, in order."""
-    numbers = ranks.deal(range(len(questions)))
-    batch = Batch([questions[n] for n in numbers], numbers, 1, agent.config.eval_temperature, step=EVALUATION)
-    return ranks.gather([trajectory for (trajectory,) in roll_out(batch, agent, on_done)])
+def measure_if_due(evaluations: dict[int, Any], state: dict[str, Any], *examination: Any) -> bool:
+    """Add the scores of this step to the evaluations, where they are wanted and not there."""
+    step, every = state["step"], examination[1].config.eval_every
+    wanted = step == 0 or (every and step % every == 0)
+    if not wanted or step in evaluations:
+        return False
+    evaluations[step] = measure(f"step-{step:06d}" if step else "before", state, *examination)
+    return True
 
 
 def measure(name: str, state: dict[str, Any], task: Task, examinee: Agent, ranks: Ranks) -> dict[str, float]:
     """Evaluate on the held-out questions, write trajectories and scores, add the cost to the state; the scores."""
     with progress(f"evaluation {name}", len(task.held_out) // ranks.world_size, ranks) as on_done:
         trajectories = evaluate(task.held_out, examinee, ranks, on_done)
+    raise_if_down(examinee.config, step_sums([], [trajectories]))
     scores, step = summarize(trajectories), state["step"]
     state["usd"] += sum(one.cost.get("usd", 0.0) for one in trajectories)
     if task.world is not None:
@@ -221,7 +211,7 @@ def conclude(config: Config, state: dict[str, Any], before: dict, after: dict) -
     steps = [row for row in report.read_json_lines(run / "metrics.jsonl") if "reward" in row]
     times = {"seconds": round(state["seconds"], 1), "cpu_seconds": round(state["cpu_seconds"], 1)}
     summary = {"seed": config.seed, "steps": state["step"], **times, "before": before, "after": after}
-    (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1))
+    (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1), encoding="utf-8")
     report.curve_png(steps, run / "curve.png", before, after)
     report.write_html(run)
     print(f"\nF1 of the sampled answers, step by step:\n{report.text_plot([(r['step'], r['f1']) for r in steps])}")
@@ -233,51 +223,29 @@ def conclude(config: Config, state: dict[str, Any], before: dict, after: dict) -
     )
 
 
-def check_needs(config: Config, questions: bool = True) -> None:
-    """One ConfigError that lists everything that is missing, before anything is loaded."""
-    missing = []
-    try:
-        check_search(config)
-    except ConfigError as error:
-        missing.append(str(error))
-    if config.dtype == "bfloat16" and not torch.cuda.is_available():
-        missing.append("dtype=bfloat16: there is no CUDA GPU; on a CPU use --dtype=float32 and a small model")
-    if questions and config.search != "toy" and not config.data:
-        missing.append("data is empty: name a file of questions (.parquet or .jsonl) with --data=FILE")
-    if missing:
-        raise ConfigError("this run cannot start:\n  - " + "\n  - ".join(missing))
-
-
-def quiet_libraries() -> None:
-    """Bars and warnings of libraries that would only come between the run's own lines."""
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: that is meant
-
-
-def begin(config: Config, ranks: Ranks) -> None:
-    """Open the run folder, and say what is special about this run."""
-    if ranks.rank == 0:
-        replace_file(Path(config.run_dir) / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False).encode())
-        print(f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n", flush=True)
-
-
 def main(argv: list[str]) -> int:
     quiet_libraries()
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\n{help_text()}")
+        return 0
     ranks = Ranks.start()
     try:
         config = ranks.share(open_run(argv) if ranks.rank == 0 else None)  # one clock names the run
+        notes = check_inputs(config, argv, "eval.py")
         check_needs(config)
         watch = Watch(ranks, config.rank_timeout)
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        begin(config, ranks)
-        if not train(config, ranks, Stop()):
+        code = train(config, ranks, Stop(), notes)
+        if code:
             ranks.print(f"Stopped. Continue with: python train.py --resume={config.run_dir}")
-            return 130
+            return code
         watch.finished.set()
     except (ConfigError, ValueError, FloatingPointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        ranks.complain("train.py", error)
         return 2
+    except KeyboardInterrupt:  # before the first step: nothing is begun
+        return 130
     finally:
         ranks.stop()
     return 0

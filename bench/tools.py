@@ -43,9 +43,9 @@ PAPER = load_config(["--preset=paper"])
 
 
 def all_text(body: bytes, _: str) -> str:
-    import bs4
+    import trafilatura
 
-    return bs4.BeautifulSoup(body, "lxml").get_text("\n", strip=True)
+    return trafilatura.html2txt(body)
 
 
 def trafilatura_mode(**options: bool) -> Callable[[bytes, str], str]:
@@ -74,9 +74,10 @@ def bench_extraction(folder: Path) -> dict[str, float]:
     extractors = {
         "ours": main_text,
         "trafilatura fast": trafilatura_mode(fast=True),
+        "trafilatura no comments": trafilatura_mode(fast=True, include_comments=False),
         "trafilatura fast+recall": trafilatura_mode(fast=True, favor_recall=True),
         "trafilatura": trafilatura_mode(),
-        "bs4 all text": all_text,
+        "all text": all_text,
     }
     scores = {name: quality(pages, extract) for name, extract in extractors.items()}  # the first round warms up
     times: dict[str, list[list[float]]] = {name: [[] for _ in pages] for name in extractors}

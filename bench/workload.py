@@ -72,7 +72,7 @@ def plan_of(request_id: str) -> int:
 class PlannedChat:
     """Stands for the tokenizer: the last token of a turn is the number of its plan and turn, which gives its text."""
 
-    end_of_turn_id = 0
+    end_of_turn_id, end_ids = 0, (0,)
 
     def __init__(self, plans: Sequence[Plan], first_code: int, pages: str = "", scale: int = 1) -> None:
         self.plans, self.first_code, self.pages, self.scale = plans, first_code, pages, scale
@@ -97,6 +97,6 @@ class PlannedChat:
         arguments = {argument: keys if kind == "search" else [self.pages + key for key in keys]}
         return f"</think><tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
-    def fit(self, kind: str, entries: Sequence[Entry], max_tokens: int) -> tuple[str, list[int], int]:
+    def fit(self, kind: str, entries: Sequence[Entry], max_tokens: int, earlier: int) -> tuple[str, list[int], int]:
         plan, turn, _ = map(int, entries[0].key.removeprefix(self.pages).split("/"))
         return "", [3] * max(1, self.plans[plan].observations[turn] // self.scale), 0

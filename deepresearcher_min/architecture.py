@@ -52,7 +52,7 @@ def difference(trial: Trial, kind: Any, architecture: str, max_model_len: int) -
             torch.manual_seed(0)
             try:
                 model = small_copy(kind.from_dict(json.loads(architecture)), length)
-                model.should_save_on_this_rank = lambda _: True  # each rank tries for itself, in its own folder
+                model.should_save_on_this_rank = lambda _: True  # every rank has a folder of its own
                 model.save_pretrained(folder)
                 first, second = torch.randint(3, VOCABULARY, (2, length)).tolist()
                 off = 0.0

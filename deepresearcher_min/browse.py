@@ -5,81 +5,251 @@ page made to crash or to occupy a parser takes only a child with it. Left out: s
 """
 
 import asyncio
+import html
 import io
 import json
 import logging
+import math
 import queue
 import re
 import sys
 import threading
 import time
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from subprocess import PIPE, Popen
 from typing import Any
 
 import webencodings
 
 from deepresearcher_min.config import ROOT, Config, ConfigError, require_environment
-from deepresearcher_min.search import Corpus, content_words
-from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, count, seconds_left
+from deepresearcher_min.search import ENDS, SENTENCE_END, Corpus, content_words
+from deepresearcher_min.trajectory import Reading
+from deepresearcher_min.web import (
+    BAD_REPLY,
+    TIMEOUT,
+    Web,
+    WebFailure,
+    code_of,
+    count,
+    count_failure,
+    seconds_left,
+)
 
 PARSER = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"]  # this module as a process
-NOT_CONTENT = ["script", "style", "noscript", "template", "svg", "iframe", "nav", "header", "footer", "aside", "form"]
+EXTRACTOR = code_of(__file__, "trafilatura", "lxml", "pypdf")  # what has made the text of a page
+NOT_CONTENT = ["head", "title", "script", "style", "noscript", "template", "svg", "iframe", "nav", "footer", "aside"]
+NOT_CONTENT += ["dialog", "button", "select", "textarea"]
+BLOCKS = """address article aside blockquote body br caption center dd details div dl dt fieldset figcaption figure form
+    h1 h2 h3 h4 h5 h6 header hr html legend li main ol p pre section summary table tr ul""".split()  # noqa: SIM905
+PREFIX = {"li": "- ", "td": " | ", "th": " | "}
+NO_WORD = re.compile(r"\W+")
 Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
-CHARSET = re.compile(r"(?i)(?:^[^<]*|<meta[^>]*)\bcharset\s*=\s*[\"']?([\w.:-]+)")  # in a header, or in HTML
+UNREADABLE = "The page is built in a way that cannot be read."
+INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]")  # and control characters
+PDF_ROOT = re.compile(rb"(?s)(\d{1,9}) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b")
+NO_TEXT = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1[^<>]*>|\Z)")
+HEADER_CHARSET = re.compile(r"(?i)\bcharset\s*=\s*[\"']?([\w.:-]+)")
+CHARSET = re.compile(r"(?i)(?:<meta\s[^>]{0,500}?\bcharset|<\?xml[^>]{0,500}?\bencoding)\s*=\s*[\"']?\s*([\w.:-]+)")
+LEGACY = """gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r iso8859_5 cp1253 cp1255 cp1256 cp874 cp1252 cp1250 iso8859_2
+    cp1254 cp1257 cp1258""".split()  # noqa: SIM905  # what pages are found in, in Python's names
 CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
-READER_RULES = (ROOT / "prompts/reader.txt").read_text().strip()
+BORDERS = (("\n\n",), ("\n",), (". ", *ENDS), (" ",))  # of segments, best first
+READER_RULES = (ROOT / "prompts/reader.txt").read_text(encoding="utf-8").strip()
 
 
 def main_text(body: bytes, content_type: str) -> str:
     """The main content of a page (HTML, PDF, plain text), one block a line; empty where there is none. Never raises."""
+    return parse(body, content_type)[0]
+
+
+def parse(body: bytes, content_type: str) -> tuple[str, str]:
+    """(main_text, ""), or ("", why the page cannot be read)."""
     try:
         text = page_text(body, content_type)
-    except Exception:  # parsers of hostile bytes may raise anything; the caller says in words that there is no text
-        text = ""
-    lines = re.sub(r"[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]", "", text).splitlines()  # no control characters
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(" ".join(line.split()) for line in lines)).strip()
+    except Exception as error:  # parsers of hostile bytes may raise anything
+        return "", getattr(error, "words", UNREADABLE)
+    text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip(), ""
 
 
 def page_text(body: bytes, content_type: str) -> str:
-    """main_text without its safety net: a PDF's text, plain text as it is, the extract of HTML or else all its text."""
+    """main_text without its safety net; raises WebFailure (unreadable), and what parsers raise."""
     if body.startswith(b"%PDF-") or "pdf" in content_type:
-        import pypdf  # here, like the others: only the parsers need them, and trafilatura takes 0.6 s
-
-        return "\n\n".join(page.extract_text() for page in pypdf.PdfReader(io.BytesIO(body)).pages[:50])
+        return pdf_text(body)
     text = decode(body, content_type)
     if "\0" in text[:1000]:  # a binary file, whatever its header says
         return ""
     if "html" not in (content_type.lower() or text[:1000].lower()):
         return text
-    import bs4
+    return html_text(text)
+
+
+def pdf_text(body: bytes) -> str:
+    """The text of a PDF's first fifty pages; a broken page costs only itself."""
+    import pypdf  # here, like the others: only the parsers need them, and trafilatura takes 0.6 s
+
+    try:
+        reader = pypdf.PdfReader(io.BytesIO(body))
+    except Exception:  # the file's end is lost: one that only names the root makes pypdf look for the objects
+        root = PDF_ROOT.findall(body)[-1]
+        end = b"\ntrailer<</Root %s 0 R>>\nstartxref\n%d\n%%%%EOF" % (root, len(body))
+        reader = pypdf.PdfReader(io.BytesIO(body + end))
+    if reader.is_encrypted and not reader.decrypt(""):  # many files are encrypted only to forbid printing
+        raise WebFailure("unreadable", "The file is locked: it cannot be read without its password.")
+    texts = []
+    for number in range(min(50, len(reader.pages))):
+        with suppress(Exception):
+            texts.append(reader.pages[number].extract_text())
+    if not texts:
+        raise WebFailure("unreadable", UNREADABLE)
+    return "\n\n".join(texts)
+
+
+def html_text(text: str) -> str:
+    """The library's extract, or, where it has lost the page or its lines, the page's own lines without menus."""
     import trafilatura
 
-    found = trafilatura.extract(text, fast=True, include_comments=False) or ""
-    if len(found) >= 1000:
+    text = MEANING.sub(in_characters, text)
+    document = trafilatura.bare_extraction(text, fast=True, include_comments=False)
+    found = document.text if document else ""
+    if len(found) >= 1000 and len(document.body) > 1:
         return found
-    page = bs4.BeautifulSoup(text, "lxml" if found else "html.parser")  # the slow one forgives everything
-    for part in page(NOT_CONTENT):
-        part.decompose()
-    everything = page.get_text("\n", strip=True)
-    return everything if len(found) < 0.25 * len(everything) else found  # less than a quarter has lost the page
+    lines = page_lines(text)[:5000]  # more than is ever read
+    prose = [line for line, menu in lines if not menu]
+    size = sum(map(len, prose))
+    # The frame of a page has up to 800 characters outside links: with more than that, and three times what the library
+    # found, it has lost the page, in elements that it does not know.
+    if size > 3 * len(found) + 500 * bool(found):
+        return "\n".join(prose)
+    if document and len(document.body) == 1:  # its last resort: lines are torn at every link, or all joined
+        words = NO_WORD.sub("", found)
+        lines = [(line, menu) for line, menu in lines if NO_WORD.sub("", line) in words]
+        if sum(len(line) for line, menu in lines) > 0.8 * min(
+            len(found), size
+        ):  # else it is text that the page holds as data
+            sentences = [line for line in prose if len(line.encode()) > 40]  # of an article; else links are the content
+            menus = len("".join(sentences).encode()) >= 120
+            chosen = [line for line, menu in lines if not (menu and menus)]
+            return "\n".join(chosen or prose)
+    return found or html.unescape(re.sub("<[^<>]*>", "\n", NO_TEXT.sub("", text)))  # nested too deeply for any parser
+
+
+def page_lines(text: str) -> list[tuple[str, bool]]:
+    """(line, whether most of it is links, as in a menu) of an HTML page, one a block."""
+    import trafilatura
+    from lxml import etree
+
+    tree = trafilatura.load_html("<html><head></head><body>" + text)
+    for part in list(tree.iter(*NOT_CONTENT)):
+        part.drop_tree()
+    lines, line, linked, links = [], "", 0, 0
+    for event, element in etree.iterwalk(tree, ("start", "end")):
+        opens = event == "start"
+        if element.tag in BLOCKS:
+            lines.append((line, 2 * linked > len(line) and element.tag != "h1"))
+            line, linked = "", 0
+        if element.tag == "a":
+            links += 1 if opens else -1
+        if opens:
+            line += PREFIX.get(element.tag, "")
+        words = re.sub(r"\s+", " ", (element.text if opens else element.tail) or "")
+        line += words
+        if links:
+            linked += len(words)
+    return [(line, menu) for line, menu in lines if NO_WORD.sub("", line)]
+
+
+def in_characters(found: re.Match) -> str:
+    """Mark-up as text: 10^23 and m^2, 1st, notes 1850 [4], H2O and a_(n+1), "quoted", ~~deleted~~, 東京(とうきょう)."""
+    if found.lastgroup in WRITTEN:
+        return WRITTEN[found.lastgroup].format(found[found.lastgroup])
+    mark = html.unescape(re.sub(r"<[^>]*>", "", found["sup"])).strip()
+    before = found.string[max(0, found.start() - 60) : found.start()]
+    base = re.sub(r"</[^>]*>", "", before).rpartition(">")[2]
+    if not mark or len(mark) > 20 or ORDINAL.search(base[-1:] + mark):
+        return found["sup"]
+    if found["next"] and (found["next"] in "/⁄" or not base[-1:].strip()):  # a fraction, 3 1/2, or a nuclide, 14C
+        return f" {mark}"
+    power = POWER.search(base) or SIGNED.search(mark)
+    if power and "#" not in found[0] and re.search(r"^[^[]*\w", mark):
+        return f"^{mark}" if SIGNED.sub("", mark).isalnum() else f"^({mark})"
+    return f" [{mark.strip('[]')}]"
 
 
 def decode(body: bytes, content_type: str) -> str:
-    """Bytes to text as browsers do it: byte-order mark, HTTP header, <meta>, UTF-8 if it is valid, Windows-1252."""
-    for match in map(CHARSET.search, (content_type, body[:1024].decode("latin-1"))):
-        encoding = match and webencodings.lookup(match[1])
-        if encoding and "utf-16" not in encoding.name:  # which must have its mark
-            return webencodings.decode(body, encoding)[0]
-    try:
-        return body.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return webencodings.decode(body, "windows-1252")[0]
+    """Bytes to text as browsers do it, and better where a page says nothing, or nothing true, of itself.
+
+    Byte-order mark; UTF-8, whatever is declared, if there are characters beyond ASCII and they are valid; HTTP header,
+    <meta>, XML declaration, if the bytes bear them out; detection. Raises WebFailure (unreadable) where none fits.
+    """
+    if body[:2] in (b"<\0", b"\0<"):
+        body = (b"\xff\xfe" if body[0] else b"\xfe\xff") + body
+    if body.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        return webencodings.decode(body, "utf-8")[0]
+    text = body.decode(errors="replace")
+    if not text.isascii() and (fits(text) or text.encode() == body):
+        return text
+    page = NO_TEXT.sub("", body.decode("latin-1"))
+    texts = []
+    for label in HEADER_CHARSET.findall(content_type) + CHARSET.findall(page[:100_000]):
+        encoding = webencodings.lookup(label)
+        if encoding and (b"\0" in body or "utf-16" not in encoding.name):
+            texts.append(webencodings.decode(body, encoding)[0])
+            if fits(texts[-1]):
+                return texts[-1]
+    pieces = [piece for piece in re.split("<[^<>]*>", page) if not piece.isascii()]
+    sample = "\n".join(pieces).encode("latin-1")
+    beyond = len(sample.translate(None, bytes(range(128))))
+    western = 2 * beyond <= len(sample)  # ASCII with accents
+    enough = beyond >= (12 if western else 60)  # characters to judge by: fewer are often judged wrongly
+    if not enough and (texts or western):
+        return [*texts, body.decode("cp1252", "replace")][0]
+    encoding = detect(sample, western) if enough else None
+    text = body.decode(encoding or "ascii", "replace")
+    if fits(text):
+        return text
+    raise WebFailure("unreadable", "The page's characters are in an unknown encoding.")
+
+
+def fits(text: str) -> bool:
+    """Whether at most a tenth of a decoded text's characters beyond ASCII are errors."""
+    return 10 * text.count("\ufffd") <= len(text) - len(text.encode("ascii", "ignore"))
+
+
+def detect(sample: bytes, western: bool) -> str | None:
+    """The name of an encoding by statistics of the text; Windows-1252 comes first where `western`, as in browsers."""
+    from charset_normalizer import from_bytes
+
+    if western:
+        best = from_bytes(sample, cp_isolation=["cp1252"]).best()
+        if best and not best.chaos:
+            return "cp1252"
+    best = from_bytes(sample, cp_isolation=LEGACY).best()
+    return best.encoding if best else "cp1252" if western else None
+
+
+ORDINAL = re.compile(r"^(?:[\dA-Zn](?:st|nd|rd|th|e|er|re|[eè]me|[eè]re|o|os|a|as|me|r)|.?(?:®|™|TM))$")
+# What is raised to a power: a unit or variable, a function, a number below 1,000, a power of ten, a bracket.
+POWER = re.compile(r"(?:(?<![^\W\d_])(?:[^\W\d_]{1,2}|sin|cos|tan|log)|(?<![\d.,])(?:\d{1,3}(?:\.\d+)?|10+)|[)\]}|])$")
+SIGNED = re.compile(r"^[+\u2212\u2013-]|[+\u2212-]$")
+# Mark-up that carries meaning: the extractor keeps only its text, of <time> and <rt> not even that.
+MEANING = re.compile(
+    r"""(?isx) <(?=/?(?:su[bp]|q|del|s|strike|r[pt]|time)\b) (?:  # all else is soon passed over
+      sup\b[^<>]*>(?P<sup>.{0,400}?)</sup\s*>(?=(?P<next>[/⁄]|(?-i:[A-Z][a-z]?)\b)?)
+    | sub\b[^<>]*>(?P<low>[^<]{0,80}[^\w<][^<]{0,80})</sub\s*>
+    | (?P<plain>/?sub\b[^<>]*> | rp\b[^<>]*>[^<]*(?:</rp\s*>)?)
+    | (?P<quote>/?q\b[^<>]*>) | (?P<struck>/?(?:del|s|strike)\b[^<>]*>) | rt\b[^<>]*>(?P<reading>[^<]*)(?:</rt\s*>)?
+    | time\b[^<>]*>(?P<date>[^<]*)</time\s*>(?=\s*[\w,.;)]) )"""  # inside a sentence
+)
+WRITTEN = {"low": "_({})", "plain": "", "quote": '"', "struck": "~~", "reading": "({})", "date": "{}"}
 
 
 class Parsers:
-    """Child processes that run main_text, started when needed; one that takes too long or dies is replaced."""
+    """Child processes that run parse, started when needed; one that takes too long or dies is replaced."""
 
     def __init__(self, number: int) -> None:
         self.idle: queue.LifoQueue[Popen | None] = queue.LifoQueue()
@@ -92,7 +262,7 @@ class Parsers:
             child: Any = self.idle.get(timeout=seconds_left(deadline))
         except queue.Empty:
             raise WebFailure(*TIMEOUT) from None
-        text: Any = None
+        reply: Any = None
         alarm = threading.Timer(deadline - time.monotonic(), lambda: child.kill())
         try:
             if child is None or child.poll() is not None:
@@ -100,15 +270,18 @@ class Parsers:
             alarm.start()
             child.stdin.write(json.dumps([len(body), content_type]).encode() + b"\n" + body)
             child.stdin.flush()
-            text = json.loads(child.stdout.readline())
+            reply = json.loads(child.stdout.readline())
         except (OSError, ValueError):  # the child is gone: killed by the alarm, or by the page
-            raise WebFailure("unreadable", "The page is built in a way that cannot be read.") from None
+            raise WebFailure("unreadable", UNREADABLE) from None
         finally:
             alarm.cancel()
-            if text is None and child is not None:  # what it may still send is not to be taken for the next page
+            if reply is None and child is not None:  # what it may still send is not to be taken for the next page
                 child.kill()
                 child.communicate()
             self.idle.put(child)
+        text, reason = reply
+        if reason:
+            raise WebFailure("unreadable", reason)
         return text
 
 
@@ -118,7 +291,8 @@ def segments(text: str, max_chars: int) -> list[str]:
     while start < len(text):
         end = start + max_chars
         if end < len(text):
-            borders = (text.rfind(border, start + max_chars // 2, end) for border in ("\n\n", "\n", ". ", " "))
+            half = start + max_chars // 2
+            borders = (max(text.rfind(border, half, end) for border in kind) for kind in BORDERS)
             end = next((place + 1 for place in borders if place >= 0), end)
         pieces.append(text[start:end].strip())
         start = end
@@ -128,6 +302,8 @@ def segments(text: str, max_chars: int) -> list[str]:
 def extract(question: str, segment: str) -> str:
     """What the reader without a model notes: the ten sentences that share most content words with the question."""
     wanted = set(content_words(question))
+    if not segment.isascii():
+        segment = SENTENCE_END.sub(r"\g<0>\n", segment)
     sentences = re.split(r"(?<=[.!?])\s+|\n+", segment)
     shared = [len(wanted.intersection(content_words(sentence))) for sentence in sentences]
     best = sorted(range(len(sentences)), key=lambda i: (-shared[i], i))[:10]
@@ -160,24 +336,34 @@ class Browser:
         if config.reader == "openai" and config.cassette_mode != "replay":
             require_environment("READER_API_KEY", "reader: openai sends it (any word, if the server asks for none)")
 
-    async def browse(self, url: str, question: str, memory: Sequence[str], counts: Counter) -> list[tuple[int, str]]:
-        """(page_number, page_summary) for each segment with new information; `memory` is what was read before.
+    async def browse(self, url: str, reading: Reading, counts: Counter) -> list[tuple[int, str]]:
+        """(page_number, page_summary) for each segment with new information, from reading.next on, which it moves.
 
-        What ends it early (a failure, tool_timeout) leaves the notes so far; raises WebFailure where there are none.
+        Fetching and each reading keep tool_timeout, all together browse_timeout. What ends it early leaves the notes
+        so far; raises WebFailure where there are none.
         """
-        deadline = time.monotonic() + self.config.tool_timeout
-        notes: list[tuple[int, str]] = []
+        config, notes = self.config, reading.notes
+        limit = config.tool_timeout if config.browse_timeout < 0 else config.browse_timeout
+        end = time.monotonic() + (limit or math.inf)
+
+        def deadline() -> float:
+            return min(end, time.monotonic() + config.tool_timeout)
+
         try:
             text = self.corpus.pages.get(url) if self.corpus else None
             if text is None:
                 if self.web is None:
                     raise WebFailure("not_found", "There is no page at this address.")
-                text = await self.in_thread(self.fetch_text, url, counts, deadline)
-            for number, segment in enumerate(segments(text, self.config.segment_chars)[: self.config.max_segments]):
-                earlier = [*memory, *(note for _, note in notes)]
-                information, further = await self.read(question, segment, earlier, counts, deadline)
+                text = await self.in_thread(self.fetch_text, url, counts, deadline())
+            pieces = segments(text, config.segment_chars)
+            reading.total = len(pieces)
+            if 0 < reading.total <= reading.next:
+                raise WebFailure("nothing_left", "This page was read to its end before; nothing is left of it.")
+            for segment in pieces[reading.next :][: config.max_segments or None]:
+                information, further = await self.read(reading, segment, counts, deadline())
                 if information:
-                    notes.append((number, information))
+                    notes.append((reading.next, information))
+                reading.next += 1
                 if not further:
                     break
             if not notes:
@@ -186,7 +372,7 @@ class Browser:
             failure = error if isinstance(error, WebFailure) else WebFailure(*TIMEOUT)
             if not notes:
                 raise failure from None
-            count(counts, f"fail_{failure.kind}")
+            count_failure(counts, "page", failure)
         return notes
 
     def fetch_text(self, url: str, counts: Counter, deadline: float) -> str:
@@ -198,19 +384,26 @@ class Browser:
                 return text
             raise WebFailure("no_text", "The page holds no text that can be read.")
 
-        return self.web.cached("page", url.partition("#")[0], produce, counts, deadline)
+        return self.web.cached("page", url.partition("#")[0], produce, counts, deadline, EXTRACTOR)
 
-    async def read(self, question: str, segment: str, memory: Sequence[str], counts: Counter, deadline: float) -> Notes:
+    async def read(self, reading: Reading, segment: str, counts: Counter, deadline: float) -> Notes:
         """Notes on one segment, and whether to read on; a model's tokens are in no trajectory."""
         if self.config.reader == "extractive":
-            return extract(question, segment), True
-        earlier = "\n".join(memory)[-4000:] or "none"  # the newest
-        content = f"Question: {question}\n\nEarlier notes: {earlier}\n\nPage segment:\n<<<\n{segment}\n>>>"
+            return extract(reading.question, segment), True
+        earlier = "\n".join([*reading.memory, *(note for _, note in reading.notes)])
+        content = (
+            f"Question: {reading.question}\n\nSearch query: {reading.query or 'none'}\n\n"
+            f"Earlier notes: {earlier[-self.config.reader_memory :] or 'none'}\n\n"  # the newest; [-0:] is all
+            f"Page segment {reading.next + 1} of {reading.total}:\n<<<\n{segment}\n>>>"
+        )
         messages = [{"role": "system", "content": READER_RULES}, {"role": "user", "content": content}]
         if self.config.reader == "engine":  # bounded in tokens: the clock would make it unrepeatable
             return parse_notes(await self.generate_text(messages))
         url = self.config.reader_url.rstrip("/") + "/chat/completions"
-        payload = {"model": self.config.reader_model, "messages": messages, "temperature": 0, "max_tokens": 600}
+        temperature = self.config.reader_temperature
+        payload = {"model": self.config.reader_model, "messages": messages, "temperature": temperature}
+        if self.config.reader_tokens:
+            payload["max_tokens"] = self.config.reader_tokens
 
         def ask() -> str:
             text, tokens = self.web.chat(url, "READER_API_KEY", payload, counts, deadline)
@@ -233,4 +426,4 @@ if __name__ == "__main__":  # a parser: [length, content type] and a body in, on
         resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
     while line := sys.stdin.buffer.readline():
         length, content_type = json.loads(line)
-        print(json.dumps(main_text(sys.stdin.buffer.read(length), content_type)), flush=True)
+        print(json.dumps(parse(sys.stdin.buffer.read(length), content_type)), flush=True)

@@ -5,16 +5,25 @@ config.yaml alone knows the keys, their types, values and meanings: a line more 
 
 import difflib
 import os
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, make_dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = ROOT / "config.yaml"
-DEFAULTS: dict[str, Any] = yaml.safe_load(CONFIG_FILE.read_text())
+KEYS_TEXT, _, _ = CONFIG_FILE.read_text(encoding="utf-8").partition("\npresets:")
+try:
+    DEFAULTS: dict[str, Any] = yaml.safe_load(CONFIG_FILE.read_bytes())
+except yaml.YAMLError as error:  # an import cannot raise in one line
+    print(f"{CONFIG_FILE} cannot be read: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
 PRESETS: dict[str, dict[str, Any]] = DEFAULTS.pop("presets")
 TYPES = {key: type(value) for key, value in DEFAULTS.items()}  # bool, int, float or str
 CHOICES = {
@@ -28,14 +37,40 @@ CHOICES = {
 }
 MAY_BE_ZERO = {key for key, value in DEFAULTS.items() if value == 0} | {  # all others must be greater
     "max_tool_calls", "weight_decay", "kl_coef", "importance_cap", "tool_threads", "max_retries", "search_ttl",
-    "price_search", "steps",
+    "price_search", "steps", "max_urls", "max_segments", "reader_tokens", "reader_memory",
 }  # fmt: skip
-MAY_BE_NEGATIVE = {"format_reward"}
+MOST = {key: 2.0**31 - 1 for key in TYPES} | {  # what the libraries below can count
+    "threads": 1024, "tool_threads": 4096, "connections_per_host": 4096, "max_in_flight": 2**16,
+    "max_model_len": 10**7, "engine_memory": 1.0, "adam_beta1": 0.999999, "adam_beta2": 0.999999,
+}  # fmt: skip
+PATHS = {"run_dir", "resume", "model", "data", "eval_data", "corpus", "cassette"}  # and all that end in _file
+MAY_BE_NEGATIVE = {"format_reward", "browse_timeout"}
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
 
 
 class ConfigError(ValueError):
     """A value that cannot be used; the message names the key, the value and what is allowed."""
+
+
+@contextmanager
+def named(key: str, value: str, remedy: str = "") -> Iterator[None]:
+    """Whatever a library raises over a user's file, as one line of at most 400 characters that names key and value.
+
+    An error of ours that begins with a key already stays as it is. Not every library's errors are Exceptions.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        words = " ".join(str(error).split())
+        if isinstance(error, ConfigError) and re.match(r"[a-z_]+=|[A-Z_]+ is not set", words):
+            raise
+        if not isinstance(error, OSError | ValueError) or not words:
+            words = f"{type(error).__name__}: {words}"
+        cause = shorten(words, 400, placeholder=" ...").rstrip(".: ")
+        raise ConfigError(f"{key}={value!r}: {cause}{remedy and '; ' + remedy}") from error
 
 
 class Config(make_dataclass("Keys", TYPES.items(), frozen=True)):  # type: ignore[misc]
@@ -74,8 +109,87 @@ def parse_arguments(argv: list[str]) -> dict[str, str]:
                 value = "newest"
             else:
                 raise ConfigError(f"--{key} needs a value: --{key}=VALUE")
-        typed[key] = value
+        if re.search("[\0\ud800-\udfff]", value):  # what Python makes of bytes that are not UTF-8
+            raise ConfigError(f"--{key}={value!a}: holds characters that are not UTF-8 text")
+        typed[key] = expand(key, value)
     return typed
+
+
+def expand(key: str, value: str) -> str:
+    """The value with ~ as the home folder, if this key names a file or a folder."""
+    return os.path.expanduser(value) if key in PATHS or key.endswith("_file") else value
+
+
+def read_config(key: str, folder: Path) -> dict[str, Any]:
+    """The values in the config.yaml of the run that `key` names; ConfigError where that is no file of keys."""
+    with named(key, str(folder), "mend its config.yaml, or name another run"):
+        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("config.yaml holds no `key: value` lines")
+        return {str(name): convert(str(name), value) for name, value in values.items()}
+
+
+def documented() -> Iterator[tuple[str, str, str, str]]:
+    """(heading, key, default, meaning) for each key, as the text of config.yaml has them."""
+    heading = ""
+    for line in KEYS_TEXT.splitlines():
+        key, _, rest = line.partition(":")
+        default, _, meaning = rest.partition("#")
+        if line.startswith("# ---"):
+            heading = line[5:].strip()
+        elif key in TYPES:
+            yield heading, key, default.strip().strip('"'), meaning.strip()
+
+
+def help_text() -> str:
+    """The keys as config.yaml groups them, one `--key=default  meaning` a line."""
+    lines = ["Keys, with the defaults that a preset may replace (see the end of config.yaml):"]
+    last = ""
+    for heading, key, default, meaning in documented():
+        if heading != last:
+            lines.append(f"\n{heading}:")
+            last = heading
+        option = f"--{key}={default}"
+        lines.append(f"{option:<32} {meaning}")
+    return "\n".join(lines)
+
+
+def searches_web(config: Config) -> bool:
+    return config.search not in ("toy", "local")
+
+
+def uses_web(config: Config) -> bool:
+    return searches_web(config) or config.reader == "openai"
+
+
+def check_inputs(config: Config, argv: list[str], other: str) -> list[str]:
+    """ConfigError for an input that this run will not read; a line on typed keys without effect, if there are any.
+
+    `other` is the program that is not running: train.py or eval.py.
+    """
+    typed, unread = parse_arguments(argv), {}
+    reads_web = uses_web(config) or config.judge_url != ""
+    if config.search == "toy":
+        remedy = "the toy web does not answer it; add --search=local --corpus=FILE"
+        unread = {"data": remedy, "eval_data": remedy, "corpus": "the toy web has its own pages; add --search=local"}
+    elif other == "train.py" and typed.get("data"):
+        unread = {"eval_data": f"data={typed['data']!r} is read instead"}
+    if not reads_web:
+        unread["cassette"] = f"search={config.search} opens no web"
+    if other == "eval.py":
+        unread["question"] = "python eval.py answers one"
+    for key, why in unread.items():
+        value = typed.get(key, DEFAULTS[key])
+        if value:
+            raise ConfigError(f"{key}={value!r}: this run does not read it: {why}")
+    used = {"search_url": searches_web(config), "cassette_mode": reads_web}
+    for key in ("reader_url", "reader_model", "price_reader_token"):
+        used[key] = config.reader == "openai"
+    for heading, key, _, meaning in documented():
+        if f"{other} only" in heading or meaning.startswith(f"{other}:"):
+            used[key] = False
+    idle = [key for key in typed if not used.get(key, True)]
+    return [f"Without effect on this run: {', '.join(idle)}."] if idle else []
 
 
 def type_of(key: str) -> type:
@@ -93,9 +207,9 @@ def convert(key: str, value: Any) -> Any:
     """The value in the type of this key."""
     kind = type_of(key)
     if kind is str:
-        return "" if value is None else str(value)
+        return "" if value is None else expand(key, str(value))
     try:
-        return BOOLEANS[str(value).lower()] if kind is bool else kind(value)
+        return BOOLEANS[str(value).lower()] if kind is bool else kind(str(value))  # neither True nor 1.5 is an int
     except (KeyError, TypeError, ValueError):
         wanted = {bool: "true or false", int: "not a whole number", float: "not a number"}[kind]
         raise ConfigError(f"{key}={value!r}: {wanted}") from None
@@ -105,18 +219,49 @@ def check(config: Config) -> None:
     for key, allowed in CHOICES.items():
         if (value := getattr(config, key)) not in allowed:
             raise ConfigError(f"{key}={value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
-    for key in (key for key, kind in TYPES.items() if kind in (int, float) and key not in MAY_BE_NEGATIVE):
-        value, limit = getattr(config, key), "at least 0" if key in MAY_BE_ZERO else "greater than 0"
-        if not (0 < value < float("inf") or (value == 0 and key in MAY_BE_ZERO)):
+    for key in (key for key, kind in TYPES.items() if kind in (int, float)):
+        value, lowest, limit = getattr(config, key), 0.0, "greater than 0"
+        if key in MAY_BE_ZERO:
+            limit = "at least 0"
+        if key in MAY_BE_NEGATIVE:
+            lowest, limit = -float("inf"), "a finite number"
+        if not (lowest < value < float("inf") or (value == 0 and key in MAY_BE_ZERO)):
             raise ConfigError(f"{key}={value}: must be {limit}")
+        if value > MOST[key]:
+            raise ConfigError(f"{key}={value}: must be at most {MOST[key]:.10g}")
     if config.max_turn_tokens >= config.max_model_len:
         limit = f"max_model_len={config.max_model_len}"
         raise ConfigError(f"max_turn_tokens={config.max_turn_tokens}: must be less than {limit}")
     if config.questions_per_step % config.updates_per_rollout:
         whole = f"questions_per_step={config.questions_per_step}"
         raise ConfigError(f"updates_per_rollout={config.updates_per_rollout}: must divide {whole}")
+    host_list(config)
     if config.group_size < 2:
         raise ConfigError(f"group_size={config.group_size}: a group needs at least 2 trajectories to compare")
+
+
+def host_list(config: Config) -> list[str]:
+    """The names in `blocked_hosts`, as plain_host writes them; auto, which eval.py spells out, and none are empty."""
+    if config.blocked_hosts in ("auto", "none"):
+        return []
+    hosts = []
+    for word in config.blocked_hosts.split() or [""]:
+        host = plain_host(word)
+        if not HOST.fullmatch(host):
+            raise ConfigError(
+                f"blocked_hosts={config.blocked_hosts!r}: {word!r} is no host; write auto, none, or names "
+                "like huggingface.co separated by spaces (no http://, port or *: subdomains count)"
+            )
+        hosts.append(host)
+    return hosts
+
+
+def plain_host(name: str) -> str:
+    """'Bücher.Example.' -> 'xn--bcher-kva.example': one spelling for each name; empty for what cannot be one."""
+    try:
+        return name.strip(".").encode("idna").decode().strip(".").lower()
+    except UnicodeError:
+        return ""
 
 
 def describe(config: Config) -> str:

@@ -69,6 +69,16 @@ def make_engine(config: Config, model_dir: str, world_size: int = 1) -> Engine:
     return VLLMEngine(config, model_dir, world_size)
 
 
+def load_model(folder: str, dtype: Any, attention: str) -> nn.Module:
+    """The model with this attention; ValueError for weights that transformers would make up, or could not place."""
+    options = {"attn_implementation": attention, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    wrong = [*found["missing_keys"], *found["mismatched_keys"]]
+    if wrong:
+        raise ValueError(f"{len(wrong)} weights are missing or have other shapes than the model, first {wrong[0]}")
+    return model
+
+
 @dataclass
 class Request:
     token_ids: np.ndarray  # the prompt, [n] int32
@@ -87,7 +97,7 @@ class HFEngine(Engine):
         if not tried:
             check_architecture("engine=hf", trial, model_dir, config.max_model_len)
         AttentionInterface.register("rows", attend)
-        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=config.dtype, attn_implementation="rows")
+        self.model = load_model(model_dir, config.dtype, "rows")
         model = self.model.config.get_text_config()
         self.max_len = config.max_model_len
         rows = max(1, config.kv_tokens // self.max_len) if config.kv_tokens else config.max_in_flight

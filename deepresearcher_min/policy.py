@@ -7,9 +7,11 @@ by us, for want of a GPU: FSDP over NCCL, offload to CPU memory. Omitted: tensor
 biased heads, logit scaling and soft-capping, which few architectures have: those are refused (architecture.py).
 """
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,14 +25,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AttentionInterface, GenerationConfig, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deepresearcher_min import grpo
 from deepresearcher_min.architecture import check_architecture
-from deepresearcher_min.config import Config
+from deepresearcher_min.config import Config, ConfigError, named
+from deepresearcher_min.engine import load_model
 from deepresearcher_min.grpo import PackedBatch, TrainingRow
-from deepresearcher_min.run import Ranks
+from deepresearcher_min.run import Ranks, complete_checkpoints
 from deepresearcher_min.trajectory import Group
 
 LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap")  # of the config
@@ -103,7 +106,7 @@ class Policy:
     def load_model(self, model_dir: str) -> TokenScorer:
         master = torch.promote_types(self.compute_dtype, torch.float32)
         AttentionInterface.register("packed", attend)  # transformers builds no [T, T] mask for a strange attention
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=master, attn_implementation="packed")
+        model = load_model(model_dir, master, "packed")
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             for layer in model.modules():  # checkpointing is off in eval mode, but dropout must stay so
@@ -245,10 +248,40 @@ class Policy:
         """Write a plain Hugging Face folder (rank 0 writes), which transformers and vLLM load."""
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.named_weights() if self.ranks.rank == 0}
         if self.ranks.rank == 0:
-            config = self.model.config.from_dict(self.model.config.to_dict() | {"dtype": self.compute_dtype})
-            for part in (config, self.model.generation_config, tokenizer):
-                part.save_pretrained(folder)
+            self.export_settings(folder, tokenizer)
             save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+    def check_saving(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """ConfigError for an export that fails, or checkpoints without room: the weights and AdamW's two moments in
+        float32, and the exported weights; one more than are kept."""
+        if self.ranks.rank:
+            return
+        run, config = Path(self.config.run_dir), self.config
+        with (
+            named("model", config.model, "a checkpoint cannot hold its settings"),
+            TemporaryDirectory(dir=run) as folder,
+        ):
+            self.export_settings(folder, tokenizer)
+        size = sum(p.numel() for p in self.model.parameters()) * (3 * 4 + self.compute_dtype.itemsize)
+        count = config.keep_checkpoints + 1 - len(complete_checkpoints(run))
+        free = shutil.disk_usage(run).free
+        if count * size > free:
+            raise ConfigError(
+                f"keep_checkpoints={config.keep_checkpoints}: {count} more of {size / 1e9:,.3f} GB are needed, and "
+                f"run_dir={config.run_dir} has {free / 1e9:,.3f} GB free; keep fewer, or name another folder"
+            )
+
+    def export_settings(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """All of an exported folder but the weights; of sampling values that contradict each other, none."""
+        config = self.model.config.from_dict(self.model.config.to_dict() | {"dtype": self.compute_dtype})
+        generation = self.model.generation_config
+        try:
+            generation.validate(strict=True)
+        except ValueError:  # many published ones; save_pretrained would refuse them
+            ids = {key: value for key, value in generation.to_dict().items() if key.endswith("_token_id")}
+            generation = GenerationConfig(**ids)
+        for part in (config, generation, tokenizer):
+            part.save_pretrained(folder)
 
 
 def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:

@@ -1,22 +1,36 @@
 """The protocol between policy and world: tools, prompt, the grammar of a turn, and observations.
 
 A trajectory that is built by appending what `ChatFormat` gives equals the chat template's own rendering of the same
-conversation. Left out: other call syntaxes, and more than one call a turn, as in the published system.
+conversation, with the date, the thinking and the end tokens that the run gives it. No model is known by its name.
+Left out: more than one call a turn, as in the published system.
 """
 
+import ast
 import json
 import re
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from deepresearcher_min.config import ROOT
+from transformers import GenerationConfig
 
+from deepresearcher_min.config import ROOT, ConfigError
+
+Schemas = list[dict[str, Any]]
+Messages = list[dict[str, str]]
 THINK = "<think>"  # forced: part of every generation prompt, never sampled, never trained
-SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text().strip()
+load_json = partial(json.loads, strict=False)  # models write raw line breaks inside strings
+PAIR = re.compile(  # of a name and a value
+    r"<(?:parameter=|arg_key>)\s*([^<>]*?)\s*(?:>|</arg_key>\s*<arg_value>)(.*?)</(?:parameter|arg_value)>", re.DOTALL
+)
+TURN, WORDS = "THE-TURN", "THE-WORDS"  # stand for a turn and a tool's words while a template is looked at
+EMPTY_THOUGHT = re.compile(r"\s*(?:<think>\s*)?(?:</think>\s*)?\Z")  # at the end of a generation prompt
+SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text(encoding="utf-8").strip()
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,7 @@ class Tool:
     most: str  # the config key that limits the number of keys
     shape: tuple[str, str]  # in an observation: the name of a key, and that of the list of items that it brought
     item: Callable[[str], dict[str, Any]]  # one item with these words as its content
+    over: str = ""  # what is said of a key beyond the limit; empty: it is left out, as in the published system
 
 
 def search_item(summary: str, title: str = "", url: str = "") -> dict[str, Any]:
@@ -47,12 +62,12 @@ TOOLS = {  # by kind, which is also the name of the method of rollout.Tools that
     ),
     "browse": Tool(
         "browse_webpage", "Read web pages and take notes.", "url_list", "URLs that an earlier search showed.",
-        "max_urls", ("url", "information"), page_item,
+        "max_urls", ("url", "information"), page_item, "This page was not opened: one call opens at most {most}.",
     ),
 }  # fmt: skip
 
 
-def schemas() -> list[dict[str, Any]]:
+def schemas() -> Schemas:
     """The tools as chat templates want them."""
     described = []
     for tool in TOOLS.values():
@@ -61,6 +76,22 @@ def schemas() -> list[dict[str, Any]]:
         function = {"name": tool.name, "description": tool.description, "parameters": parameters}
         described.append({"type": "function", "function": function})
     return described
+
+
+def read_tools(path: str) -> Schemas | None:
+    """The schemas of tools_file, as they stand there; ConfigError where they describe other tools than these."""
+    if not path:
+        return None
+    try:
+        found = json.loads(Path(path).read_bytes())
+        functions = [schema["function"] for schema in found]
+        described = sorted([each["name"], *each["parameters"]["properties"]] for each in functions)
+    except Exception as error:  # a file may hold anything
+        raise ConfigError(f"tools_file={path!r}: not a JSON list of tool schemas ({error!r})") from None
+    wanted = sorted([tool.name, tool.argument] for tool in TOOLS.values())
+    if described != wanted:
+        raise ConfigError(f"tools_file={path!r}: tools and arguments are {described}, but must be {wanted}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -99,19 +130,57 @@ def parse_turn(text: str) -> Call | Answer | Malformed:
 
 
 def parse_call(text: str) -> Call | Malformed:
+    """Read what stands between the tags, in whichever syntax."""
     try:
-        # strict=False: models write raw line breaks inside strings. RecursionError: "[[[[..." of some thousand.
-        call = json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        return Malformed("the tool call is not valid JSON")
-    for kind, tool in TOOLS.items():
-        match call:
-            case {"name": tool.name, "arguments": {tool.argument: found}}:
-                values = [found] if isinstance(found, str) else found  # not in a list: the meaning is plain
-                if isinstance(values, list) and all(isinstance(value, str) for value in values):
-                    keys = tuple(value.strip() for value in values if value.strip())
-                    return Call(kind, keys) if keys else Malformed(f"{tool.argument} is empty")
-    return Malformed("the tool call does not name a tool and its argument, a list of strings")
+        name, arguments = read_call(text)
+        for kind, tool in TOOLS.items():
+            if name == tool.name:
+                keys = read_keys(arguments[tool.argument])
+                return Call(kind, keys) if keys else Malformed(f"{tool.argument} is empty")
+    except Exception:  # a model may write anything: no list, half a list, a list ten thousand deep
+        return Malformed("the tool call is not JSON, or tags, with the tool's argument, a list of strings")
+    return Malformed("the tool call does not name a tool")
+
+
+def read_call(text: str) -> tuple[Any, Any]:
+    """Name and arguments, neither checked; any error where there are none.
+
+    In tags: <function=NAME> around <parameter=KEY>VALUE</parameter> or JSON; NAME and pairs of <arg_key> and
+    <arg_value>. JSON, also fenced: `name` (or `function`) and `arguments` or `parameters`, an object or its text.
+    """
+    text = re.sub(r"\A\s*```\w*(.*)```\s*\Z", r"\1", text, flags=re.DOTALL).strip()
+    if tagged := re.match(r"(?:<function=)?([\w.-]+)>?\s*(<parameter=|<arg_key>|\{)", text):
+        body = text[tagged.start(2) :].partition("</function>")[0]
+        if tagged[2] == "{":
+            return tagged[1], load_json(body)
+        arguments: Any = defaultdict(list)
+        for key, value in PAIR.findall(body):
+            arguments[key] += read_keys(value)
+        return tagged[1], arguments
+    call = load_json(text)
+    if isinstance(call, list):
+        call = call[0]
+    if isinstance(call.get("function"), dict):
+        call = call["function"]
+    given = call.get("arguments", call.get("parameters"))
+    return call.get("name", call.get("function")), load_json(given) if isinstance(given, str) else given
+
+
+def read_keys(value: Any) -> tuple[str, ...]:
+    """The strings that an argument's value means: a list, a list's text, or plain text with one on each line."""
+    if isinstance(value, str):
+        value = read_list(value) if re.match(r"\s*\[\s*[\"'\]]", value) else value.splitlines()
+    if not isinstance(value, list):
+        raise TypeError("not a list")
+    keys = [each.strip() for each in value]
+    return tuple(filter(None, keys))
+
+
+def read_list(text: str) -> Any:
+    try:
+        return load_json(text)
+    except ValueError:
+        return ast.literal_eval(text.strip())  # in single quotes
 
 
 @dataclass(frozen=True)
@@ -122,92 +191,202 @@ class Entry:
     items: tuple[dict[str, Any], ...]  # best first
 
 
-def render(kind: str, entries: Sequence[Entry], kept: int | None = None) -> str:
-    """The observation: the Python repr of a list of dicts with keys in alphabetical order.
-
-    `kept` limits the items of all entries together, by rank: every entry's best, then every entry's second, and so on.
-    """
+def best(entries: Sequence[Entry], kept: int | None) -> list[Entry]:
+    """The entries with `kept` items together, by rank: every entry's best, then every entry's second, and so on."""
     ranks = sorted((rank, i) for i, entry in enumerate(entries) for rank in range(len(entry.items)))
     shown = Counter(i for _, i in ranks[:kept])  # so many items of each entry
+    return [Entry(entry.key, entry.items[: shown[i]]) for i, entry in enumerate(entries)]
+
+
+def render(kind: str, entries: Sequence[Entry], kept: int | None = None) -> str:
+    """The observation: the Python repr of a list of dicts with keys in alphabetical order; `kept` as in `best`."""
     key_name, items_name = TOOLS[kind].shape
-    found = [{key_name: entry.key, items_name: list(entry.items[: shown[i]])} for i, entry in enumerate(entries)]
+    found = [{key_name: entry.key, items_name: list(entry.items)} for entry in best(entries, kept)]
     return repr([dict(sorted(each.items())) for each in found])
 
 
-class ChatFormat:
-    """Token ids of prompts and observations; ValueError where the tokenizer's chat template does not show tools."""
+def declared_ends(model: str) -> list[int]:
+    """The end tokens of a model's generation config; none if it has no such file."""
+    try:
+        found = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        return []
+    return [found] if isinstance(found, int) else found or []
 
-    def __init__(self, tokenizer: Any, date: str, system_prompt: str = "") -> None:
+
+def template_inputs(date: str) -> dict[str, Any]:
+    """What templates ask for by these names: the run's date, not the clock's, and a thought in every turn."""
+
+    def strftime_now(form: str) -> str:
+        try:
+            return datetime.fromisoformat(date).strftime(form)
+        except ValueError:  # a date in words, or none
+            return date
+
+    dates = {"strftime_now": strftime_now, "date_string": strftime_now("%d %b %Y")}  # as Llama's write it
+    return {**dates, "enable_thinking": True, "add_generation_prompt": True, "tokenize": False}
+
+
+def open_thought(text: str) -> str:
+    """A generation prompt with one open thought at its end: the template's own, or ours for none or a closed one."""
+    if text.rstrip().endswith(THINK):
+        return text
+    return re.sub(r"<think>\s*</think>\s*\Z|</think>\s*\Z", "", text) + THINK
+
+
+def example_call(once: str, twice: str) -> str:
+    """A call in the syntax that a prompt teaches, else in ours; the prompt with all schemas once, and with all twice.
+
+    What comes with each schema, which may hold the same signs, is twice as often in the second.
+    """
+    name, argument = TOOLS["search"].name, TOOLS["search"].argument
+    keys = '["..."]'
+    ours = f'{{"name": "{name}", "arguments": {{"{argument}": {keys}}}}}'
+    taught = {
+        "<parameter=": f"\n<function={name}>\n<parameter={argument}>\n{keys}\n</parameter>\n</function>\n",
+        "<function=": f'<function={name}>{{"{argument}": {keys}}}</function>',
+        "<arg_key>": f"{name}\n<arg_key>{argument}</arg_key>\n<arg_value>{keys}</arg_value>\n",
+        '"arguments"': ours,
+        '"parameters"': ours.replace("arguments", "parameters"),
+    }
+    forms = [form for sign, form in taught.items() if 2 * once.count(sign) > twice.count(sign)]
+    return f"<tool_call>{[*forms, ours][0]}</tool_call>"
+
+
+class ChatFormat:
+    """Token ids of prompts and observations, as the tokenizer's chat template and the given date make them.
+
+    `tools` are schemas in place of ours. A turn ends with the template's end token, the tokenizer's, or any of
+    `end_ids`, the model's. ValueError where the template, in its own words, cannot carry the agent's conversation,
+    or where the ids that we append would not be those of the conversation as a whole.
+    """
+
+    tools: Any  # schemas; None in eval.py's baselines
+    role = "tool"  # of results; "user" where the template refuses or drops tool messages
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        date: str,
+        system_prompt: str = "",
+        tools: Schemas | None = None,
+        end_ids: Sequence[int] = (),
+    ) -> None:
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; use an instruction-tuned (chat) model")
         self.tokenizer, self.encode = tokenizer, partial(tokenizer.encode, add_special_tokens=False)
-        self.tools: list[dict[str, Any]] | None = schemas()  # None: eval.py's baselines have none
+        self.inputs, self.tools = template_inputs(date), tools or schemas()
         self.system = (system_prompt or SYSTEM_PROMPT).replace("{date}", date)
-        asked = self.opening("x")
-        if not system_prompt and self.template(asked, self.tools) == self.template(asked, None):  # it ignores tools
-            self.system += "\n\nTools:\n" + "\n".join(map(json.dumps, schemas()))
+        self.show_tools(bool(system_prompt), tools is not None)
         added = tokenizer.added_tokens_decoder.values()
-        self.derive_frame(sorted((str(token) for token in added if token.special), key=len, reverse=True))
-        marks = sorted(str(token) for token in added if token.special or "<" in str(token))  # not: runs of spaces
-        tags = "</?(?:think|answer|tool_call|tool_response)>"
-        self.unsafe = re.compile("|".join([tags, *map(re.escape, marks)]))
+        marks = [str(token) for token in added if token.special or "<" in str(token)]  # not: runs of spaces
+        marks.sort(key=len, reverse=True)
+        self.mark = "|".join(map(re.escape, marks)) or "(?!)"
+        self.unsafe = re.compile(f"</?(?:think|answer|tool_call|tool_response)>|{self.mark}")
+        try:
+            ends = self.read_frame()
+        except ValueError:
+            self.role = "user"
+            ends = self.read_frame()
+        ids = tokenizer.convert_tokens_to_ids(ends)
+        self.end_of_turn, self.end_of_turn_id = ends[0], ids[0]
+        self.end_ids = tuple({*ids, *end_ids, tokenizer.eos_token_id} - {None})
+        whole = self.encode(open_thought(self.talk(self.result(WORDS))))
+        appended = [self.end_of_turn_id, *self.observation_ids(WORDS)]
+        if whole[-len(appended) :] != appended:
+            raise ValueError("the tokenizer splits a conversation otherwise than its parts; use another model")
 
-    def opening(self, question: str) -> list[dict[str, str]]:
+    def show_tools(self, own_prompt: bool, own_tools: bool) -> None:
+        """Put into our system prompt the example of a call, and the schemas if the template leaves them out."""
+        asked = self.opening("x")
+        once, twice = self.template(asked, self.tools), self.template(asked, self.tools * 2)
+        ignored = once == twice
+        if own_prompt and own_tools and ignored:
+            raise ValueError("the chat template shows no tools; leave out tools_file, or system_prompt_file")
+        if own_prompt:
+            return
+        self.system = self.system.replace("{call}", example_call(once, twice))
+        if ignored:
+            self.system += "\n\nTools:\n" + "\n".join(map(json.dumps, self.tools))
+
+    def opening(self, question: str) -> Messages:
         return [{"role": "system", "content": self.system}, {"role": "user", "content": question}]
 
-    def template(self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None) -> str:
-        return self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+    def template(self, messages: Messages, tools: Schemas | None, **inputs: Any) -> str:
+        """The template's text up to the next assistant turn; ValueError in the template's words."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, **self.inputs | inputs)
+        except Exception as error:  # a template is a program, and may raise anything
+            words = " ".join(str(error).split())
+            raise ValueError(f"the chat template refuses the agent's conversation: {words}") from error
 
-    def derive_frame(self, specials: list[str]) -> None:
-        """Read off the template what stands between an assistant turn, a tool's words and the next turn."""
-        messages = [{"role": "assistant", "content": "THE-TURN"}, {"role": "tool", "content": "THE-WORDS"}]
-        text = self.template([*self.opening("x"), *messages], self.tools) + THINK
-        found = re.search("THE-TURN(.*?)THE-WORDS(.*)", text, re.DOTALL)
-        if not found:
-            raise ValueError("the chat template leaves out assistant or tool messages; the agent loop needs both")
-        between, after = found.groups()
-        if not between.startswith(tuple(specials)):
-            raise ValueError("the chat template puts no special token behind an assistant turn; nothing can end it")
-        # The tool's words are encoded in one go with the ordinary text around them, up to the next special token
-        # on either side: there a tokenizer always splits, so the pieces' ids are the whole's ids.
-        special = re.compile(f"({'|'.join(map(re.escape, specials))})")
-        _, end_of_turn, *before, self.lead = special.split(between)
-        self.trail, *next_turn = special.split(after)
-        self.end_of_turn_id: int = self.tokenizer.convert_tokens_to_ids(end_of_turn)
-        self.before, self.after = self.encode("".join(before)), self.encode("".join(next_turn))
+    def talk(self, last: dict[str, str], earlier: int = 0) -> str:
+        """A conversation that ends with this message behind a turn, and with so many results before."""
+        turn = {"role": "assistant", "content": TURN}
+        messages = [turn, self.result(WORDS)] * earlier + [turn, last]
+        return self.template(self.opening("x") + messages, self.tools)
+
+    def result(self, text: str) -> dict[str, str]:
+        """What a tool says as a message; in a user's turn it is wrapped as Qwen's template wraps it."""
+        if self.role == "user":
+            text = f"<tool_response>\n{text}\n</tool_response>"
+        return {"role": self.role, "content": text}
+
+    def read_frame(self) -> list[str]:
+        """The special tokens behind a turn that a tool, and one that a user answers.
+
+        ValueError unless a turn follows the generation prompt, and something ends it.
+        """
+        prompt, ends = EMPTY_THOUGHT.sub("", self.template(self.opening("x"), self.tools)), []
+        for last in (self.result(WORDS), {"role": "user", "content": WORDS}):
+            before, _, behind = self.talk(last).partition(TURN)
+            if WORDS not in behind:
+                raise ValueError("the chat template leaves out assistant or tool messages; the agent loop needs both")
+            if not EMPTY_THOUGHT.fullmatch(before.removeprefix(prompt)):
+                raise ValueError(f"the chat template's generation prompt is not how it begins a turn: {before[-60:]!r}")
+            end = re.match(rf"\s*({self.mark})", behind)
+            if not end:
+                raise ValueError("the chat template puts no special token behind an assistant turn; nothing can end it")
+            ends.append(end[1])
+        return ends
 
     def prompt_ids(self, question: str) -> list[int]:
         """[P] ids of system, question and generation prompt, the forced <think> included."""
-        return self.encode(self.template(self.opening(self.defuse(question)), self.tools) + THINK)
+        return self.encode(open_thought(self.template(self.opening(self.defuse(question)), self.tools)))
 
-    def message_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """[P] ids of a plain conversation without tools, ready for the model to go on (readers use it)."""
+    def message_ids(self, messages: Messages) -> list[int]:
+        """[P] ids of a plain conversation without tools or thoughts, ready for the model to go on (readers use it)."""
         safe = [{**message, "content": self.defuse(message["content"])} for message in messages]
-        return self.encode(self.template(safe, None))
+        return self.encode(self.template(safe, None, enable_thinking=False))
 
-    def observation_ids(self, text: str) -> list[int]:
-        """[E] ids of everything between a sampled end-of-turn token and the next turn's first sampled token."""
-        words = self.encode(self.lead + self.defuse(text) + self.trail, split_special_tokens=True)
-        return self.before + words + self.after
+    def observation_ids(self, text: str, earlier: int = 0) -> list[int]:
+        """[E] ids of everything between a sampled end-of-turn token and the next turn's first sampled token.
 
-    def fit(self, kind: str, entries: Sequence[Entry], max_tokens: int) -> tuple[str, list[int], int]:
+        They are encoded behind that token, where a tokenizer always splits, so that they are the whole's ids. Some
+        templates write the first result otherwise than those with `earlier` ones in front.
+        """
+        result = self.result(self.defuse(text))
+        behind = self.talk(result, earlier).split(TURN, earlier + 1)[-1].partition(self.end_of_turn)[2]
+        return self.encode(self.end_of_turn + open_thought(behind))[1:]
+
+    def fit(self, kind: str, entries: Sequence[Entry], max_tokens: int, earlier: int = 0) -> tuple[str, list[int], int]:
         """Render an observation within a token budget: (text, ids, number of items dropped).
 
-        Whole items are dropped, worst rank first; if not even one of them fits, every entry says so in words.
+        Whole items are dropped, worst rank first; if not even one of them fits, the first ten entries say so in words.
         """
 
-        def size(kept: int) -> int:
-            return len(self.observation_ids(render(kind, entries, kept)))
+        def show(kept: int | None) -> tuple[str, list[int]]:
+            text = render(kind, entries, kept)
+            return text, self.observation_ids(text, earlier)
 
         total = kept = sum(len(entry.items) for entry in entries)
-        text = render(kind, entries)
-        ids = self.observation_ids(text)
+        text, ids = show(total)
         if len(ids) > max_tokens:
-            kept = bisect_right(range(1, total), max_tokens, key=size)
-            too_long = (TOOLS[kind].item("The result is too long to be shown."),)
-            excuse = [Entry(entry.key[:100], too_long) for entry in entries]
-            text = render(kind, entries, kept) if kept else render(kind, excuse)
-            ids = self.observation_ids(text)
+            kept = bisect_right(range(1, total), max_tokens, key=lambda few: len(show(few)[1]))
+            if not kept:
+                too_long = (TOOLS[kind].item("The result is too long to be shown."),)
+                entries = [Entry(entry.key[:100], too_long) for entry in entries[:10]]
+            text, ids = show(kept or None)
         return text, ids, total - kept
 
     def defuse(self, text: str) -> str:
@@ -217,6 +396,6 @@ class ChatFormat:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text for parsing and for people; never encoded again."""
         ids = list(token_ids)
-        if ids[-1:] == [self.end_of_turn_id]:
+        if ids and ids[-1] in self.end_ids:
             ids.pop()
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -30,20 +30,27 @@ printable = partial(re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]").su
 
 STEP_LINE = (  # {key:width|format}
     "step {step:3|}/{steps:1|} | reward {reward:5|.2f} | f1 {f1:4|.2f} | bad_format {bad_format:4|.0%} | "
-    "tied {tied:4|.0%} | calls {calls:4|.1f} | tokens {length:5|} | kl {kl:6|.4f} | mismatch {mismatch:7|.2g} | "
-    "grad {grad_norm:5|.2f} | roll {roll_s:5|.1f}s upd {update_s:5|.1f}s | ${usd:1|.2f}"
+    "tied {tied:4|.0%} | calls {calls:4|.1f} | failed {failed:4|.0%} | tokens {length:5|} | kl {kl:6|.4f} | "
+    "mismatch {mismatch:7|.2g} | grad {grad_norm:5|.2f} | roll {roll_s:5|.1f}s upd {update_s:5|.1f}s | ${usd:1|.2f}"
 )
 SCORES = {  # key of an evaluation: its name in tables and how it prints
     "n": ("questions", "d"), "f1": ("F1", ".3f"), "f1_interval": ("F1, 95 % interval", ".2f"),
     "em": ("EM", ".3f"), "mbe": ("MBE", ".3f"),
+    "f1_std": ("F1, deviation over runs", ".3f"), "em_std": ("EM, deviation over runs", ".3f"),
+    "mbe_std": ("MBE, deviation over runs", ".3f"), "pass_at_k": ("pass@k", ".3f"),
+    "majority_f1": ("F1 of the majority", ".3f"), "majority_em": ("EM of the majority", ".3f"),
+    "majority_mbe": ("MBE of the majority", ".3f"),
     "f1_1hop": ("F1, 1-hop questions", ".3f"), "f1_2hop": ("F1, 2-hop questions", ".3f"),
     "searches": ("searches", ".2f"), "pages": ("pages opened", ".2f"), "calls": ("tool calls", ".2f"),
     "format_errors": ("format errors", ".1%"), "full_name": ("full name in the query", ".1%"),
     "browse_when_needed": ("browses when needed", ".1%"), "second_hop": ("takes the second hop", ".1%"),
     "plans": ("plans", ".1%"), "cross-checks": ("cross-checks", ".1%"), "reflects": ("reflects", ".1%"),
-    "admits": ("admits not knowing", ".1%"),
+    "admits": ("admits not knowing", ".1%"), "blocked": ("dropped as blocked", ".0f"),
+    "failed": ("failed calls", ".1%"),
 }  # fmt: skip
-BEHAVIOURS = yaml.safe_load(Path(__file__).with_name("behaviours.yaml").read_text())  # name: regular expressions
+BEHAVIOURS = yaml.safe_load(
+    Path(__file__).with_name("behaviours.yaml").read_text(encoding="utf-8")
+)  # name: regular expressions
 
 
 def step_line(metrics: Row) -> str:
@@ -151,11 +158,16 @@ def behaviours(trajectory: Trajectory) -> list[str]:
     return [name for name, words in BEHAVIOURS.items() if re.search("|".join(words), texts[name], re.I | re.S)]
 
 
-def write_trajectories(path: Path, step: int, groups: Sequence[Group], explain: Callable[[Trajectory], str]) -> None:
-    """Append each trajectory as one JSON line: to_json(), its reward and why (`explain`), each turn's mean logprob."""
+def write_trajectories(
+    path: Path, step: int, groups: Sequence[Group], explain: Callable[[Trajectory], str], first: int = 0
+) -> None:
+    """Append each trajectory as one JSON line: to_json(), its reward and why (`explain`), each turn's mean logprob.
+
+    `index` numbers the trajectories of a group from `first`: in an evaluation it is the run.
+    """
     for group in groups:
         rewarded = zip(group.trajectories, group.rewards, group.advantages, strict=True)
-        for i, (one, reward, advantage) in enumerate(rewarded):
+        for i, (one, reward, advantage) in enumerate(rewarded, first):
             turns = [{**vars(turn), "logprob": one.logprobs[slice(*turn.sampled)].mean()} for turn in one.turns]
             row = {"step": step, "index": i, "reward": reward, "advantage": advantage, "why": explain(one)}
             append_json_line(path, row | {"behaviours": behaviours(one), "turns": turns}, plain=one.to_json())
@@ -163,16 +175,19 @@ def write_trajectories(path: Path, step: int, groups: Sequence[Group], explain: 
 
 def read_trajectories(path: Path) -> Iterator[Trajectory]:
     """What write_trajectories wrote, the log-probabilities rounded to six digits."""
-    for row in read_json_lines(path):
-        logprobs = np.full(len(row["token_ids"]), np.nan)
-        logprobs[np.flatnonzero(row["sampled_mask"])] = row["logprobs"]
-        turns = tuple(
-            Turn(tuple(turn["sampled"]), tuple(turn["observed"]), turn["text"], turn["kind"], turn["observation"])
-            for turn in row["turns"]
-        )
-        question = Question(row["id"], row["question"], tuple(row["answers"]), row["source"])
-        ended = row["answer"], row["stop_reason"], row["cost"]
-        yield Trajectory(question, row["token_ids"], row["sampled_mask"], logprobs, turns, *ended)
+    yield from map(read_trajectory, read_json_lines(path))
+
+
+def read_trajectory(row: Row) -> Trajectory:
+    logprobs = np.full(len(row["token_ids"]), np.nan)
+    logprobs[np.flatnonzero(row["sampled_mask"])] = row["logprobs"]
+    turns = tuple(
+        Turn(tuple(turn["sampled"]), tuple(turn["observed"]), turn["text"], turn["kind"], turn["observation"])
+        for turn in row["turns"]
+    )
+    question = Question(row["id"], row["question"], tuple(row["answers"]), row["source"])
+    ended = row["answer"], row["stop_reason"], row["cost"]
+    return Trajectory(question, row["token_ids"], row["sampled_mask"], logprobs, turns, *ended)
 
 
 def readable(trajectory: Trajectory, why: str = "") -> str:
@@ -201,9 +216,12 @@ def write_html(run_dir: Path) -> Path:
     """Write report.html, one file without requests, from what a run folder holds: a stopped run has a page, too."""
     run_dir = Path(run_dir).resolve()
     config, scores = run_dir / "config.yaml", run_dir / "summary.json"
-    summary = json.loads(scores.read_text()) if scores.exists() else {}
+    summary = json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else {}
     page = load_trajectories(run_dir / "trajectories")
-    page |= {"name": run_dir.name, "config": yaml.safe_load(config.read_text()) if config.exists() else {}}
+    page |= {
+        "name": run_dir.name,
+        "config": yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {},
+    }
     page |= {"summary": summary, "metrics": list(read_json_lines(run_dir / "metrics.jsonl"))}
     page["compared"] = score_rows({name: summary[name] for name in ("before", "after")}) if "after" in summary else []
     data = json.dumps(jsonable(page), ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element

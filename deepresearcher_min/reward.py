@@ -12,11 +12,12 @@ import string
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
-from deepresearcher_min.config import ROOT, Config
+from deepresearcher_min.config import ROOT, Config, named
 from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Trajectory
-from deepresearcher_min.web import Web, WebFailure, count
+from deepresearcher_min.web import ROLES, Web, WebFailure, count
 
 PUNCTUATION_TO_SPACE = str.maketrans({mark: " " for mark in string.punctuation})
 FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
@@ -25,8 +26,9 @@ FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
     "length": "its last turn reached the limit of tokens for a turn (max_turn_tokens)",
     "context": "it reached the limit of tokens for a whole trajectory (max_model_len)",
 }
-JUDGE_RULES = (ROOT / "prompts/judge.txt").read_text()
-VERDICT = re.compile(r"\W*(CORRECT|INCORRECT)\W*", re.I)  # alone on the last line of a reply
+JUDGE_RULES = (ROOT / "prompts/judge.txt").read_text(encoding="utf-8")
+JUDGE_FIELDS = re.compile(r"\{(question|gt_answer|pred_answer)\}")  # in a judge_prompt_file, as in the official prompt
+VERDICT = re.compile(r"\W*(CORRECT|INCORRECT)\W*", re.I)
 
 
 def words(text: str) -> list[str]:
@@ -100,32 +102,63 @@ def judge(question: Question, trajectories: Sequence[Trajectory], config: Config
     return Group(question, kept, rewards, group_advantages(rewards, config.advantage_std).tolist())
 
 
+def judge_rules(config: Config) -> str:
+    """The text of judge_prompt_file, or ours; ConfigError where it cannot be used."""
+    if not config.judge_prompt_file:
+        return JUDGE_RULES
+    with named("judge_prompt_file", config.judge_prompt_file):
+        rules = Path(config.judge_prompt_file).read_text(encoding="utf-8")
+        if len(set(JUDGE_FIELDS.findall(rules))) in (1, 2):
+            raise ValueError("must hold all of {question}, {gt_answer} and {pred_answer}, or none of them")
+    return rules
+
+
+def judge_messages(rules: str, question: str, golds: list[str], given: str) -> list[dict[str, str]]:
+    """What the judge is asked: rules with fields, filled in, as the official scorer does, or rules before the case."""
+    if not JUDGE_FIELDS.search(rules):
+        case = json.dumps({"question": question, "accepted": golds, "given": given}, ensure_ascii=False)
+        return [{"role": "system", "content": rules}, {"role": "user", "content": case}]
+    values = {"question": question, "gt_answer": str(golds), "pred_answer": given}
+    filled = JUDGE_FIELDS.sub(lambda field: values[field[1]], rules)
+    return [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": filled}]
+
+
+def parse_verdict(reply: str) -> float | None:
+    """1.0 or 0.0 by {"judgement": word} in the reply, the official form, or else by a word alone on its last line."""
+    reply = reply.rpartition("</think>")[2].strip()
+    told = re.findall(r'"judgement"\s*:\s*"(.*?)"', reply) or reply.splitlines()[-1:]
+    verdict = VERDICT.fullmatch(told[0]) if len(told) == 1 else None
+    return float(verdict[1].upper() == "CORRECT") if verdict else None
+
+
 def ask_judge(trajectory: Trajectory, config: Config, web: Web, counts: Counter) -> float | None:
-    """MBE, a language model's verdict on an answer: 1 or 0; None, counted by cause, where there is no verdict.
+    """MBE, a language model's verdict on an answer: 1 or 0; None, counted as fail_judge_*, where there is no verdict.
 
     No answer is wrong and an exact match is right without asking, as in the official code.
     """
     question, answer = trajectory.question, trajectory.answer
     if answer is None or exact_match(answer, question.answers):
         return float(answer is not None)
-    case = json.dumps({"question": question.text, "accepted": question.answers, "given": answer}, ensure_ascii=False)
-    messages = [{"role": "system", "content": JUDGE_RULES}, {"role": "user", "content": case}]
+    golds = list(question.answers)
+    if config.judge_normalize:
+        golds, answer = [gold.lower() for gold in golds], " ".join(words(answer))
+    messages = judge_messages(judge_rules(config), question.text, golds, answer)
     url = config.judge_url.rstrip("/") + "/chat/completions"
-    payload = {"model": config.judge_model, "messages": messages}
+    payload = {"model": config.judge_model, "messages": messages, "temperature": config.judge_temperature}
     deadline = time.monotonic() + config.tool_timeout
 
     def ask() -> float:
         for _ in range(3):  # replies without a verdict, before an answer stays without one
-            text, _ = web.chat(url, "JUDGE_API_KEY", payload, counts, deadline)
-            lines = (text or "").strip().splitlines()
-            if lines and (verdict := VERDICT.fullmatch(lines[-1])):
-                return float(verdict[1].upper() == "CORRECT")
+            text, tokens = web.chat(url, "JUDGE_API_KEY", payload, counts, deadline)
+            count(counts, "usd", tokens * config.price_judge_token)
+            verdict = parse_verdict(text or "")
+            if verdict is not None:
+                return verdict
         raise WebFailure("no_verdict", "The judge gave no verdict.")
 
     try:
         return web.cached("judge", [url, payload], ask, counts, deadline)
-    except WebFailure as failure:
-        count(counts, f"judge_{failure.kind}")
+    except WebFailure:
         return None
 
 
@@ -169,8 +202,13 @@ def step_sums(groups: Sequence[Group], rollouts: Sequence[Sequence[Trajectory]])
 
 
 def step_means(sums: Counter[str]) -> dict[str, float]:
-    """Means over the trajectories of all ranks; `tied` is the share of groups; lost and cost_... stay totals."""
+    """Means over the trajectories of all ranks; lost and cost_... stay totals.
+
+    `tied` is the share of groups, `failed` that of the calls to pages and services.
+    """
     count = max(1, sums["trajectories"])
     means = {name: sums[name] / count for name in ("reward", "f1", "calls", "tokens")}
     means |= {"bad_format": sums["format_errors"] / count, "tied": sums["tied_groups"] / max(1, sums["groups"])}
+    failed, asked = (sum(sums[f"cost_{source}_{what}"] for source in ("page", *ROLES)) for what in ("failed", "calls"))
+    means["failed"] = failed / max(1, asked)
     return means | {name: value for name, value in sums.items() if name.startswith("cost_") or name == "lost"}

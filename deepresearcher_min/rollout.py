@@ -9,6 +9,8 @@ import asyncio
 import heapq
 import logging
 import signal
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,12 +20,21 @@ import numpy as np
 
 from deepresearcher_min import protocol
 from deepresearcher_min.browse import Browser
-from deepresearcher_min.config import Config
+from deepresearcher_min.config import Config, host_list
 from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import THINK, Answer, Call, ChatFormat, Entry, Malformed, parse_turn
-from deepresearcher_min.search import Corpus, make_search
-from deepresearcher_min.trajectory import Question, Recording, Trajectory, Turn
-from deepresearcher_min.web import Web, WebFailure, count
+from deepresearcher_min.search import SERVICES, Corpus, LiveSearch, make_search
+from deepresearcher_min.trajectory import Question, Reading, Recording, Trajectory, Turn
+from deepresearcher_min.web import (
+    BLOCKED,
+    NO_FAULT,
+    RunStopped,
+    Web,
+    WebFailure,
+    count,
+    count_failure,
+    is_blocked,
+)
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
 GRACE = 1.0  # after a tool's own deadline its thread is given up, although it cannot be ended [s]
@@ -60,8 +71,13 @@ async def agent_loop(record: Recording, generate: Callable[..., Awaitable[Comple
             stop = "tool_budget"
         else:
             entries = await agent.tools.use(action, record)
-            observation, ids, dropped = chat.fit(action.kind, entries, config.max_observation_tokens)
+            most = config.max_observation_tokens
+            observation, ids, dropped = chat.fit(action.kind, entries, most, len(record.turns))
+            if completion.token_ids[-1] != chat.end_of_turn_id:  # another end token: the template's follows, given
+                ids = [chat.end_of_turn_id, *ids]
             count(record.cost, "dropped_results", dropped)
+            kept = sum(len(entry.items) for entry in entries) - dropped
+            agent.tools.remember(protocol.best(entries, kept), record)
             if len(record.token_ids) + len(ids) >= config.max_model_len:
                 stop, ids = "context", []
         record.turns.append(Turn(sampled, record.append(ids), text, action.kind, observation))
@@ -78,31 +94,47 @@ class Tools:
         self.backend = make_search(config, web, corpus)
         self.browser = Browser(config, web, corpus, self.in_thread, self.generate_text)
         self.pool = ThreadPoolExecutor(max(1, config.tool_threads), "tool")
-        self.readings = 0
+        self.blocked, self.readings = host_list(config), 0
         self.scheduler: Scheduler  # of the rollout that is under way
         self.slots: asyncio.Semaphore  # so many of its tool calls may be under way
 
     async def use(self, call: Call, record: Recording) -> list[Entry]:
         """What each query of a search or address of a browse brought; one by one without threads, to be repeatable."""
-        keys = call.keys[: getattr(self.config, protocol.TOOLS[call.kind].most)]
-        jobs = [self.entry(call.kind, key, record) for key in keys]
-        entries = await asyncio.gather(*jobs) if self.config.tool_threads else [await job for job in jobs]
-        for key in keys:  # in this order, whichever page was read first: a replay asks the reader the same
-            record.memory += record.notes.pop(key, [])
+        tool = protocol.TOOLS[call.kind]
+        most = getattr(self.config, tool.most) or len(call.keys)
+        jobs = [self.entry(call.kind, key, record) for key in call.keys[:most]]
+        entries = list(await asyncio.gather(*jobs) if self.config.tool_threads else [await job for job in jobs])
+        for entry in entries:  # in the call's order, whichever came first: a replay asks the reader the same
+            record.shown.update({item["url"]: entry.key for item in entry.items if item.get("url")})
+        if tool.over:
+            words = tool.over.format(most=most)
+            entries += [Entry(key, (tool.item(words),)) for key in call.keys[most:]]
         return entries
+
+    def remember(self, seen: Sequence[Entry], record: Recording) -> None:
+        """Note what the agent has seen of pages. What did not fit into its observation, the next browse reads again."""
+        for entry in seen:
+            if reading := record.readings.pop(entry.key, None):
+                seen_items = len(entry.items)
+                record.memory[reading.query] += [summary for _, summary in reading.notes[:seen_items]]
+                dropped = reading.notes[seen_items:]
+                record.read[entry.key] = dropped[0][0] if dropped else reading.next
 
     async def search(self, query: str, record: Recording) -> list[dict[str, Any]]:
         count(record.cost, "searches")
         results = await self.in_thread(self.backend, query, record.cost)
-        record.shown.update(result.url for result in results if result.url)
         return [protocol.search_item(result.snippet, result.title, result.url) for result in results]
 
     async def browse(self, url: str, record: Recording) -> list[dict[str, Any]]:
+        if is_blocked(url, self.blocked):
+            raise WebFailure(*BLOCKED)
         if url not in record.shown:
             raise WebFailure("unknown_url", "No search has shown this address, so it cannot be opened.")
         count(record.cost, "pages")
-        notes = await self.browser.browse(url, record.question.text, record.memory, record.cost)
-        record.notes[url] = [summary for _, summary in notes]
+        query = record.shown[url]
+        reading = Reading(record.question.text, query, record.memory[query], record.read[url])
+        record.readings[url] = reading
+        notes = await self.browser.browse(url, reading, record.cost)
         return [protocol.page_item(summary, number) for number, summary in notes]
 
     async def entry(self, kind: str, key: str, record: Recording) -> Entry:
@@ -111,12 +143,14 @@ class Tools:
                 return Entry(key, tuple(await getattr(self, kind)(key, record)))
         except WebFailure as raised:
             failure = raised
+        except RunStopped:
+            raise
         except TimeoutError:
             failure = WebFailure("timeout", "This took too long and was given up.")
         except Exception:  # a bug, or a world stranger than its tool: it costs this call, and the log says where
             logging.getLogger(__name__).exception("tool call for %.200r", key)
             failure = WebFailure("error", "The tool failed.")
-        count(record.cost, f"fail_{failure.kind}")
+        count_failure(record.cost, "page" if kind == "browse" else kind, failure)
         return Entry(key, (protocol.TOOLS[kind].item(failure.words),))
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -127,16 +161,52 @@ class Tools:
             return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
 
     async def generate_text(self, messages: list[dict[str, str]]) -> str:
-        """The policy's own engine as a plain chat model, greedy; in no trajectory, and not counted for admission."""
+        """The policy's own engine as a plain chat model; in no trajectory, and not counted for admission."""
         token_ids, most = self.chat.message_ids(messages), self.config.max_model_len - self.config.max_turn_tokens
         del token_ids[most - 32 : -32]  # what does not fit; the rules are in front, the generation prompt at the end
         self.readings += 1
-        sampling = Sampling(0.0, self.config.max_turn_tokens, 0, (self.chat.end_of_turn_id,))
+        seed = self.config.seed  # of all readings: as asked, so answered
+        sampling = Sampling(self.config.reader_temperature, self.config.max_turn_tokens, seed, self.chat.end_ids)
         completion = await self.scheduler.generate(f"reader/{self.readings}", token_ids, sampling)
         return self.chat.decode(completion.token_ids)
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def try_services(config: Config, agent: bool = True, judge: bool = False) -> str:
+    """Ask each service that a run will use once, unrecorded: what is wrong with the first that fails, or an empty text.
+
+    `agent`: those of its tools; `judge`: that of evaluations.
+    """
+    roles = []
+    if agent and config.search in SERVICES and (config.max_tool_calls or config.method == "rag"):
+        roles.append("search")
+    if agent and config.reader == "openai" and config.max_tool_calls:
+        roles.append("reader")
+    if judge:
+        roles.append("judge")
+    web = Web(config, ":memory:")
+    for role in roles:
+        address, key = getattr(config, f"{role}_url"), f"{role.upper()}_API_KEY"
+        deadline = time.monotonic() + config.tool_timeout
+        try:
+            if role == "search":
+                live = LiveSearch(config, web)
+                address, key = live.base, SERVICES[config.search][2] or "the network"
+                live.find("Wikipedia", Counter(), deadline)
+            else:
+                payload = {
+                    "model": getattr(config, f"{role}_model"),
+                    "messages": [{"role": "user", "content": "Hello"}],
+                }
+                web.chat(f"{address.rstrip('/')}/chat/completions", key, payload, Counter(), deadline)
+        except WebFailure as failure:
+            if failure.kind not in NO_FAULT:
+                trouble = f"the {role} service at {address} does not work ({failure})"
+                return f"{trouble}; check that it runs, {role}_url, {key} and what is left of its quota"
+    web.close()
+    return ""
 
 
 class Scheduler:
@@ -204,6 +274,7 @@ class Batch:
     repeats: int
     temperature: float
     step: int
+    first: int = 0  # index of the first of the repeats, for the seeds
 
 
 async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterator[list[Trajectory]]:
@@ -219,7 +290,7 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
             if turn := len(record.turns):
                 await scheduler.enter(age, len(token_ids) + max_tokens)
             seed = int(np.random.SeedSequence((config.seed, batch.step, number, index, turn)).generate_state(1)[0])
-            sampling = Sampling(batch.temperature, max_tokens, seed, (agent.chat.end_of_turn_id,))
+            sampling = Sampling(batch.temperature, max_tokens, seed, agent.chat.end_ids)
             return await scheduler.generate(f"{batch.step}/{number}/{index}", token_ids, sampling)
 
         try:
@@ -233,7 +304,8 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
         on_done(trajectory)
         return trajectory
 
-    asked = [(q, n, i) for q, n in zip(batch.questions, batch.numbers, strict=True) for i in range(batch.repeats)]
+    indices = range(batch.first, batch.first + batch.repeats)
+    asked = [(q, n, i) for q, n in zip(batch.questions, batch.numbers, strict=True) for i in indices]
     jobs = [asyncio.create_task(one(age, *each)) for age, each in enumerate(asked)]
     everything: asyncio.Future = asyncio.gather(*jobs)
     pumping: asyncio.Future = asyncio.create_task(scheduler.pump())

@@ -5,26 +5,31 @@ Left out: uploading anywhere, and a run folder shared by two jobs at once.
 
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from tqdm import tqdm
 
-from deepresearcher_min.config import Config, ConfigError, load_config, parse_arguments
+from deepresearcher_min.config import Config, ConfigError, load_config, named, parse_arguments, read_config
 
 RUNS = Path("runs")
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the hub
+HUB_TIMEOUT = 10.0  # for its first answer [s]
 
 
 def newest_run() -> Path:
@@ -47,15 +52,81 @@ def open_run(argv: list[str]) -> Config:
     """
     if resume := parse_arguments(argv).get("resume"):
         folder = newest_run() if resume == "newest" else Path(resume)
-        if not (folder / "config.yaml").exists():
+        if not os.path.isfile(folder / "config.yaml"):
             raise ConfigError(f"resume={resume!r}: there is no run with a config.yaml in {folder}")
-        saved = yaml.safe_load((folder / "config.yaml").read_text())
+        saved = read_config("resume", folder)
         return replace(load_config(argv, base=saved), run_dir=str(folder), resume=str(folder))
     config, now = load_config(argv), datetime.now(UTC)
     run_dir = config.run_dir or str(RUNS / f"{config.preset}-{now:%Y%m%d-%H%M%S}")
-    if Path(run_dir, "config.yaml").exists():
+    if os.path.exists(f"{run_dir}/config.yaml"):
         raise ConfigError(f"run_dir={run_dir!r} holds a run already; continue it with --resume={run_dir}")
     return replace(config, run_dir=run_dir, date=config.date or f"{now:%Y-%m-%d}")
+
+
+@contextmanager
+def starting(config: Config, rank: int = 0) -> Iterator[None]:
+    """Everything before the first step: if it fails, a run folder that was not there before is gone again.
+
+    Whatever is raised becomes a ConfigError; one that nobody has put into words yet says where it comes from.
+    """
+    run = Path(config.run_dir)
+    missing = [folder for folder in (run, *run.parents) if not os.path.exists(folder)]
+    try:
+        if rank == 0 and not config.question:  # one that is only shown needs no folder
+            with named("run_dir", config.run_dir, "name a folder that can be written: --run_dir=DIR"):
+                run.mkdir(parents=True, exist_ok=True)
+                TemporaryFile(dir=run).close()
+        yield
+    except BaseException as error:
+        if rank == 0 and run in missing:
+            shutil.rmtree(run, ignore_errors=True)
+        for folder in missing[1:]:
+            with suppress(OSError):  # another run is in it by now
+                folder.rmdir()
+        if isinstance(error, ValueError) or not isinstance(error, Exception):
+            raise
+        *_, place = traceback.extract_tb(error.__traceback__)
+        where = f"{place.filename}:{place.lineno}"
+        raise ConfigError(f"the start failed: {type(error).__name__}: {error} ({where})") from error
+
+
+def fetch_model(model: str, ranks: "Ranks") -> None:
+    """Download a hub's model once on each node, with a bar; the other ranks wait, an hour as in any collective.
+
+    ConfigError where it cannot be had. Left out: weights in other formats than safetensors.
+    """
+    if os.path.isfile(f"{model}/config.json"):
+        return
+    if os.path.exists(model):
+        raise ConfigError(f"model={model!r}: this is not the folder of a model: there is no config.json in it")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise ConfigError(f"model={model!r}: there is no such folder; name a chat model with --model=DIR")
+    problem = ""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        problem = download(model)
+    for each in ranks.gather([problem]):
+        if each:
+            raise ConfigError(f"model={model!r}: no folder here, and the hub did not give it: {each}")
+
+
+def download(model: str) -> str:
+    """Bring a model's missing files into the hub's cache; what went wrong, unless the cache has the model."""
+    from huggingface_hub import HfApi, snapshot_download, utils  # here: it takes a while, and only this needs it
+
+    try:
+        HfApi().model_info(model, timeout=HUB_TIMEOUT)  # a download waits for a silent hub without end
+        utils.enable_progress_bars()
+        snapshot_download(model, allow_patterns=MODEL_FILES)
+        return ""
+    except Exception as error:  # its own, those of its HTTP client, of the disk: they have no other class in common
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        utils.disable_progress_bars()
+    try:
+        snapshot_download(model, allow_patterns=MODEL_FILES, local_files_only=True)
+        return ""
+    except (OSError, ValueError):
+        return problem
 
 
 @dataclass(frozen=True)
@@ -107,6 +178,19 @@ class Ranks:
         if self.rank == 0:
             tqdm.write(text)  # above the progress bar
 
+    def complain(self, program: str, error: Exception) -> None:
+        """Print an error; of several ranks only the first to meet one, since torchrun then ends the others."""
+        first = 1
+        with suppress(RuntimeError):  # without its store nobody else is there any more
+            first = self.store("errors").add("count", 1) if self.world_size > 1 else 1
+        if first == 1:
+            print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+    def store(self, name: str) -> dist.Store:
+        """Numbers in torchrun's store that all ranks count up together."""
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.PrefixStore(name, dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30)))
+
     def stop(self) -> None:
         """Leave the process group; to be called last."""
         if self.world_size > 1 and dist.is_initialized():
@@ -124,9 +208,7 @@ class Watch:
     def __init__(self, ranks: Ranks, limit: float) -> None:
         self.ranks, self.limit, self.finished = ranks, limit, threading.Event()
         if ranks.world_size > 1:
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=limit))
-            self.store = dist.PrefixStore("watch", store)
+            self.store = ranks.store("watch")
             threading.Thread(target=self.run, daemon=True).start()
 
     def run(self) -> None:
@@ -166,7 +248,7 @@ def save_checkpoint(config: Config, ranks: Ranks, state: dict[str, Any], write: 
     write(aside)
     ranks.gather([None])  # nobody renames before everybody has written
     if ranks.rank == 0:
-        (aside / "state.json").write_text(json.dumps(state))
+        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         for old in set(final.parent.glob("step-*")) - set(complete_checkpoints(run)[-config.keep_checkpoints :]):

@@ -9,11 +9,14 @@ import html
 import json
 import os
 import re
+import shutil
 import threading
 import time
+import unicodedata
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
@@ -22,71 +25,178 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 
-from deepresearcher_min.config import Config, ConfigError, require_environment
-from deepresearcher_min.web import BAD_REPLY, Web, WebFailure, count
+from deepresearcher_min.config import Config, ConfigError, host_list, require_environment
+from deepresearcher_min.web import BAD_REPLY, Web, WebFailure, code_of, count, is_blocked
 
-WORD = re.compile(r"\w+")
-FUNCTION_WORDS = set(  # words without content: a query is to match by its names and nouns
-    WORD.findall("""a an and any are as at be been but by can could did do does for from had has have
-    he her him his how i if in into is it its may me my of on or our she should so than that the their them then there
-    these they this those to us was we were what when where which who whom whose why will with would you your""")
+# Letters and digits, and the signs that belong to letters from Hindi to Khmer, which are no \w.
+WORD = re.compile(r"[\w\u0900-\u0963\u0966-\u0eff\u1000-\u1049\u1050-\u109f\u1780-\u17d3\u17db-\u17ff]+")
+# Scripts that put no space between words, or, as Korean, put endings to them.
+UNSPACED = re.compile(r"[\u0e00-\u11ff\u1780-\u17ff\u3005-\uffdc\U00020000-\U0003ffff]")
+RUN = re.compile(
+    r"""(?x) (?P<pairs>
+      [\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+  # Chinese
+    | [\u3041-\u309f\u30fc]+ | [\u30a1-\u30ff\u31f0-\u31ff]+  # Hiragana, Katakana
+    | [\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3]+ )  # Korean
+    | (?P<triples> [\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+ )  # Thai, Lao, Myanmar, Khmer
+    | [^\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff]+ | ."""
 )
+# No space follows a sentence of Chinese, Japanese, Khmer or Myanmar; Thai and Lao have nothing but a space there.
+ENDS = "。！？｡।॥។៕။"
+SENTENCE_END = re.compile(rf"[{ENDS}]+[」』”’）]*|[\u0e00-\u0eff](?=\s+[\u0e00-\u0eff])")
 NO_RESULTS = ("no_results", "Nothing was found for this query.")
 SNIPPET_CHARS = 300
-INDEX_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deepresearcher_min"
+INDEX_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "deepresearcher_min"
+SOURCE = code_of(__file__)
 SearchResult = namedtuple("SearchResult", ["title", "url", "snippet"])
 Ask = Callable[..., Any]  # ask(path, JSON to POST or nothing for a GET) -> JSON of the service
 Rows = Iterable[tuple[Any, Any, Any]]  # title, url (or path of the service), snippet: texts, or whatever was sent
 
 
+def words(text: str) -> list[str]:
+    """The lower-case words of a text, in order.
+
+    Where a script has no spaces, each two neighbouring signs (Chinese, Japanese, Korean) or three neighbouring
+    letters (Thai, Lao, Myanmar, Khmer) are a word, and so is a shorter run: 'iPad平板电脑' -> ipad 平板 板电 电脑.
+    """
+    text = text.casefold()
+    if text.isascii() or not UNSPACED.search(text):
+        return WORD.findall(text)
+    found = []
+    for word in WORD.findall(unicodedata.normalize("NFKC", text)):
+        for run in RUN.finditer(word):
+            size = {"pairs": 2, "triples": 3}.get(run.lastgroup or "", len(word))
+            last = max(0, len(run[0]) - size)
+            found += [run[0][start : start + size] for start in range(last + 1)]
+    return found
+
+
+FUNCTION_WORDS = set(  # words without content: a query is to match by its names and nouns
+    words("""a an and any are as at be been but by can could did do does for from had has have
+    he her him his how i if in into is it its may me my of on or our she should so than that the their them then there
+    these they this those to us was we were what when where which who whom whose why will with would you your
+    什么 哪里 哪个 哪些 哪位 怎么 为什么 多少 是谁 是什么 在哪 の は が を に で と も か な へ や です ですか ます
+    でした ました ある いる する した して から まで とは どこ だれ いつ なに なぜ
+    คือ คืออะไร อะไร ที่ไหน เมื่อไร เมื่อไหร่ ใคร เป็น ของ และ ที่""")
+)
+
+
 def content_words(text: str) -> list[str]:
     """The lower-case words of a text without function words; all of its words where nothing else is there."""
-    words = WORD.findall(text.casefold())
-    return [word for word in words if word not in FUNCTION_WORDS] or words
+    found = words(text)
+    return [word for word in found if word not in FUNCTION_WORDS] or found
+
+
+def read_passage(row: Any) -> tuple[str, str, str]:
+    """(title, address, text) of a passage as this package, BEIR, Search-R1 or their servers write it.
+
+    A text alone is `contents`, whose first line is the title (Search-R1). Without `url` the address is passage:ID, with
+    a hash of the text as ID where there is none. Raises LookupError, TypeError or AttributeError without any text.
+    """
+    if isinstance(row, str):
+        row = {"contents": row}
+    url, title, text = row.get("url"), row.get("title"), row.get("text")
+    if text is None:
+        text = row["contents"]
+        first, _, rest = text.partition("\n")
+        first = first.strip('" ')
+        if rest and title in (None, first):
+            title, text = first, rest
+    title, text = str(title or ""), str(text)
+    if not url:
+        name = row.get("id", row.get("_id"))
+        if name is None:
+            name = hashlib.sha256((title + text).encode("utf-8", "replace")).hexdigest()[:12]
+        url = f"passage:{name}"
+    return title, str(url), text
+
+
+def beginning(text: str) -> str:
+    """The first SNIPPET_CHARS of a text, up to the end of a word where it has words."""
+    flat = " ".join(text.split())
+    short = shorten(flat, SNIPPET_CHARS, placeholder=" ...")
+    return short if len(short) >= min(len(flat), SNIPPET_CHARS // 2) else flat[:SNIPPET_CHARS] + " ..."
 
 
 class Corpus:
-    """Documents (title, url, text), their `pages`, and a BM25 index; a result shows snippet(index of the document)."""
+    """Documents (title, url, text) and a BM25 index; a result shows snippet(index of the document).
+
+    `pages`: by url, the texts of all its documents, in their order.
+    """
 
     def __init__(self, documents: Sequence, snippet: Callable[[int], str] | None = None, folder: Path | None = None):
         if not documents:
             raise ConfigError("the corpus has no documents")
-        import bm25s  # here, because importing it takes 0.7 s and a live run does not need it
+        self.documents = documents
+        passages: dict[str, list[str]] = {}
+        for _, url, text in documents:
+            passages.setdefault(url, []).append(text)
+        self.pages = {url: "\n\n".join(texts) for url, texts in passages.items()}
+        self.snippet = snippet or (lambda index: beginning(documents[index][2]))
+        self.index: Any = load_index(folder) if folder else None
+        if self.index is None:
+            import bm25s  # here, because importing it takes 0.7 s and a live run does not need it
 
-        self.documents, self.pages = documents, {url: text for _, url, text in documents}
-        self.snippet = snippet or (lambda index: shorten(documents[index][2], SNIPPET_CHARS, placeholder=" ..."))
-        if folder is not None and folder.is_dir():
-            self.index = bm25s.BM25.load(folder)
-            return
-        self.index = bm25s.BM25()
-        words = [WORD.findall(f"{title}\n{text}".casefold()) for title, _, text in documents]
-        self.index.index(words, show_progress=False)
-        if folder is not None:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(OSError), TemporaryDirectory(dir=folder.parent) as unfinished:  # another rank was first
-                self.index.save(unfinished)
-                os.rename(unfinished, folder)  # at once: nobody ever reads half an index
+            self.index = bm25s.BM25()
+            self.index.index([words(f"{title}\n{text}") for title, _, text in documents], show_progress=False)
+            if folder:
+                save_index(self.index, folder)
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> "Corpus":
-        """From lines of {"title", "url", "text"}, with its index under ~/.cache; ConfigError names a bad line."""
+        """From lines that read_passage reads, with its index under ~/.cache; ConfigError names a bad line."""
+        import bm25s
+
         content, documents = Path(path).read_bytes(), []
         for number, line in enumerate(content.splitlines(), start=1):
             try:
                 if line.strip():
-                    row = json.loads(line)
-                    documents.append((str(row["title"]), str(row["url"]), str(row["text"])))
-            except (ValueError, KeyError, TypeError) as error:
+                    passage = read_passage(json.loads(line))
+                    if b"\\u" in line:
+                        "".join(passage).encode()  # refuses half of a two-part sign, which no tokenizer takes
+                    documents.append(passage)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise ConfigError(f"corpus={path}: line {number} is not title, url, text: {error!r}") from error
-        return cls(documents, folder=INDEX_CACHE / f"bm25-{hashlib.sha256(content).hexdigest()[:24]}")
+        made = hashlib.sha256(content)  # and of all else that the index comes from
+        rules = SOURCE, WORD.pattern, WORD.flags, RUN.pattern
+        made.update(repr((rules, bm25s.__version__, unicodedata.unidata_version)).encode())
+        return cls(documents, folder=INDEX_CACHE / f"bm25-{made.hexdigest()[:24]}")
 
     def search(self, query: str, k: int) -> list[SearchResult]:
         """The k best documents, best first, equal scores in corpus order; none that shares no word with the query."""
-        words = list(dict.fromkeys(content_words(query)))
-        scores = self.index.get_scores_from_ids(self.index.get_tokens_ids(words))
+        wanted = list(dict.fromkeys(content_words(query)))
+        scores = self.index.get_scores_from_ids(self.index.get_tokens_ids(wanted))
         found = np.flatnonzero(scores > 0)
         best = found[np.argsort(-scores[found], kind="stable")[:k]]
         return [SearchResult(self.documents[i][0], self.documents[i][1], self.snippet(i)) for i in best.tolist()]
+
+
+def checksum(folder: Path) -> str:
+    """Of the files of an index."""
+    whole = hashlib.sha256()
+    for file in sorted(folder.glob("*.index.*")):
+        whole.update(file.read_bytes())
+    return whole.hexdigest()
+
+
+def load_index(folder: Path) -> Any:
+    """The index in a folder; None where there is none, or it is not as it was saved."""
+    import bm25s
+
+    with suppress(OSError):
+        if (folder / "checksum").read_text("latin-1") == checksum(folder):
+            return bm25s.BM25.load(folder)
+    return None
+
+
+def save_index(index: Any, folder: Path) -> None:
+    """Keep an index; where that cannot be done, it costs only time."""
+    with suppress(OSError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent) as unfinished:
+            index.save(unfinished)
+            Path(unfinished, "checksum").write_text(checksum(Path(unfinished)))
+            shutil.rmtree(folder, ignore_errors=True)  # one that could not be loaded, or another rank's
+            os.rename(unfinished, folder)  # at once: nobody ever reads half an index
 
 
 class LiveSearch:
@@ -97,12 +207,22 @@ class LiveSearch:
         self.service, base, key = SERVICES[config.search]
         self.base, self.price = (config.search_url or base).rstrip("/"), config.price_search if key else 0.0
         self.headers = {"X-API-KEY": os.environ.get(key, "").strip()} if key else {}
+        place = {"gl": config.search_country, "hl": config.search_language} if config.search == "serper" else {}
+        self.place = {name: value for name, value in place.items() if value}
         self.lock, self.next_slot = threading.Lock(), 0.0
 
     def search(self, query: str, counts: Counter) -> list[SearchResult]:
         """Ask once, whoever asks; results without an address are left out. Raises WebFailure."""
         query, results = one_line(query), self.config.search_results
         deadline = time.monotonic() + self.config.tool_timeout
+        request = [self.config.search, self.base, query, results, *self.place.items()]
+        find = partial(self.find, query, counts, deadline)
+        rows = self.web.cached("search", request, find, counts, deadline, SOURCE)
+        found = [SearchResult(*row) for row in rows[:results]]
+        return [one._replace(url=self.base + one.url) if one.url[0] == "/" else one for one in found]
+
+    def find(self, query: str, counts: Counter, deadline: float) -> list[list[str]]:
+        """Title, address and snippet of each result, not from the cassette."""
 
         def ask(path: str, payload: Any = None) -> Any:
             with self.lock:  # a bucket of one token: a larger one would break the service's limit in its first second
@@ -111,22 +231,20 @@ class LiveSearch:
                     raise WebFailure("rate_limited", "Too many searches are under way at the moment.")
                 self.next_slot = slot + self.web.world_size / self.config.requests_per_second
             time.sleep(max(0.0, slot - time.monotonic()))
+            payload = payload and payload | self.place
             reply = self.web.fetch_json(self.base + path, self.headers, payload, counts, deadline)
             count(counts, "usd", self.price)
             return reply
 
-        def find() -> list[list[str]]:
-            try:
-                found = [[one_line(text) for text in row] for row in self.service(query, results, ask)]
-            except (LookupError, TypeError, AttributeError):
-                raise WebFailure(*BAD_REPLY) from None
-            if not (rows := [row for row in found if row[1]]):
-                raise WebFailure(*NO_RESULTS)
-            return rows
-
-        rows = self.web.cached("search", [self.config.search, self.base, query, results], find, counts, deadline)
-        found = [SearchResult(*row) for row in rows[:results]]
-        return [one._replace(url=self.base + one.url) if one.url[0] == "/" else one for one in found]
+        try:
+            found = self.service(query, self.config.search_results, ask)
+            rows = [[one_line(text) for text in row] for row in found]
+        except (LookupError, TypeError, AttributeError):
+            raise WebFailure(*BAD_REPLY) from None
+        rows = [row for row in rows if row[1]]
+        if not rows:
+            raise WebFailure(*NO_RESULTS)
+        return rows
 
 
 def one_line(text: Any) -> str:
@@ -152,16 +270,22 @@ def wikipedia(query: str, results: int, ask: Ask) -> Rows:
     wanted = urlencode({"srsearch": query, "srlimit": results})
     reply = ask(f"/w/api.php?action=query&list=search&format=json&formatversion=2&{wanted}")
     for row in reply["query"]["search"]:
-        snippet = html.unescape(re.sub("<[^>]*>", "", row["snippet"]))  # matches come marked up
+        snippet = html.unescape(re.sub("<[^>]*>", "", row.get("snippet") or ""))  # matches come marked up
         yield row["title"], "/wiki/" + quote(row["title"].replace(" ", "_"), errors="replace"), snippet
 
 
 def retriever(query: str, results: int, ask: Ask) -> Rows:
     """A server that speaks Search-R1's protocol; passages without an address cannot be browsed, so all is shown."""
-    reply = ask("/retrieve", {"queries": [query], "topk": results, "return_scores": True})
-    for document in (row["document"] for row in reply["result"][0]):
-        title, _, passage = document["contents"].partition("\n")
-        yield title.strip('" '), document.get("url") or f"passage:{document['id']}", passage
+    rows = ask("/retrieve", {"queries": [query], "topk": results, "return_scores": True})["result"][0]
+    if not isinstance(rows, list):
+        raise TypeError
+    found = []
+    for row in rows:
+        with suppress(LookupError, TypeError, AttributeError):  # a bad one costs only itself
+            found.append(read_passage(row.get("document", row) if isinstance(row, dict) else row))
+    if rows and not found:
+        raise LookupError
+    return found
 
 
 # How to ask; the URL of the public one, which `search_url` replaces; the variable that holds the key of a paid one.
@@ -186,15 +310,24 @@ def check_search(config: Config) -> None:
 
 
 def make_search(config: Config, web: Web | None, corpus: Corpus | None) -> Callable[[str, Counter], list[SearchResult]]:
-    """What `search:` names: local and toy need a corpus, all others a Web, and that check_search finds nothing."""
+    """What `search:` names: local and toy need a corpus, all others a Web, and that check_search finds nothing.
+
+    Results at `blocked_hosts` are dropped from what it finds, and so from what a cassette holds, too.
+    """
+    source: Any = corpus
     if config.search in SERVICES and web is not None:
-        return LiveSearch(config, web).search
-    if corpus is None:
+        source = LiveSearch(config, web)
+    if source is None:
         raise ConfigError(f"search={config.search!r} needs a corpus")
+    blocked = host_list(config)
 
     def search(query: str, counts: Counter) -> list[SearchResult]:
-        if not (found := corpus.search(query, config.search_results)):
+        found = source.search(query, config.search_results if source is corpus else counts)
+        kept = [one for one in found if not is_blocked(one.url, blocked)]
+        if len(kept) < len(found):
+            count(counts, "blocked", len(found) - len(kept))
+        if not kept:
             raise WebFailure(*NO_RESULTS)
-        return found
+        return kept
 
     return search

@@ -9,9 +9,12 @@ A trajectory is one flat list of token ids that only ever grows by appending:
 Sampled ids are never decoded and encoded again on their way into the loss: text is derived from them.
 """
 
+import ast
 import json
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,10 @@ import pyarrow.parquet as pq
 # left out of group and loss.
 POLICY_STOPS = ("answer", "malformed", "tool_budget", "length", "context")
 HARNESS_STOPS = ("deadline", "cancelled")
+PRINTED_TEXT = re.compile(
+    r"""(["'])(?:\\.|(?!\1)[^\\])*\1(\s+(?=["']))?""", re.DOTALL
+)  # in quotes, and a gap behind it
+PRINTED_ARRAY = re.compile(r"\barray\((\[.*?\])(?:,\s*dtype=[^\])]*)?\)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,18 @@ class Trajectory:
         return {**question, **end, "turns": turns, **tokens, "logprobs": logprobs}
 
 
+@dataclass
+class Reading:
+    """A page that is being read: what the reader is told beside the text, and how far it has come."""
+
+    question: str
+    query: str = ""  # the latest that showed the page
+    memory: Sequence[str] = ()  # what earlier calls noted for this query
+    next: int = 0  # number of the segment to go on with, from 0
+    total: int = 0  # segments of the page, known when it is opened
+    notes: list[tuple[int, str]] = field(default_factory=list)  # of this call: page_number, page_summary
+
+
 class Recording:
     """A trajectory while it grows: three parallel lists that are only ever appended to, and what the agent knows."""
 
@@ -96,9 +115,10 @@ class Recording:
         self.logprobs: list[float] = []
         self.turns: list[Turn] = []
         self.cost: Counter = Counter()
-        self.shown: set[str] = set()  # every URL that a search of this trajectory has shown
-        self.memory: list[str] = []  # what the reader noted in earlier turns
-        self.notes: dict[str, list[str]] = {}  # and in this one, by page
+        self.shown: dict[str, str] = {}  # every URL that a search of this trajectory has shown: the latest query
+        self.memory: dict[str, list[str]] = defaultdict(list)  # what the reader noted in earlier turns, by query
+        self.read: Counter[str] = Counter()  # segments read in earlier turns, by URL
+        self.readings: dict[str, Reading] = {}  # of this turn, by URL
         self.append(prompt_ids)
 
     def append(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> tuple[int, int]:
@@ -125,7 +145,7 @@ class Group:
 
 
 def load_questions(path: str | Path) -> list[Question]:
-    """Read questions from an official .parquet or from .jsonl with `question`, `answers`, optional `id`, `source`.
+    """Read questions from a .parquet or a .jsonl with the columns that parse_row knows.
 
     The question's text stays as it is, byte for byte; gold answers lose the spaces around them, and empty ones are
     dropped. A missing id becomes the file's name and the row, and a repeated one gets the row appended. Raises
@@ -145,38 +165,88 @@ def load_questions(path: str | Path) -> list[Question]:
             name = question.id or f"{path.stem}{where}"
             name = f"{name}{where}" if name in questions else name
             questions[name] = replace(question, id=name)
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        reason = f"the key {error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}{where}: {reason}") from error
+    except (pa.ArrowException, OSError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path}{where}: {error}") from error
     if not questions:
         raise ValueError(f"{path}: there are no questions in it")
     return list(questions.values())
 
 
 def parse_row(row: Any) -> Question:
-    """A question from a line of JSON (bytes), or from the official prompt, reward_model, data_source, extra_info."""
+    """A question from an object, or from a line of JSON (bytes); of several columns for one thing the first counts.
+
+    question, query or prompt: a text, or messages of which one is the user's. answers, answer, golden_answers,
+    ground_truth or reward_model's ground_truth: see gold_answers. Optional: id, _id or extra_info's index, and
+    source or data_source. ValueError lists the columns that are there.
+    """
     if isinstance(row, bytes):
         try:
             row = json.loads(row)
         except ValueError as error:
             raise ValueError(f"not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"not an object with question and answers: {str(row)[:80]}")
-    else:
-        users = [message["content"] for message in row["prompt"] or [] if message["role"] == "user"]
+    if not isinstance(row, dict):
+        raise ValueError(f"not an object with question and answers: {str(row)[:80]}")
+    columns = f"; the columns here: {', '.join(map(str, row))}"
+    for column, inner in (("reward_model", "ground_truth"), ("extra_info", "index")):
+        nested = unpacked(row.get(column))
+        if isinstance(nested, dict) and row.get(inner) is None:
+            row = {**row, inner: nested.get(inner)}
+    text = unpacked(first_of(row, "question", "query", "prompt"))
+    if isinstance(text, list):
+        users = [one for one in text if isinstance(one, dict) and one.get("role") == "user"]
         if len(users) != 1:
             raise ValueError(f"prompt has {len(users)} user messages, not 1")
-        gold, extra = (row["reward_model"] or {})["ground_truth"], row.get("extra_info") or {}
-        row = {"question": users[0], "answers": gold, "source": row.get("data_source"), "id": extra.get("index")}
-    text, answers = row["question"], row["answers"]
+        text = users[0].get("content")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"question must be a text that is not empty, not {text!r}")
-    parts = answers.split("<|answer_split|>") if isinstance(answers, str) else answers
-    usable = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
-    golds = tuple(part.strip() for part in parts if part.strip()) if usable else ()
+        raise ValueError(f"question must be a text that is not empty, not {text!r}{columns}")
+    found = first_of(row, "answers", "answer", "golden_answers", "ground_truth")
+    golds = gold_answers(found)
     if not golds:
-        raise ValueError(f"answers must hold a text, or be a list that holds texts, not {str(answers)[:80]!r}")
-    return Question("" if row.get("id") is None else str(row["id"]), text, golds, str(row.get("source") or ""))
+        expected = "answers must hold a text, or be a list that holds texts"
+        raise ValueError(f"{expected}, not {str(found)[:80]!r}{columns}")
+    name, source = first_of(row, "id", "_id", "index"), first_of(row, "source", "data_source")
+    question = Question("" if name is None else str(name), text, golds, str(source or ""))
+    "".join((text, *golds, question.id, question.source)).encode()  # refuses half of a two-part sign: no file takes it
+    return question
+
+
+def first_of(row: dict, *columns: str) -> Any:
+    """What the first of these columns holds that is there and not null, else None."""
+    return next((row[column] for column in columns if row.get(column) is not None), None)
+
+
+def unpacked(value: Any) -> Any:
+    """The list or dict that a text stores, as JSON or as Python and numpy print them; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "array(")):
+        return value
+    errors = ValueError, SyntaxError, TypeError, MemoryError, RecursionError
+    with suppress(*errors):
+        return json.loads(value)
+    # numpy prints no commas, and Python joins texts that stand side by side
+    listed = PRINTED_TEXT.sub(lambda text: text[0] + "," * bool(text[2]), PRINTED_ARRAY.sub(r"\1", value))
+    with suppress(*errors):
+        return ast.literal_eval(listed)
+    return value
+
+
+def gold_answers(value: Any) -> tuple[str, ...]:
+    """The texts in a text, a number, a list of them or {"target": ...}; none where anything else is in it.
+
+    A text may join several by <|answer_split|>. True is "yes", as the prompt asks for; 1998.0 is "1998".
+    """
+    value = unpacked(value)
+    if isinstance(value, dict):
+        value = unpacked(value.get("target"))
+    golds: list[str] = []
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, bool):
+            part = "yes" if part else "no"
+        elif isinstance(part, int | float) and part == part:
+            part = str(part).removesuffix(".0")
+        if not isinstance(part, str | None):
+            return ()
+        golds += (part or "").split("<|answer_split|>")
+    return tuple(gold.strip() for gold in golds if gold.strip())
 
 
 def take_questions(questions: Sequence[Question], seed: int, start: int, count: int) -> list[Question]:

@@ -5,6 +5,7 @@ call; what goes wrong is a WebFailure, in words for the model. Left out: cookies
 """
 
 import hashlib
+import html
 import http.client
 import ipaddress
 import json
@@ -14,21 +15,24 @@ import re
 import socket
 import sqlite3
 import ssl
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
-from urllib.parse import urljoin
+from urllib.parse import unquote, urljoin
 
 import urllib3
 from urllib3 import exceptions as errors
 from urllib3.util import Url, parse_url
 
-from deepresearcher_min.config import Config, ConfigError
+from deepresearcher_min.config import Config, ConfigError, host_list, plain_host
 
 USER_AGENT = "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)"
 READABLE = re.compile(r"$|text/(html|plain|markdown)|application/(xhtml\+xml|pdf)")  # content types of pages
@@ -37,7 +41,9 @@ TIMEOUT = ("timeout", "The server did not answer in time.")
 CONNECTION = ("connection", "The connection to the server failed.")
 BAD_REPLY = ("bad_reply", "The service sent a reply that cannot be read.")
 REFUSED = ("refused_address", "Only plain http and https addresses of the public internet can be opened.")
+BLOCKED = ("blocked_host", "This host is blocked: data sets are kept there, with the answers to questions.")
 PLAIN_URL = re.compile(r"(?i)https?://[^/?#@\\\x00-\x20\x7f]+([/?#][^\\\x00-\x20\x7f]*)?")  # no user, no odd characters
+HOST_OF_URL = re.compile(r"(?:[^/?#]*//)?(?:[^/?#]*@)?([^/?#:]*)")
 # Not public, although some Python versions call them global: multicast, protocol assignments, 6to4 relays, the metadata
 # service of Azure; of IPv6 all outside 2000::/3, Teredo and its neighbours, documentation.
 NETWORKS = """224.0.0.0/3 192.0.0.0/24 192.88.99.0/24 168.63.129.16/32
@@ -46,14 +52,21 @@ NOT_PUBLIC = [ipaddress.ip_network(network) for network in NETWORKS.split()]
 RESOLVERS = ThreadPoolExecutor(16, "resolver")  # getaddrinfo knows no deadline; waiting for a thread does
 COUNT_LOCK = threading.Lock()
 EXCHANGE = threading.local()  # .deadline of the exchange that this thread is in
+ROLES = ("search", "reader", "judge")  # services of the operator, whose failures can stop a run; pages may fail
+NO_FAULT = ("no_results", "no_verdict")  # kinds of failure of a service that works
+LEFT_OUT: dict[tuple[str, str], dict[str, str]] = {}  # by endpoint and model: parameter -> its other name, or ""
+LAST_WORDS: dict[str, str] = {}  # how a call to each service failed last, for people
 
 
 class WebFailure(Exception):
-    """Something that the world did: `kind` is a short name to count, `words` a sentence for the model."""
+    """Something that the world did: `kind` is a short name to count, `words` a sentence for the model.
 
-    def __init__(self, kind: str, words: str) -> None:
-        super().__init__(f"{kind}: {words}")
-        self.kind, self.words = kind, words
+    `said`, for people, is what a service of the operator had to say about it.
+    """
+
+    def __init__(self, kind: str, words: str, said: str = "") -> None:
+        super().__init__(f"{kind}: {words}" + (f" It said: {said}" if said else ""))
+        self.kind, self.words, self.said, self.counted = kind, words, said, False
 
 
 class BlockedURL(WebFailure):
@@ -64,6 +77,34 @@ def count(counts: dict, name: str, amount: float = 1) -> None:
     """Add to a counter that several tool threads of one trajectory may share."""
     with COUNT_LOCK:
         counts[name] += amount
+
+
+def count_failure(counts: dict, source: str, failure: WebFailure) -> None:
+    """As fail_<source>_<kind>, once for each failure, however many see it on its way."""
+    if not failure.counted:
+        failure.counted = True
+        count(counts, f"fail_{source}_{failure.kind}")
+
+
+class RunStopped(Exception):
+    """Why a run ends before its end, with everything saved: --resume goes on."""
+
+
+def raise_if_down(config: Config, counts: Mapping[str, Any], least: int = 1) -> None:
+    """RunStopped if most of at least `least` calls to a service failed; never in a replay, which asks nobody.
+
+    `counts`: cost_<service>_calls and cost_<service>_failed, as in metrics.jsonl.
+    """
+    for service in ROLES if config.cassette_mode != "replay" else ():
+        calls, failed = (counts.get(f"cost_{service}_{what}", 0) for what in ("calls", "failed"))
+        if calls >= least and failed > calls / 2:
+            last = LAST_WORDS.get(service, "see the other ranks")
+            raise RunStopped(f"{failed:.0f} of {calls:.0f} calls to the {service} service failed. The last one: {last}")
+
+
+def code_of(file: str, *packages: str) -> str:
+    """What a cached reply was made by: a hash of a module's file, and the versions of what it works with."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() + "".join(map(version, packages))
 
 
 def seconds_left(deadline: float) -> float:
@@ -104,6 +145,13 @@ def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tu
     return parts, addresses
 
 
+def is_blocked(url: str, hosts: Sequence[str]) -> bool:
+    """Whether an address, however it is spelled, is at one of these hosts, from host_list, or their subdomains."""
+    found = HOST_OF_URL.match(url.strip().replace("\\", "/"))
+    host = plain_host(unquote(found[1] if found else ""))
+    return any(f".{host}".endswith(f".{blocked}") for blocked in hosts)
+
+
 class DeadlineResponse(http.client.HTTPResponse):
     """A response whose head and body end at the deadline: a limit of silence never meets a byte every second."""
 
@@ -124,13 +172,49 @@ CONNECTIONS: Any = {
 }
 
 
-def status_failure(status: int, body: bytes) -> WebFailure:
+def texts(value: Any) -> list[str]:
+    """All texts inside JSON, in order."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [text for part in value for text in texts(part)]
+    return [value] if isinstance(value, str) else []
+
+
+def server_words(body: bytes, headers: Mapping[str, str]) -> str:
+    """What an error says: the texts of its JSON, or its text without tags; shortened, and without the key sent."""
+    text = body[:10_000].decode("utf-8", "replace")
+    try:
+        said = ", ".join(texts(json.loads(text)))
+    except (ValueError, RecursionError):
+        said = html.unescape(re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", text))
+    for secret in (value.split()[-1] for value in headers.values() if value.strip()):
+        said = said.replace(secret, "...") if len(secret) > 3 else said
+    return shorten("".join(letter if letter.isprintable() else " " for letter in said), 400, placeholder=" ...")
+
+
+def status_failure(status: int, body: bytes, said: str = "") -> WebFailure:
     if status in (402, 432) or (status == 400 and b"credit" in body[:1000].lower()):  # "Not enough credits" is Serper's
-        return WebFailure("quota", "The quota of the service is used up.")
+        return WebFailure("quota", "The quota of the service is used up.", said)
     if status in (401, 403):
-        return WebFailure("unauthorized", "The server refused access.")
+        return WebFailure("unauthorized", "The server refused access.", said)
     words = f"The server answered with the error {status} ({http.client.responses.get(status, 'unknown')})."
-    return WebFailure("rate_limited" if status == 429 else f"http_{status}", words)
+    return WebFailure("rate_limited" if status == 429 else f"http_{status}", words, said)
+
+
+def refused_parameter(failure: WebFailure, names: Mapping[str, str]) -> str:
+    """The key of that parameter in `names` (their values are as sent) which an endpoint refuses, or an empty text.
+
+    It is the first that the message names, be it as "max_tokens", "max tokens" or "maxTokens".
+    """
+    found = {}
+    if failure.kind in ("http_400", "http_422") and "context length" not in failure.said:
+        for name in names.keys() - {"model", "messages"}:
+            pattern = rf"(?i)\b{names[name].replace('_', '[_ ]?')}\b"
+            match = re.search(pattern, failure.said) if names[name] else None
+            if match:
+                found[match.start()] = name
+    return found[min(found)] if found else ""
 
 
 class Web:
@@ -155,11 +239,41 @@ class Web:
         self.db_lock = threading.Lock()
         self.flights = [threading.Lock() for _ in range(65536)]  # one for each first two bytes of a key
         self.pools = urllib3.PoolManager(100, block=True, retries=False, ssl_context=ssl.create_default_context())
-        self.jitter = random.Random(rank)
+        self.jitter, self.rank, self.opened = random.Random(rank), rank, time.time()
+        self.blocked = host_list(config)
+        self.run = 0  # of an evaluation's repeats
+        self.totals, self.enough = Counter[str](), 0  # calls and failures; from how many on to stop, 0: never
 
-    def cached(self, kind: str, request: Any, produce: Callable[[], Any], counts: Counter, deadline: float) -> Any:
-        """The recorded reply to `request` (any JSON), else that of produce(), which is recorded, be it a WebFailure."""
-        key = hashlib.sha256(json.dumps([kind, request], sort_keys=True).encode()).digest()
+    def cached(
+        self, kind: str, request: Any, produce: Callable, counts: Counter, deadline: float, made: str = ""
+    ) -> Any:
+        """The recorded reply to `request` (any JSON), else that of produce(), which is recorded, be it a WebFailure.
+
+        `kind`, of what is asked: page or one of ROLES. Here its calls are counted, and those that failed. `made` stands
+        for the code behind produce(): in mode live, what other code has made is asked for again.
+        """
+        hurried = deadline - time.monotonic() < self.config.tool_timeout / 2  # others took its time
+        if self.enough:
+            raise_if_down(self.config, self.totals, self.enough)
+        self._count(counts, f"{kind}_calls")
+        try:
+            return self._recorded(kind, request, produce, counts, deadline, made)
+        except WebFailure as failure:
+            count_failure(counts, kind, failure)
+            if failure.kind not in NO_FAULT and not (hurried and failure.kind == "timeout"):
+                self._count(counts, f"{kind}_failed")
+                LAST_WORDS[kind] = str(failure)
+            raise
+
+    def _count(self, counts: Counter, name: str) -> None:
+        count(counts, name)
+        count(self.totals, f"cost_{name}")
+
+    def _recorded(self, kind: str, request: Any, produce: Callable, counts: Counter, deadline: float, made: str) -> Any:
+        asked = [kind, request]
+        if self.run and kind in ("reader", "judge"):  # models answer each run anew; searches and pages are shared
+            asked.append(self.run)
+        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
         flight = self.flights[int.from_bytes(key[:2], "big")]
         if not flight.acquire(timeout=seconds_left(deadline)):  # all but one of identical requests wait for its reply
             raise WebFailure(*TIMEOUT)
@@ -167,9 +281,12 @@ class Web:
             with self.db_lock:
                 row = self.db.execute("SELECT time, reply FROM replies WHERE key = ?", (key,)).fetchone()
             reply = json.loads(row[1]) if row else {}
-            ttl = 60.0 if "failure" in reply else self.config.search_ttl  # a failure is soon forgotten [s]
+            ttl = self.config.search_ttl
+            if "failure" in reply:  # soon forgotten [s], and by the next process at once: a service may be mended
+                ttl = min(60.0, time.time() - self.opened)
             kept = {"live": False, "record": "failure" not in reply, "replay": True}[self.config.cassette_mode]
-            if reply and (kept or time.time() - row[0] <= ttl):
+            fresh = reply and time.time() - row[0] <= ttl and reply.get("made", "") == made
+            if reply and (kept or fresh):
                 count(counts, "cache_hits")
             elif self.config.cassette_mode == "replay":
                 raise WebFailure("replay_miss", "This is not in the recording that is being replayed.")
@@ -177,8 +294,8 @@ class Web:
                 try:
                     reply = {"value": produce()}
                 except WebFailure as failure:
-                    reply = {"failure": (failure.kind, failure.words)}
-                row = (key, time.time(), json.dumps(reply))
+                    reply = {"failure": (failure.kind, failure.words, failure.said)}
+                row = (key, time.time(), json.dumps({**reply, "made": made}))
                 with self.db_lock:
                     self.db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", row)
         finally:
@@ -198,7 +315,7 @@ class Web:
                 status, headers, body = self._follow(url, sent, own, attempt, counts, deadline)
                 if 200 <= status < 300:
                     return body, headers.get("Content-Type", "")
-                failure = status_failure(status, body)
+                failure = status_failure(status, body, server_words(body, sent["headers"]) if own else "")
                 with suppress(errors.InvalidHeader, ValueError):  # no Retry-After, or one that cannot be read
                     pause = urllib3.Retry().parse_retry_after(headers.get("Retry-After", ""))
             except WebFailure as raised:
@@ -211,18 +328,45 @@ class Web:
     def fetch_json(self, url: str, headers: Any, payload: Any, counts: Counter, deadline: float) -> Any:
         """The JSON reply of a service of the operator, to a POST of `payload`, or a GET if that is None."""
         sent = {"method": "GET" if payload is None else "POST", "headers": headers, "json": payload}
+        body = self.fetch(url, counts, deadline, sent, own=True)[0]
         try:
-            return json.loads(self.fetch(url, counts, deadline, sent, own=True)[0])
+            reply = json.loads(body)
+            if not (isinstance(reply, dict) and reply.get("error")):  # which some send with the status of success
+                return reply
         except (ValueError, RecursionError):
-            raise WebFailure(*BAD_REPLY) from None
+            pass
+        raise WebFailure(*BAD_REPLY, server_words(body, headers))
 
     def chat(self, url: str, key: str, payload: Any, counts: Counter, deadline: float) -> tuple[str | None, int]:
-        """(text, tokens) of a chat completion; (None, 0) without text. `key`: the environment variable of the key."""
-        headers = {"Authorization": f"Bearer {os.environ.get(key, '')}"}
-        reply = self.fetch_json(url, headers, payload | {"temperature": 0}, counts, deadline)
+        """(text, tokens) of a chat completion; (None, 0) without text. `key`: the environment variable of the key.
+
+        What the endpoint refuses by name of the payload's parameters is left out, or sent by the name that it wants.
+        """
+        headers = {"Authorization": f"Bearer {os.environ.get(key, '').strip()}"}
+        endpoint = (url, payload["model"])
+        refused, said = dict(LEFT_OUT.get(endpoint, {})), ""
+        while True:
+            names = {name: refused.get(name, name) for name in payload}
+            sent = {new: payload[name] for name, new in names.items() if new}
+            try:
+                reply = self.fetch_json(url, headers, sent, counts, deadline)
+                break
+            except WebFailure as failure:
+                name = refused_parameter(failure, names)
+                if not name:
+                    raise
+                said = failure.said
+                renamed = names[name] == "max_tokens" and "max_completion_tokens" in said
+                refused[name] = "max_completion_tokens" if renamed else ""
+        if said and refused != LEFT_OUT.get(endpoint) and self.rank == 0:
+            print(f"{url} refuses {', '.join(refused)}, and is asked without: {said}", file=sys.stderr, flush=True)
+        LEFT_OUT[endpoint] = refused
         try:
-            text = reply["choices"][0]["message"]["content"] + ""
+            message = reply["choices"][0]["message"]
         except (LookupError, TypeError):
+            raise WebFailure(*BAD_REPLY) from None
+        text = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(text, str):
             return None, 0
         with suppress(LookupError, TypeError):
             return text, reply["usage"]["total_tokens"] + 0
@@ -231,6 +375,8 @@ class Web:
     def _follow(self, url: str, sent: Any, own: bool, attempt: int, counts: Counter, deadline: float) -> Any:
         """(status, headers, body) at the end of the redirects; attempts take turns with the addresses of a name."""
         for _ in range(6):  # five redirects
+            if not own and is_blocked(url, self.blocked):
+                raise BlockedURL(*BLOCKED)
             parts, addresses = check_url(url, own or self.config.allow_private_hosts, seconds_left(deadline))
             address = addresses[attempt % len(addresses)]
             status, headers, body = self._exchange(parts, address, sent, own, counts, deadline)
@@ -244,7 +390,9 @@ class Web:
     def _exchange(self, url: Url, address: str, sent: Any, own: bool, counts: Counter, deadline: float) -> Any:
         EXCHANGE.deadline = deadline
         third = seconds_left(deadline) / 3  # each for a place in the pool, the connection and its TLS: together in time
-        wait = urllib3.Timeout(connect=min(self.config.connect_timeout, third), read=self.config.read_timeout)
+        # A language model is silent until the whole of its reply is there.
+        silence = third * 3 if "messages" in (sent.get("json") or {}) else self.config.read_timeout
+        wait = urllib3.Timeout(connect=min(self.config.connect_timeout, third), read=silence)
         headers = {"Host": url.netloc, "User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate", **sent["headers"]}
         request = {**sent, "url": url.request_uri, "headers": headers, "timeout": wait, "pool_timeout": third}
         most = max(1, self.config.tool_threads) if own else self.config.connections_per_host

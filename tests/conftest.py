@@ -45,3 +45,30 @@ def open_web(tmp_path):
     yield open_one
     for one in opened:
         one.close()
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """The folder of the broken inputs of bad_inputs.py."""
+    from bad_inputs import make
+
+    folder = tmp_path_factory.mktemp("bad")
+    make(folder)
+    return folder
+
+
+@pytest.fixture
+def nothing_begun(place, monkeypatch):
+    """No keys, an empty cache and home, no run folder before and after, and no folder between."""
+    import shutil
+
+    from deepresearcher_min import search
+
+    for name in ("SERPER_API_KEY", "JUDGE_API_KEY", "READER_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(search, "INDEX_CACHE", place / "cache")
+    before = {path: path.stat().st_mtime_ns for path in place.glob("r_*/*")}
+    shutil.rmtree(place / "new", ignore_errors=True)
+    yield
+    assert not (place / "new").exists()
+    assert {path: path.stat().st_mtime_ns for path in place.glob("r_*/*")} == before

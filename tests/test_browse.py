@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from loopback import Server
 from test_pages import ARTICLE, page
 
+from deepresearcher_min import browse
 from deepresearcher_min.browse import Browser, extract, parse_notes, segments
 from deepresearcher_min.config import ConfigError, load_config
-from deepresearcher_min.search import Corpus
+from deepresearcher_min.search import SENTENCE_END, Corpus
+from deepresearcher_min.trajectory import Reading
 from deepresearcher_min.web import Web, WebFailure
 
 pytestmark = pytest.mark.quick
@@ -29,7 +31,7 @@ async def inline(function, *args):
 def read_page(url, question, corpus, memory=(), config=TOY, web=None, engine=None, in_thread=inline):
     counts = Counter()
     browser = Browser(config, web, corpus, in_thread, engine)
-    return asyncio.run(browser.browse(url, question, memory, counts)), counts
+    return asyncio.run(browser.browse(url, Reading(question, memory=memory), counts)), counts
 
 
 def test_corpus_page_gives_the_sentences_that_answer():
@@ -67,6 +69,45 @@ def test_a_long_text_is_cut_in_linear_time():
 
 def test_extractive_reader_returns_nothing_where_nothing_is_shared():
     assert extract("zebra?", PAGE) == ""
+
+
+CHINESE = "绍兴是一座城市。鲁迅于1881年出生在绍兴！他写了「阿Q正传。」后来呢？他去了北京。"
+THAI = "เชียงใหม่เป็นจังหวัดทางภาคเหนือ ดอยสุเทพสูง 1676 เมตร ประชากรพูดคำเมือง"
+
+
+@pytest.mark.parametrize(
+    ("question", "page_", "notes"),
+    [
+        ("鲁迅出生在哪里？", CHINESE, "鲁迅于1881年出生在绍兴！"),
+        ("谁写了《阿Q正传》？", CHINESE, "他写了「阿Q正传。」"),
+        ("北京", CHINESE, "他去了北京。"),
+        (
+            "平安京はいつ置かれましたか",
+            "京都は古い都です。794年に平安京が置かれました。",
+            "794年に平安京が置かれました。",
+        ),
+        ("ดอยสุเทพสูงเท่าไร", THAI, "ดอยสุเทพสูง 1676 เมตร"),
+        ("ទន្លេមេគង្គ", "ភ្នំពេញជារាជធានី។ ទីក្រុងនេះនៅលើទន្លេមេគង្គ។", "ទីក្រុងនេះនៅលើទន្លេមេគង្គ។"),
+        ("यमुना", "दिल्ली राजधानी है। यमुना यहाँ बहती है।", "यमुना यहाँ बहती है।"),
+        ("斑马", CHINESE, ""),
+    ],
+)
+def test_the_extractive_reader_knows_sentences_of_other_scripts(question, page_, notes):
+    assert extract(question, page_) == notes
+
+
+def test_segments_end_with_sentences_of_other_scripts():
+    for sentence in ("鲁迅于一八八一年出生在绍兴。", "猫は何匹いますか？", "ទីក្រុងនេះនៅលើទន្លេមេគង្គ។"):
+        pieces = segments(sentence * 50, 100)
+        assert len(pieces) > 1 and all(piece.endswith(sentence[-1]) for piece in pieces)
+        assert "".join(pieces) == sentence * 50
+    assert segments("One. Two! 三。 four", 12)[0] == "One. Two! 三。"
+
+
+def test_english_sentences_end_as_ever():
+    text = 'It is 3.5 m (approx.) high. "Is it?" No!Yes... So “it is.” Dr. Who\nsaid x.y.z. End'
+    assert SENTENCE_END.sub("", text) == text
+    assert extract("high end", text) == "It is 3.5 m (approx.) high. End"
 
 
 # --- readers
@@ -169,7 +210,7 @@ def test_notes_taken_before_a_failure_are_kept(live):
     first = completion("CONTINUE: yes\nNOTES: First.")
     server.pages["/v1/chat/completions"] = lambda number: first if number == 1 else (500, {}, b"")
     notes, counts = read_page(server.url + "/page", "q", None, [], config, web)
-    assert notes == [(0, "First.")] and counts["fail_http_500"] == 1
+    assert notes == [(0, "First.")] and counts["fail_reader_http_500"] == 1
 
 
 def test_a_slow_reader_meets_the_deadline_of_the_call(live):
@@ -188,6 +229,71 @@ def test_a_slow_reader_meets_the_deadline_of_the_call(live):
     replay.close()
 
 
+@pytest.mark.parametrize(
+    ("changes", "temperature", "cap"),
+    [({}, 0, 600), ({"reader_temperature": 0.6, "reader_tokens": 0}, 0.6, None), ({"reader_tokens": 9}, 0, 9)],
+)
+def test_the_reader_is_sent_the_temperature_and_the_cap_that_the_keys_say(live, changes, temperature, cap):
+    server, config, web = live
+    server.pages["/v1/chat/completions"] = completion("NOTES: The Ost.")
+    read_page(server.url + "/page", "Which river?", None, [], replace(config, **changes), web)
+    sent = json.loads(server.sent[-1][2])
+    assert sent["temperature"] == temperature and sent.get("max_tokens") == cap
+    assert sent.keys() - {"max_tokens"} == {"model", "messages", "temperature"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"reader_temperature": 0.6}, {"reader_tokens": 0}, {"reader_model": "other"}, {"segment_chars": 500}],
+)
+def test_a_recording_under_other_settings_of_the_reader_does_not_answer(live, changes):
+    server, config, web = live
+    server.pages["/v1/chat/completions"] = completion("NOTES: The Ost.")
+    url = server.url + "/page"
+    read_page(url, "Which river?", None, [], config, web)
+    replay = Web(replace(config, cassette_mode="replay"), web.cassette)
+    assert read_page(url, "Which river?", None, [], config, replay)[0] == [(0, "The Ost.")]
+    with pytest.raises(WebFailure, match="replay_miss"):
+        read_page(url, "Which river?", None, [], replace(config, **changes), replay)
+    replay.close()
+
+
+def test_the_reader_sees_as_much_of_earlier_notes_as_it_may():
+    memory = ["oldest " * 5, "middle", "newest"]
+    for most, seen in ((12, "iddle\nnewest"), (0, "\n".join(memory))):
+        engine = Scripted("NOTES: none")
+        with pytest.raises(WebFailure, match="no_information"):
+            config = replace(TOY, reader="engine", reader_memory=most)
+            read_page("toy:amra", "q", Corpus([("Amra", "toy:amra", PAGE)]), memory, config, engine=engine)
+        assert f"Earlier notes: {seen}\n\nPage segment 1 of 1:" in engine.prompts[0][1]["content"]
+
+
+def test_a_whole_browse_has_a_deadline_of_its_own_and_each_reading_keeps_tool_timeout(live):
+    server, config, web = live
+    url = server.url + "/page"
+    server.pages["/v1/chat/completions"] = lambda _: time.sleep(0.25) or completion("CONTINUE: yes\nNOTES: More.")
+    config = replace(config, segment_chars=190, max_segments=0)
+    read_page(url, "q", None, [], replace(config, max_segments=1), web)  # the page is in the cassette now
+    config, read = replace(config, tool_timeout=0.7), {}
+    for limit in (-1.0, 0.0, 1.3):
+        notes, counts = read_page(url, f"q {limit}", None, [], replace(config, browse_timeout=limit), web)
+        read[limit] = len(notes), counts["fail_page_timeout"] + counts["fail_reader_timeout"]
+    assert read[0.0][0] >= 6 and read[0.0][1] == 0 and read[-1.0][1] == read[1.3][1] == 1
+    assert 1 <= read[-1.0][0] <= 2 < read[1.3][0] <= 5
+    with pytest.raises(WebFailure, match="timeout"):  # one reading alone has no longer than tool_timeout
+        read_page(url, "late", None, [], replace(config, browse_timeout=0.0, tool_timeout=0.1), web)
+
+
+def test_a_model_may_be_silent_until_its_reply_is_whole_and_a_page_may_not(live):
+    server, config, web = live
+    server.pages["/v1/chat/completions"] = lambda _: time.sleep(0.5) or completion("NOTES: The Ost.")
+    hasty = Web(replace(config, read_timeout=0.2), web.cassette)
+    assert read_page(server.url + "/page", "Which river?", None, [], hasty.config, hasty)[0] == [(0, "The Ost.")]
+    with pytest.raises(WebFailure, match="timeout"):
+        read_page(server.url + "/fault/silence", "q", None, [], hasty.config, hasty)
+    hasty.close()
+
+
 def test_a_reader_waits_in_the_thread_that_tools_are_given_and_counts_tokens_as_it_can(live):
     server, config, web = live
     server.pages["/v1/chat/completions"] = completion("NOTES: The Ost.", usage={"prompt_tokens": 7})
@@ -201,6 +307,21 @@ def test_a_reader_waits_in_the_thread_that_tools_are_given_and_counts_tokens_as_
     notes, counts = read_page(url, "Which river?", None, [], config, web, in_thread=in_thread)
     assert notes == [(0, "The Ost.")]
     assert asked == ["fetch_text", "cached"] and counts["reader_tokens"] > 100
+
+
+@pytest.mark.parametrize("mode", ["live", "record"])
+def test_a_page_that_other_code_has_read_is_read_again_in_mode_live_only(live, monkeypatch, mode):
+    server, config, web = live
+    config = replace(config, reader="extractive", cassette_mode=mode)
+    again = Web(config, web.cassette)
+    for _ in range(2):
+        read_page(server.url + "/page", "Where does the Ost rise?", None, [], config, again)
+    assert server.requests["/page"] == 1
+    monkeypatch.setattr(browse, "EXTRACTOR", "after an edit")
+    for _ in range(2):
+        read_page(server.url + "/page", "Where does the Ost rise?", None, [], config, again)
+    assert server.requests["/page"] == (2 if mode == "live" else 1)
+    again.close()
 
 
 def test_live_pages_that_cannot_be_read_say_so(live):

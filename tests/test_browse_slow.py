@@ -7,7 +7,7 @@ from test_pages import PAGES, fuzz, needs_pages
 
 from deepresearcher_min.browse import main_text
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::bs4.XMLParsedAsHTMLWarning")]
+pytestmark = pytest.mark.slow
 
 
 @needs_pages

@@ -73,6 +73,19 @@ def test_errors_name_key_value_and_limit(argument, words):
     assert words in str(error.value)
 
 
+def test_limits_that_may_be_switched_off_and_the_deadline_that_may_be_another_ones():
+    argv = [f"--{key}=0" for key in ("max_urls", "max_segments", "browse_timeout", "reader_tokens", "reader_memory")]
+    config = load_config(argv)
+    assert not any(getattr(config, word[2:].partition("=")[0]) for word in argv)
+    assert load_config([]).browse_timeout < 0 and load_config(["--preset=paper"]).max_urls == 10
+    for argument in ("--max_urls=-1", "--max_segments=-1", "--reader_tokens=-1", "--reader_temperature=-1"):
+        with pytest.raises(ConfigError, match="must be at least 0"):
+            load_config([argument])
+    for argument in ("--browse_timeout=nan", "--browse_timeout=inf", "--format_reward=nan"):
+        with pytest.raises(ConfigError, match="must be a finite number"):
+            load_config([argument])
+
+
 def test_describe_shows_only_what_differs():
     text = describe(load_config(["--preset=paper", "--lr=2e-6"]))
     assert "lr: 2e-06  (default 1e-06)" in text and "group_size" not in text

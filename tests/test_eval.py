@@ -88,7 +88,7 @@ def test_progress_and_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     real = evaluation.measures
     monkeypatch.setattr(evaluation, "measures", lambda one: {**real(one), "usd": 0.25})
-    assert evaluation.main([*TOY, f"--run_dir={tmp_path / 'eval'}", "--max_cost=0.75", "--max_in_flight=1"]) == 130
+    assert evaluation.main([*TOY, f"--run_dir={tmp_path / 'eval'}", "--max_cost=0.75", "--max_in_flight=1"]) == 3
     shown = re.findall(r"agent: +\d+%.*? (\d)/8 .*?F1 ([\d.]+), \$([\d.]+)", terminal.getvalue())
     assert shown[-1][0] == "3" and shown[-1][2] == "0.75" and 0 <= float(shown[-1][1]) <= 1
     assert len(rows_of(tmp_path / "eval")) == 3

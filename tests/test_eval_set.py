@@ -39,6 +39,15 @@ def test_the_test_set_is_fetched_once(published):
 
 
 @pytest.mark.quick
+def test_a_kept_file_that_is_not_the_published_one_is_fetched_again(published):
+    path = Path(evaluation.test_set(CONFIG))
+    for spoiled in (published.body[:1000], b""):
+        path.write_bytes(spoiled)
+        assert Path(evaluation.test_set(CONFIG)).read_bytes() == published.body
+    assert published.requests["/file"] == 3
+
+
+@pytest.mark.quick
 def test_a_broken_download_starts_again(published, monkeypatch):
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(published.body)
 
@@ -98,3 +107,12 @@ def test_the_checksum_is_that_of_the_official_file(tmp_path, monkeypatch):
     assert Counter(question.source for question in questions) == {
         "nq": 512, "tq": 512, "hotpotqa": 512, "2wiki": 512, "musique": 512, "popqa": 512, "Bamboogle": 125,
     }  # fmt: skip
+
+
+@pytest.mark.quick
+def test_the_engine_has_the_card_for_itself(two_steps):
+    base = ["--model=nowhere", "--dtype=float32", "--search=wikipedia"]
+    for arguments in (base, [f"--model={two_steps}"]):  # a run's own config shared the card with an optimizer
+        assert evaluation.resolve(arguments).engine_memory == 0.9
+        assert evaluation.resolve([*arguments, "--engine_memory=0.5"]).engine_memory == 0.5
+    assert load_config(["--preset=paper"]).engine_memory == 0.6

@@ -1,5 +1,6 @@
 """browse.py: from the bytes of a page to its text, encodings, hostile pages, and parsers in child processes."""
 
+import io
 import json
 import random
 import re
@@ -8,11 +9,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pypdf
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bench.tools import quality
+from bench.tools import quality, trafilatura_mode
 from deepresearcher_min import browse as browse_module
-from deepresearcher_min.browse import Parsers, decode, main_text
+from deepresearcher_min.browse import Parsers, decode, main_text, parse
 from deepresearcher_min.config import ROOT
 from deepresearcher_min.web import WebFailure
 
@@ -38,6 +42,73 @@ def test_main_content_is_kept_legible_and_the_frame_around_it_is_left_out():
     )
     assert "The Ost\n" in text and "- one\n- two" in text and re.search(r"Marn \| 4,100", text)
     assert not re.search("Shop now|rights reserved|evil", text)
+
+
+SENTENCE = "The <i>Ost</i> is a <b>river</b> in <a href='/v'>Velden</a>, <em>he</em> <code>wrote</code>."
+SHORT = (
+    "The river Ost rises in the hills above Velden and flows past the towns of Marn and Sool before it meets the "
+    "Tarn near Kell, where <a href=/m>merchants</a> held the first <b>market</b> in 1750, as they still do in spring."
+)
+
+
+@pytest.mark.parametrize("number", [3, 15])
+@pytest.mark.parametrize("block", ["li", "p", "div", "dd", "h2", "blockquote", "tr><td"])
+@pytest.mark.parametrize("around", ["ul", "div", "article", "table", "section"])
+def test_inline_elements_break_no_line_and_each_block_is_one(around, block, number):
+    blocks = "".join(f"<{block}>{SENTENCE}</{block.partition('>')[0]}>" for _ in range(number))
+    lines = main_text(page(f"<{around}>{blocks}</{around}>").encode(), HTML).split("\n")
+    assert [line.strip("-| ") for line in lines] == ["The Ost is a river in Velden, he wrote."] * number
+
+
+def test_a_short_page_whose_content_is_links_keeps_them():
+    towns = "".join(f"<li><a href=/{town}>{town}</a></li>" for town in TOWNS)
+    text = main_text(page(f"<h1>Towns on the Ost</h1><div>From the source:</div><ul>{towns}</ul>").encode(), HTML)
+    assert text.split("\n") == ["Towns on the Ost", "From the source:", *(f"- {town}" for town in TOWNS)]
+
+
+def test_text_that_a_page_holds_as_data_is_not_replaced_by_the_frame():
+    data = {"@type": "Article", "articleBody": "The Ost rises in the hills and passes Velden on its way. " * 20}
+    script = f"<script type='application/ld+json'>{json.dumps(data)}</script>"
+    text = main_text(page("<div>Loading</div><div>Sign in to read more of our articles.</div>", script).encode(), HTML)
+    assert text == data["articleBody"].strip()
+
+
+@pytest.mark.parametrize("entry", ["<li><a href=/{0}>Entry {0}</a>", "<div><a href=/{0}>Entry {0}</a></div>"])
+@pytest.mark.parametrize("block", ["p", "div", "main", "span", "article"])
+def test_a_short_article_between_two_menus_is_given_without_them(entry, block):
+    menu = "<div>" + "".join(entry.format(number) for number in range(400)) + "</div>"
+    notice = "<div>We use cookies to remember what you like, and so do those who advertise on our pages.</div>"
+    with_notice = main_text(page(f"{menu}<article><p>{SHORT}</p></article>{menu}{notice * 6}").encode(), HTML)
+    assert with_notice == re.sub("<[^>]*>", "", SHORT)
+    text = main_text(page(f"{menu}<{block}>{SHORT}</{block}>{menu}").encode(), HTML)
+    assert text == re.sub("<[^>]*>", "", SHORT)
+
+
+@pytest.mark.parametrize(
+    ("mark_up", "text"),
+    [
+        ("6 x 10<sup>23</sup>", "6 x 10^23"),
+        ("<i>x</i><sup>2</sup> + 10<sup>&minus;3</sup>", "x^2 + 10^\u22123"),
+        ("5 m<sup>2</sup>, 3 km<sup>2</sup>, m s<sup>-1</sup>", "5 m^2, 3 km^2, m s^-1"),
+        ("x<sup>n+1</sup>, a<sub>n+1</sub>", "x^(n+1), a_(n+1)"),
+        ("in 1850<sup>4</sup>, says Kell<sup>12</sup>.", "in 1850 [4], says Kell [12]."),
+        ("in 1850<sup>[4]</sup><SUP>[5]</SUP>", "in 1850 [4] [5]"),
+        ("in 12<sup class=r><a href='#n4'><b>4</b></a></sup>", "in 12 [4]"),
+        ("of it.<sup>*</sup> Kell<sup>1,2</sup>", "of it. [*] Kell [1,2]"),
+        ("the 1<sup>st</sup>, 20<sup>th</sup>, XIX<sup>e</sup>, N<sup>o</sup> 7", "the 1st, 20th, XIXe, No 7"),
+        ("3<sup>1</sup>/<sub>2</sub> miles of <sup>14</sup>C", "3 1/2 miles of 14C"),
+        ("H<sub>2</sub>O, SO<sub>4</sub><sup>2-</sup>", "H2O, SO4^2-"),
+        ("He said <q>yes</q>, <del>twice</del> <ins>once</ins>.", 'He said "yes", ~~twice~~ once.'),
+        ("born on <time datetime=1850-05-04>4 May 1850</time> in Kell", "born on 4 May 1850 in Kell"),
+        ("<ruby>東京<rp>(</rp><rt>とうきょう</rt><rp>)</rp></ruby>", "東京(とうきょう)"),
+        ("Donau&shy;dampf<wbr>schiff un<b>believ</b>able", "Donaudampfschiff unbelievable"),
+    ],
+)
+@pytest.mark.parametrize("around", [ARTICLE, ""], ids=["article", "short page"])
+@pytest.mark.parametrize("block", ["p", "ul><li"])
+def test_mark_up_that_carries_meaning_is_put_into_characters(block, around, mark_up, text):
+    content = f"<article>{around}<{block}>{mark_up}</{block.partition('>')[0]}>{around}</article>"
+    assert text in [line.lstrip("- ") for line in main_text(page(content).encode(), HTML).split("\n")]
 
 
 def test_where_the_extractor_loses_the_page_all_its_text_is_kept():
@@ -67,6 +138,60 @@ def test_where_the_extractor_loses_the_page_all_its_text_is_kept():
 )
 def test_encodings_are_read_as_browsers_read_them(body, content_type, expected):
     assert decode(body, content_type) == expected
+
+
+SCRIPTS = {
+    "gb18030": "这条河发源于山区，流经商人在十八世纪中叶建立的城市，每年春天仍然举行集市。",
+    "big5": "這條河發源於山區，流經商人在十八世紀中葉建立的城市，每年春天仍然舉行市集。",
+    "shift_jis": "この川は山地に源を発し、十八世紀の半ばに商人たちが築いた町を流れている。①",
+    "euc-jp": "この川は山地に源を発し、十八世紀の半ばに商人たちが築いた町を流れている。",
+    "euc-kr": "이 강은 산에서 시작하여 십팔 세기 중반에 상인들이 세운 도시를 지나 흐른다.",
+    "windows-1251": "Река берёт начало в горах и течёт мимо города, который основали купцы.",
+    "koi8-r": "Река берёт начало в горах и течёт мимо города, который основали купцы.",
+    "windows-1253": "Ο ποταμός πηγάζει στα βουνά και περνά από την πόλη που ίδρυσαν έμποροι.",
+    "windows-1255": "הנהר נובע בהרים ועובר ליד העיר שנוסדה על ידי סוחרים באמצע המאה.",
+    "windows-1256": "ينبع النهر من الجبال ويمر بالمدينة التي أسسها التجار في القرن.",
+    "windows-874": "แม่น้ำไหลจากภูเขาผ่านเมืองที่พ่อค้าก่อตั้งขึ้นในกลางศตวรรษ",
+    "windows-1250": "Rzeka wypływa z gór i przepływa przez miasto Łódź, które założyli także źli kupcy.",
+    "windows-1252": "Der Fluß entspringt in den Hügeln, fließt durch größere Städte und heißt schöner Ost.",
+}
+PYTHON = {"windows-874": "cp874", "shift_jis": "cp932"}
+
+
+@pytest.mark.parametrize("label", SCRIPTS)
+def test_a_page_is_read_in_its_encoding_wherever_that_is_said_or_not_said_at_all(label):
+    sentence = SCRIPTS[label]
+
+    def read(content, content_type="text/html", encoding=None):
+        return main_text(content.encode(encoding or PYTHON.get(label, label)), content_type)
+
+    paragraphs = f"<p>{sentence}</p>" * 12
+    late = "<script>" + "/* < */" * 400 + f"</script><meta http-equiv=a content='text/html; charset={label}'>"
+    hidden = f"<!-- <meta charset=utf-8> --><meta charset='{label}'>"
+    assert sentence in read(page(paragraphs)), "not declared"
+    assert sentence in read(sentence * 4, "text/plain"), "not declared"
+    assert sentence in read(page(paragraphs), "text/html; charset=x-unknown")
+    assert sentence in read(page(paragraphs), "text/html; charset=utf-8"), "declared wrongly"
+    assert sentence in read(page(sentence), f"text/html; charset={label}")
+    assert sentence in read(page(sentence, late))
+    assert sentence in read(page(sentence, hidden))
+    assert sentence in read(page(sentence, f"<meta charset={label}>"), "text/html; charset=utf-8")
+    assert sentence in read(f"<?xml version='1.0' encoding='{label}'?>" + page(sentence), "application/xhtml+xml")
+    # What is valid UTF-8 is UTF-8, and so is what has one broken byte in it.
+    assert sentence in read(page(sentence, f"<meta charset={label}>"), encoding="utf-8")
+    assert sentence in read(page(sentence), f"text/html; charset={label}", "utf-8")
+    assert sentence in main_text(page(paragraphs, f"<meta charset={label}>").encode() + b"\xe4<p>", "text/html")
+    for order in ("utf-16-le", "utf-16-be"):
+        assert sentence in read(page(sentence), encoding=order), "without a mark"
+        assert sentence in read(page(sentence), "text/html; charset=utf-16", order)
+
+
+@pytest.mark.parametrize("label", list(SCRIPTS)[:5])
+def test_bytes_too_few_to_be_judged_are_no_text_rather_than_a_wrong_one(label):
+    body = SCRIPTS[label][:8].encode(PYTHON.get(label, label))
+    assert parse(b"<p>" + body, "text/html") == ("", "The page's characters are in an unknown encoding.")
+    assert parse(b"<p>Only ASCII.", "text/html") == ("Only ASCII.", "")
+    assert parse("<p>Grüße aus Köln.".encode("cp1252"), "text/html") == ("Grüße aus Köln.", "")
 
 
 def pdf(text):
@@ -103,6 +228,60 @@ def test_pdf_and_plain_text():
         assert isinstance(main_text(broken, "application/pdf"), str)
 
 
+def pdf_of_three(**encryption):
+    writer = pypdf.PdfWriter()
+    for number in range(3):
+        writer.append(io.BytesIO(pdf(f"Page {number} tells of the Ost.")))
+    if encryption:
+        writer.encrypt(**encryption)
+    out = io.BytesIO()
+    writer.write(out)
+    return out.getvalue()
+
+
+KIDS = rb"(/Kids \[ \d+ 0 R )\d+"  # the reference to the second page follows
+BROKEN_PAGES = {
+    "content": lambda file: file.replace(b"12 Tf 72 720 Td (Page 1", b"zz Tf [ << 720 Td (Page 1"),
+    "compression": lambda file: file.replace(b"stream\nBT /F1 12 Tf 72 720 Td (Page 1", b"stream\nBT ] >> (Page 1"),
+    "missing": lambda file: re.sub(KIDS, rb"\g<1>99", file),
+    "no page": lambda file: re.sub(KIDS, rb"\g<1>1", file),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_PAGES)
+def test_a_broken_page_of_a_pdf_costs_only_itself(name):
+    whole = pdf_of_three()
+    broken = BROKEN_PAGES[name](whole)
+    text = main_text(broken, "application/pdf")
+    assert broken != whole and "Page 0 tells of the Ost." in text and "Page 2 tells of the Ost." in text
+
+
+@pytest.mark.parametrize("cut", ["startxref", "trailer", "xref", "endobj"])
+def test_a_pdf_without_its_end_gives_what_can_be_read(cut):
+    whole = pdf_of_three()
+    text = main_text(whole[: whole.rfind(cut.encode())], "application/pdf")
+    assert "Page 0 tells of the Ost." in text and "Page 1 tells of the Ost." in text
+
+
+@pytest.mark.parametrize("algorithm", ["RC4-40", "RC4-128", "AES-128", "AES-256-R5", "AES-256"])
+def test_an_encrypted_pdf_is_read_if_it_opens_without_a_password(algorithm):
+    free = pdf_of_three(user_password="", owner_password="no printing", algorithm=algorithm)
+    assert [f"Page {number}" in main_text(free, "application/pdf") for number in range(3)] == [True] * 3
+    locked = pdf_of_three(user_password="secret", owner_password="other", algorithm=algorithm)
+    assert main_text(locked, "application/pdf") == "" and "password" in parse(locked, "application/pdf")[1]
+
+
+def test_parsers_say_why_a_page_cannot_be_read():
+    own = Parsers(1)
+    locked = pdf_of_three(user_password="secret", algorithm="AES-256")
+    unknown = bytes(range(128, 256)) * 3
+    for body, content_type, words in ((locked, "application/pdf", "password"), (unknown, "text/plain", "encoding")):
+        with pytest.raises(WebFailure, match=f"unreadable.*{words}"):
+            own.text(body, content_type, time.monotonic() + 30)
+    assert own.text(pdf("The Ost."), "application/pdf", time.monotonic() + 30) == "The Ost."  # by the same child
+    own.idle.get().communicate()
+
+
 HOSTILE = {
     "empty": b"",
     "spaces": b" \n" * 100,
@@ -115,6 +294,11 @@ HOSTILE = {
     "surrogates": "<p>\ud800 hello</p>".encode("utf-8", "surrogatepass") * 50,
     "comment": b"<!--" + b"-" * 100_000,
     "cdata": b"<![CDATA[" * 5_000,
+    "open tags": b"<sup <sub <time <q " * 5_000,
+    "open brackets": b"<" * 20_000 + b"\xe4" * 100,
+    "superscripts": b"<sup>" * 20_000,
+    "a long subscript": b"<sub>" + b" " * 100_000,
+    "declarations": b"<meta " * 20_000 + b"\xe4",
 }
 
 
@@ -145,6 +329,13 @@ def fuzz(pages, number):
         assert isinstance(text, str) and text.encode() is not None
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300), st.sampled_from(["", "text/html", "text/plain", "text/html; charset=utf-16", "x/pdf"]))
+def test_any_bytes_give_text_or_a_reason(body, content_type):
+    text, reason = parse(body, content_type)
+    assert main_text(body, content_type) == text and text.encode() is not None and not (text and reason)
+
+
 def test_mutated_pages():
     fuzz([page(f"<nav>menu</nav><article><h1>Ost</h1>{ARTICLE}</article>").encode(), pdf("text")], 100)
 
@@ -167,6 +358,15 @@ def test_quality_on_real_pages_is_at_least_that_of_trafilaturas_fast_mode():
     assert figures["kept"] >= 0.97
     assert figures["absent"] >= 0.84
     assert figures["f1"] >= 0.94
+
+
+@needs_pages
+def test_no_real_page_is_worse_than_the_extractor_alone():
+    alone = trafilatura_mode(fast=True, include_comments=False)
+    for row, body in real_pages():
+        row = {"must_contain": ["?"], "must_not_contain": ["?"], "expected_text": "?"} | row
+        ours, theirs = quality([(row, body)], main_text), quality([(row, body)], alone)
+        assert all(ours[name] >= theirs[name] - 1e-4 for name in ours), (row["file"], ours, theirs)
 
 
 # --- parsers in child processes

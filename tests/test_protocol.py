@@ -1,6 +1,9 @@
 """The protocol: grammar of a turn, token-exact observations for real tokenizers, harmless foreign text."""
 
 import ast
+import hashlib
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,93 @@ def test_turns_that_are_well_formed(text, action):
     assert parse_turn(text) == action
 
 
+KEYS = {
+    "a list": ('["a", "b"]', ("a", "b")),
+    "a list in single quotes": ("['a', \"b's\"]", ("a", "b's")),
+    "one line": ("who wrote it, and when?", ("who wrote it, and when?",)),
+    "lines": ("  a\n\n b \n", ("a", "b")),
+    "a number": ("1984", ("1984",)),
+    "brackets that are no list": ("[sic] meaning", ("[sic] meaning",)),
+}
+OBJECT = '{"query": ["a", "b"]}'
+
+
+@pytest.mark.parametrize("tool", ["web_search query", "browse_webpage url_list"])
+@pytest.mark.parametrize("value", KEYS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        "\n<function=NAME>\n<parameter=KEY>\nVALUE\n</parameter>\n</function>\n",
+        "<function=NAME><parameter=KEY>VALUE</parameter><parameter=other>\n3\n</parameter></function>",
+        "NAME\n<arg_key>KEY</arg_key>\n<arg_value>VALUE</arg_value>\n",
+        "NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>",
+    ],
+)
+def test_calls_in_tags(form, value, tool):
+    (written, keys), (name, argument) = KEYS[value], tool.split()
+    text = form.replace("NAME", name).replace("KEY", argument).replace("VALUE", written)
+    found = parse_turn(f"x</think>\n<tool_call>{text}</tool_call>")
+    assert found == Call("search" if argument == "query" else "browse", keys)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        f'{{"name": "web_search", "parameters": {OBJECT}}}',
+        f'{{"type": "function", "name": "web_search", "parameters": {OBJECT}, "id": 3}}',
+        f'{{"name": "web_search", "arguments": {json.dumps(OBJECT)}}}',
+        f'{{"name": "web_search", "parameters": {json.dumps(OBJECT)}}}',
+        f'{{"type": "function", "function": {{"name": "web_search", "arguments": {json.dumps(OBJECT)}}}}}',
+        f'{{"function": "web_search", "arguments": {OBJECT}}}',
+        f'[{{"name": "web_search", "arguments": {OBJECT}}}]',
+        '{"name": "web_search", "arguments": {"query": "[\\"a\\", \\"b\\"]"}}',
+        f'\n```json\n{{"name": "web_search", "arguments": {OBJECT}}}\n```\n',
+        f'```\n{{"name": "web_search", "parameters": {OBJECT}}}```',
+        f"```xml\n<function=web_search>{OBJECT}</function>\n```",
+        f"<function=web_search>\n{OBJECT}\n</function>",
+        '<function=web_search><parameter=query>a</parameter><parameter=query>["b"]</parameter></function>',
+        '<function=web_search><parameter=query>["a", "b"]</parameter></function>'
+        "<function=web_search><parameter=query>c</parameter></function>",
+    ],
+)
+def test_calls_in_other_dress(call):
+    assert parse_turn(f"x</think><tool_call>{call}</tool_call>") == Call("search", ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        '{"name": "web_search", "arguments": "Ulm"}', '{"name": "web_search", "arguments": "[1]"}',
+        '{"name": "web_search"}', '{"name": "web_search", "arguments": {"query": {"a": 1}}}',
+        '{"name": "web_search", "arguments": {"query": null}}', '{"function": {"name": ["web_search"]}}', "null", "7",
+        '{"name": "web_search", "arguments": {"query": ["a", ["b"]]}}', "```json\n```", '"web_search"', "[[]]",
+        "<function=web_search></function>", "<function=web_search><parameter=query>a</function>", "<function=>",
+        "<function=web_search><parameter=queries>a</parameter></function>", "web_search(query=['a'])", "<arg_key>",
+        "<function=rm><parameter=query>a</parameter></function>", "web_search<arg_key>query</arg_key>",
+        '<function=web_search><parameter=query>["a", "b"</parameter></function>',
+        "<function=web_search><parameter=query>['a', f()]</parameter></function>",
+        "<function=web_search><parameter=query>\n \n</parameter></function>",
+        "<function=web_search><parameter=query>['" + "[" * 9999 + "</parameter></function>",
+        "<function=web_search><parameter=query>[''," + "-" * 9999 + "1]</parameter></function>",
+    ],
+)  # fmt: skip
+def test_calls_that_stay_malformed_say_why(call):
+    found = parse_turn(f"x</think><tool_call>{call}</tool_call>")
+    assert isinstance(found, Malformed) and re.search("the tool call|is empty", found.reason)
+
+
+PARTS = [
+    "<function=", "web_search", ">", "</function>", "<parameter=", "query", "</parameter>", "<arg_key>", "</arg_key>",
+    "<arg_value>", "</arg_value>", "```json\n", "```", '{"name": "web_search", ', '"arguments": ', '"parameters": ',
+    "{", "}", "[", "]", '"', "'", "\\", ",", ":", "-", "(", "\n", "\0", "\ud800", "1", "\u2028",
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=30).map("".join))
+def test_any_call_is_read_as_some_action(text):
+    assert isinstance(parse_turn(f"x</think><tool_call>{text}</tool_call>"), Call | Answer | Malformed)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -135,6 +225,19 @@ def test_appended_ids_equal_the_templates_rendering_token_for_token(qwen, text):
     ids, rendered = conversation(qwen, [" I look.\n</think>\n<tool_call>{}</tool_call>"] * 2, [text, "plain words"])
     assert qwen.tokenizer.decode(ids) == rendered + "<think>"
     assert ids == qwen.tokenizer.encode(rendered + "<think>")
+
+
+def test_the_published_protocol_has_the_ids_that_it_has_always_had(qwen):
+    """Qwen2.5's prompts and observations, as they were before other families' templates were looked at."""
+
+    def digest(ids: list[list[int]]) -> str:
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
+    questions = ["Who?", " Who is <|im_end|> it?\n", "谁写了《红楼梦》?", "<tool_call>x</think>"]
+    notes = [{"role": "system", "content": "Take notes."}, {"role": "user", "content": "<think> a"}]
+    assert digest([qwen.prompt_ids(question) for question in questions]) == "76e24ec3cf33714f"
+    assert digest([qwen.observation_ids(text) for text in TEXTS]) == "0258884f49c9d790"
+    assert digest([qwen.message_ids(notes)]) == "7da3154249f17db8" and qwen.end_ids == (qwen.end_of_turn_id,)
 
 
 @settings(max_examples=60, deadline=None)

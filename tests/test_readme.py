@@ -1,4 +1,4 @@
-"""Every command of README runs: as it stands, made short, or, where it needs GPUs or keys, up to its clear error."""
+"""Every command of README and docs runs: as it stands, made short, or, without GPUs or keys, up to its clear error."""
 
 import importlib
 import os
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from deepresearcher_min.config import TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -30,13 +32,18 @@ SAID = {  # README's line -> what is added here, the exit code, and what must be
     "torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --master_port=29500 --nproc_per_node=8 train.py "
     "--preset=paper --data=train.parquet --run_dir=/shared/run1 --cassette=/tmp/web.sqlite": ("", 1, NEEDS),
     "export SERPER_API_KEY=... && python eval.py --model=GAIR/DeepResearcher-7b": ("", 2, NEEDS),
+    "torchrun --nproc_per_node=N eval.py --model=GAIR/DeepResearcher-7b": ("", 1, NEEDS),
     "python eval.py --model=DIR --data=FILE --cassette=web.sqlite --cassette_mode=record": ("", 2, NEEDS),
     "python eval.py --model=DIR --data=FILE --cassette=web.sqlite --cassette_mode=replay": ("", 2, NEEDS[1:]),
 }  # fmt: skip
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.name: page.read_text() for page in PAGES}
+
+
 def readme_commands() -> list[str]:
-    blocks = (ROOT / "README.md").read_text().split("```bash\n")[1:]
+    blocks = [block for text in TEXTS.values() for block in text.split("```bash\n")[1:]]
     return [line for block in blocks for line in block.split("```")[0].splitlines() if line.strip()]
 
 
@@ -47,12 +54,30 @@ def test_every_command_of_readme_is_here():
 
 @pytest.mark.quick
 def test_every_name_in_readme_exists():
-    names = re.findall(r"`([a-z]+)\.([A-Za-z_]\w*)", (ROOT / "README.md").read_text())
+    names = re.findall(r"`([a-z]+)\.([A-Za-z_]\w*)", "".join(TEXTS.values()))
     modules = {path.stem for path in (ROOT / "deepresearcher_min").glob("*.py")}
     found = [(module, name) for module, name in names if module in modules and name not in ("py", "html")]
     assert len(found) > 10
     for module, name in found:
         assert hasattr(importlib.import_module(f"deepresearcher_min.{module}"), name), f"{module}.{name}"
+
+
+@pytest.mark.quick
+def test_every_option_and_page_exists():
+    torchrun = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
+    for name, text in TEXTS.items():
+        options = set(re.findall(r"(?<![\w-])--([a-z_]+)=", text))
+        assert options <= TYPES.keys() | torchrun | {"key"}, name
+        for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+            folder = ROOT if name == "README.md" else ROOT / "docs"
+            assert (folder / target).exists(), target
+    assert "docs/differences.md" in TEXTS["README.md"]
+
+
+@pytest.mark.quick
+def test_keys_named_in_the_ledger_exist():
+    words = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", TEXTS["differences.md"]))
+    assert len(words) > 10 and words <= TYPES.keys() | {"url_list"}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +120,9 @@ def test_a_command_of_readme_does_what_readme_says(line, folder):
     command = line.rpartition(" && ")[2] + added  # installed it is: this test runs
     for placeholder, value in {"=FILE": "=questions.jsonl", "HOST0": "127.0.0.1", "/shared/run1": "runs/two"}.items():
         command = command.replace(placeholder, value)
-    command = command.replace("--nnodes=2", "--nnodes=1").replace("per_node=8", "per_node=2")  # one machine, two cores
+    command = (
+        command.replace("--nnodes=2", "--nnodes=1").replace("per_node=8", "per_node=2").replace("=N ", "=2 ")
+    )  # one machine, two cores
     bin_first = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": bin_first, "HF_HUB_OFFLINE": "1"}
     environment.pop("SERPER_API_KEY", None)

@@ -72,4 +72,4 @@ def test_a_recorded_evaluation_repeats_exactly_without_the_web(tmp_path, monkeyp
     monkeypatch.setattr(web_module, "check_url", lambda *_: pytest.fail("a replay opened a connection"))
     replayed, counts = evaluation(replace(config, cassette_mode="replay"), tmp_path / "cassette.sqlite", questions)
     assert replayed == recorded
-    assert counts["requests"] == counts["fail_replay_miss"] == 0 and counts["cache_hits"] > 0
+    assert counts["requests"] == counts["fail_search_replay_miss"] == 0 and counts["cache_hits"] > 0

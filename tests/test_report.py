@@ -14,15 +14,16 @@ from deepresearcher_min.trajectory import Question, Trajectory, Turn
 
 METRICS = {
     "step": 12, "steps": 200, "reward": 0.414, "f1": 0.45, "bad_format": 0.03, "tied": 0.12, "calls": 3.4,
-    "tokens": 2104, "kl": 0.002, "mismatch": 0.0003, "grad_norm": 0.37, "roll_s": 41.0, "update_s": 22.0, "usd": 0.84,
+    "failed": 0.03, "tokens": 2104, "kl": 0.002, "mismatch": 0.0003, "grad_norm": 0.37,
+    "roll_s": 41.0, "update_s": 22.0, "usd": 0.84,
 }  # fmt: skip
 
 
 @pytest.mark.quick
 def test_step_line_worked_example():
     assert report.step_line(METRICS) == (
-        "step  12/200 | reward   .41 | f1  .45 | bad_format   3% | tied  12% | calls  3.4 | tokens  2.1k | kl  .0020 | "
-        "mismatch   .0003 | grad   .37 | roll  41.0s upd  22.0s | $0.84"
+        "step  12/200 | reward   .41 | f1  .45 | bad_format   3% | tied  12% | calls  3.4 | failed   3% | "
+        "tokens  2.1k | kl  .0020 | mismatch   .0003 | grad   .37 | roll  41.0s upd  22.0s | $0.84"
     )
 
 

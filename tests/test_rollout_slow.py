@@ -150,7 +150,9 @@ def test_a_hostile_world_leaves_every_trajectory_accounted_for_and_nothing_behin
     assert sums["cost_searches"] == sum(t.cost.get("searches", 0) for t in trajectories) > 500
     failures = {name: int(count) for name, count in sums.items() if name.startswith("cost_fail")}
     assert sum(failures.values()) > 30 and len(failures) > 4
-    assert "cost_fail_error" not in failures  # the tools themselves know every one of these failures
+    assert not any(
+        name.endswith("_error") for name in failures
+    )  # the tools themselves know every one of these failures
     before = rounds[0]
     print(stops, failures, before, after, sep="\n")
     for name in ("tasks", "futures", "requests", "recordings"):

@@ -1,6 +1,7 @@
 """search.py: the corpus, and each backend against real loopback servers."""
 
 import json
+import re
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -8,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-import bm25s
 import pytest
 from loopback import Server
 
-from deepresearcher_min import search
 from deepresearcher_min.config import ROOT, ConfigError, load_config
 from deepresearcher_min.search import Corpus, SearchResult, check_search, make_search
 from deepresearcher_min.web import Web, WebFailure
@@ -24,58 +23,6 @@ DOCUMENTS = [
     ("Velden", "toy:velden", "Velden is a city on the river Ost."),
     ("Ost", "toy:ost", "The Ost is a river."),
 ]
-
-
-def test_best_document_first_and_only_documents_that_share_a_word():
-    corpus = Corpus(DOCUMENTS)
-    assert [r.url for r in corpus.search("Where was Amra Sool born?", 10)] == ["toy:amra-sool"]
-    assert [r.url for r in corpus.search("river Ost", 1)] == ["toy:ost"]
-    assert corpus.search("zebra", 10) == []
-    assert corpus.search("", 10) == []
-    assert corpus.search("the", 10) != []  # a query of function words only is still a query
-    assert corpus.pages.get("toy:velden") == DOCUMENTS[1][2]
-    assert corpus.pages.get("https://elsewhere.example/") is None
-
-
-def test_snippets_come_from_the_callback_or_from_the_beginning_of_the_text():
-    assert Corpus(DOCUMENTS, snippet=lambda i: f"number {i}").search("Velden city", 1)[0].snippet == "number 1"
-    long = Corpus([("Long", "toy:long", "word " * 200)]).search("long", 1)[0].snippet
-    assert len(long) <= search.SNIPPET_CHARS + 4 and long.endswith("word ...")
-
-
-def test_equal_scores_keep_corpus_order():
-    corpus = Corpus([(f"Page {i}", f"toy:{i}", "Same words in every page.") for i in range(40)])
-    assert [r.url for r in corpus.search("same words", 5)] == [f"toy:{i}" for i in range(5)]
-
-
-def test_toy_size_query_is_cheap():
-    corpus = Corpus(
-        [(f"Person {i}", f"toy:{i}", f"Person {i} was born in City {i % 50} and wrote.") for i in range(250)]
-    )
-    start = time.process_time()
-    for i in range(300):
-        corpus.search(f"where was Person {i % 250} born", 2)
-    assert (time.process_time() - start) / 300 < 0.001  # 0.1 ms measured; the limit leaves room for a loaded machine
-
-
-def test_index_is_built_once_and_read_from_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "INDEX_CACHE", tmp_path / "cache")
-    file = tmp_path / "corpus.jsonl"
-    file.write_text(
-        '{"title": "Velden", "url": "u:1", "text": "A city."}\n\n{"title": "Ost", "url": "u:2", "text": "A river."}\n'
-    )
-    first = Corpus.from_jsonl(file).search("river", 3)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-    monkeypatch.setattr(bm25s.BM25, "index", lambda *_, **__: pytest.fail("the index was built again"))
-    assert Corpus.from_jsonl(file).search("river", 3) == first == [SearchResult("Ost", "u:2", "A river.")]
-
-
-@pytest.mark.parametrize("line", ["not json", '{"title": "x"}', "[1]"])
-def test_a_bad_line_of_the_corpus_is_named(tmp_path, line):
-    file = tmp_path / "corpus.jsonl"
-    file.write_text('{"title": "a", "url": "u", "text": "t"}\n' + line + "\n")
-    with pytest.raises(ConfigError, match="line 2"):
-        Corpus.from_jsonl(file)
 
 
 def test_local_search_says_when_nothing_was_found():
@@ -143,6 +90,24 @@ def serper_key(monkeypatch):
     monkeypatch.setenv("SERPER_API_KEY", "secret-key")
 
 
+@pytest.mark.parametrize(("country", "language"), [("", ""), ("us", "en"), ("", "de")])
+def test_serper_is_sent_country_and_language_and_a_recording_for_others_does_not_answer(tmp_path, country, language):
+    place = {name: value for name, value in (("gl", country), ("hl", language)) if value}
+    with Site("serper", SERPER, tmp_path, search_country=country, search_language=language) as site:
+        site.search("Who?", Counter())
+        assert json.loads(site.server.sent[-1][2]) == {"q": "Who?", "num": 10, **place}
+        for other in (("", ""), ("us", "en"), ("", "de")):
+            there = {"search_country": other[0], "search_language": other[1]}
+            replay = Web(replace(site.web.config, cassette_mode="replay", **there), site.web.cassette)
+            search = make_search(replay.config, replay, None)
+            if other == (country, language):
+                assert search("Who?", Counter())
+            else:
+                with pytest.raises(WebFailure, match="replay_miss"):
+                    search("Who?", Counter())
+            replay.close()
+
+
 def test_serper_asks_as_documented_and_reads_what_is_there(tmp_path):
     with Site("serper", SERPER, tmp_path, search_results=10, price_search=0.5) as site:
         assert site.search("who?", site.counts) == [
@@ -173,10 +138,46 @@ def test_searxng_wikipedia_and_retriever(tmp_path):
         assert "usd" not in site.counts or site.counts["usd"] == 0
 
 
+SEARCH_R1 = {  # the documents of its own servers, and of others that speak its protocol
+    "dense": {"document": {"id": "7", "contents": '"Ost"\nA river.'}, "score": 0.5},
+    "dense, its corpus loaded with columns that this row lacks": {"document": {"id": 7, "contents": "Ost\nA river.",
+                                                                  "url": None, "title": None}, "score": 0.5},
+    "BM25": {"document": {"title": "Ost", "text": "A river.", "contents": '"Ost"\nA river.'}, "score": 9},
+    "online": {"document": {"contents": '"Ost"\nA river.'}},
+    "without scores": {"contents": '"Ost"\nA river.'},
+    "text": {"document": '"Ost"\nA river.'},
+    "only text": '"Ost"\nA river.',
+    "address": {"document": {"url": "https://ost.example/", "title": "Ost", "text": "A river."}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SEARCH_R1)
+def test_every_retriever_of_search_r1_is_understood(tmp_path, kind):
+    """A bad document costs only itself; an address without id is the same every time, and another for another text."""
+    other = {"document": {"contents": "A brook."}}
+    with Site("retriever", {"result": [[SEARCH_R1[kind], {"document": {"error": 1}}, None, other]]}, tmp_path) as site:
+        found, brook = site.search("Ost", site.counts)
+        assert (found.title, found.snippet, brook.title, brook.snippet) == ("Ost", "A river.", "", "A brook.")
+        expected = "https://ost.example/" if kind == "address" else "passage:7" if "dense" in kind else found.url
+        assert found.url == expected != brook.url and re.fullmatch("https://.*|passage:[0-9a-f]+", found.url)
+    with Site("retriever", {"result": [[other, SEARCH_R1[kind]]]}, tmp_path / "b") as site:
+        assert site.search("river", site.counts)[::-1] == [found, brook]
+
+
+def test_rows_of_the_other_services_may_lack_what_is_optional(tmp_path):
+    rows = {"query": {"search": [{"title": "Ost"}, {"title": "Ulm", "snippet": None}]}}
+    with Site("wikipedia", rows, tmp_path / "a") as site:
+        assert [(one.title, one.snippet) for one in site.search("x", site.counts)] == [("Ost", ""), ("Ulm", "")]
+    rows = {"results": [{"url": "https://a.example/"}, {"url": "https://b.example/", "title": None, "content": None}]}
+    with Site("searxng", rows, tmp_path / "b") as site:
+        assert [(one.title, one.snippet) for one in site.search("x", site.counts)] == [("", ""), ("", "")]
+
+
 NOTHING = {"serper": {"searchParameters": {}, "organic": []}, "searxng": {"results": []},
            "wikipedia": {"query": {"search": []}}, "retriever": {"result": [[]]}}  # fmt: skip
 STRANGE = [[], None, 7, "text", {}, {"error": {"info": "no"}}, {"organic": 3, "results": 3, "query": 3, "result": 3},
-           {"organic": [3], "results": [3], "query": {"search": [3]}, "result": [[3]]}]  # fmt: skip
+           {"organic": [3], "results": [3], "query": {"search": [3]}, "result": [[3]]},
+           {"result": [{"document": {"contents": "not a list for each query"}}]}]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["serper", "searxng", "wikipedia", "retriever"])

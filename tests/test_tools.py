@@ -2,7 +2,9 @@
 
 import asyncio
 import random
+import re
 import time
+from collections.abc import Callable
 
 import pytest
 from scripted import (
@@ -15,6 +17,7 @@ from scripted import (
     completion,
     flat,
     make_agent,
+    never,
     observation,
     one,
     questions,
@@ -36,10 +39,13 @@ pytestmark = pytest.mark.quick
 
 
 FAILURES = {
-    "fail_quota": (lambda query: raising(WebFailure("quota", "The quota is used up."))(query), "The quota is used up."),
-    "fail_timeout": (lambda query: time.sleep(1.5) or [], "took too long"),
-    "fail_error": (raising(KeyError("a bug")), "failed"),
-    "fail_error by garbage": (lambda query: [None, 7], "failed"),
+    "fail_search_quota": (
+        lambda query: raising(WebFailure("quota", "The quota is used up."))(query),
+        "The quota is used up.",
+    ),
+    "fail_search_timeout": (lambda query: time.sleep(1.5) or [], "took too long"),
+    "fail_search_error": (raising(KeyError("a bug")), "failed"),
+    "fail_search_error by garbage": (lambda query: [None, 7], "failed"),
 }
 
 
@@ -66,7 +72,7 @@ def test_only_shown_addresses_are_opened_and_a_failed_page_says_why():
     assert "No search has shown" in observation(trajectory)[0]["information"][0]["page_summary"]
     shown, unknown = observation(trajectory, 2)
     assert "No search has shown" not in str(shown) and "No search has shown" in str(unknown)
-    assert trajectory.cost["fail_unknown_url"] == 2 and trajectory.cost["pages"] == 1
+    assert trajectory.cost["fail_page_unknown_url"] == 2 and trajectory.cost["pages"] == 1
     assert trajectory.stop_reason == "answer"
     write = turns(search_turn(), browse_turn("https://gone.example/"), answer_turn())
     agent = make_agent(Scripted(write))
@@ -75,20 +81,20 @@ def test_only_shown_addresses_are_opened_and_a_failed_page_says_why():
     assert observation(trajectory, 1)[0]["information"] == [
         {"page_number": 0, "page_summary": "There is no page at this address."}
     ]
-    assert trajectory.cost["fail_not_found"] == 1
+    assert trajectory.cost["fail_page_not_found"] == 1
 
 
 def test_what_another_trajectory_was_shown_is_not_shown():
     first = {"1/0/0": [search_turn(), answer_turn()], "1/1/0": [browse_turn(), answer_turn()]}
     engine = Scripted(lambda request_id, turn: first[request_id][turn], lambda name, turn: 9 if name == "1/1/0" else 1)
     _, second = flat(roll_out(batch(2), make_agent(engine)))
-    assert second.cost["fail_unknown_url"] == 1
+    assert second.cost["fail_page_unknown_url"] == 1
 
 
-async def tiring(question, segment, memory, counts, deadline):
+async def tiring(reading, segment, counts, deadline):
     """Reads the first segment at once and the second one never to the end."""
     async with asyncio.timeout(deadline - time.monotonic()):
-        if memory:
+        if reading.notes:
             await asyncio.sleep(60)
     return "The first half.", True
 
@@ -103,7 +109,7 @@ def test_a_page_that_takes_too_long_gives_what_was_read_of_it():
     assert observation(trajectory, 1) == [
         {"information": [{"page_number": 0, "page_summary": "The first half."}], "url": url}
     ]
-    assert trajectory.cost["fail_timeout"] == 1
+    assert trajectory.cost["fail_page_timeout"] == 1
 
 
 def test_the_engine_reads_pages_for_the_agent():
@@ -155,31 +161,209 @@ def test_tools_run_while_others_generate_in_at_most_tool_threads_and_waiting_for
     source = with_source(agent, lambda query: time.sleep(0.05) or [SearchResult("T", "https://a.example/", "S")])
     trajectories = flat(roll_out(batch(20), agent))  # 60 searches, 4 at once: 0.75 s
     assert source.most_at_once == 4
-    assert not any("fail_timeout" in t.cost for t in trajectories)
+    assert not any("fail_search_timeout" in t.cost for t in trajectories)
     assert {t.stop_reason for t in trajectories} == {"answer"}
     assert engine.most_running > 4
     agent.tools.close()
 
 
 def test_notes_of_one_call_are_remembered_in_its_order_whichever_page_was_read_first():
+    """And for the query that showed the page: what was noted for another one stays out."""
     asked: list[list[str]] = []
 
-    async def slow(question, segment, memory, *_):
-        asked.append(list(memory))
+    async def slow(reading, segment, *_):
+        asked.append(list(reading.memory))
         await asyncio.sleep(0.05 if "first" in segment else 0.0)
         return segment, False
 
-    pages = {"https://a.example/": "first page", "https://b.example/": "other page"}
-    agent = make_agent(Scripted(turns(browse_turn(*pages), browse_turn(*pages), answer_turn())), tool_threads=4)
+    pages = {f"https://{name}.example/": f"{name} page" for name in ("first", "second", "third", "fourth", "other")}
+    *four, other = pages
+    agent = make_agent(Scripted(never), tool_threads=4)
     agent.tools.browser.corpus = Corpus([("T", url, text) for url, text in pages.items()])
     agent.tools.browser.read = slow
     record = Recording(questions(1)[0], [1])
-    record.shown |= set(pages)
+    record.shown.update(dict.fromkeys(four, "one query") | {other: "another query"})
 
-    async def twice():
+    async def calls():
         agent.tools.slots = asyncio.Semaphore(4)
-        for _ in range(2):
-            await agent.tools.use(Call("browse", tuple(pages)), record)
+        for urls in (four[:2], four[2:], [other]):
+            agent.tools.remember(await agent.tools.use(Call("browse", tuple(urls)), record), record)
 
-    asyncio.run(twice())
-    assert asked == [[], [], ["first page", "other page"], ["first page", "other page"]]
+    asyncio.run(calls())
+    assert asked == [[], [], ["first page", "second page"], ["first page", "second page"], []]
+    agent.tools.close()
+
+
+def engine_reading(replies: Callable[[str], str], *agent_turns: str) -> tuple[Scripted, list[str]]:
+    """An engine that plays the agent, and answers readings by replies(prompt); with the prompts, in order."""
+    prompts: list[str] = []
+
+    def write(request_id: str, turn: int) -> str:
+        if not request_id.startswith("reader/"):
+            return agent_turns[turn]
+        prompts.append(CHAT.tokenizer.decode(next(ids for name, ids, _ in engine.submitted if name == request_id)))
+        return replies(prompts[-1])
+
+    engine = Scripted(write)
+    return engine, prompts
+
+
+def words_of(prompt: str, name: str) -> str:
+    """What stands behind `name` in the reader's prompt."""
+    return re.search(rf"{name}:? (.*?)(?:\n\n|:\n)", prompt, re.DOTALL)[1]
+
+
+LONG = "https://long.example/"
+
+
+def long_agent(engine: Scripted, parts: int = 5, **changes):
+    """An agent whose web is one page of several segments; every query finds it."""
+    text = "\n\n".join(f"Part {i}. " + "word " * 30 for i in range(parts))
+    config = {"reader": "engine", "segment_chars": 170, "max_tool_calls": 9} | changes
+    agent = make_agent(engine, Corpus([("Title", LONG, text)]), **config)
+    with_source(agent, lambda query: [SearchResult("Title", LONG, "Summary")])
+    return agent
+
+
+def pages_of(trajectory, turn: int) -> list[tuple[int, str]]:
+    (entry,) = observation(trajectory, turn)
+    return [(note["page_number"], note["page_summary"]) for note in entry["information"]]
+
+
+def test_the_reader_is_told_question_query_segment_and_the_notes_for_that_query():
+    def reply(prompt: str) -> str:
+        number = words_of(prompt, "Page segment").split()[0]
+        return f"CONTINUE: {'yes' if number in '13' else 'no'}\nNOTES: note {number}"
+
+    browse = browse_turn(LONG)
+    agent_turns = search_turn("a first", "a second"), browse, browse, search_turn("a third"), browse, browse
+    engine, prompts = engine_reading(reply, *agent_turns, answer_turn())
+    trajectory = one(long_agent(engine))
+    question = questions(1)[0].text
+    told = [
+        tuple(words_of(prompt, name) for name in ("Search query", "Page segment", "Earlier notes"))
+        for prompt in prompts
+    ]
+    assert all(words_of(prompt, "Question") == question for prompt in prompts)
+    assert told == [
+        ("a second", "1 of 5", "none"),
+        ("a second", "2 of 5", "note 1"),
+        ("a second", "3 of 5", "note 1\nnote 2"),
+        ("a second", "4 of 5", "note 1\nnote 2\nnote 3"),
+        ("a third", "5 of 5", "none"),
+    ]
+    assert [pages_of(trajectory, turn) for turn in (1, 2, 4)] == [
+        [(0, "note 1"), (1, "note 2")], [(2, "note 3"), (3, "note 4")], [(4, "note 5")],
+    ]  # fmt: skip
+    ((number, words),) = pages_of(trajectory, 5)
+    assert number == 0 and "nothing is left" in words and trajectory.cost["fail_page_nothing_left"] == 1
+
+
+def test_a_browse_that_reads_so_many_segments_at_most_is_gone_on_with_by_the_next_one():
+    engine, prompts = engine_reading(
+        lambda prompt: "CONTINUE: yes\nNOTES: none", search_turn(), *[browse_turn(LONG)] * 4, answer_turn()
+    )
+    trajectory = one(long_agent(engine, max_segments=2))
+    assert [words_of(prompt, "Page segment") for prompt in prompts] == [f"{i} of 5" for i in (1, 2, 3, 4, 5)]
+    words = [pages_of(trajectory, turn)[0][1] for turn in (1, 2, 3, 4)]
+    assert ["nothing about this" in each for each in words] == [True, True, True, False] and "left" in words[3]
+    engine, prompts = engine_reading(
+        lambda prompt: "CONTINUE: yes\nNOTES: none", search_turn(), browse_turn(LONG), answer_turn()
+    )
+    one(long_agent(engine, parts=30, max_segments=0))
+    assert len(prompts) == 30
+
+
+def test_a_failed_segment_is_read_again_and_one_that_did_not_fit_into_the_observation_too():
+    replies = iter(["CONTINUE: yes\nNOTES: first", "no", "CONTINUE: no\nNOTES: " + "second " * 40, "NOTES: third"])
+    engine, prompts = engine_reading(
+        lambda prompt: next(replies), search_turn(), *[browse_turn(LONG)] * 3, answer_turn()
+    )
+    agent = long_agent(engine, max_observation_tokens=300)
+    real, calls = agent.tools.generate_text, []
+
+    async def failing(messages):
+        calls.append(messages)
+        reply = await real(messages)
+        if len(calls) == 2:
+            raise WebFailure("timeout", "Too late.")
+        return reply
+
+    agent.tools.browser.generate_text = failing
+    trajectory = one(agent)
+    assert [words_of(prompt, "Page segment") for prompt in prompts] == [f"{i} of 5" for i in (1, 2, 2, 2)]
+    assert pages_of(trajectory, 1) == [(0, "first")] and trajectory.cost["fail_page_timeout"] == 1
+    assert "too long to be shown" in pages_of(trajectory, 2)[0][1]
+    assert words_of(prompts[3], "Earlier notes") == "first"  # of the second, the agent has seen nothing
+    assert pages_of(trajectory, 3) == [(1, "third")]
+
+
+@pytest.mark.parametrize("threads", [0, 4])
+def test_the_query_of_a_page_is_the_last_of_the_call_whichever_answered_first(threads):
+    async def read(reading, *_):
+        return reading.query, False
+
+    write = turns(search_turn("slow", "fast", "slower"), browse_turn(LONG), answer_turn())
+    agent = long_agent(Scripted(write), tool_threads=threads)
+    agent.tools.browser.read = read
+    found = [SearchResult("Title", LONG, "Summary")]
+    with_source(agent, lambda query: time.sleep(0.05 * query.startswith("slow")) or found)
+    assert pages_of(one(agent), 1) == [(0, "slower")]
+    agent.tools.close()
+
+
+@pytest.mark.parametrize("threads", [0, 4])
+def test_a_page_that_one_call_names_twice_is_read_twice_from_the_same_place(threads):
+    async def read(reading, *_):
+        await asyncio.sleep(0)
+        return f"{reading.next} after {len(reading.memory)}", reading.next == 0
+
+    write = turns(search_turn(), browse_turn(LONG, LONG), browse_turn(LONG), answer_turn())
+    agent = long_agent(Scripted(write), tool_threads=threads)
+    agent.tools.browser.read = read
+    trajectory = one(agent)
+    first, second = observation(trajectory, 1)
+    assert first == second and len(first["information"]) == 2
+    assert pages_of(trajectory, 2) == [(2, "2 after 2")]
+    agent.tools.close()
+
+
+def test_pages_beyond_the_limit_of_a_call_are_named_and_queries_as_in_the_published_system_are_not():
+    urls = [f"https://{i}.example/" for i in range(6)]
+    corpus = Corpus([(f"T{i}", url, f"Page {i}, {questions(1)[0].text}") for i, url in enumerate(urls)])
+    write = turns(search_turn(*"abcde"), browse_turn(*urls), browse_turn(*urls[4:]), answer_turn())
+    trajectories = {}
+    for most in (3, 4, 0):
+        agent = make_agent(Scripted(write), corpus, max_urls=most, max_observation_tokens=4000)
+        with_source(agent, lambda query: [SearchResult("T", url, "S") for url in urls])
+        trajectories[most] = one(agent)
+    assert [entry["search_query"] for entry in observation(trajectories[3], 0)] == ["a", "b", "c"]
+    for most, opened in ((3, 3), (4, 4), (0, 6)):
+        entries = observation(trajectories[most], 1)
+        assert [entry["url"] for entry in entries] == urls
+        words = [entry["information"][0]["page_summary"] for entry in entries]
+        assert [f"not opened: one call opens at most {most}" in each for each in words] == [False] * opened + [True] * (
+            6 - opened
+        )
+        assert all(set(entry["information"][0]) == {"page_number", "page_summary"} for entry in entries)
+    later = observation(trajectories[4], 2)  # not opened is not read
+    assert [entry["information"][0]["page_summary"][:6] for entry in later] == ["Page 4", "Page 5"]
+    assert trajectories[4].cost["pages"] == 6
+
+
+def test_hundreds_of_addresses_stay_inside_the_budget_of_an_observation():
+    urls = [f"https://{i}.example/" for i in range(60)]
+    trajectory = one(make_agent(Scripted(turns(browse_turn(*urls), answer_turn())), max_observation_tokens=2000))
+    start, end = trajectory.turns[0].observed
+    assert end - start <= 2000 and "too long" in trajectory.turns[0].observation
+
+
+def test_the_engine_reads_at_the_readers_temperature_and_the_same_twice():
+    engine, _ = engine_reading(lambda prompt: "NOTES: x", search_turn(), browse_turn(LONG), answer_turn())
+    agent = long_agent(engine, reader_temperature=0.6, seed=7)
+    samplings = []
+    for _ in range(2):
+        engine.turns.clear()
+        one(agent)
+        samplings.append(next(each for name, _, each in reversed(engine.submitted) if name.startswith("reader/")))
+    assert samplings[0] == samplings[1] and (samplings[0].temperature, samplings[0].seed) == (0.6, 7)

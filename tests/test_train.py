@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 @pytest.mark.quick
 def test_a_budget_stops_the_run_after_saving(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "step_means", lambda sums: {**REAL_STEP_MEANS(sums), "cost_usd": 0.3})
-    assert train.main([*SMALL, f"--run_dir={tmp_path / 'run'}", "--max_cost=0.2"]) == 130
+    assert train.main([*SMALL, f"--run_dir={tmp_path / 'run'}", "--max_cost=0.2"]) == 3
     assert (tmp_path / "run" / "checkpoints" / "step-000001" / "state.json").exists()
     assert "max_cost=0.2" in capsys.readouterr().out
 
@@ -149,7 +150,8 @@ def test_what_an_evaluation_costs_counts_too(monkeypatch):
     paid = Trajectory(Question("q", "text", ("a",)), [1], [False], [0.0], (), None, "deadline", {"usd": 0.5})
     monkeypatch.setattr(train, "evaluate", lambda *_: [paid, paid])
     state, other = {"step": 3, "usd": 1.0}, Ranks(rank=1)
-    train.measure("before", state, train.Task("", [], [paid.question]), None, other)
+    examinee = SimpleNamespace(config=load_config([]))
+    train.measure("before", state, train.Task("", [], [paid.question]), examinee, other)
     assert state["usd"] == 2.0
 
 

@@ -106,14 +106,21 @@ def test_jsonl_fills_in_what_is_missing(tmp_path):
         ("{broken", "line 2: not JSON"),
         ('{"question": "\udcff"}', "line 2: not JSON"),  # not UTF-8
         ([1], "line 2: not an object"),
-        ({"answers": ["a"]}, "line 2: the key 'question' is missing"),
-        ({"question": "q"}, "line 2: the key 'answers' is missing"),
+        ({"answers": ["a"]}, "line 2: question must be a text that is not empty, not None; the columns here: answers"),
+        ({"question": "q", "gold": "a"}, "not 'None'; the columns here: question, gold"),
         ({"question": "  ", "answers": ["a"]}, "line 2: question must be a text that is not empty, not '  '"),
         ({"question": 5, "answers": ["a"]}, "line 2: question must be a text"),
         ({"question": "q", "answers": []}, "line 2: answers must hold a text, or be a list that holds texts"),
         ({"question": "q", "answers": [" "]}, "line 2: answers must hold a text, or be a list that holds texts"),
-        ({"question": "q", "answers": [1]}, "line 2: answers must hold a text, or be a list that holds texts"),
+        ({"question": "q", "answers": [["a"]]}, "line 2: answers must hold a text, or be a list that holds texts"),
         ({"question": "q", "answers": None}, "line 2: answers must hold a text, or be a list that holds texts"),
+        ({"question": "q", "answers": {"value": "a"}}, "not \"{'value': 'a'}\"; the columns here: question, answers"),
+        ('{"question": "q", "answers": NaN}', "line 2: answers must hold a text, or be a list that holds texts"),
+        ('{"question": "half \\ud83d?", "answers": "a"}', "line 2: 'utf-8' codec can't encode character"),
+        ('{"question": "q", "answers": ["a", "\\udc00"]}', "line 2: 'utf-8' codec can't encode character"),
+        ('{"question": "q", "answers": "[\\"\\\\ud83d\\"]"}', "line 2: 'utf-8' codec can't encode character"),
+        ('{"question": "q", "answers": "a", "id": "\\ud83d"}', "line 2: 'utf-8' codec can't encode character"),
+        ("[" * 100_000, "line 2: "),
     ],
 )
 def test_bad_jsonl_rows_name_file_and_line(tmp_path, row, message):
@@ -137,9 +144,10 @@ def official_row(**changes: object) -> dict:
     ("changes", "message"),
     [
         ({"prompt": []}, "row 1: prompt has 0 user messages, not 1"),
-        ({"prompt": None}, "row 1: prompt has 0 user messages, not 1"),
+        ({"prompt": None}, "row 1: question must be a text that is not empty, not None"),
+        ({"prompt": [{"role": "user", "content": None}]}, "row 1: question must be a text"),
         ({"prompt": [{"role": "user", "content": ""}]}, "row 1: question must be a text"),
-        ({"reward_model": None}, "row 1: the key 'ground_truth' is missing"),
+        ({"reward_model": None}, "texts, not 'None'; the columns here: data_source, prompt, reward_model, extra_info"),
         (
             {"reward_model": {"ground_truth": "<|answer_split|> ", "style": ""}},
             "row 1: answers must hold a text, or be a list that holds texts",
@@ -166,8 +174,84 @@ def test_bad_files_are_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match="no questions"):
         load_questions(write_jsonl(tmp_path / "empty.jsonl"))
     pq.write_table(pa.table({"question": ["q"]}), tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match=r"other\.parquet, row 0: the key 'prompt' is missing"):
+    with pytest.raises(ValueError, match=r"other\.parquet, row 0: answers must .* columns here: question$"):
         load_questions(tmp_path / "other.parquet")
+
+
+# --- what other people's files look like
+
+TARGETS = [
+    "Ulm", ["Ulm"], ("Ulm", ""), {"target": ["Ulm"]}, {"target": "Ulm"}, "['Ulm']", '["Ulm"]', '{"target": ["Ulm"]}',
+    "{'target': array(['Ulm'], dtype=object)}", {"target": "['Ulm']"}, ["Ulm", None],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("column", ["answers", "answer", "golden_answers", "ground_truth"])
+def test_answers_have_other_names_and_are_lists_dicts_or_either_as_text(tmp_path, column):
+    path = write_jsonl(tmp_path / "mine.jsonl", *({"question": "where?", column: target} for target in TARGETS))
+    assert [one.answers for one in load_questions(path)] == [("Ulm",)] * len(TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("stored", "golds"),
+    [
+        (str(np.array(["it's", "New\nYork", "b c"], dtype=object)), ("it's", "New\nYork", "b c")),
+        (repr(np.array(["a (b)", "c, d"])), ("a (b)", "c, d")),
+        (str([f"gold {i}" for i in range(40)]), tuple(f"gold {i}" for i in range(40))),
+        (str(np.array([f"gold {i}" for i in range(40)])), tuple(f"gold {i}" for i in range(40))),
+        ("['x', ' ', 'y']", ("x", "y")),
+        ('["caf\\u00e9", "\\ud83d\\ude00"]', ("café", "😀")),
+        ("[Verse 1] of {what}", ("[Verse 1] of {what}",)),  # a text that only looks like one
+        ("{never closed", ("{never closed",)),
+        ("['" + "\\" * 50_000, ("['" + "\\" * 50_000,)),  # in linear time
+        (1998, ("1998",)),
+        (1998.0, ("1998",)),
+        ([3.25, 4], ("3.25", "4")),
+        (True, ("yes",)),
+        ([False], ("no",)),
+        ({"target": ["x<|answer_split|>y", "z"]}, ("x", "y", "z")),
+    ],
+)
+def test_what_a_column_of_answers_may_hold(tmp_path, stored, golds):
+    path = write_jsonl(tmp_path / "mine.jsonl", {"question": "q", "answers": stored})
+    assert load_questions(path)[0].answers == golds
+
+
+def test_the_parquet_of_search_r1_loads_with_its_plain_question(tmp_path):
+    row = {
+        "id": "test_0",
+        "question": "who got the first prize?",
+        "golden_answers": ["Wilhelm Conrad Röntgen"],
+        "data_source": "nq",
+        "prompt": [{"role": "user", "content": "Answer the given question. ... Question: who got the first prize?"}],
+        "ability": "fact-reasoning",
+        "reward_model": {"ground_truth": {"target": ["Wilhelm Conrad Röntgen"]}, "style": "rule"},
+        "extra_info": {"index": 0, "split": "test"},
+    }
+    without = {key: value for key, value in row.items() if key not in ("id", "question", "golden_answers")}
+    for number, one in enumerate((row, without)):
+        path = tmp_path / f"nq{number}.parquet"
+        pq.write_table(pa.Table.from_pylist([one]), path)
+        text, name = one.get("question", row["prompt"][0]["content"]), one.get("id", "0")
+        assert load_questions(path) == [Question(name, text, ("Wilhelm Conrad Röntgen",), "nq")]
+
+
+def test_columns_of_a_parquet_may_be_stored_as_text(tmp_path):
+    row = official_row()
+    stored = {key: json.dumps(value) for key, value in row.items() if key != "data_source"}
+    for number, one in enumerate((row, {**row, **stored}, {**row, **{key: str(row[key]) for key in stored}})):
+        pq.write_table(pa.Table.from_pylist([one]), tmp_path / f"{number}.parquet")
+        assert load_questions(tmp_path / f"{number}.parquet") == [Question("nq_1", "who?", ("me",), "nq")]
+    pq.write_table(pa.Table.from_pylist([{**row, "extra_info": "-"}]), tmp_path / "mine.parquet")
+    assert load_questions(tmp_path / "mine.parquet")[0].id == "mine, row 0"
+
+
+def test_other_names_and_a_file_from_windows(tmp_path):
+    rows = [{"_id": "5a", "query": "who?", "answer": "me"}, {"prompt": "where?", "answers": "here", "id": None}]
+    lines = "\r\n".join(map(json.dumps, rows)) + "\r\n"
+    (tmp_path / "mine.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    expected = [Question("5a", "who?", ("me",)), Question("mine, line 2", "where?", ("here",))]
+    assert load_questions(tmp_path / "mine.jsonl") == expected
 
 
 # --- the order

@@ -1,0 +1,276 @@
+"""What train.py and eval.py share: the task, the agent, how a run begins, and the scores of an evaluation.
+
+Everything that a run needs is loaded and tried here, before its first step: a mistake is one ConfigError. Left out:
+tests of significance; the interval and the deviation over runs say what a difference is worth.
+"""
+
+import importlib
+import io
+import logging
+import re
+import sys
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mode
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import yaml
+from transformers import AutoConfig, AutoTokenizer
+
+from deepresearcher_min import report, toyworld
+from deepresearcher_min.config import (
+    Config,
+    ConfigError,
+    describe,
+    host_list,
+    named,
+    replace_file,
+    searches_web,
+    uses_web,
+)
+from deepresearcher_min.engine import make_engine
+from deepresearcher_min.protocol import ChatFormat, declared_ends, read_tools
+from deepresearcher_min.reward import measures, summarize, words
+from deepresearcher_min.rollout import EVALUATION, Agent, Batch, OnDone, Tools, roll_out, try_services
+from deepresearcher_min.run import Ranks
+from deepresearcher_min.search import Corpus, check_search
+from deepresearcher_min.trajectory import Question, Trajectory, load_questions
+from deepresearcher_min.web import Web
+
+PARSING = ["trafilatura", "bs4", "lxml", "pypdf"]  # what reading live pages imports late
+Scores = dict[str, Any]
+Verdicts = Mapping[str, float | None]  # of the judge, by question
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to learn on, and what to be measured on; a corpus is an offline web."""
+
+    model_dir: str
+    questions: list[Question]
+    held_out: list[Question]
+    corpus: Corpus | None = None
+    held_out_corpus: Corpus | None = None
+    world: toyworld.World | None = None  # the held-out toy world, for the behaviour rates
+
+
+def load_task(config: Config) -> Task:
+    """Questions, offline web and model that the config names; ConfigError or ValueError for what cannot be used."""
+    model_dir = model_folder(config)
+    if config.search == "toy":
+        world, held_out = toyworld.World("training", config.seed), toyworld.World("held out", config.seed)
+        questions = world.questions(1000, config.seed)
+        examination = held_out.questions(config.eval_questions, config.seed)
+        return Task(model_dir, questions, examination, world.corpus, held_out.corpus, held_out)
+    questions = read_questions("data", config.data)
+    if config.eval_data:
+        examination = read_questions("eval_data", config.eval_data)[: config.eval_questions or None]
+    else:  # set aside, and never trained on
+        if not 0 < config.eval_questions < len(questions):
+            raise ConfigError(
+                f"eval_questions={config.eval_questions}: without eval_data, 1 to {len(questions) - 1} of the "
+                f"{len(questions)} questions of data={config.data} are set aside"
+            )
+        examination, questions = questions[: config.eval_questions], questions[config.eval_questions :]
+    corpus = read_corpus(config)
+    return Task(model_dir, questions, examination, corpus, corpus)
+
+
+def model_folder(config: Config) -> str:
+    return str(toyworld.MODEL_DIR) if config.model == "toy" else config.model
+
+
+def read_questions(key: str, path: str) -> list[Question]:
+    with named(key, path):
+        return load_questions(path)
+
+
+def read_corpus(config: Config) -> Corpus | None:
+    if not config.corpus:
+        return None
+    with named("corpus", config.corpus, "it must be a corpus.jsonl (title, url, text)"):
+        return Corpus.from_jsonl(config.corpus)
+
+
+def open_web(config: Config, ranks: Ranks) -> Web:
+    """The web through the cassette that the config names, or that of the run folder."""
+    cassette = config.cassette or Path(config.run_dir) / "cassette.sqlite"
+    with named("cassette", str(cassette), "it must be an SQLite file that can be written"):
+        web = Web(config, cassette, ranks.rank, ranks.world_size)
+        web.db.execute("SELECT key, time, reply FROM replies LIMIT 1")  # or it is another program's
+        return web
+
+
+def context_notes(config: Config, task: Task) -> list[str]:
+    """A line if trajectories may grow longer than what the model was made for."""
+    model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
+    limit = getattr(model, "max_position_embeddings", None) or config.max_model_len
+    if config.max_model_len <= limit:
+        return []
+    return [f"max_model_len={config.max_model_len} is above the model's own limit of {limit} tokens."]
+
+
+def load_chat(config: Config, task: Task) -> ChatFormat:
+    """The tokenizer and its template, tried with the first question; ConfigError for what the agent cannot use."""
+    prompt = ""
+    if config.system_prompt_file:
+        with named("system_prompt_file", config.system_prompt_file):
+            prompt = Path(config.system_prompt_file).read_text(encoding="utf-8")
+            if not prompt.strip():
+                raise ValueError("there is no text in it")
+    with named("tools_file", config.tools_file):
+        schemas = read_tools(config.tools_file)
+    with named("model", config.model, "name a chat model with --model=DIR"):
+        model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
+        tokenizer, ends = AutoTokenizer.from_pretrained(task.model_dir), declared_ends(task.model_dir)
+        chat = ChatFormat(tokenizer, config.date, prompt, schemas, ends)
+        questions = [question.text for question in (task.questions + task.held_out)[:1]]
+        for ids in map(chat.prompt_ids, questions or ["Who?"]):
+            if max(ids) >= model.vocab_size:
+                raise ValueError(f"token {max(ids)} of its tokenizer is none of the model's {model.vocab_size}")
+        chat.message_ids(chat.opening("x"))  # as reader: engine asks
+    if len(ids) >= config.max_model_len:
+        raise ConfigError(f"max_model_len={config.max_model_len}: the prompt alone has {len(ids)} tokens")
+    return chat
+
+
+def make_agent(config: Config, task: Task, ranks: Ranks) -> tuple[Agent, Agent]:
+    """The agent in training, and the same one on the held-out web."""
+    chat = load_chat(config, task)
+    web = open_web(config, ranks) if uses_web(config) else None
+    tools = Tools(config, chat, task.corpus, web)
+    with named("model", config.model):
+        engine = make_engine(config, task.model_dir, ranks.world_size)
+    agent = Agent(config, engine, tools, chat)
+    if task.held_out_corpus is task.corpus:
+        return agent, agent
+    return agent, replace(agent, tools=Tools(config, chat, task.held_out_corpus, web))
+
+
+def evaluate(questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done: OnDone) -> list[Trajectory]:
+    """One trajectory for each question at config.eval_temperature; every rank gets all of them, in order."""
+    numbers = ranks.deal(range(len(questions)))
+    batch = Batch([questions[n] for n in numbers], numbers, 1, agent.config.eval_temperature, step=EVALUATION)
+    return ranks.gather([trajectory for (trajectory,) in roll_out(batch, agent, on_done)])
+
+
+def check_needs(config: Config, questions: bool = True) -> None:
+    """One ConfigError that lists everything that is missing, before anything is loaded."""
+    missing = []
+    try:
+        check_search(config)
+    except ConfigError as error:
+        missing.append(str(error))
+    for key in ("reader_url", "judge_url"):
+        if not re.match("(https?://|$)", url := getattr(config, key)):
+            missing.append(f"{key}={url!r}: must begin with http:// or https://")
+    packages = ["matplotlib.figure"] if questions else []
+    packages += PARSING if searches_web(config) else ["bm25s"]
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except Exception as error:
+            missing.append(f"{package} cannot be imported ({error}); pip install -r requirements-cpu.txt")
+    if config.dtype == "bfloat16" and not torch.cuda.is_available():
+        missing.append("dtype=bfloat16: there is no CUDA GPU; on a CPU use --dtype=float32 and a small model")
+    if questions and config.search != "toy" and not config.data:
+        missing.append("data is empty: name a file of questions (.parquet or .jsonl) with --data=FILE")
+    if missing:
+        raise ConfigError("; ".join(missing))
+
+
+def quiet_libraries() -> None:
+    """Bars and warnings of libraries that would only come between the run's own lines; any console will do."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    for name in ("huggingface_hub", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: that is meant
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console that lacks a character must not end a run
+
+
+def check_services(config: Config, ranks: Ranks, agent: bool = True, judge: bool = False) -> None:
+    """Try the services that the run will use; rank 0 raises ConfigError, and all others end with it."""
+    ask = ranks.rank == 0 and config.cassette_mode != "replay"
+    trouble = ranks.share(try_services(config, agent, judge) if ask else "")
+    if trouble and ranks.rank == 0:
+        raise ConfigError(trouble)
+    if trouble:
+        sys.exit(2)
+
+
+def begin(config: Config, ranks: Ranks, notes: Sequence[str] = ()) -> None:
+    """Write the run's config.yaml, and say what is special about this run."""
+    if ranks.rank == 0:
+        replace_file(Path(config.run_dir) / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False).encode())
+        print(f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n", flush=True)
+        print("".join(f"{note}\n" for note in notes), end="", flush=True)
+
+
+def scores_of(found: Sequence[Trajectory], verdicts: Verdicts, config: Config) -> Scores:
+    """summarize(), and F1's interval, MBE over the answers with a verdict, behaviours, dollars, what was blocked."""
+    shown = Counter(name for one in found for name in report.behaviours(one))
+    costs = sum((Counter(one.cost) for one in found), Counter())
+    rows = [{"f1": measures(one)["f1"], "mbe": verdicts.get(one.question.id)} for one in found]
+    scores: Scores = {name: shown[name] / len(found) for name in report.BEHAVIOURS}
+    scores |= {"f1_interval": interval(rows), "mbe": mean(rows, "mbe"), "usd": costs["usd"]}
+    if host_list(config):
+        scores["blocked"] = costs["blocked"] + costs["fail_blocked_host"]
+    return {**summarize(found), **scores}
+
+
+def interval(rows: Sequence[Scores]) -> list[float]:
+    """The 95 % interval of the mean F1, from 2,000 draws of as many questions."""
+    means = np.random.default_rng(0).choice([row["f1"] for row in rows], (2000, len(rows))).mean(axis=1)
+    return np.quantile(means, (0.025, 0.975)).round(3).tolist()
+
+
+def mean(rows: Sequence[Scores], name: str) -> float | None:
+    """The mean of a score over the rows that have it."""
+    known = [row[name] for row in rows if row.get(name) is not None]
+    return sum(known) / len(known) if known else None
+
+
+def scores_over_runs(
+    runs: Sequence[Sequence[Trajectory]], verdicts: Sequence[Verdicts], config: Config
+) -> tuple[Scores, list[Scores]]:
+    """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's scores, too.
+
+    Their interval draws questions, with the mean F1 of each. What has no result or no verdict is left out.
+    """
+    each, answers = list[Scores](), defaultdict[str, list[Scores]](list)
+    for found, known in zip(runs, verdicts, strict=True):
+        for one in found:
+            text = None if one.answer is None else " ".join(words(one.answer))
+            row = {**measures(one), "mbe": known.get(one.question.id), "text": text}
+            answers[one.question.id].append(row)
+        if found:
+            each.append(scores_of(found, known, config))
+    if config.repeats == 1:
+        return each[0], each
+    scores: Scores = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
+    averages = [{"f1": mean(rows, "f1")} for rows in answers.values()]
+    scores |= {"n": len(answers), "f1_interval": interval(averages)}
+    chosen = [majority(rows) for rows in answers.values()]
+    for name in ("f1", "em", "mbe"):
+        values = [row[name] for row in each if row[name] is not None]
+        scores[f"{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        scores[f"majority_{name}"] = mean(chosen, name)
+    right = "em" if scores["mbe"] is None else "mbe"
+    best = [max(rows, key=lambda row: row[right] or 0.0) for rows in answers.values()]
+    return {**scores, "pass_at_k": mean(best, right)}, each
+
+
+def majority(rows: Sequence[Scores]) -> Scores:
+    """The run with the commonest answer, as the scorer reads it; the earliest of equally common ones."""
+    texts = [row["text"] for row in rows if row["text"] is not None]
+    commonest = mode(texts) if texts else None
+    return next(row for row in rows if row["text"] == commonest)
