@@ -47,7 +47,8 @@ def attend(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, 
     On a GPU, torch.nn.attention.varlen would take one launch for all segments (not tried).
     """
     options = {"scale": given["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
-    queries, keys, values = (x.split(given["lengths"], dim=2) for x in (query, key, value))
+    # Positions are rotated in float32, and causal_lower_right comes before autocast.
+    queries, keys, values = (x.to(value.dtype).split(given["lengths"], dim=2) for x in (query, key, value))
     mixed = []
     for i, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
         if (prefix := given.get("prefix_of", {}).get(i)) is None:

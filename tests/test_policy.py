@@ -120,6 +120,13 @@ def test_float32_gradient_is_close_to_float64(models):
     assert relative(moved.double(), expected) < 1e-4
 
 
+def test_bfloat16_gradient_is_roughly_that_of_float64(models):
+    groups = make_groups()
+    moved, _ = change(make_policy(models, dtype="bfloat16", importance_cap=0.0), groups)
+    expected, _ = reference_update(models / "qwen2", groups, config(importance_cap=0.0))
+    assert relative(moved.double(), expected) < 0.1
+
+
 def test_order_of_trajectories_and_junk_behind_the_last_sampled_token_do_not_matter(models):
     groups = make_groups()
     expected, _ = change(make_policy(models), groups)
