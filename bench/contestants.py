@@ -1,15 +1,17 @@
 """Who bench/update.py measures, and on what: fixed batches, a tiny model, and four ways to compute the same gradient.
 
 ours           Policy.backward on the micro-batches that Policy.plan made
+ours, apart    the same, with a shared prompt computed in every trajectory
 GRPOTrainer    as it runs here: padded, the head at every position
 GRPO compact   the same with the head at completion tokens only, as on a GPU; the switch is patched for this bench
-AsyncGRPO      packed, the head at trained tokens only; its GPU attention is replaced by the attention that ours uses
+AsyncGRPO      packed, prefixes shared, the head at trained tokens only; its GPU attention is replaced by ours
 """
 
 import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,17 +40,21 @@ SETTINGS = [
 # --- the batches
 
 
-def make_group(vocabulary: int, lengths: Sequence[int]) -> Group:
-    """Trajectories of the given lengths with about 15 % sampled tokens: a prompt, then turns of 18 tokens."""
+def make_group(vocabulary: int, lengths: Sequence[int], shared: int = 0) -> Group:
+    """Trajectories of the given lengths with about 15 % sampled tokens: a prompt, then turns of 18 tokens.
+
+    shared: tokens of the prompt that all have in common; 0: PROMPT tokens, in which they differ.
+    """
     rng, question = np.random.default_rng(0), Question("q", "text", ("gold",))
-    trajectories = []
+    trajectories, prompt = [], rng.integers(1, vocabulary, shared)
     for length in lengths:
         mask = np.zeros(length, bool)
-        starts = np.linspace(PROMPT, length - 18, max(1, round(0.15 * length / 18))).astype(int)
+        starts = np.linspace(shared or PROMPT, length - 18, max(1, round(0.15 * length / 18))).astype(int)
         for start in starts:
             mask[start : start + 18] = True
         logprobs = np.where(mask, -math.log(vocabulary), np.nan)
         ids = rng.integers(1, vocabulary, length)
+        ids[:shared] = prompt
         trajectories.append(Trajectory(question, ids, mask, logprobs, (), "gold", "answer"))
     rewards = rng.random(len(lengths)) if len(lengths) > 1 else np.ones(1)
     advantages = grpo.group_advantages(rewards).tolist() if len(lengths) > 1 else [1.0]
@@ -67,9 +75,11 @@ def save_model(folder: Path, vocabulary: int) -> None:
 Contestant = tuple[torch.nn.Module, Callable[[], float]]
 
 
-def ours(folder: str, group: Group) -> Contestant:
+def ours(folder: str, group: Group, apart: bool = False) -> Contestant:
     policy = Policy(load_config(SETTINGS), folder, Ranks())
     rows = training_rows(group)
+    if apart:
+        rows = [replace(row, group=None) for row in rows]
     total, plan = sum(t.sampled_mask.sum() for t in group.trajectories), policy.plan(rows)
 
     def run() -> float:
@@ -79,6 +89,10 @@ def ours(folder: str, group: Group) -> Contestant:
         return float(sums["loss"]) / total
 
     return policy.model, run
+
+
+def ours_apart(folder: str, group: Group) -> Contestant:
+    return ours(folder, group, apart=True)
 
 
 def as_trained(trainer: Any) -> torch.nn.Module:
@@ -138,13 +152,16 @@ def trl_async(folder: str, group: Group) -> Contestant:
     from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
     from trl.trainer import utils
 
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: Any, ends_k: Any, *_: Any, **options: Any):
-        assert torch.equal(ends_q, ends_k), "the trajectories of this bench share no prefix"
-        settings = {"is_causal": True, "scale": options["softmax_scale"], "enable_gqa": True}
-        pieces = zip(*(x.transpose(0, 1)[None].split(ends_q.diff().tolist(), 2) for x in (q, k, v)), strict=True)
-        return torch.cat([sdpa(*piece, **settings) for piece in pieces], dim=2)[0].transpose(0, 1)
+        pieces = []
+        for piece in zip(*(x.transpose(0, 1)[None].split(ends.diff().tolist(), 2) for x, ends in (
+            (q, ends_q), (k, ends_k), (v, ends_k)
+        )), strict=True):  # fmt: skip
+            settings = {"scale": options["softmax_scale"], "enable_gqa": True}
+            new, past = piece[0].shape[2], piece[1].shape[2]
+            bias = None if new == past else causal_lower_right(new, past)
+            pieces.append(sdpa(*piece, bias, is_causal=bias is None, **settings))
+        return torch.cat(pieces, dim=2)[0].transpose(0, 1)
 
     async_grpo_trainer.get_peak_flops_per_device = lambda *_: 1.0  # asks for a GPU's name, for a figure in the log
     packing._flash_attn = lambda: SimpleNamespace(flash_attn_varlen_func=attention)

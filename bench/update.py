@@ -7,7 +7,8 @@ share with it are installed once into an environment of the bench's own, under -
 thread, gradient checkpointing and tensors that are ready; losses and gradient norms must agree, or nothing is reported.
 Who they are, and on which batches, is in contestants.py.
 Peak extra memory is the process's highest resident size during the call, less the size before it; it includes the
-gradients. Needs Linux. A round takes 12 s of CPU time, with --peers four minutes; one more round measures memory.
+gradients. Needs Linux. A round takes 25 s of CPU time, with --peers one more minute and four to six for
+GRPOTrainer, which runs in the first round only; one more round measures memory.
 """
 
 import argparse
@@ -32,19 +33,29 @@ import numpy as np
 import torch
 from contestants import Contestant, make_group, save_model
 
-TRL = "trl==1.16.0"
+TRL = ("trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "requests==2.34.2")  # its client needs the last
+NEEDED = "import requests; from trl import GRPOTrainer; from trl.experimental.async_grpo import AsyncGRPOTrainer"
 # What the peers' environment has in the same version as ours.
 SHARED = ("torch", "transformers", "safetensors", "numpy", "pyyaml", "pyarrow")
 TAIL = (96, 112, 128, 144, 160, 192, 224, 256, 288, 320, 352, 448, 640, 1024, 1600, 2560)
 EVEN = (307, 358, 410, 461, 563, 614, 666, 717)  # 0.6 to 1.4 times 512
 CASES = {"152k": (151_936, EVEN), "4k": (4096, EVEN), "tail_4k": (4096, TAIL)}  # vocabulary, lengths [tokens]
 SLOPE = {f"{n}": (4096, (n,)) for n in (1024, 2048, 4096, 8192)}  # one sequence of growing length
+# Eight trajectories of 512 tokens on average begin with one prompt, which is so many percent of them.
+PROMPTS = {
+    f"shared_{share}": (4096, tuple(512 * share // 100 + n * (100 - share) // 100 for n in EVEN), 512 * share // 100)
+    for share in (25, 50, 80)
+}
+ALL = CASES | SLOPE | PROMPTS
 PEERS = {"trl_grpo": "GRPOTrainer", "trl_grpo_compact": "GRPO compact", "trl_async": "AsyncGRPO"}
+SLOW = {"trl_grpo", "trl_grpo_compact"}  # one round is enough for what takes 2 to 17 times as long
+LABELS = PEERS | {"ours_apart": "ours, apart"}
 CAPTION = """
 What carries over to a 7B model on GPUs: no work on padding, no head at tokens that are not trained, logits never kept
 (24k trained tokens x 152k words in float32 are 14.6 GB), memory linear in length. What does not: the ratios. At 152k
 words the head is most of this small model; of a 7B model it is 6 % of the FLOPs, and so much less is gained there.
-These batches share no prompt: AsyncGRPO would run a shared one once, ours runs it in every trajectory. GPUs: untested.
+Only the batches shared_* share a prompt: ours and AsyncGRPO compute it once, "ours, apart" in every trajectory, as the
+others do. GPUs: untested.
 """
 
 
@@ -74,9 +85,9 @@ def work(name: str, models: str) -> None:
     ready: dict[str, Contestant] = {}
     for line in sys.stdin:
         case = line.strip()
-        vocabulary, lengths = (CASES | SLOPE)[case]
+        vocabulary, *shape = ALL[case]
         if case not in ready:
-            ready = {case: getattr(contestants, name)(f"{models}/{vocabulary}", make_group(vocabulary, lengths))}
+            ready = {case: getattr(contestants, name)(f"{models}/{vocabulary}", make_group(vocabulary, *shape))}
             assert all(p.isfinite().all() for p in ready[case][0].parameters())  # pages the mapped weights in
         print(json.dumps(measure(*ready[case])), file=out, flush=True)
 
@@ -108,14 +119,15 @@ class Worker:
 
 def peers_python(cache: Path) -> str:
     """The interpreter of the environment with TRL, which is made if it is not there."""
-    folder = cache / TRL.replace("==", "-")
+    folder = cache / "-".join(TRL).replace("==", "-")
     python, done = folder / "bin/python", folder / "complete"
     if not done.exists():
-        print(f"installing {TRL} into {folder} ...", flush=True)
+        print(f"installing {TRL[0]} into {folder} ...", flush=True)
         venv.create(folder, clear=True, with_pip=True)
         shared = [f"{name}=={version(name)}" for name in SHARED]
-        subprocess.run([python, "-m", "pip", "install", "--quiet", TRL, *shared], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *TRL, *shared], check=True)
         done.touch()
+    subprocess.run([python, "-c", NEEDED], check=True)  # before anything is measured
     return str(python)
 
 
@@ -127,12 +139,19 @@ def check_agreement(case: str, found: dict[str, dict[str, float]]) -> None:
                 raise SystemExit(f"{case}: {key} is {figures[key]} for {name}, {ours[key]} for ours: not comparable")
 
 
+def cases_of(name: str) -> dict[str, Any]:
+    """The batches that a contestant runs on."""
+    if name == "ours_apart":
+        return PROMPTS
+    return CASES | PROMPTS if name in ("ours", "trl_async") else CASES
+
+
 def bench_memory(start: Callable[[str], Worker], names: list[str]) -> tuple[dict[str, Any], dict[str, float]]:
     """The first call of every case for every contestant, and how our peak grows with the length of a sequence."""
-    first: dict[str, dict[str, dict[str, float]]] = {case: {} for case in CASES}
+    first: dict[str, dict[str, dict[str, float]]] = {case: {} for case in CASES | PROMPTS}
     for name in names:
         with closing(start(name)) as worker:
-            for case in CASES:
+            for case in cases_of(name):
                 first[case][name] = worker.run(case)
             if name == "ours":
                 peaks = np.array([worker.run(length)["peak_gb"] for length in SLOPE])
@@ -147,25 +166,32 @@ def bench_memory(start: Callable[[str], Worker], names: list[str]) -> tuple[dict
     return first, {"memory_kb_per_token": slope * 1e6, "memory_off_line": float(off)}
 
 
+def key_of(name: str, case: str) -> str:
+    """The name of a ratio: a contestant's time to ours."""
+    rival = {"ours_apart": "today", "trl_async": "async"}.get(name, name)
+    return case.replace("shared_", f"shared_vs_{rival}_") if case in PROMPTS else f"{name}_{case}"
+
+
 def bench_time(workers: dict[str, Worker], rounds: int, first: dict[str, Any]) -> dict[str, float]:
     """Rounds of one call of every contestant, and the table."""
     figures: dict[str, float] = {}
-    print(f"\n{'batch':9}{'':14}{'CPU s':>8}{'x ours':>8}{'wall s':>8}{'peak GB':>9}{'loss':>12}{'grad norm':>11}")
-    for case in CASES:
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
-        for _ in range(rounds):
-            for name, worker in workers.items():
-                found[name].append(worker.run(case))
+    print(f"\n{'batch':10}{'':14}{'CPU s':>8}{'x ours':>8}{'wall s':>8}{'peak GB':>9}{'loss':>12}{'grad norm':>11}")
+    for case in CASES | PROMPTS:
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in workers if case in cases_of(name)}
+        for number in range(rounds):
+            for name, runs in found.items():
+                if number == 0 or name not in SLOW:
+                    runs.append(workers[name].run(case))
         for name, runs in found.items():
             row = first[case][name] | {key: median(run[key] for run in runs) for key in ("cpu_s", "wall_s")}
-            ratio = median(a["cpu_s"] / b["cpu_s"] for a, b in zip(runs, found["ours"], strict=True))
+            ratio = median(a["cpu_s"] / b["cpu_s"] for a, b in zip(runs, found["ours"], strict=False))
             times = f"{row['cpu_s']:8.2f}{ratio:8.2f}{row['wall_s']:8.2f}"
             checks = f"{row['peak_gb']:9.3f}{row['loss']:12.6f}{row['grad_norm']:11.6f}"
-            print(f"{case:9}{PEERS.get(name, name):14}{times}{checks}", flush=True)
+            print(f"{case:10}{LABELS.get(name, name):14}{times}{checks}", flush=True)
             figures[f"{name}_{case}_cpu_s"] = row["cpu_s"]
             figures[f"{'' if name == 'ours' else name + '_'}peak_extra_gb_{case}"] = row["peak_gb"]
             if name != "ours":
-                figures[f"{name}_{case}"] = ratio
+                figures[key_of(name, case)] = ratio
     return figures
 
 
@@ -182,9 +208,9 @@ def main() -> None:
     figures: dict[str, float] = {"load": os.getloadavg()[0], "cpus": os.cpu_count() or 0}
     python = peers_python(args.cache) if args.peers else sys.executable
     with tempfile.TemporaryDirectory() as models:
-        for vocabulary in {vocabulary for vocabulary, _ in CASES.values()}:
+        for vocabulary in {vocabulary for vocabulary, *_ in ALL.values()}:
             save_model(Path(models) / str(vocabulary), vocabulary)
-        names = ["ours", *(PEERS if args.peers else [])]
+        names = ["ours", "ours_apart", *(PEERS if args.peers else [])]
         first, slope = bench_memory(lambda name: Worker(python, name, models, memory=True), names)
         with ExitStack() as stack:
             workers = {name: stack.enter_context(closing(Worker(python, name, models, memory=False))) for name in names}

@@ -174,20 +174,17 @@ class HFEngine(Engine):
 
 
 def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
-    """Log-probabilities of eight tokens that HFEngine samples in the prompts' last turns (architecture.Trial)."""
-    engine, found = HFEngine(config, folder, tried=True), []
+    """HFEngine's log-probabilities of eight tokens that it samples after each prompt (architecture.Trial)."""
+    engine, sampling = HFEngine(config, folder, tried=True), Sampling(1.0, 8, 0, ())
     longest = max(map(len, prompts))
     for end in range(PREFILL_TOKENS, longest + PREFILL_TOKENS, PREFILL_TOKENS):  # long prompts grow in turns
         for i, ids in enumerate(prompts):
-            turn = ids[: min(end, len(ids) - 8)]
-            engine.submit(str(i), turn, Sampling(1.0, 8, i, ()))
+            engine.submit(str(i), ids[: min(end, len(ids) - 8)], sampling)
         done: dict[str, Completion] = {}
         while len(done) < len(prompts):
             done |= engine.step()
-    for i, ids in enumerate(prompts):
-        completion = done[str(i)]
-        found.append((ids[:-8] + completion.token_ids, torch.tensor(completion.logprobs)))
-    return found
+    turns = [done[str(i)] for i in range(len(prompts))]
+    return [(ids[:-8] + t.token_ids, torch.tensor(t.logprobs)) for ids, t in zip(prompts, turns, strict=True)]
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None, **given: Any) -> tuple[Tensor, None]:

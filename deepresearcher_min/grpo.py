@@ -15,13 +15,12 @@ truncated importance sampling (TIS), for engines that round otherwise than the t
 Omitted: a value function, reward shaping and sequence-level ratios; the paper's code uses none of them.
 
 Shape suffixes of tensor names:
-    G  trajectories of one question          T  tokens of one micro-batch, sequences joined without padding
+    G  trajectories of one question          T  tokens of one micro-batch, joined without padding
     S  sampled (= trained) tokens in it      D  hidden width of the model      V  vocabulary
 """
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,24 +59,45 @@ class TrainingRow:
     sampled: np.ndarray  # indices into token_ids
     rollout_logprobs: np.ndarray  # of the sampled tokens
     advantage: float
+    group: str | None = None  # rows of one group begin alike: what they share is computed once
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: sequences end to end, and where in them the sampled tokens are predicted."""
+    """One micro-batch: segments end to end, and where in them the sampled tokens are predicted.
 
-    lengths: tuple[int, ...]  # of each sequence, sums to T
+    Of a group, the common prefix is one segment and the rest of each row another; a row alone is one segment.
+    """
+
+    lengths: tuple[int, ...]  # of each segment, sums to T
+    prefix_of: dict[int, int]  # the segment that a segment continues
     token_ids_T: Tensor
     position_ids_T: Tensor
-    predict_S: Tensor  # indices into T: token i of a sequence is predicted at its position i-1
+    predict_S: Tensor  # indices into T: token i of a row is predicted at its position i-1, which rows may share
     targets_S: Tensor
     rollout_S: Tensor
     advantages_S: Tensor
     names_S: np.ndarray  # of the trajectories that the sampled tokens belong to
 
 
+def families(rows: Sequence[TrainingRow]) -> list[tuple[int, list[int]]]:
+    """(tokens that all inputs of a group have in common, indices of its rows) of each group, or of each row alone."""
+    members: dict[int | str, list[int]] = {}
+    for i, row in enumerate(rows):
+        members.setdefault(i if row.group is None else row.group, []).append(i)
+    found = []
+    for indices in members.values():
+        first = rows[indices[0]].token_ids
+        shared = min(len(rows[i].token_ids) for i in indices) - 1 if len(indices) > 1 else 0
+        for i in indices:
+            same = rows[i].token_ids[:shared] == first[:shared]
+            shared = shared if same.all() else int(same.argmin())
+        found += [(shared, indices)] if shared else [(0, [i]) for i in indices]
+    return found
+
+
 def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> PackedBatch:
-    """Join sequences into one micro-batch. ValueError when nothing is sampled, or a first token: nothing predicts it.
+    """Join rows into one micro-batch. ValueError when nothing is sampled, or a first token: nothing predicts it.
 
     No rows give one token and no trained position, since a rank with nothing to do still takes part in collectives.
     """
@@ -85,40 +105,93 @@ def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> Pac
         if 0 in row.sampled or not len(row.sampled):
             raise ValueError(f"{row.name}: it needs a prompt and a sampled token")
     rows = rows or [TrainingRow("nobody", np.zeros(2), np.zeros(0, np.int64), np.zeros(0), 0.0)]
-    lengths, counts = [len(row.token_ids) - 1 for row in rows], [len(row.sampled) for row in rows]
-    starts = itertools.accumulate(lengths, initial=0)
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    prefix_of, predict, order, length = dict[int, int](), list[np.ndarray](), list[int](), 0
+    for shared, indices in families(rows):
+        prefix, start = len(ids), length
+        if shared:
+            ids.append(rows[indices[0]].token_ids[:shared])
+            positions.append(np.arange(shared))
+            length += shared
+        for i in indices:
+            at = rows[i].sampled - 1
+            predict.append(np.where(at < shared, start + at, length + at - shared))
+            rest = rows[i].token_ids[shared:-1]
+            if not len(rest):
+                continue
+            if shared:
+                prefix_of[len(ids)] = prefix
+            ids.append(rest)
+            positions.append(np.arange(shared, shared + len(rest)))
+            length += len(rest)
+        order += indices
+    rows = [rows[i] for i in order]
+    counts = [len(row.sampled) for row in rows]
 
-    def tensor(arrays: Iterable[np.ndarray], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.from_numpy(np.concatenate(list(arrays))).to(device, dtype)
+    def tensor(arrays: Sequence[np.ndarray], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays)).to(device, dtype)
 
     return PackedBatch(
-        lengths=tuple(lengths),
-        token_ids_T=tensor(row.token_ids[:-1] for row in rows),
-        position_ids_T=tensor(np.arange(length) for length in lengths),
-        predict_S=tensor(start + row.sampled - 1 for start, row in zip(starts, rows, strict=False)),
-        targets_S=tensor(row.token_ids[row.sampled] for row in rows),
-        rollout_S=tensor((row.rollout_logprobs for row in rows), torch.float32),
+        lengths=tuple(map(len, ids)),
+        prefix_of=prefix_of,
+        token_ids_T=tensor(ids),
+        position_ids_T=tensor(positions),
+        predict_S=tensor(predict),
+        targets_S=tensor([row.token_ids[row.sampled] for row in rows]),
+        rollout_S=tensor([row.rollout_logprobs for row in rows], torch.float32),
         advantages_S=tensor([np.repeat([row.advantage for row in rows], counts)], torch.float32),
         names_S=np.repeat([row.name for row in rows], counts),
     )
 
 
-def plan_microbatches(lengths: Sequence[int], budget: int, world_size: int, hidden_size: int) -> list[list[list[int]]]:
-    """Share sequences out: plan[rank][micro-batch] is a list of indices into lengths, longest sequences first.
+def plan_microbatches(
+    lengths: Sequence[int], budget: int, world_size: int, hidden_size: int,
+    families: Sequence[tuple[int, Sequence[int]]] = (),
+) -> list[list[list[int]]]:  # fmt: skip
+    """Share sequences out: plan[rank][micro-batch] is a list of indices into lengths, longest first.
 
+    families: who shares how many first tokens, which then count once in a micro-batch; by default nobody does.
     budget: tokens of one micro-batch; a longer sequence gets one of its own. A sequence goes to the rank with the least
     work so far: length + length^2 / (12 hidden_size), as a transformer's linear layers (24 D^2 FLOPs a token) are to
-    its causal attention (2 length D). All ranks get equally many micro-batches, at least one; the last may be empty.
+    its causal attention (2 length D). Families stay together, unless they are over the budget or smaller pieces leave
+    the busiest rank less to do. All ranks get equally many micro-batches, at least one; the last may be empty.
     """
-    work, plan = [0.0] * world_size, [list[list[int]]() for _ in range(world_size)]
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        rank = work.index(min(work))
-        work[rank] += lengths[i] + lengths[i] ** 2 / (12 * hidden_size)
-        if not plan[rank] or sum(lengths[j] for j in plan[rank][-1]) + lengths[i] > budget:
-            plan[rank].append([])
-        plan[rank][-1].append(i)
-    count = max(1, *map(len, plan))
-    return [batches + [[] for _ in range(count - len(batches))] for batches in plan]
+    families = families or [(0, [i]) for i in range(len(lengths))]
+    limits = [budget] if world_size == 1 else [budget, *(sum(lengths) // world_size // n for n in (1, 2, 4, 8)), 0]
+    best, least = list[list[list[int]]](), math.inf
+    for limit in limits:
+        work, load, plan = [0.0] * world_size, [0] * world_size, [list[list[int]]() for _ in range(world_size)]
+        for shared, piece in pieces(lengths, families, min(limit, budget)):
+            rank = work.index(min(work))
+            counted = [(1, lengths[i]) for i in piece] + [(1 - len(piece), shared)]
+            tokens = sum(sign * n for sign, n in counted)
+            work[rank] += sum(sign * (n + n**2 / (12 * hidden_size)) for sign, n in counted)
+            if not plan[rank] or load[rank] + tokens > budget:
+                plan[rank].append([])
+                load[rank] = 0
+            plan[rank][-1] += piece
+            load[rank] += tokens
+        if max(work) < least:
+            best, least = plan, max(work)
+    count = max(1, *map(len, best))
+    return [batches + [[] for _ in range(count - len(batches))] for batches in best]
+
+
+def pieces(
+    lengths: Sequence[int], families: Sequence[tuple[int, Sequence[int]]], limit: int
+) -> list[tuple[int, list[int]]]:
+    """The families in pieces of at most `limit` tokens, or of one sequence; those with the longest come first."""
+    found = []
+    for shared, indices in families:
+        tokens = limit  # full: the first sequence begins a piece
+        for i in sorted(indices, key=lambda i: -lengths[i]):
+            tokens += lengths[i] - shared
+            if tokens > limit:
+                found.append((shared, list[int]()))
+                tokens = lengths[i]
+            found[-1][1].append(i)
+    return sorted(found, key=lambda piece: -lengths[piece[1][0]])
 
 
 def kl_k3(new_S: Tensor, ref_S: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The model under training: its token log-probabilities, the optimizer step, checkpoints, and weights for the engine.
 
-Sequences are joined without padding; the head runs only where a sampled token is predicted (grpo.HeadLoss). With
+Sequences are joined without padding, and what a group's have in common is computed once; the head runs only where a
+sampled token is predicted (grpo.HeadLoss). With
 several ranks, FSDP2 shards everything, and all compute one plan: the work is balanced, whoever sampled what. Never run
 by us, for want of a GPU: FSDP over NCCL, offload to CPU memory. Omitted: tensor, pipeline and sequence parallelism;
 biased heads, logit scaling and soft-capping, which few architectures have: those are refused (architecture.py).
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, GenerationConfig, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -39,13 +42,22 @@ METRICS = ("loss", "kl", "mismatch", "entropy", "clip_fraction", "capped_fractio
 
 
 def attend(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **given: Any) -> tuple[Tensor, None]:
-    """Causal attention inside each of the joined sequences: [1, heads, T, head_dim] -> [1, T, heads, head_dim]."""
-    lengths = list(given["lengths"])
-    options = {"is_causal": True, "scale": given["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
-    sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    # On a GPU, flash-attention's varlen kernel would take one launch (not tried).
-    pieces = [nn.functional.scaled_dot_product_attention(q, k, v, **options) for q, k, v in sequences]
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+    """Causal attention inside each segment and to its prefix: [1, heads, T, head_dim] -> [1, T, heads, head_dim].
+
+    On a GPU, torch.nn.attention.varlen would take one launch for all segments (not tried).
+    """
+    options = {"scale": given["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
+    # Positions are rotated in float32, and causal_lower_right comes before autocast.
+    queries, keys, values = (x.to(value.dtype).split(given["lengths"], dim=2) for x in (query, key, value))
+    mixed = []
+    for i, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
+        if (prefix := given.get("prefix_of", {}).get(i)) is None:
+            mixed.append(scaled_dot_product_attention(q, k, v, is_causal=True, **options))
+            continue
+        k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
+        bias = causal_lower_right(q.shape[2], k.shape[2])  # the last query sees the last key
+        mixed.append(scaled_dot_product_attention(q, k, v, bias, **options))
+    return torch.cat(mixed, dim=2).transpose(1, 2), None
 
 
 class TokenScorer(nn.Module):
@@ -59,7 +71,8 @@ class TokenScorer(nn.Module):
         """The sum of the losses of all chunks, and log-probabilities_S; FloatingPointError if one is not finite."""
         with torch.autocast(batch.token_ids_T.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
             tokens = {"input_ids": batch.token_ids_T[None], "position_ids": batch.position_ids_T[None]}
-            output = self.model.base_model(**tokens, lengths=batch.lengths, use_cache=False)
+            segments = {"lengths": batch.lengths, "prefix_of": batch.prefix_of}
+            output = self.model.base_model(**tokens, **segments, use_cache=False)
         hidden_SD = output.last_hidden_state[0, batch.predict_S].to(self.dtype) / self.config.temperature
         weight_VD = self.model.get_output_embeddings().weight
         total, logprobs_S = grpo.HeadLoss.apply(hidden_SD, weight_VD, batch.targets_S, self.config.logprob_chunk, loss)
@@ -158,7 +171,8 @@ class Policy:
     def plan(self, rows: Sequence[TrainingRow]) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
         lengths, width = [len(row.token_ids) - 1 for row in rows], self.model.config.hidden_size
-        plan = grpo.plan_microbatches(lengths, self.config.microbatch_tokens, self.ranks.world_size, width)
+        limits = self.config.microbatch_tokens, self.ranks.world_size, width
+        plan = grpo.plan_microbatches(lengths, *limits, grpo.families(rows))
         return [grpo.pack([rows[i] for i in indices], self.device) for indices in plan[self.ranks.rank]]
 
     @torch.no_grad()
@@ -277,7 +291,7 @@ def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[l
     rows = []
     for ids in prompts:
         sampled = np.arange(1, len(ids))
-        rows.append(TrainingRow("trial", np.array(ids), sampled, np.zeros(len(sampled)), 0.0))
+        rows.append(TrainingRow("trial", np.array(ids), sampled, np.zeros(len(sampled)), 0.0, "trial"))
     logprobs_S = policy.score(policy.scorer, grpo.pack(rows))
     return list(zip(prompts, logprobs_S.split([len(row.sampled) for row in rows]), strict=True))
 
@@ -291,5 +305,5 @@ def training_rows(group: Group) -> list[TrainingRow]:
             raise FloatingPointError(f"{name}: reward {group.rewards[i]}, advantage {advantage}")
         if len(sampled := np.flatnonzero(trajectory.sampled_mask)):
             ids, logprobs = trajectory.token_ids[: sampled[-1] + 1], trajectory.logprobs[sampled]
-            rows.append(TrainingRow(name, ids, sampled, logprobs, float(advantage)))
+            rows.append(TrainingRow(name, ids, sampled, logprobs, float(advantage), group.question.id))
     return rows

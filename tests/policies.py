@@ -59,12 +59,26 @@ def make_trajectory(question: Question, rng: np.random.Generator) -> Trajectory:
     return Trajectory(question, ids, mask, logprobs, (), "an answer", "answer")
 
 
+def branch(other: Trajectory, rng: np.random.Generator, shared: int) -> Trajectory:
+    """A trajectory that begins like another one, sampled tokens included; the engine reported them as it liked."""
+    rest = make_trajectory(other.question, rng)
+    ids, mask = (
+        np.append(a[:shared], b)
+        for a, b in ((other.token_ids, rest.token_ids), (other.sampled_mask, rest.sampled_mask))
+    )
+    logprobs = np.where(mask, rng.normal(-3.5, 0.5, len(ids)), np.nan)
+    return dataclasses.replace(rest, token_ids=ids, sampled_mask=mask, logprobs=logprobs)
+
+
 def make_groups(questions: int = 5, size: int = 4, seed: int = 0) -> list[Group]:
     rng = np.random.default_rng(seed)
     groups = []
     for i in range(questions):
         question = Question(f"q{i}", "text", ("gold",))
-        trajectories = [make_trajectory(question, rng) for _ in range(size)]
+        trajectories = [make_trajectory(question, rng)]
+        while len(trajectories) < size:  # a common prompt, or more; those of question 2 have nothing in common
+            shared = 0 if i == 2 else max(2, rng.integers(0, len(trajectories[-1].token_ids) + 1))
+            trajectories.append(branch(trajectories[-1], rng, shared))
         rewards = rng.choice([-1.0, 0.0, 0.4, 1.0], size) if i != 1 else np.ones(size)  # question 1 is tied
         groups.append(Group(question, trajectories, rewards, group_advantages(rewards).tolist()))
     return groups

@@ -249,6 +249,28 @@ def test_pack_worked_by_hand():
     assert rows[0].token_ids.tolist() == list(range(10, 16))
 
 
+def test_pack_of_a_group_worked_by_hand():
+    sampled, logprobs = np.array([2, 4]), np.array([-0.5, -0.25])
+    rows = [
+        TrainingRow("a", np.array([7, 8, 20, 9, 30]), sampled, logprobs, 1.0, "q"),
+        TrainingRow("alone", np.array([7, 8, 5]), np.array([2]), np.array([-1.0]), 0.5, "other"),
+        TrainingRow("b", np.array([7, 8, 20, 9, 31]), sampled, logprobs, -1.0, "q"),  # all its inputs are a's, too
+        TrainingRow("c", np.array([7, 8, 21, 9, 30]), sampled, logprobs, 0.0, "q"),
+    ]
+    batch = pack(rows)
+    # The group's inputs have 7, 8 in common; then come the rests of a, b and c, then the row that stands alone.
+    assert batch.token_ids_T.tolist() == [7, 8, 20, 9, 20, 9, 21, 9, 7, 8]
+    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 2, 3, 2, 3, 0, 1]
+    assert (batch.lengths, batch.prefix_of) == ((2, 2, 2, 2, 2), {1: 0, 2: 0, 3: 0})
+    # The first sampled token of a, b and c is predicted at the same place, the last one of the prefix.
+    assert batch.predict_S.tolist() == [1, 3, 1, 5, 1, 7, 9]
+    assert batch.targets_S.tolist() == [20, 30, 20, 31, 21, 30, 5]
+    assert batch.names_S.tolist() == ["a", "a", "b", "b", "c", "c", "alone"]
+    assert batch.advantages_S.tolist() == [1, 1, -1, -1, 0, 0, 0.5]
+    twice = pack([rows[0], rows[2]])  # nothing is left of either but what is predicted
+    assert (twice.lengths, twice.prefix_of, twice.predict_S.tolist()) == ((4,), {}, [1, 3, 1, 3])
+
+
 def test_pack_of_nothing_still_feeds_the_model_one_token():
     batch = pack([])
     assert batch.token_ids_T.tolist() == [0]
@@ -276,6 +298,37 @@ def test_plan_covers_everything_once_within_budget_and_balanced(lengths, budget,
     work = [sum(lengths[i] + lengths[i] ** 2 / 192 for batch in batches for i in batch) for batches in plan]
     heaviest = max((length + length**2 / 192 for length in lengths), default=0)
     assert max(work) - min(work) <= heaviest + 1e-6
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.lists(st.integers(1, 90), min_size=1, max_size=8)), max_size=9),
+    st.integers(1, 1000),
+    st.integers(1, 5),
+)
+def test_plan_of_families_covers_everything_within_the_budget(drawn, budget, world_size):
+    lengths, families, prefix = [], [], {}
+    for shared, rests in drawn:
+        families.append((shared, list(range(len(lengths), len(lengths) + len(rests)))))
+        prefix |= dict.fromkeys(families[-1][1], shared)
+        lengths += [shared + rest for rest in rests]
+    family = {i: n for n, (_, indices) in enumerate(families) for i in indices}
+    plan = plan_microbatches(lengths, budget, world_size, 16, families)
+    assert len({len(batches) for batches in plan}) == 1
+    assert sorted(i for batches in plan for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in (batch for batches in plan for batch in batches):
+        once = {family[i]: prefix[i] for i in batch}
+        assert len(batch) <= 1 or sum(lengths[i] - prefix[i] for i in batch) + sum(once.values()) <= budget
+
+
+def test_plan_keeps_families_together_unless_ranks_would_be_idle():
+    four = [(100, [0, 1, 2, 3]), (100, [4, 5, 6, 7]), (100, [8, 9, 10, 11]), (100, [12, 13, 14, 15])]
+    plan = plan_microbatches([150] * 16, 600, 2, 64, four)
+    assert sorted(sorted(batch) for batches in plan for batch in batches) == [
+        sorted(a + b) for a, b in ((four[0][1], four[2][1]), (four[1][1], four[3][1]))
+    ]  # 2 x (100 + 4 x 50) tokens in a micro-batch, where without sharing it would be 1,200
+    (first,), (second,) = plan_microbatches([150] * 4, 600, 2, 64, four[:1])
+    assert len(first) == len(second) == 2  # one family, two ranks
 
 
 def test_plan_counts_attention_as_quadratic():

@@ -6,9 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from policies import (
     END,
     MODELS,
+    branch,
     change,
     check_against_reference,
     config,
@@ -24,8 +27,8 @@ from policies import (
 from transformers import AutoModelForCausalLM
 
 from deepresearcher_min import policy as policy_module
-from deepresearcher_min.grpo import group_advantages
-from deepresearcher_min.policy import Policy
+from deepresearcher_min.grpo import group_advantages, pack
+from deepresearcher_min.policy import Policy, training_rows
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Group, Question, Trajectory
 
@@ -66,11 +69,62 @@ def test_several_updates_use_the_logprobs_before_the_first(models, updates):
     assert (metrics["clip_fraction"] > 0.02) == (updates > 1)  # the first update cannot clip, later ones do here
 
 
+@settings(deadline=None, max_examples=6, phases=[Phase.generate])
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=7),
+    st.sampled_from([1, 40, 150, 10_000]),
+    st.integers(0, 99),
+)
+def test_sharing_prefixes_changes_no_gradient(models, tree, microbatch_tokens, seed):
+    """Each branch of the tree goes off from an earlier trajectory, anywhere; all are one group."""
+    rng, group = np.random.default_rng(seed), make_groups(1, 1, seed)[0]
+    trajectories = list(group.trajectories)
+    for parent, cut in tree:
+        other = trajectories[parent % len(trajectories)]
+        trajectories.append(branch(other, rng, min(2 + cut, len(other.token_ids))))
+    trajectories.append(dataclasses.replace(trajectories[0]))  # twice the same
+    rewards = rng.normal(size=len(trajectories))
+    shared = [Group(group.question, trajectories, rewards, group_advantages(rewards).tolist())]
+    alone = [
+        Group(Question(f"q{i}", "text", ("gold",)), [trajectory], [reward], [advantage])
+        for i, (trajectory, reward, advantage) in enumerate(
+            zip(trajectories, rewards, shared[0].advantages, strict=True)
+        )
+    ]
+    for dtype, limit in (("float64", 1e-6), ("float32", 1e-4)):
+        settings = {"dtype": dtype, "microbatch_tokens": microbatch_tokens}
+        moved, metrics = change(make_policy(models, **settings), shared)
+        expected, expected_metrics = change(make_policy(models, **settings), alone)
+        assert relative(moved, expected) < limit
+        for name, value in expected_metrics.items():
+            assert metrics[name] == pytest.approx(value, rel=limit, abs=limit), name
+    expected, _ = reference_update(models / "qwen2", shared, config())
+    assert relative(change(make_policy(models), shared)[0], expected) < 1e-6
+
+
+def test_a_shared_prompt_is_computed_once(models):
+    group = make_groups(1, 4)[0]
+    rows = training_rows(group)
+    batch = pack(rows)
+    length = min(len(row.token_ids) - 1 for row in rows)
+    shared = next(n for n in range(length, 0, -1) if len({tuple(row.token_ids[:n]) for row in rows}) == 1)
+    assert len(batch.token_ids_T) == sum(len(row.token_ids) - 1 for row in rows) - 3 * shared
+    (planned,) = make_policy(models, microbatch_tokens=len(batch.token_ids_T)).plan(rows)  # fits into the budget
+    assert sorted(planned.lengths) == sorted(batch.lengths)
+
+
 def test_float32_gradient_is_close_to_float64(models):
     groups = make_groups()
     expected, _ = reference_update(models / "qwen2", groups, config())
     moved, _ = change(make_policy(models, dtype="float32"), groups)
     assert relative(moved.double(), expected) < 1e-4
+
+
+def test_bfloat16_gradient_is_roughly_that_of_float64(models):
+    groups = make_groups()
+    moved, _ = change(make_policy(models, dtype="bfloat16", importance_cap=0.0), groups)
+    expected, _ = reference_update(models / "qwen2", groups, config(importance_cap=0.0))
+    assert relative(moved.double(), expected) < 0.1
 
 
 def test_order_of_trajectories_and_junk_behind_the_last_sampled_token_do_not_matter(models):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import eval as evaluation
 import train
 from deepresearcher_min.config import load_config
+from deepresearcher_min.engine import HFEngine
 from deepresearcher_min.reward import judge
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Question, Trajectory
@@ -49,6 +50,22 @@ def test_the_weights_change_and_checkpoints_are_plain_hugging_face_folders(two_s
     assert start.keys() == first.keys()
     assert any(not torch.equal(start[name], first[name]) for name in start)
     assert any(not torch.equal(second[name], first[name]) for name in start)
+
+
+@pytest.mark.quick
+def test_an_engine_that_computes_another_model_ends_the_first_step(tmp_path, monkeypatch, capsys):
+    def wrong_weights(engine, named_tensors):
+        with torch.no_grad():
+            for _, parameter in engine.model.named_parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+
+    monkeypatch.setattr(HFEngine, "update_weights", wrong_weights)
+    argv = [*SMALL, "--eval_questions=1", f"--run_dir={tmp_path / 'run'}"]
+    assert train.main(argv) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("train.py: engine=HFEngine: its log-probabilities differ from the policy's by ")
+    assert "limit 0.001 for dtype=float32" in line
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 @pytest.mark.slow

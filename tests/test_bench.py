@@ -1,0 +1,42 @@
+"""Every bench script starts on a fresh machine, and what it needs is installed before it measures anything."""
+
+import ast
+import subprocess
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHES = sorted((ROOT / "bench").glob("*.py"))
+OWN = {"deepresearcher_min", "scripts", "train", "eval", *(path.stem for path in BENCHES)}
+PEERS = {"trl", "datasets"}  # in the environment of update.py's own
+OPTIONAL = {"vllm"}  # on GPUs
+
+
+def imported(path: Path) -> set[str]:
+    """Names of all packages that a script imports anywhere, its functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found - OWN - PEERS - OPTIONAL
+
+
+@pytest.mark.by_hand
+def test_benches_start_in_a_fresh_environment(tmp_path):
+    """Takes about five minutes, most of it installation."""
+    venv.create(tmp_path / "fresh", with_pip=True)
+    python = tmp_path / "fresh/bin/python"
+    requirements = ROOT / "requirements-cpu.txt"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
+    for path in BENCHES:
+        modules = ", ".join(sorted(imported(path)))
+        subprocess.run([python, "-c", f"import {modules}"], check=True)
+        if "argparse" in modules:
+            done = subprocess.run([python, path, "--help"], check=True, capture_output=True, text=True)
+            assert "usage" in done.stdout, path.name
+    peers = "from pathlib import Path; import update; update.peers_python(Path(r'%s'))" % (tmp_path / "peers")
+    subprocess.run([python, "-c", peers], check=True, cwd=ROOT / "bench")
