@@ -103,6 +103,7 @@ class Policy:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, **adam)
         self.rollouts = 0  # update() calls so far, for warm-up and decay
         self.compared = False  # with the engine, in this process
+        self.state()  # makes the optimizer's state of all parameters: those that no text passes need it in a checkpoint
 
     def load_model(self, model_dir: str) -> TokenScorer:
         master = torch.promote_types(self.compute_dtype, torch.float32)
@@ -170,7 +171,7 @@ class Policy:
 
     def plan(self, rows: Sequence[TrainingRow]) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
-        lengths, width = [len(row.token_ids) - 1 for row in rows], self.model.config.hidden_size
+        lengths, width = [len(row.token_ids) - 1 for row in rows], self.model.config.get_text_config().hidden_size
         limits = self.config.microbatch_tokens, self.ranks.world_size, width
         plan = grpo.plan_microbatches(lengths, *limits, grpo.families(rows))
         return [grpo.pack([rows[i] for i in indices], self.device) for indices in plan[self.ranks.rank]]
@@ -209,7 +210,8 @@ class Policy:
         return norm
 
     def gradient_norm(self) -> float:
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        # A part of the model that no text passes, as the eyes of one that sees, has no gradients.
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def blame(self, rows: Sequence[TrainingRow]) -> str:
