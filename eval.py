@@ -30,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
-import torch
 from tqdm import tqdm
 
 from deepresearcher_min import report
@@ -38,9 +37,6 @@ from deepresearcher_min.config import (
     ROOT,
     Config,
     ConfigError,
-    check_inputs,
-    help_text,
-    load_config,
     named,
     parse_arguments,
     read_config,
@@ -51,16 +47,11 @@ from deepresearcher_min.evaluation import (
     Task,
     Verdicts,
     begin,
-    check_needs,
     check_services,
-    context_notes,
     load_task,
     make_agent,
-    model_folder,
     open_web,
-    quiet_libraries,
-    read_corpus,
-    read_questions,
+    run_program,
     scores_over_runs,
 )
 from deepresearcher_min.protocol import ChatFormat, Entry
@@ -90,46 +81,39 @@ the commonest answer. Each run has seeds, reader and judge replies of its own; s
 
 
 def resolve(argv: list[str]) -> Config:
-    """choose_config(argv), its blocked hosts spelled out; ConfigError for several runs that would be the same."""
-    config = choose_config(argv)
+    """The config of a stopped evaluation, or of the run that the model belongs to, or a preset; argv over it.
+
+    Its blocked hosts are spelled out. ConfigError for several runs that would be the same.
+    """
+    typed, base = parse_arguments(argv), None
+    if typed.get("resume") == "newest":
+        argv = [*argv, f"--resume={newest_run('evaluation', 'eval-*/config.yaml')}"]
+    if "resume" not in typed:
+        folder = Path(typed.get("model") or newest_run())
+        run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+        if os.path.isfile(run / "config.yaml") and os.path.isdir(run / "checkpoints"):
+            if folder == run:
+                found = complete_checkpoints(run)
+                if not found:
+                    raise ConfigError(f"model={str(run)!r}: this run has no complete checkpoint yet")
+                folder = found[-1]
+            base = read_config("model", run) | {"resume": "", "question": ""}
+        now = datetime.now(UTC)
+        begin = [f"--run_dir={RUNS}/eval-{now:%Y%m%d-%H%M%S}", f"--date={now:%Y-%m-%d}", "--engine_memory=0.9"]
+        if base is None:
+            begin.append("--preset=wiki" if typed.get("search") == "local" else "--preset=paper")
+        argv = [*begin, *argv, f"--model={folder}"]
+        if "data" in typed:
+            argv.append(f"--eval_data={typed['data']}")
+    config = open_run(argv, base)
     if config.repeats > 1 and config.eval_temperature == 0:
         raise ConfigError(
             f"repeats={config.repeats}: at eval_temperature=0 every run gives the same answers; add "
             "--eval_temperature=1 (or --repeats=1)"
         )
-    if config.blocked_hosts != "auto":
-        return config
-    listed = (ROOT / "deepresearcher_min/blocked_hosts.txt").read_text(encoding="utf-8")
-    return replace(config, blocked_hosts=" ".join(re.findall(r"^[^#\s]+", listed, re.MULTILINE)))
-
-
-def choose_config(argv: list[str]) -> Config:
-    """The config of a stopped evaluation, or of the run that the model belongs to, or a preset; argv over it."""
-    typed = parse_arguments(argv)
-    if "resume" in typed:
-        stopped = sorted(RUNS.glob("eval-*/config.yaml"), key=lambda file: file.stat().st_mtime)
-        if typed["resume"] == "newest" and not stopped:
-            raise ConfigError("resume: there is no evaluation under runs/")
-        return open_run([*argv, f"--resume={stopped[-1].parent}"] if typed["resume"] == "newest" else argv)
-    folder = Path(typed.get("model") or newest_run())
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    base = None
-    if os.path.isfile(run / "config.yaml") and os.path.isdir(run / "checkpoints"):
-        if folder == run:
-            found = complete_checkpoints(run)
-            if not found:
-                raise ConfigError(f"model={str(run)!r}: this run has no complete checkpoint yet")
-            folder = found[-1]
-        base = read_config("model", run) | {"run_dir": "", "resume": "", "question": ""}
-    elif "preset" not in typed:
-        argv = [f"--preset={'wiki' if typed.get('search') == 'local' else 'paper'}", *argv]
-    now = datetime.now(UTC)
-    extra = {"run_dir": f"{RUNS}/eval-{now:%Y%m%d-%H%M%S}", "date": f"{now:%Y-%m-%d}", "engine_memory": "0.9"}
-    extra |= {**typed, "model": str(folder)}
-    extra |= {"eval_data": typed["data"]} if "data" in typed else {}
-    config = load_config([*argv, *(f"--{key}={value}" for key, value in extra.items())], base=base)
-    if os.path.exists(f"{config.run_dir}/config.yaml"):
-        raise ConfigError(f"run_dir={config.run_dir!r} is taken; an evaluation goes on with --resume={config.run_dir}")
+    if config.blocked_hosts == "auto":
+        listed = (ROOT / "deepresearcher_min/blocked_hosts.txt").read_text(encoding="utf-8")
+        config = replace(config, blocked_hosts=" ".join(re.findall(r"^[^#\s]+", listed, re.MULTILINE)))
     if config.method == "agent":
         return config
     # cot never searches: wikipedia stands there because it needs neither a key nor a corpus.
@@ -165,20 +149,20 @@ def load_examination(config: Config, ranks: Ranks) -> Task:
 
     They are those of eval_data (or --data), else those that the model's run set aside, else the official test set.
     """
-    file = config.eval_data
-    if config.search == "toy" or (config.data and not file):
-        task = load_task(config)
-    else:
-        if not file and not config.question:
+    wanted = config
+    if config.search != "toy":
+        file = config.eval_data
+        if not file and not config.data and not config.question:
             file = ranks.share(test_set(config) if ranks.rank == 0 else None)
-        corpus = read_corpus(config)
-        questions = read_questions("data", file) if file else []
-        task = Task(model_folder(config), [], questions, corpus, corpus)
-    taken: dict[str, list[Question]] = {}
+        if file:  # all of it, and no training data
+            wanted = replace(config, data="", eval_data=file, eval_questions=0)
+    task = load_task(wanted, "data")
+    taken, kept = Counter[str](), []
     for question in task.held_out:
-        taken.setdefault(question.source, []).append(question)
-    kept = {question.id for each in taken.values() for question in each[: config.limit or None]}
-    return replace(task, held_out=[question for question in task.held_out if question.id in kept])
+        taken[question.source] += 1
+        if config.limit == 0 or taken[question.source] <= config.limit:
+            kept.append(question)
+    return replace(task, held_out=kept)
 
 
 class PlainChat(ChatFormat):
@@ -349,50 +333,39 @@ def ask(config: Config, task: Task, agent: Agent) -> None:
     print("\n  ".join(["Sources:", *dict.fromkeys(re.findall(r"'url': '([^']+)'", " ".join(seen)))]))
 
 
-def main(argv: list[str]) -> int:
-    quiet_libraries()
-    if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\n{help_text()}")
+def start(config: Config, ranks: Ranks, notes: Sequence[str]) -> int:
+    """The whole evaluation, or the one question; its exit code."""
+    started = time.monotonic()
+    if config.judge_url:
+        require_environment("JUDGE_API_KEY", "judge_url needs it (any word, if the server asks for none)")
+        judge_rules(config)
+        if not config.judge_model:
+            raise ConfigError(f"judge_url={config.judge_url!r}: needs --judge_model=NAME, too")
+    with starting(config, ranks.rank):
+        task = load_examination(config, ranks)
+        with named("resume", config.run_dir, "its trajectories are not what eval.py wrote"):
+            done = ranks.share(finished(config) if ranks.rank == 0 else None)
+        fetch_model(task.model_dir, ranks)
+        _, agent = make_agent(config, task, ranks)
+        unasked = bool(config.question) or len(done) < len(task.held_out) * config.repeats
+        check_services(config, ranks, unasked, judge=bool(config.judge_url) and not config.question)
+        if not config.question:
+            begin(config, task, ranks, notes)
+    if config.question:
+        ask(config, task, agent)
         return 0
-    ranks, started = Ranks.start(), time.monotonic()
     try:
-        config = ranks.share(resolve(argv) if ranks.rank == 0 else None)
-        notes = check_inputs(config, argv, "train.py")
-        check_needs(config, questions=False)
-        if config.judge_url:
-            require_environment("JUDGE_API_KEY", "judge_url needs it (any word, if the server asks for none)")
-            judge_rules(config)
-            if not config.judge_model:
-                raise ConfigError(f"judge_url={config.judge_url!r}: needs --judge_model=NAME, too")
-        torch.set_num_threads(config.threads)
-        with starting(config, ranks.rank):
-            task = load_examination(config, ranks)
-            with named("resume", config.run_dir, "its trajectories are not what eval.py wrote"):
-                done = ranks.share(finished(config) if ranks.rank == 0 else None)
-            fetch_model(task.model_dir, ranks)
-            _, agent = make_agent(config, task, ranks)
-            unasked = bool(config.question) or len(done) < len(task.held_out) * config.repeats
-            check_services(config, ranks, unasked, judge=bool(config.judge_url) and not config.question)
-            if not config.question:
-                begin(config, ranks, [*notes, *context_notes(config, task)])
-        if config.question:
-            ask(config, task, agent)
-            return 0
-        try:
-            ask_all(config, task, agent, done, ranks)
-            if ranks.rank == 0:
-                conclude(config, task, started)
-        except (KeyboardInterrupt, RunStopped) as stopped:
-            print(f"{stopped}\nStopped. Go on with: python eval.py --resume={config.run_dir}".strip())
-            return 3 if isinstance(stopped, RunStopped) else 130
-    except (ConfigError, ValueError) as error:
-        ranks.complain("eval.py", error)
-        return 2
-    except KeyboardInterrupt:  # before the first question: nothing is begun
-        return 130
-    finally:
-        ranks.stop()
+        ask_all(config, task, agent, done, ranks)
+        if ranks.rank == 0:
+            conclude(config, task, started)
+    except (KeyboardInterrupt, RunStopped) as stopped:
+        print(f"{stopped}\nStopped. Go on with: python eval.py --resume={config.run_dir}".strip())
+        return 3 if isinstance(stopped, RunStopped) else 130
     return 0
+
+
+def main(argv: list[str]) -> int:
+    return run_program("eval.py", __doc__, resolve, start, argv)
 
 
 if __name__ == "__main__":
