@@ -15,6 +15,7 @@ model starts from preset wiki for a local search, else from preset paper.
 import asyncio
 import csv
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -53,6 +54,7 @@ from deepresearcher_min.evaluation import (
     open_web,
     run_program,
     scores_over_runs,
+    usable,
 )
 from deepresearcher_min.protocol import ChatFormat, Entry
 from deepresearcher_min.reward import ask_judge, explain, judge, judge_rules, measures
@@ -60,7 +62,7 @@ from deepresearcher_min.rollout import EVALUATION, Agent, Batch, roll_out
 from deepresearcher_min.run import RUNS, Ranks, complete_checkpoints, fetch_model, newest_run, open_run, starting
 from deepresearcher_min.search import INDEX_CACHE
 from deepresearcher_min.trajectory import Question, Recording, Trajectory
-from deepresearcher_min.web import ROLES, RunStopped, Web, WebFailure, raise_if_down
+from deepresearcher_min.web import RunStopped, Web, WebFailure, raise_if_down
 
 # The revision is the one at which a public copy of the official repository has the file; never fetched by us (there is
 # no internet here). What decides is the checksum, which is that of the published file, 3,197 questions.
@@ -189,36 +191,30 @@ def search_once(questions: Sequence[Question], agent: Agent) -> tuple[dict[str, 
     return texts, {one.question.id: one.cost for one in records}
 
 
-def written(run_dir: str) -> list[tuple[int, Trajectory]]:
-    """(run, trajectory) of an evaluation so far, in order; what the harness ended is not among them."""
-    found = []
-    for file in sorted((Path(run_dir) / "trajectories").glob("eval*.jsonl")):
+def written(config: Config, task: Task) -> list[list[Trajectory]]:
+    """The trajectories of each run so far, also those that will be asked again; none of what the harness ended."""
+    asked = {question.id for question in task.held_out}
+    runs: list[list[Trajectory]] = [[] for _ in range(config.repeats)]
+    for file in sorted((Path(config.run_dir) / "trajectories").glob("eval*.jsonl")):
         for row in report.read_json_lines(file):
-            found.append((row["index"], report.read_trajectory(row)))
-    return found
+            if row["id"] in asked and row["index"] < config.repeats:
+                runs[row["index"]].append(report.read_trajectory(row))
+    return runs
 
 
-def finished(config: Config) -> dict[tuple[int, str], Trajectory]:
-    """Those by run and question that met no service that failed, which are asked again; a replay would repeat them."""
-    met = [f"{role}_failed" for role in ROLES if config.cassette_mode != "replay"]
-    known = {}
-    for run, one in written(config.run_dir):
-        if not any(name in one.cost for name in met):
-            known[run, one.question.id] = one
-    return known
-
-
-def ask_all(config: Config, task: Task, agent: Agent, done: Mapping[tuple[int, str], Trajectory], ranks: Ranks) -> None:
-    """Ask what has no result yet. Each trajectory is written as it ends, so that no kill loses or repeats one."""
+def ask_all(config: Config, task: Task, agent: Agent, done: Sequence[Mapping[str, Trajectory]], ranks: Ranks) -> None:
+    """Ask what has no usable result yet, `done`, in each run. Each trajectory is written as it ends, so that no kill loses or repeats one."""
     path = Path(config.run_dir) / "trajectories" / ("eval" + f"-rank{ranks.rank}" * (ranks.world_size > 1) + ".jsonl")
     mine = ranks.deal(range(len(task.held_out)))
-    missing = [[n for n in mine if (run, task.held_out[n].id) not in done] for run in range(config.repeats)]
+    missing = [[number for number in mine if task.held_out[number].id not in known] for known in done]
     web = agent.tools.browser.web or Web(config, ":memory:")
     web.enough = ENOUGH
     total = len(mine) * config.repeats
     began = total - sum(map(len, missing))
     bar = tqdm(total=total, initial=began, desc=config.method, disable=ranks.rank > 0 or None)
-    sums = sum((Counter(measures(one)) for one in done.values()), Counter(n=len(done)))
+    sums = Counter[str]()
+    for one in itertools.chain(*(known.values() for known in done)):
+        sums.update(measures(one) | {"n": 1})
     before = sums["usd"]
 
     def on_done(run: int, prepaid: Mapping[str, Counter], one: Trajectory) -> None:
@@ -248,13 +244,13 @@ def ask_all(config: Config, task: Task, agent: Agent, done: Mapping[tuple[int, s
         agent.engine.close()
 
 
-def ask_judge_all(config: Config, runs: Sequence[Sequence[Trajectory]]) -> tuple[list[Verdicts], str, float]:
+def ask_judge_all(config: Config, runs: Sequence[Mapping[str, Trajectory]]) -> tuple[list[Verdicts], str, float]:
     """MBE by question in each run, a sentence on who judged and what stayed without a verdict, and dollars so far.
 
     Empty without a judge. RunStopped at max_cost, after which only --resume with a higher one goes on.
     """
     paid, bills = 0.0, Path(config.run_dir) / "judge.jsonl"
-    for cost in [*(one.cost for found in runs for one in found), *report.read_json_lines(bills)]:
+    for cost in [*(one.cost for found in runs for one in found.values()), *report.read_json_lines(bills)]:
         paid += cost.get("usd", 0.0)
     if not config.judge_url:
         return [{} for _ in runs], "not measured (judge_url is empty)", paid
@@ -269,8 +265,8 @@ def ask_judge_all(config: Config, runs: Sequence[Sequence[Trajectory]]) -> tuple
     try:
         for web.run, found in enumerate(runs):
             with ThreadPoolExecutor(max(1, config.tool_threads)) as pool:
-                asked = tqdm(pool.map(ask_one, found), "judge", len(found), disable=None)
-                verdicts.append({one.question.id: each for one, each in zip(found, asked, strict=True)})
+                asked = tqdm(pool.map(ask_one, found.values()), "judge", len(found), disable=None)
+                verdicts.append(dict(zip(found, asked, strict=True)))
     finally:
         report.append_json_line(bills, {"usd": counts["usd"]})
         web.close()
@@ -283,30 +279,27 @@ def ask_judge_all(config: Config, runs: Sequence[Sequence[Trajectory]]) -> tuple
 
 def conclude(config: Config, task: Task, started: float) -> None:
     """Judge the answers; write summary.json, results.md and report.html from the files; print the table."""
-    folder, known = Path(config.run_dir), finished(config)
-    runs, asked = list[list[Trajectory]](), list[list[Trajectory]]()
-    for run in range(config.repeats):
-        keys = [(run, question.id) for question in task.held_out]
-        runs.append([known[key] for key in keys if key in known])
-        asked.append([one for number, one in written(config.run_dir) if number == run])
-    if not any(runs):
+    folder, runs = Path(config.run_dir), written(config, task)
+    kept = [usable(tried, config) for tried in runs]
+    if not any(kept):
         raise RunStopped(f"not one of {len(task.held_out)} questions has a result; see trajectory_timeout and failures")
-    verdicts, sentence, usd = ask_judge_all(config, runs)
+    lost, spoilt = len(task.held_out) * config.repeats, 0
+    for tried, known in zip(runs, kept, strict=True):
+        met = {one.question.id for one in tried}
+        lost -= len(met)
+        spoilt += len(met - known.keys())
+    verdicts, sentence, usd = ask_judge_all(config, kept)
     sources = {}
-    for name in sorted({one.question.source for found in runs for one in found}):
-        part, tried = (
-            [[one for one in found if one.question.source == name] for found in some] for some in (runs, asked)
-        )
-        sources[name or "no source"], _ = scores_over_runs(part, verdicts, config, tried)
-    overall, each = scores_over_runs(runs, verdicts, config, asked)
+    for name in sorted({one.question.source for known in kept for one in known.values()}):
+        part = [[one for one in tried if one.question.source == name] for tried in runs]
+        sources[name or "no source"], _ = scores_over_runs(part, verdicts, config)
+    overall, each = scores_over_runs(runs, verdicts, config)
     overall["usd"] = usd / config.repeats  # the judge's, too
     table = report.score_rows({**sources, "all": overall})
     published = csv.DictReader((ROOT / "docs/paper.csv").read_text(encoding="utf-8").splitlines())
     paper = [row for row in published if sources.keys() & row.keys()]
     table += [[f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])] for row in paper]
-    met = {(run, one.question.id) for run, tried in enumerate(asked) for one in tried}
-    spoilt, seconds = len(met - known.keys()), time.monotonic() - started
-    lost = len(task.held_out) * config.repeats - sum(map(len, runs)) - spoilt
+    seconds = time.monotonic() - started
     caption = CAPTION + REPEATED * (config.repeats > 1)
     caption = textwrap.fill(caption.format(**asdict(config), judge=sentence, lost=lost, spoilt=spoilt), 118)
     summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": seconds, "usd": usd}
@@ -344,10 +337,10 @@ def start(config: Config, ranks: Ranks, notes: Sequence[str]) -> int:
     with starting(config, ranks.rank):
         task = load_examination(config, ranks)
         with named("resume", config.run_dir, "its trajectories are not what eval.py wrote"):
-            done = ranks.share(finished(config) if ranks.rank == 0 else None)
+            done = ranks.share([usable(tried, config) for tried in written(config, task)])
         fetch_model(task.model_dir, ranks)
         _, agent = make_agent(config, task, ranks)
-        unasked = bool(config.question) or len(done) < len(task.held_out) * config.repeats
+        unasked = bool(config.question) or any(len(known) < len(task.held_out) for known in done)
         check_services(config, ranks, unasked, judge=bool(config.judge_url) and not config.question)
         if not config.question:
             begin(config, task, ranks, notes)

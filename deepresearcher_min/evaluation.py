@@ -43,7 +43,7 @@ from deepresearcher_min.rollout import EVALUATION, Agent, Batch, OnDone, Tools, 
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Corpus, check_search
 from deepresearcher_min.trajectory import Question, Trajectory, load_questions
-from deepresearcher_min.web import Web
+from deepresearcher_min.web import ROLES, Web
 
 PARSING = ["trafilatura", "bs4", "lxml", "pypdf"]  # what reading live pages imports late
 Scores = dict[str, Any]
@@ -117,10 +117,10 @@ def load_chat(config: Config, task: Task) -> ChatFormat:
         model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
         tokenizer, ends = AutoTokenizer.from_pretrained(task.model_dir), declared_ends(task.model_dir)
         chat = ChatFormat(tokenizer, config.date, prompt, schemas, ends)
-        questions = [question.text for question in (task.questions + task.held_out)[:1]]
-        for ids in map(chat.prompt_ids, questions or ["Who?"]):
-            if max(ids) >= model.vocab_size:
-                raise ValueError(f"token {max(ids)} of its tokenizer is none of the model's {model.vocab_size}")
+        questions = task.questions + task.held_out
+        ids = chat.prompt_ids(questions[0].text if questions else "Who?")
+        if max(ids) >= model.vocab_size:
+            raise ValueError(f"token {max(ids)} of its tokenizer is none of the model's {model.vocab_size}")
         chat.message_ids(chat.opening("x"))  # as reader: engine asks
     if len(ids) >= config.max_model_len:
         raise ConfigError(f"max_model_len={config.max_model_len}: the prompt alone has {len(ids)} tokens")
@@ -233,18 +233,32 @@ def begin(config: Config, task: Task, ranks: Ranks, notes: Sequence[str]) -> Non
     sys.stdout.flush()
 
 
-def scores_of(found: Sequence[Trajectory], verdicts: Verdicts, config: Config, asked: Sequence[Trajectory]) -> Scores:
+def usable(tried: Sequence[Trajectory], config: Config) -> dict[str, Trajectory]:
+    """The last trajectory of each question, by its id, that met no failed service; the others are asked again.
+
+    A replay, which would repeat the failures, keeps them.
+    """
+    known = {}
+    for one in sorted(tried, key=lambda one: one.question.id):
+        met = any(f"{role}_failed" in one.cost for role in ROLES)
+        if not met or config.cassette_mode == "replay":
+            known[one.question.id] = one
+    return known
+
+
+def scores_of(tried: Sequence[Trajectory], verdicts: Verdicts, config: Config) -> Scores:
     """summarize(), and F1's interval, MBE over the answers with a verdict, behaviours, dollars, what was blocked.
 
-    The share of failed calls is that of `asked`, questions that will be asked again included.
+    Of those that are usable; but all that were tried count in the share of failed calls.
     """
+    found = list(usable(tried, config).values())
     shown = Counter(name for one in found for name in report.behaviours(one))
     costs = sum((Counter(one.cost) for one in found), Counter())
     f1 = [measures(one)["f1"] for one in found]
     judged = [{"mbe": verdicts.get(one.question.id)} for one in found]
     scores: Scores = {name: shown[name] / len(found) for name in report.BEHAVIOURS}
     scores |= {"f1_interval": interval(f1), "mbe": mean(judged, "mbe"), "usd": costs["usd"]}
-    scores["failed"] = step_means(step_sums([], [asked]))["failed"]
+    scores["failed"] = step_means(step_sums([], [tried]))["failed"]
     if host_list(config):
         scores["blocked"] = costs["blocked"] + costs["fail_page_blocked_host"]
     return {**summarize(found), **scores}
@@ -263,24 +277,20 @@ def mean(rows: Sequence[Scores], name: str) -> float | None:
 
 
 def scores_over_runs(
-    runs: Sequence[Sequence[Trajectory]],
-    verdicts: Sequence[Verdicts],
-    config: Config,
-    asked: Sequence[Sequence[Trajectory]],
+    runs: Sequence[Sequence[Trajectory]], verdicts: Sequence[Verdicts], config: Config
 ) -> tuple[Scores, list[Scores]]:
     """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's scores, too.
 
-    Their interval draws questions, with the mean F1 of each. What has no result or no verdict is left out. `asked`: as
-    in scores_of, for each run.
+    Their interval draws questions, with the mean F1 of each. What has no result or no verdict is left out.
     """
     each, answers = list[Scores](), defaultdict[str, list[Scores]](list)
-    for found, known, tried in zip(runs, verdicts, asked, strict=True):
-        for one in found:
+    for tried, judged in zip(runs, verdicts, strict=True):
+        found = usable(tried, config)
+        for key, one in found.items():
             text = None if one.answer is None else " ".join(words(one.answer))
-            row = {**measures(one), "mbe": known.get(one.question.id), "text": text}
-            answers[one.question.id].append(row)
+            answers[key].append({**measures(one), "mbe": judged.get(key), "text": text})
         if found:
-            each.append(scores_of(found, known, config, tried))
+            each.append(scores_of(tried, judged, config))
     if config.repeats == 1:
         return each[0], each
     scores: Scores = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
