@@ -15,8 +15,6 @@ model starts from preset wiki for a local search, else from preset paper.
 import asyncio
 import csv
 import hashlib
-import itertools
-import json
 import os
 import re
 import sys
@@ -25,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -48,10 +47,12 @@ from deepresearcher_min.evaluation import (
     Task,
     Verdicts,
     begin,
+    check_budget,
     check_services,
     load_task,
     make_agent,
     open_web,
+    publish,
     run_program,
     scores_over_runs,
     usable,
@@ -69,6 +70,7 @@ from deepresearcher_min.web import RunStopped, Web, WebFailure, raise_if_down
 OFFICIAL = "https://raw.githubusercontent.com/GAIR-NLP/DeepResearcher"
 TEST_SET_URL = f"{OFFICIAL}/b576f0cc08e1ca39027f29a56a99548b743bfd3b/data/test.parquet"
 TEST_SET_SHA256 = "30c21c7da1872af08d7db1aacb5f45a57d0a7f038dd7f7baed51231bf6c5e10e"
+BILLS = "judge.jsonl"  # in a run folder: what each judging cost
 ENOUGH = 50  # calls to a service after which an evaluation stops where most of them failed
 CAPTION = """\
 Method {method}, model {model}, search {search} (cot: none), temperature {eval_temperature:g}. F1, EM: official scorer;
@@ -129,14 +131,15 @@ def test_set(config: Config) -> str:
     path = INDEX_CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
     kept = path.read_bytes() if os.path.isfile(path) else b""
     if hashlib.sha256(kept).hexdigest() != TEST_SET_SHA256:
-        web = Web(replace(config, cassette_mode="live"), ":memory:")
-        try:
-            body, _ = web.fetch(TEST_SET_URL, Counter(), time.monotonic() + 120, own=True)
-        except WebFailure as failure:
-            raise ConfigError(f"the official test set: {failure.words} ({TEST_SET_URL}) Or name --data=FILE") from None
-        finally:
-            web.close()
-        if (found := hashlib.sha256(body).hexdigest()) != TEST_SET_SHA256:
+        with closing(Web(replace(config, cassette_mode="live"), ":memory:")) as web:
+            try:
+                body, _ = web.fetch(TEST_SET_URL, Counter(), time.monotonic() + 120, own=True)
+            except WebFailure as failure:
+                raise ConfigError(
+                    f"the official test set: {failure.words} ({TEST_SET_URL}) Or name --data=FILE"
+                ) from None
+        found = hashlib.sha256(body).hexdigest()
+        if found != TEST_SET_SHA256:
             raise ConfigError(f"{TEST_SET_URL} sent another file: sha256 {found}, not {TEST_SET_SHA256}")
         try:
             replace_file(path, body)
@@ -186,8 +189,8 @@ def search_once(questions: Sequence[Question], agent: Agent) -> tuple[dict[str, 
         agent.tools.slots = asyncio.Semaphore(agent.config.tool_threads or 1)
         return await asyncio.gather(*(agent.tools.entry("search", one.question.text, one) for one in records))
 
-    fit = partial(agent.chat.fit, max_tokens=agent.config.max_observation_tokens)
-    texts = {entry.key: fit("search", [entry])[0] for entry in asyncio.run(search())}
+    most = agent.config.max_observation_tokens
+    texts = {entry.key: agent.chat.fit("search", [entry], most)[0] for entry in asyncio.run(search())}
     return texts, {one.question.id: one.cost for one in records}
 
 
@@ -203,19 +206,17 @@ def written(config: Config, task: Task) -> list[list[Trajectory]]:
 
 
 def ask_all(config: Config, task: Task, agent: Agent, done: Sequence[Mapping[str, Trajectory]], ranks: Ranks) -> None:
-    """Ask what has no usable result yet, `done`, in each run. Each trajectory is written as it ends, so that no kill loses or repeats one."""
+    """Ask what has no usable result yet; `done` are those of each run.
+
+    Each trajectory is written as it ends, so that no kill loses or repeats one.
+    """
     path = Path(config.run_dir) / "trajectories" / ("eval" + f"-rank{ranks.rank}" * (ranks.world_size > 1) + ".jsonl")
     mine = ranks.deal(range(len(task.held_out)))
     missing = [[number for number in mine if task.held_out[number].id not in known] for known in done]
     web = agent.tools.browser.web or Web(config, ":memory:")
     web.enough = ENOUGH
-    total = len(mine) * config.repeats
-    began = total - sum(map(len, missing))
-    bar = tqdm(total=total, initial=began, desc=config.method, disable=ranks.rank > 0 or None)
-    sums = Counter[str]()
-    for one in itertools.chain(*(known.values() for known in done)):
-        sums.update(measures(one) | {"n": 1})
-    before = sums["usd"]
+    bar = tqdm(total=sum(map(len, missing)), desc=config.method, disable=ranks.rank > 0 or None)
+    before, sums = spent(config, done), Counter[str]()
 
     def on_done(run: int, prepaid: Mapping[str, Counter], one: Trajectory) -> None:
         one = replace(one, cost={**prepaid.get(one.question.id, {}), **one.cost})
@@ -224,8 +225,7 @@ def ask_all(config: Config, task: Task, agent: Agent, done: Sequence[Mapping[str
         sums.update(measures(one) | {"n": len(group.trajectories)})
         bar.update()
         bar.set_postfix_str(f"F1 {sums['f1'] / max(1, sums['n']):.3f}, ${sums['usd']:.2f}")
-        if 0 < config.max_cost <= before + (sums["usd"] - before) * ranks.world_size:  # the others pay about as much
-            raise RunStopped(f"The estimated cost has reached max_cost={config.max_cost}.")
+        check_budget(config, before + sums["usd"] * ranks.world_size)  # the others pay about as much
 
     try:
         for run, numbers in enumerate(missing):  # one after the other: alone, the first is what it is without repeats
@@ -244,22 +244,27 @@ def ask_all(config: Config, task: Task, agent: Agent, done: Sequence[Mapping[str
         agent.engine.close()
 
 
+def spent(config: Config, runs: Sequence[Mapping[str, Trajectory]]) -> float:
+    """Dollars for these trajectories and for the judge so far."""
+    costs = [one.cost for found in runs for one in found.values()]
+    costs += report.read_json_lines(Path(config.run_dir) / BILLS)
+    return sum(cost.get("usd", 0.0) for cost in costs)
+
+
 def ask_judge_all(config: Config, runs: Sequence[Mapping[str, Trajectory]]) -> tuple[list[Verdicts], str, float]:
     """MBE by question in each run, a sentence on who judged and what stayed without a verdict, and dollars so far.
 
     Empty without a judge. RunStopped at max_cost, after which only --resume with a higher one goes on.
     """
-    paid, bills = 0.0, Path(config.run_dir) / "judge.jsonl"
-    for cost in [*(one.cost for found in runs for one in found.values()), *report.read_json_lines(bills)]:
-        paid += cost.get("usd", 0.0)
+    paid = spent(config, runs)
     if not config.judge_url:
         return [{} for _ in runs], "not measured (judge_url is empty)", paid
     web, counts, verdicts = open_web(config, Ranks()), Counter[str](), list[Verdicts]()
     web.enough = ENOUGH
 
     def ask_one(one: Trajectory) -> float | None:
-        if config.price_judge_token and 0 < config.max_cost <= paid + counts["usd"]:
-            raise RunStopped(f"The estimated cost has reached max_cost={config.max_cost}.")
+        if config.price_judge_token:
+            check_budget(config, paid + counts["usd"])
         return ask_judge(one, config, web, counts)
 
     try:
@@ -268,7 +273,7 @@ def ask_judge_all(config: Config, runs: Sequence[Mapping[str, Trajectory]]) -> t
                 asked = tqdm(pool.map(ask_one, found.values()), "judge", len(found), disable=None)
                 verdicts.append(dict(zip(found, asked, strict=True)))
     finally:
-        report.append_json_line(bills, {"usd": counts["usd"]})
+        report.append_json_line(Path(config.run_dir) / BILLS, {"usd": counts["usd"]})
         web.close()
     raise_if_down(config, web.totals)
     silent = sum(list(each.values()).count(None) for each in verdicts)
@@ -304,10 +309,9 @@ def conclude(config: Config, task: Task, started: float) -> None:
     caption = textwrap.fill(caption.format(**asdict(config), judge=sentence, lost=lost, spoilt=spoilt), 118)
     summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": seconds, "usd": usd}
     summary |= {"sources": sources, "overall": overall, "runs": each, "table": table, "caption": caption}
-    (folder / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1), encoding="utf-8")
+    publish(folder, summary)
     markdown = report.text_table(table, markdown=True)
     (folder / "results.md").write_text(f"{markdown}\n\n{caption}\n", encoding="utf-8")
-    report.write_html(folder)
     print(f"{report.text_table(table)}\n\n{caption}\n")
     print(f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {folder}/report.html, the table in {folder}/results.md")
 
@@ -340,8 +344,8 @@ def start(config: Config, ranks: Ranks, notes: Sequence[str]) -> int:
             done = ranks.share([usable(tried, config) for tried in written(config, task)])
         fetch_model(task.model_dir, ranks)
         _, agent = make_agent(config, task, ranks)
-        unasked = bool(config.question) or any(len(known) < len(task.held_out) for known in done)
-        check_services(config, ranks, unasked, judge=bool(config.judge_url) and not config.question)
+        unasked = config.question or any(len(known) < len(task.held_out) for known in done)
+        check_services(config, ranks, unasked, judge=config.judge_url and not config.question)
         if not config.question:
             begin(config, task, ranks, notes)
     if config.question:

@@ -20,10 +20,12 @@ from deepresearcher_min.config import Config, ConfigError, named
 from deepresearcher_min.evaluation import (
     Task,
     begin,
+    check_budget,
     check_services,
     evaluate,
     load_task,
     make_agent,
+    publish,
     run_program,
 )
 from deepresearcher_min.policy import Policy
@@ -85,8 +87,7 @@ def train(config: Config, ranks: Ranks, stop: Stop, notes: Sequence[str]) -> int
                 # 4 report
                 row |= {"update_s": time.monotonic() - lap - row["roll_s"], "usd": state["usd"]}
                 report_step(config, ranks, row, groups)
-            if 0 < config.max_cost <= state["usd"]:
-                raise RunStopped(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
+            check_budget(config, state["usd"])
         after = measure("after", state, task, examinee, ranks)
         if ranks.rank == 0:
             conclude(config, add_times(state, started), evaluations[0], after)
@@ -171,11 +172,11 @@ def measure(name: str, state: dict[str, Any], task: Task, examinee: Agent, ranks
 
 def write_groups(config: Config, name: str, step: int, groups: Sequence[Group]) -> None:
     """All trajectories as JSON lines, and the best and the worst as text."""
-    folder = Path(config.run_dir) / "trajectories"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.jsonl").unlink(missing_ok=True)  # of a step that was run before a kill, and runs again
-    report.write_trajectories(folder / f"{name}.jsonl", step, groups, partial(explain, config=config))
-    report.write_readable(folder / f"{name}.txt", groups, partial(explain, config=config))
+    path, why = Path(config.run_dir) / f"trajectories/{name}.jsonl", partial(explain, config=config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # of a step that was run before a kill, and runs again
+    report.write_trajectories(path, step, groups, why)
+    report.write_readable(path.with_suffix(".txt"), groups, why)
 
 
 def save_policy(config: Config, policy: Policy, agent: Agent, ranks: Ranks, stop: Stop, state: dict[str, Any]) -> None:
@@ -196,11 +197,9 @@ def conclude(config: Config, state: dict[str, Any], before: dict, after: dict) -
     """summary.json, the curve, the report page and the table; ends with a sentence on what was learned."""
     run = Path(config.run_dir)
     steps = [row for row in report.read_json_lines(run / "metrics.jsonl") if "reward" in row]
-    times = {"seconds": round(state["seconds"], 1), "cpu_seconds": round(state["cpu_seconds"], 1)}
-    summary = {"seed": config.seed, "steps": state["step"], **times, "before": before, "after": after}
-    (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1), encoding="utf-8")
     report.curve_png(steps, run / "curve.png", before, after)
-    report.write_html(run)
+    times = {name: state[name] for name in ("seconds", "cpu_seconds")}
+    publish(run, {"seed": config.seed, "steps": state["step"], **times, "before": before, "after": after})
     print(f"\n{report.text_table(report.score_rows({'before': before, 'after': after}))}\n")
     print(
         f"F1 on {before['n']} held-out questions went from {before['f1']:.2f} to {after['f1']:.2f} in "

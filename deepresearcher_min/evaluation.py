@@ -6,6 +6,7 @@ tests of significance; the interval and the deviation over runs say what a diffe
 
 import importlib
 import io
+import json
 import logging
 import re
 import sys
@@ -43,7 +44,7 @@ from deepresearcher_min.rollout import EVALUATION, Agent, Batch, OnDone, Tools, 
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Corpus, check_search
 from deepresearcher_min.trajectory import Question, Trajectory, load_questions
-from deepresearcher_min.web import ROLES, Web
+from deepresearcher_min.web import ROLES, RunStopped, Web
 
 PARSING = ["trafilatura", "bs4", "lxml", "pypdf"]  # what reading live pages imports late
 Scores = dict[str, Any]
@@ -135,8 +136,6 @@ def make_agent(config: Config, task: Task, ranks: Ranks) -> tuple[Agent, Agent]:
     with named("model", config.model):
         engine = make_engine(config, task.model_dir, ranks.world_size)
     agent = Agent(config, engine, tools, chat)
-    if task.held_out_corpus is task.corpus:
-        return agent, agent
     return agent, replace(agent, tools=Tools(config, chat, task.held_out_corpus, web))
 
 
@@ -220,6 +219,18 @@ def check_services(config: Config, ranks: Ranks, agent: bool = True, judge: bool
         raise ConfigError(trouble)
 
 
+def check_budget(config: Config, usd: float) -> None:
+    """RunStopped where the estimated cost of a run has reached max_cost."""
+    if 0 < config.max_cost <= usd:
+        raise RunStopped(f"The estimated cost, ${usd:.2f}, has reached max_cost={config.max_cost}.")
+
+
+def publish(run: Path, summary: Mapping[str, Any]) -> None:
+    """Write summary.json and report.html."""
+    (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1), encoding="utf-8")
+    report.write_html(run)
+
+
 def begin(config: Config, task: Task, ranks: Ranks, notes: Sequence[str]) -> None:
     """Write the run's config.yaml, and say what is special about this run."""
     if ranks.rank > 0:
@@ -253,14 +264,14 @@ def scores_of(tried: Sequence[Trajectory], verdicts: Verdicts, config: Config) -
     """
     found = list(usable(tried, config).values())
     shown = Counter(name for one in found for name in report.behaviours(one))
-    costs = sum((Counter(one.cost) for one in found), Counter())
+    costs = step_sums([], [found])
     f1 = [measures(one)["f1"] for one in found]
     judged = [{"mbe": verdicts.get(one.question.id)} for one in found]
     scores: Scores = {name: shown[name] / len(found) for name in report.BEHAVIOURS}
-    scores |= {"f1_interval": interval(f1), "mbe": mean(judged, "mbe"), "usd": costs["usd"]}
+    scores |= {"f1_interval": interval(f1), "mbe": mean(judged, "mbe"), "usd": costs["cost_usd"]}
     scores["failed"] = step_means(step_sums([], [tried]))["failed"]
     if host_list(config):
-        scores["blocked"] = costs["blocked"] + costs["fail_page_blocked_host"]
+        scores["blocked"] = costs["cost_blocked"] + costs["cost_fail_page_blocked_host"]
     return {**summarize(found), **scores}
 
 

@@ -149,10 +149,7 @@ class Ranks:
 
     def share(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
-        box = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return self.gather([value])[0]
 
     def deal(self, items: Sequence[Any]) -> list[Any]:
         """This rank's share of the items, dealt out one by one; gather brings them back into this order."""
@@ -177,10 +174,11 @@ class Ranks:
 
     def complain(self, program: str, error: Exception) -> None:
         """Print an error; of several ranks only the first to meet one, since torchrun then ends the others."""
-        first = 1
-        with suppress(RuntimeError):  # without its store nobody else is there any more
-            first = self.store("errors").add("count", 1) if self.world_size > 1 else 1
-        if first == 1:
+        count = 1
+        if self.world_size > 1:
+            with suppress(RuntimeError):  # without its store nobody else is there any more
+                count = self.store("errors").add("count", 1)
+        if count == 1:
             print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
     def store(self, name: str) -> dist.Store:
@@ -190,7 +188,7 @@ class Ranks:
 
     def stop(self) -> None:
         """Leave the process group; to be called last."""
-        if self.world_size > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
             time.sleep(1)  # gloo's threads free the last collective's tensors late, which aborts an ending interpreter
 
