@@ -302,8 +302,9 @@ def conclude(config: Config, task: Task, started: float) -> None:
     overall["usd"] = usd / config.repeats  # the judge's, too
     table = report.score_rows({**sources, "all": overall})
     published = csv.DictReader((ROOT / "docs/paper.csv").read_text(encoding="utf-8").splitlines())
-    paper = [row for row in published if sources.keys() & row.keys()]
-    table += [[f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])] for row in paper]
+    for row in published:
+        if sources.keys() & row.keys():
+            table.append([f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])])
     seconds = time.monotonic() - started
     caption = CAPTION + REPEATED * (config.repeats > 1)
     caption = textwrap.fill(caption.format(**asdict(config), judge=sentence, lost=lost, spoilt=spoilt), 118)

@@ -46,7 +46,7 @@ from deepresearcher_min.search import Corpus, check_search
 from deepresearcher_min.trajectory import Question, Trajectory, load_questions
 from deepresearcher_min.web import ROLES, RunStopped, Web
 
-PARSING = ["trafilatura", "bs4", "lxml", "pypdf"]  # what reading live pages imports late
+PARSING = ["matplotlib.figure", "trafilatura", "bs4", "lxml", "pypdf"]  # imported late: curves, live pages
 Scores = dict[str, Any]
 Verdicts = Mapping[str, float | None]  # of the judge, by question
 
@@ -169,8 +169,8 @@ def run_program(
 
 def evaluate(questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done: OnDone) -> list[Trajectory]:
     """One trajectory for each question at config.eval_temperature; every rank gets all of them, in order."""
-    numbers = ranks.deal(range(len(questions)))
-    batch = Batch([questions[n] for n in numbers], numbers, 1, agent.config.eval_temperature, step=EVALUATION)
+    mine, numbers = ranks.deal(questions), ranks.deal(range(len(questions)))
+    batch = Batch(mine, numbers, 1, agent.config.eval_temperature, step=EVALUATION)
     return ranks.gather([trajectory for (trajectory,) in roll_out(batch, agent, on_done)])
 
 
@@ -184,9 +184,7 @@ def check_needs(config: Config, questions: bool = True) -> None:
     for key in ("reader_url", "judge_url"):
         if not re.match("(https?://|$)", url := getattr(config, key)):
             missing.append(f"{key}={url!r}: must begin with http:// or https://")
-    packages = ["matplotlib.figure"] if questions else []
-    packages += PARSING if searches_web(config) else ["bm25s"]
-    for package in packages:
+    for package in PARSING if searches_web(config) else ["matplotlib.figure", "bm25s"]:
         try:
             importlib.import_module(package)
         except Exception as error:
@@ -257,18 +255,17 @@ def usable(tried: Sequence[Trajectory], config: Config) -> dict[str, Trajectory]
     return known
 
 
-def scores_of(tried: Sequence[Trajectory], verdicts: Verdicts, config: Config) -> Scores:
+def scores_of(tried: Sequence[Trajectory], rows: Sequence[Scores], config: Config) -> Scores:
     """summarize(), and F1's interval, MBE over the answers with a verdict, behaviours, dollars, what was blocked.
 
-    Of those that are usable; but all that were tried count in the share of failed calls.
+    Of those that are usable, whose measures are the rows; but all that were tried count in the share of failed calls.
     """
     found = list(usable(tried, config).values())
     shown = Counter(name for one in found for name in report.behaviours(one))
     costs = step_sums([], [found])
-    f1 = [measures(one)["f1"] for one in found]
-    judged = [{"mbe": verdicts.get(one.question.id)} for one in found]
+    f1 = [row["f1"] for row in rows]
     scores: Scores = {name: shown[name] / len(found) for name in report.BEHAVIOURS}
-    scores |= {"f1_interval": interval(f1), "mbe": mean(judged, "mbe"), "usd": costs["cost_usd"]}
+    scores |= {"f1_interval": interval(f1), "mbe": mean(rows, "mbe"), "usd": costs["cost_usd"]}
     scores["failed"] = step_means(step_sums([], [tried]))["failed"]
     if host_list(config):
         scores["blocked"] = costs["cost_blocked"] + costs["cost_fail_page_blocked_host"]
@@ -296,12 +293,13 @@ def scores_over_runs(
     """
     each, answers = list[Scores](), defaultdict[str, list[Scores]](list)
     for tried, judged in zip(runs, verdicts, strict=True):
-        found = usable(tried, config)
-        for key, one in found.items():
+        rows = []
+        for key, one in usable(tried, config).items():
             text = None if one.answer is None else " ".join(words(one.answer))
-            answers[key].append({**measures(one), "mbe": judged.get(key), "text": text})
-        if found:
-            each.append(scores_of(tried, judged, config))
+            rows.append({**measures(one), "mbe": judged.get(key), "text": text})
+            answers[key].append(rows[-1])
+        if rows:
+            each.append(scores_of(tried, rows, config))
     if config.repeats == 1:
         return each[0], each
     scores: Scores = {name: mean(each, name) for name in each[0] if name != "f1_interval"}

@@ -254,8 +254,9 @@ def save_checkpoint(config: Config, ranks: Ranks, state: dict[str, Any], write: 
 
 def add_times(state: dict[str, Any], started: tuple[float, float]) -> dict[str, Any]:
     """The state with wall and CPU time [s] since `started` added to what earlier runs took."""
-    wall, cpu = time.monotonic() - started[0], time.process_time() - started[1]
-    return state | {"seconds": state["seconds"] + wall, "cpu_seconds": state["cpu_seconds"] + cpu}
+    wall, cpu = started
+    seconds = state["seconds"] + time.monotonic() - wall
+    return state | {"seconds": seconds, "cpu_seconds": state["cpu_seconds"] + time.process_time() - cpu}
 
 
 class Stop:
