@@ -15,7 +15,6 @@ model starts from preset wiki for a local search, else from preset paper.
 import asyncio
 import csv
 import hashlib
-import json
 import os
 import re
 import sys
@@ -24,13 +23,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
-import torch
 from tqdm import tqdm
 
 from deepresearcher_min import report
@@ -38,9 +37,6 @@ from deepresearcher_min.config import (
     ROOT,
     Config,
     ConfigError,
-    check_inputs,
-    help_text,
-    load_config,
     named,
     parse_arguments,
     read_config,
@@ -51,17 +47,15 @@ from deepresearcher_min.evaluation import (
     Task,
     Verdicts,
     begin,
-    check_needs,
+    check_budget,
     check_services,
-    context_notes,
     load_task,
     make_agent,
-    model_folder,
     open_web,
-    quiet_libraries,
-    read_corpus,
-    read_questions,
+    publish,
+    run_program,
     scores_over_runs,
+    usable,
 )
 from deepresearcher_min.protocol import ChatFormat, Entry
 from deepresearcher_min.reward import ask_judge, explain, judge, judge_rules, measures
@@ -69,13 +63,14 @@ from deepresearcher_min.rollout import EVALUATION, Agent, Batch, roll_out
 from deepresearcher_min.run import RUNS, Ranks, complete_checkpoints, fetch_model, newest_run, open_run, starting
 from deepresearcher_min.search import INDEX_CACHE
 from deepresearcher_min.trajectory import Question, Recording, Trajectory
-from deepresearcher_min.web import ROLES, RunStopped, Web, WebFailure, raise_if_down
+from deepresearcher_min.web import RunStopped, Web, WebFailure, raise_if_down
 
 # The revision is the one at which a public copy of the official repository has the file; never fetched by us (there is
 # no internet here). What decides is the checksum, which is that of the published file, 3,197 questions.
 OFFICIAL = "https://raw.githubusercontent.com/GAIR-NLP/DeepResearcher"
 TEST_SET_URL = f"{OFFICIAL}/b576f0cc08e1ca39027f29a56a99548b743bfd3b/data/test.parquet"
 TEST_SET_SHA256 = "30c21c7da1872af08d7db1aacb5f45a57d0a7f038dd7f7baed51231bf6c5e10e"
+BILLS = "judge.jsonl"  # in a run folder: what each judging cost
 ENOUGH = 50  # calls to a service after which an evaluation stops where most of them failed
 CAPTION = """\
 Method {method}, model {model}, search {search} (cot: none), temperature {eval_temperature:g}. F1, EM: official scorer;
@@ -90,46 +85,39 @@ the commonest answer. Each run has seeds, reader and judge replies of its own; s
 
 
 def resolve(argv: list[str]) -> Config:
-    """choose_config(argv), its blocked hosts spelled out; ConfigError for several runs that would be the same."""
-    config = choose_config(argv)
+    """The config of a stopped evaluation, or of the run that the model belongs to, or a preset; argv over it.
+
+    Its blocked hosts are spelled out. ConfigError for several runs that would be the same.
+    """
+    typed, base = parse_arguments(argv), None
+    if typed.get("resume") == "newest":
+        argv = [*argv, f"--resume={newest_run('evaluation', 'eval-*/config.yaml')}"]
+    if "resume" not in typed:
+        folder = Path(typed.get("model") or newest_run())
+        run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+        if os.path.isfile(run / "config.yaml") and os.path.isdir(run / "checkpoints"):
+            if folder == run:
+                found = complete_checkpoints(run)
+                if not found:
+                    raise ConfigError(f"model={str(run)!r}: this run has no complete checkpoint yet")
+                folder = found[-1]
+            base = read_config("model", run) | {"resume": "", "question": ""}
+        now = datetime.now(UTC)
+        begin = [f"--run_dir={RUNS}/eval-{now:%Y%m%d-%H%M%S}", f"--date={now:%Y-%m-%d}", "--engine_memory=0.9"]
+        if base is None:
+            begin.append("--preset=wiki" if typed.get("search") == "local" else "--preset=paper")
+        argv = [*begin, *argv, f"--model={folder}"]
+        if "data" in typed:
+            argv.append(f"--eval_data={typed['data']}")
+    config = open_run(argv, base)
     if config.repeats > 1 and config.eval_temperature == 0:
         raise ConfigError(
             f"repeats={config.repeats}: at eval_temperature=0 every run gives the same answers; add "
             "--eval_temperature=1 (or --repeats=1)"
         )
-    if config.blocked_hosts != "auto":
-        return config
-    listed = (ROOT / "deepresearcher_min/blocked_hosts.txt").read_text(encoding="utf-8")
-    return replace(config, blocked_hosts=" ".join(re.findall(r"^[^#\s]+", listed, re.MULTILINE)))
-
-
-def choose_config(argv: list[str]) -> Config:
-    """The config of a stopped evaluation, or of the run that the model belongs to, or a preset; argv over it."""
-    typed = parse_arguments(argv)
-    if "resume" in typed:
-        stopped = sorted(RUNS.glob("eval-*/config.yaml"), key=lambda file: file.stat().st_mtime)
-        if typed["resume"] == "newest" and not stopped:
-            raise ConfigError("resume: there is no evaluation under runs/")
-        return open_run([*argv, f"--resume={stopped[-1].parent}"] if typed["resume"] == "newest" else argv)
-    folder = Path(typed.get("model") or newest_run())
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    base = None
-    if os.path.isfile(run / "config.yaml") and os.path.isdir(run / "checkpoints"):
-        if folder == run:
-            found = complete_checkpoints(run)
-            if not found:
-                raise ConfigError(f"model={str(run)!r}: this run has no complete checkpoint yet")
-            folder = found[-1]
-        base = read_config("model", run) | {"run_dir": "", "resume": "", "question": ""}
-    elif "preset" not in typed:
-        argv = [f"--preset={'wiki' if typed.get('search') == 'local' else 'paper'}", *argv]
-    now = datetime.now(UTC)
-    extra = {"run_dir": f"{RUNS}/eval-{now:%Y%m%d-%H%M%S}", "date": f"{now:%Y-%m-%d}", "engine_memory": "0.9"}
-    extra |= {**typed, "model": str(folder)}
-    extra |= {"eval_data": typed["data"]} if "data" in typed else {}
-    config = load_config([*argv, *(f"--{key}={value}" for key, value in extra.items())], base=base)
-    if os.path.exists(f"{config.run_dir}/config.yaml"):
-        raise ConfigError(f"run_dir={config.run_dir!r} is taken; an evaluation goes on with --resume={config.run_dir}")
+    if config.blocked_hosts == "auto":
+        listed = (ROOT / "deepresearcher_min/blocked_hosts.txt").read_text(encoding="utf-8")
+        config = replace(config, blocked_hosts=" ".join(re.findall(r"^[^#\s]+", listed, re.MULTILINE)))
     if config.method == "agent":
         return config
     # cot never searches: wikipedia stands there because it needs neither a key nor a corpus.
@@ -143,14 +131,15 @@ def test_set(config: Config) -> str:
     path = INDEX_CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
     kept = path.read_bytes() if os.path.isfile(path) else b""
     if hashlib.sha256(kept).hexdigest() != TEST_SET_SHA256:
-        web = Web(replace(config, cassette_mode="live"), ":memory:")
-        try:
-            body, _ = web.fetch(TEST_SET_URL, Counter(), time.monotonic() + 120, own=True)
-        except WebFailure as failure:
-            raise ConfigError(f"the official test set: {failure.words} ({TEST_SET_URL}) Or name --data=FILE") from None
-        finally:
-            web.close()
-        if (found := hashlib.sha256(body).hexdigest()) != TEST_SET_SHA256:
+        with closing(Web(replace(config, cassette_mode="live"), ":memory:")) as web:
+            try:
+                body, _ = web.fetch(TEST_SET_URL, Counter(), time.monotonic() + 120, own=True)
+            except WebFailure as failure:
+                raise ConfigError(
+                    f"the official test set: {failure.words} ({TEST_SET_URL}) Or name --data=FILE"
+                ) from None
+        found = hashlib.sha256(body).hexdigest()
+        if found != TEST_SET_SHA256:
             raise ConfigError(f"{TEST_SET_URL} sent another file: sha256 {found}, not {TEST_SET_SHA256}")
         try:
             replace_file(path, body)
@@ -165,20 +154,20 @@ def load_examination(config: Config, ranks: Ranks) -> Task:
 
     They are those of eval_data (or --data), else those that the model's run set aside, else the official test set.
     """
-    file = config.eval_data
-    if config.search == "toy" or (config.data and not file):
-        task = load_task(config)
-    else:
-        if not file and not config.question:
+    wanted = config
+    if config.search != "toy":
+        file = config.eval_data
+        if not file and not config.data and not config.question:
             file = ranks.share(test_set(config) if ranks.rank == 0 else None)
-        corpus = read_corpus(config)
-        questions = read_questions("data", file) if file else []
-        task = Task(model_folder(config), [], questions, corpus, corpus)
-    taken: dict[str, list[Question]] = {}
+        if file:  # all of it, and no training data
+            wanted = replace(config, data="", eval_data=file, eval_questions=0)
+    task = load_task(wanted, "data")
+    taken, kept = Counter[str](), []
     for question in task.held_out:
-        taken.setdefault(question.source, []).append(question)
-    kept = {question.id for each in taken.values() for question in each[: config.limit or None]}
-    return replace(task, held_out=[question for question in task.held_out if question.id in kept])
+        taken[question.source] += 1
+        if config.limit == 0 or taken[question.source] <= config.limit:
+            kept.append(question)
+    return replace(task, held_out=kept)
 
 
 class PlainChat(ChatFormat):
@@ -200,42 +189,34 @@ def search_once(questions: Sequence[Question], agent: Agent) -> tuple[dict[str, 
         agent.tools.slots = asyncio.Semaphore(agent.config.tool_threads or 1)
         return await asyncio.gather(*(agent.tools.entry("search", one.question.text, one) for one in records))
 
-    fit = partial(agent.chat.fit, max_tokens=agent.config.max_observation_tokens)
-    texts = {entry.key: fit("search", [entry])[0] for entry in asyncio.run(search())}
+    most = agent.config.max_observation_tokens
+    texts = {entry.key: agent.chat.fit("search", [entry], most)[0] for entry in asyncio.run(search())}
     return texts, {one.question.id: one.cost for one in records}
 
 
-def written(run_dir: str) -> list[tuple[int, Trajectory]]:
-    """(run, trajectory) of an evaluation so far, in order; what the harness ended is not among them."""
-    found = []
-    for file in sorted((Path(run_dir) / "trajectories").glob("eval*.jsonl")):
+def written(config: Config, task: Task) -> list[list[Trajectory]]:
+    """The trajectories of each run so far, also those that will be asked again; none of what the harness ended."""
+    asked = {question.id for question in task.held_out}
+    runs: list[list[Trajectory]] = [[] for _ in range(config.repeats)]
+    for file in sorted((Path(config.run_dir) / "trajectories").glob("eval*.jsonl")):
         for row in report.read_json_lines(file):
-            found.append((row["index"], report.read_trajectory(row)))
-    return found
+            if row["id"] in asked and row["index"] < config.repeats:
+                runs[row["index"]].append(report.read_trajectory(row))
+    return runs
 
 
-def finished(config: Config) -> dict[tuple[int, str], Trajectory]:
-    """Those by run and question that met no service that failed, which are asked again; a replay would repeat them."""
-    met = [f"{role}_failed" for role in ROLES if config.cassette_mode != "replay"]
-    known = {}
-    for run, one in written(config.run_dir):
-        if not any(name in one.cost for name in met):
-            known[run, one.question.id] = one
-    return known
+def ask_all(config: Config, task: Task, agent: Agent, done: Sequence[Mapping[str, Trajectory]], ranks: Ranks) -> None:
+    """Ask what has no usable result yet; `done` are those of each run.
 
-
-def ask_all(config: Config, task: Task, agent: Agent, done: Mapping[tuple[int, str], Trajectory], ranks: Ranks) -> None:
-    """Ask what has no result yet. Each trajectory is written as it ends, so that no kill loses or repeats one."""
+    Each trajectory is written as it ends, so that no kill loses or repeats one.
+    """
     path = Path(config.run_dir) / "trajectories" / ("eval" + f"-rank{ranks.rank}" * (ranks.world_size > 1) + ".jsonl")
     mine = ranks.deal(range(len(task.held_out)))
-    missing = [[n for n in mine if (run, task.held_out[n].id) not in done] for run in range(config.repeats)]
+    missing = [[number for number in mine if task.held_out[number].id not in known] for known in done]
     web = agent.tools.browser.web or Web(config, ":memory:")
     web.enough = ENOUGH
-    total = len(mine) * config.repeats
-    began = total - sum(map(len, missing))
-    bar = tqdm(total=total, initial=began, desc=config.method, disable=ranks.rank > 0 or None)
-    sums = sum((Counter(measures(one)) for one in done.values()), Counter(n=len(done)))
-    before = sums["usd"]
+    bar = tqdm(total=sum(map(len, missing)), desc=config.method, disable=ranks.rank > 0 or None)
+    before, sums = spent(config, done), Counter[str]()
 
     def on_done(run: int, prepaid: Mapping[str, Counter], one: Trajectory) -> None:
         one = replace(one, cost={**prepaid.get(one.question.id, {}), **one.cost})
@@ -244,8 +225,7 @@ def ask_all(config: Config, task: Task, agent: Agent, done: Mapping[tuple[int, s
         sums.update(measures(one) | {"n": len(group.trajectories)})
         bar.update()
         bar.set_postfix_str(f"F1 {sums['f1'] / max(1, sums['n']):.3f}, ${sums['usd']:.2f}")
-        if 0 < config.max_cost <= before + (sums["usd"] - before) * ranks.world_size:  # the others pay about as much
-            raise RunStopped(f"The estimated cost has reached max_cost={config.max_cost}.")
+        check_budget(config, before + sums["usd"] * ranks.world_size)  # the others pay about as much
 
     try:
         for run, numbers in enumerate(missing):  # one after the other: alone, the first is what it is without repeats
@@ -264,31 +244,36 @@ def ask_all(config: Config, task: Task, agent: Agent, done: Mapping[tuple[int, s
         agent.engine.close()
 
 
-def ask_judge_all(config: Config, runs: Sequence[Sequence[Trajectory]]) -> tuple[list[Verdicts], str, float]:
+def spent(config: Config, runs: Sequence[Mapping[str, Trajectory]]) -> float:
+    """Dollars for these trajectories and for the judge so far."""
+    costs = [one.cost for found in runs for one in found.values()]
+    costs += report.read_json_lines(Path(config.run_dir) / BILLS)
+    return sum(cost.get("usd", 0.0) for cost in costs)
+
+
+def ask_judge_all(config: Config, runs: Sequence[Mapping[str, Trajectory]]) -> tuple[list[Verdicts], str, float]:
     """MBE by question in each run, a sentence on who judged and what stayed without a verdict, and dollars so far.
 
     Empty without a judge. RunStopped at max_cost, after which only --resume with a higher one goes on.
     """
-    paid, bills = 0.0, Path(config.run_dir) / "judge.jsonl"
-    for cost in [*(one.cost for found in runs for one in found), *report.read_json_lines(bills)]:
-        paid += cost.get("usd", 0.0)
+    paid = spent(config, runs)
     if not config.judge_url:
         return [{} for _ in runs], "not measured (judge_url is empty)", paid
     web, counts, verdicts = open_web(config, Ranks()), Counter[str](), list[Verdicts]()
     web.enough = ENOUGH
 
     def ask_one(one: Trajectory) -> float | None:
-        if config.price_judge_token and 0 < config.max_cost <= paid + counts["usd"]:
-            raise RunStopped(f"The estimated cost has reached max_cost={config.max_cost}.")
+        if config.price_judge_token:
+            check_budget(config, paid + counts["usd"])
         return ask_judge(one, config, web, counts)
 
     try:
         for web.run, found in enumerate(runs):
             with ThreadPoolExecutor(max(1, config.tool_threads)) as pool:
-                asked = tqdm(pool.map(ask_one, found), "judge", len(found), disable=None)
-                verdicts.append({one.question.id: each for one, each in zip(found, asked, strict=True)})
+                asked = tqdm(pool.map(ask_one, found.values()), "judge", len(found), disable=None)
+                verdicts.append(dict(zip(found, asked, strict=True)))
     finally:
-        report.append_json_line(bills, {"usd": counts["usd"]})
+        report.append_json_line(Path(config.run_dir) / BILLS, {"usd": counts["usd"]})
         web.close()
     raise_if_down(config, web.totals)
     silent = sum(list(each.values()).count(None) for each in verdicts)
@@ -299,38 +284,35 @@ def ask_judge_all(config: Config, runs: Sequence[Sequence[Trajectory]]) -> tuple
 
 def conclude(config: Config, task: Task, started: float) -> None:
     """Judge the answers; write summary.json, results.md and report.html from the files; print the table."""
-    folder, known = Path(config.run_dir), finished(config)
-    runs, asked = list[list[Trajectory]](), list[list[Trajectory]]()
-    for run in range(config.repeats):
-        keys = [(run, question.id) for question in task.held_out]
-        runs.append([known[key] for key in keys if key in known])
-        asked.append([one for number, one in written(config.run_dir) if number == run])
-    if not any(runs):
+    folder, runs = Path(config.run_dir), written(config, task)
+    kept = [usable(tried, config) for tried in runs]
+    if not any(kept):
         raise RunStopped(f"not one of {len(task.held_out)} questions has a result; see trajectory_timeout and failures")
-    verdicts, sentence, usd = ask_judge_all(config, runs)
+    lost, spoilt = len(task.held_out) * config.repeats, 0
+    for tried, known in zip(runs, kept, strict=True):
+        met = {one.question.id for one in tried}
+        lost -= len(met)
+        spoilt += len(met - known.keys())
+    verdicts, sentence, usd = ask_judge_all(config, kept)
     sources = {}
-    for name in sorted({one.question.source for found in runs for one in found}):
-        part, tried = (
-            [[one for one in found if one.question.source == name] for found in some] for some in (runs, asked)
-        )
-        sources[name or "no source"], _ = scores_over_runs(part, verdicts, config, tried)
-    overall, each = scores_over_runs(runs, verdicts, config, asked)
+    for name in sorted({one.question.source for known in kept for one in known.values()}):
+        part = [[one for one in tried if one.question.source == name] for tried in runs]
+        sources[name or "no source"], _ = scores_over_runs(part, verdicts, config)
+    overall, each = scores_over_runs(runs, verdicts, config)
     overall["usd"] = usd / config.repeats  # the judge's, too
     table = report.score_rows({**sources, "all": overall})
     published = csv.DictReader((ROOT / "docs/paper.csv").read_text(encoding="utf-8").splitlines())
-    paper = [row for row in published if sources.keys() & row.keys()]
-    table += [[f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])] for row in paper]
-    met = {(run, one.question.id) for run, tried in enumerate(asked) for one in tried}
-    spoilt, seconds = len(met - known.keys()), time.monotonic() - started
-    lost = len(task.held_out) * config.repeats - sum(map(len, runs)) - spoilt
+    for row in published:
+        if sources.keys() & row.keys():
+            table.append([f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])])
+    seconds = time.monotonic() - started
     caption = CAPTION + REPEATED * (config.repeats > 1)
     caption = textwrap.fill(caption.format(**asdict(config), judge=sentence, lost=lost, spoilt=spoilt), 118)
     summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": seconds, "usd": usd}
     summary |= {"sources": sources, "overall": overall, "runs": each, "table": table, "caption": caption}
-    (folder / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1), encoding="utf-8")
+    publish(folder, summary)
     markdown = report.text_table(table, markdown=True)
     (folder / "results.md").write_text(f"{markdown}\n\n{caption}\n", encoding="utf-8")
-    report.write_html(folder)
     print(f"{report.text_table(table)}\n\n{caption}\n")
     print(f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {folder}/report.html, the table in {folder}/results.md")
 
@@ -349,50 +331,39 @@ def ask(config: Config, task: Task, agent: Agent) -> None:
     print("\n  ".join(["Sources:", *dict.fromkeys(re.findall(r"'url': '([^']+)'", " ".join(seen)))]))
 
 
-def main(argv: list[str]) -> int:
-    quiet_libraries()
-    if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\n{help_text()}")
+def start(config: Config, ranks: Ranks, notes: Sequence[str]) -> int:
+    """The whole evaluation, or the one question; its exit code."""
+    started = time.monotonic()
+    if config.judge_url:
+        require_environment("JUDGE_API_KEY", "judge_url needs it (any word, if the server asks for none)")
+        judge_rules(config)
+        if not config.judge_model:
+            raise ConfigError(f"judge_url={config.judge_url!r}: needs --judge_model=NAME, too")
+    with starting(config, ranks.rank):
+        task = load_examination(config, ranks)
+        with named("resume", config.run_dir, "its trajectories are not what eval.py wrote"):
+            done = ranks.share([usable(tried, config) for tried in written(config, task)])
+        fetch_model(task.model_dir, ranks)
+        _, agent = make_agent(config, task, ranks)
+        unasked = config.question or any(len(known) < len(task.held_out) for known in done)
+        check_services(config, ranks, unasked, judge=config.judge_url and not config.question)
+        if not config.question:
+            begin(config, task, ranks, notes)
+    if config.question:
+        ask(config, task, agent)
         return 0
-    ranks, started = Ranks.start(), time.monotonic()
     try:
-        config = ranks.share(resolve(argv) if ranks.rank == 0 else None)
-        notes = check_inputs(config, argv, "train.py")
-        check_needs(config, questions=False)
-        if config.judge_url:
-            require_environment("JUDGE_API_KEY", "judge_url needs it (any word, if the server asks for none)")
-            judge_rules(config)
-            if not config.judge_model:
-                raise ConfigError(f"judge_url={config.judge_url!r}: needs --judge_model=NAME, too")
-        torch.set_num_threads(config.threads)
-        with starting(config, ranks.rank):
-            task = load_examination(config, ranks)
-            with named("resume", config.run_dir, "its trajectories are not what eval.py wrote"):
-                done = ranks.share(finished(config) if ranks.rank == 0 else None)
-            fetch_model(task.model_dir, ranks)
-            _, agent = make_agent(config, task, ranks)
-            unasked = bool(config.question) or len(done) < len(task.held_out) * config.repeats
-            check_services(config, ranks, unasked, judge=bool(config.judge_url) and not config.question)
-            if not config.question:
-                begin(config, ranks, [*notes, *context_notes(config, task)])
-        if config.question:
-            ask(config, task, agent)
-            return 0
-        try:
-            ask_all(config, task, agent, done, ranks)
-            if ranks.rank == 0:
-                conclude(config, task, started)
-        except (KeyboardInterrupt, RunStopped) as stopped:
-            print(f"{stopped}\nStopped. Go on with: python eval.py --resume={config.run_dir}".strip())
-            return 3 if isinstance(stopped, RunStopped) else 130
-    except (ConfigError, ValueError) as error:
-        ranks.complain("eval.py", error)
-        return 2
-    except KeyboardInterrupt:  # before the first question: nothing is begun
-        return 130
-    finally:
-        ranks.stop()
+        ask_all(config, task, agent, done, ranks)
+        if ranks.rank == 0:
+            conclude(config, task, started)
+    except (KeyboardInterrupt, RunStopped) as stopped:
+        print(f"{stopped}\nStopped. Go on with: python eval.py --resume={config.run_dir}".strip())
+        return 3 if isinstance(stopped, RunStopped) else 130
     return 0
+
+
+def main(argv: list[str]) -> int:
+    return run_program("eval.py", __doc__, resolve, start, argv)
 
 
 if __name__ == "__main__":

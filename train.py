@@ -7,8 +7,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,17 @@ import torch
 from tqdm import tqdm
 
 from deepresearcher_min import report, toyworld
-from deepresearcher_min.config import Config, ConfigError, check_inputs, help_text, named
+from deepresearcher_min.config import Config, ConfigError, named
 from deepresearcher_min.evaluation import (
     Task,
     begin,
-    check_needs,
+    check_budget,
     check_services,
-    context_notes,
     evaluate,
     load_task,
     make_agent,
-    quiet_libraries,
+    publish,
+    run_program,
 )
 from deepresearcher_min.policy import Policy
 from deepresearcher_min.reward import explain, judge, step_means, step_sums, summarize
@@ -35,19 +34,19 @@ from deepresearcher_min.rollout import Agent, Batch, roll_out
 from deepresearcher_min.run import (
     Ranks,
     Stop,
-    Watch,
     add_times,
     complete_checkpoints,
     fetch_model,
     open_run,
     save_checkpoint,
     starting,
+    watch,
 )
-from deepresearcher_min.trajectory import Group, Trajectory, take_questions
+from deepresearcher_min.trajectory import Group, take_questions
 from deepresearcher_min.web import RunStopped, raise_if_down
 
 
-def train(config: Config, ranks: Ranks, stop: Stop, notes: Sequence[str] = ()) -> int:
+def train(config: Config, ranks: Ranks, stop: Stop, notes: Sequence[str]) -> int:
     """The whole run; its exit code: 3, max_cost or a dead service; 130, Ctrl-C or SIGTERM (saved by one rank only)."""
     started = time.monotonic(), time.process_time()
     task, agent, examinee, policy, state, evaluations = prepare(config, ranks, notes)
@@ -57,7 +56,10 @@ def train(config: Config, ranks: Ranks, stop: Stop, notes: Sequence[str] = ()) -
         while True:
             # 0 measure
             step = state["step"]
-            if measure_if_due(evaluations, state, task, examinee, ranks):
+            due = config.eval_every and step % config.eval_every == 0
+            if (due or step == 0) and step not in evaluations:
+                name = f"step-{step:06d}" if step else "before"
+                evaluations[step] = measure(name, state, task, examinee, ranks)
                 agent.engine.update_weights(policy.named_weights())  # as before the first step
             if step and (step % config.save_every == 0 or step >= config.steps):
                 save(add_times(state, started))
@@ -68,8 +70,8 @@ def train(config: Config, ranks: Ranks, stop: Stop, notes: Sequence[str] = ()) -
             questions, numbers = ranks.deal(asked), ranks.deal(range(len(asked)))
             # 1 act: G trajectories for each question
             batch = Batch(questions, numbers, config.group_size, config.temperature, step)
-            with progress(f"step {step}", len(questions) * config.group_size, ranks) as on_done:
-                rollouts = roll_out(batch, agent, on_done)
+            with progress(f"step {step}", len(questions) * config.group_size, ranks) as bar:
+                rollouts = roll_out(batch, agent, lambda _: bar.update())
             # 2 judge: rewards, and advantages inside each group
             groups = [judge(question, found, config, step) for question, found in zip(questions, rollouts, strict=True)]
             row = {"step": step, "steps": config.steps, "roll_s": time.monotonic() - lap}
@@ -85,8 +87,7 @@ def train(config: Config, ranks: Ranks, stop: Stop, notes: Sequence[str] = ()) -
                 # 4 report
                 row |= {"update_s": time.monotonic() - lap - row["roll_s"], "usd": state["usd"]}
                 report_step(config, ranks, row, groups)
-            if 0 < config.max_cost <= state["usd"]:
-                raise RunStopped(f"The estimated cost, ${state['usd']:.2f}, has reached max_cost={config.max_cost}.")
+            check_budget(config, state["usd"])
         after = measure("after", state, task, examinee, ranks)
         if ranks.rank == 0:
             conclude(config, add_times(state, started), evaluations[0], after)
@@ -117,7 +118,7 @@ def prepare(config: Config, ranks: Ranks, notes: Sequence[str]) -> tuple[Any, ..
         state, evaluations = restore(config, policy, ranks, len(task.questions))
         policy.check_saving(agent.chat.tokenizer)
         check_services(config, ranks)
-        begin(config, ranks, [*notes, *context_notes(config, task)])
+        begin(config, task, ranks, notes)
     return task, agent, examinee, policy, state, evaluations
 
 
@@ -151,20 +152,10 @@ def restore(config: Config, policy: Policy, ranks: Ranks, count: int) -> tuple[d
     return state, ranks.share({row["step"]: row["eval"] for row in rows if "eval" in row})
 
 
-def measure_if_due(evaluations: dict[int, Any], state: dict[str, Any], *examination: Any) -> bool:
-    """Add the scores of this step to the evaluations, where they are wanted and not there."""
-    step, every = state["step"], examination[1].config.eval_every
-    wanted = step == 0 or (every and step % every == 0)
-    if not wanted or step in evaluations:
-        return False
-    evaluations[step] = measure(f"step-{step:06d}" if step else "before", state, *examination)
-    return True
-
-
 def measure(name: str, state: dict[str, Any], task: Task, examinee: Agent, ranks: Ranks) -> dict[str, float]:
     """Evaluate on the held-out questions, write trajectories and scores, add the cost to the state; the scores."""
-    with progress(f"evaluation {name}", len(task.held_out) // ranks.world_size, ranks) as on_done:
-        trajectories = evaluate(task.held_out, examinee, ranks, on_done)
+    with progress(f"evaluation {name}", len(task.held_out) // ranks.world_size, ranks) as bar:
+        trajectories = evaluate(task.held_out, examinee, ranks, lambda _: bar.update())
     raise_if_down(examinee.config, step_sums([], [trajectories]))
     scores, step = summarize(trajectories), state["step"]
     state["usd"] += sum(one.cost.get("usd", 0.0) for one in trajectories)
@@ -181,11 +172,11 @@ def measure(name: str, state: dict[str, Any], task: Task, examinee: Agent, ranks
 
 def write_groups(config: Config, name: str, step: int, groups: Sequence[Group]) -> None:
     """All trajectories as JSON lines, and the best and the worst as text."""
-    folder = Path(config.run_dir) / "trajectories"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.jsonl").unlink(missing_ok=True)  # of a step that was run before a kill, and runs again
-    report.write_trajectories(folder / f"{name}.jsonl", step, groups, partial(explain, config=config))
-    report.write_readable(folder / f"{name}.txt", groups, partial(explain, config=config))
+    path, why = Path(config.run_dir) / f"trajectories/{name}.jsonl", partial(explain, config=config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # of a step that was run before a kill, and runs again
+    report.write_trajectories(path, step, groups, why)
+    report.write_readable(path.with_suffix(".txt"), groups, why)
 
 
 def save_policy(config: Config, policy: Policy, agent: Agent, ranks: Ranks, stop: Stop, state: dict[str, Any]) -> None:
@@ -197,24 +188,18 @@ def save_policy(config: Config, policy: Policy, agent: Agent, ranks: Ranks, stop
         save_checkpoint(config, ranks, state, write)
 
 
-@contextmanager
-def progress(name: str, total: int, ranks: Ranks) -> Iterator[Callable[[Trajectory], Any]]:
+def progress(name: str, total: int, ranks: Ranks) -> tqdm:
     """A bar over trajectories, on rank 0's terminal only; it leaves nothing behind."""
-    hidden = ranks.rank != 0 or not sys.stderr.isatty()
-    with tqdm(total=total, desc=name, unit="trajectory", leave=False, disable=hidden) as bar:
-        yield lambda trajectory: bar.update()
+    return tqdm(total=total, desc=name, unit="trajectory", leave=False, disable=ranks.rank > 0 or None)
 
 
 def conclude(config: Config, state: dict[str, Any], before: dict, after: dict) -> None:
-    """summary.json, the table, the curve and the report page; ends with a sentence on what was learned."""
+    """summary.json, the curve, the report page and the table; ends with a sentence on what was learned."""
     run = Path(config.run_dir)
     steps = [row for row in report.read_json_lines(run / "metrics.jsonl") if "reward" in row]
-    times = {"seconds": round(state["seconds"], 1), "cpu_seconds": round(state["cpu_seconds"], 1)}
-    summary = {"seed": config.seed, "steps": state["step"], **times, "before": before, "after": after}
-    (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1), encoding="utf-8")
     report.curve_png(steps, run / "curve.png", before, after)
-    report.write_html(run)
-    print(f"\nF1 of the sampled answers, step by step:\n{report.text_plot([(r['step'], r['f1']) for r in steps])}")
+    times = {name: state[name] for name in ("seconds", "cpu_seconds")}
+    publish(run, {"seed": config.seed, "steps": state["step"], **times, "before": before, "after": after})
     print(f"\n{report.text_table(report.score_rows({'before': before, 'after': after}))}\n")
     print(
         f"F1 on {before['n']} held-out questions went from {before['f1']:.2f} to {after['f1']:.2f} in "
@@ -223,32 +208,19 @@ def conclude(config: Config, state: dict[str, Any], before: dict, after: dict) -
     )
 
 
+def start(config: Config, ranks: Ranks, notes: Sequence[str]) -> int:
+    finished = watch(ranks, config.rank_timeout)
+    torch.manual_seed(config.seed)
+    code = train(config, ranks, Stop(), notes)
+    if code:
+        ranks.print(f"Stopped. Continue with: python train.py --resume={config.run_dir}")
+    else:
+        finished.set()
+    return code
+
+
 def main(argv: list[str]) -> int:
-    quiet_libraries()
-    if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\n{help_text()}")
-        return 0
-    ranks = Ranks.start()
-    try:
-        config = ranks.share(open_run(argv) if ranks.rank == 0 else None)  # one clock names the run
-        notes = check_inputs(config, argv, "eval.py")
-        check_needs(config)
-        watch = Watch(ranks, config.rank_timeout)
-        torch.set_num_threads(config.threads)
-        torch.manual_seed(config.seed)
-        code = train(config, ranks, Stop(), notes)
-        if code:
-            ranks.print(f"Stopped. Continue with: python train.py --resume={config.run_dir}")
-            return code
-        watch.finished.set()
-    except (ConfigError, ValueError, FloatingPointError) as error:
-        ranks.complain("train.py", error)
-        return 2
-    except KeyboardInterrupt:  # before the first step: nothing is begun
-        return 130
-    finally:
-        ranks.stop()
-    return 0
+    return run_program("train.py", __doc__, open_run, start, argv)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ tests of significance; the interval and the deviation over runs say what a diffe
 
 import importlib
 import io
+import json
 import logging
 import re
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mode
@@ -27,7 +28,9 @@ from deepresearcher_min import report, toyworld
 from deepresearcher_min.config import (
     Config,
     ConfigError,
+    check_inputs,
     describe,
+    help_text,
     host_list,
     named,
     replace_file,
@@ -41,9 +44,9 @@ from deepresearcher_min.rollout import EVALUATION, Agent, Batch, OnDone, Tools, 
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Corpus, check_search
 from deepresearcher_min.trajectory import Question, Trajectory, load_questions
-from deepresearcher_min.web import Web
+from deepresearcher_min.web import ROLES, RunStopped, Web
 
-PARSING = ["trafilatura", "bs4", "lxml", "pypdf"]  # what reading live pages imports late
+PARSING = ["matplotlib.figure", "trafilatura", "bs4", "lxml", "pypdf"]  # imported late: curves, live pages
 Scores = dict[str, Any]
 Verdicts = Mapping[str, float | None]  # of the judge, by question
 
@@ -60,42 +63,36 @@ class Task:
     world: toyworld.World | None = None  # the held-out toy world, for the behaviour rates
 
 
-def load_task(config: Config) -> Task:
-    """Questions, offline web and model that the config names; ConfigError or ValueError for what cannot be used."""
-    model_dir = model_folder(config)
+def load_task(config: Config, key: str = "eval_data") -> Task:
+    """Questions, offline web and model that the config names; ConfigError or ValueError for what cannot be used.
+
+    `key` is what messages call eval_data. Without data there is nothing to learn on, or to set aside.
+    """
+    model_dir = str(toyworld.MODEL_DIR) if config.model == "toy" else config.model
     if config.search == "toy":
         world, held_out = toyworld.World("training", config.seed), toyworld.World("held out", config.seed)
         questions = world.questions(1000, config.seed)
         examination = held_out.questions(config.eval_questions, config.seed)
         return Task(model_dir, questions, examination, world.corpus, held_out.corpus, held_out)
     questions = read_questions("data", config.data)
-    if config.eval_data:
-        examination = read_questions("eval_data", config.eval_data)[: config.eval_questions or None]
-    else:  # set aside, and never trained on
+    examination = read_questions(key, config.eval_data)[: config.eval_questions or None]
+    if config.data and not config.eval_data:  # set aside, and never trained on
         if not 0 < config.eval_questions < len(questions):
             raise ConfigError(
                 f"eval_questions={config.eval_questions}: without eval_data, 1 to {len(questions) - 1} of the "
                 f"{len(questions)} questions of data={config.data} are set aside"
             )
         examination, questions = questions[: config.eval_questions], questions[config.eval_questions :]
-    corpus = read_corpus(config)
+    corpus = None
+    if config.corpus:
+        with named("corpus", config.corpus, "it must be a corpus.jsonl (title, url, text)"):
+            corpus = Corpus.from_jsonl(config.corpus)
     return Task(model_dir, questions, examination, corpus, corpus)
-
-
-def model_folder(config: Config) -> str:
-    return str(toyworld.MODEL_DIR) if config.model == "toy" else config.model
 
 
 def read_questions(key: str, path: str) -> list[Question]:
     with named(key, path):
-        return load_questions(path)
-
-
-def read_corpus(config: Config) -> Corpus | None:
-    if not config.corpus:
-        return None
-    with named("corpus", config.corpus, "it must be a corpus.jsonl (title, url, text)"):
-        return Corpus.from_jsonl(config.corpus)
+        return load_questions(path) if path else []
 
 
 def open_web(config: Config, ranks: Ranks) -> Web:
@@ -105,15 +102,6 @@ def open_web(config: Config, ranks: Ranks) -> Web:
         web = Web(config, cassette, ranks.rank, ranks.world_size)
         web.db.execute("SELECT key, time, reply FROM replies LIMIT 1")  # or it is another program's
         return web
-
-
-def context_notes(config: Config, task: Task) -> list[str]:
-    """A line if trajectories may grow longer than what the model was made for."""
-    model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
-    limit = getattr(model, "max_position_embeddings", None) or config.max_model_len
-    if config.max_model_len <= limit:
-        return []
-    return [f"max_model_len={config.max_model_len} is above the model's own limit of {limit} tokens."]
 
 
 def load_chat(config: Config, task: Task) -> ChatFormat:
@@ -130,10 +118,10 @@ def load_chat(config: Config, task: Task) -> ChatFormat:
         model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
         tokenizer, ends = AutoTokenizer.from_pretrained(task.model_dir), declared_ends(task.model_dir)
         chat = ChatFormat(tokenizer, config.date, prompt, schemas, ends)
-        questions = [question.text for question in (task.questions + task.held_out)[:1]]
-        for ids in map(chat.prompt_ids, questions or ["Who?"]):
-            if max(ids) >= model.vocab_size:
-                raise ValueError(f"token {max(ids)} of its tokenizer is none of the model's {model.vocab_size}")
+        questions = task.questions + task.held_out
+        ids = chat.prompt_ids(questions[0].text if questions else "Who?")
+        if max(ids) >= model.vocab_size:
+            raise ValueError(f"token {max(ids)} of its tokenizer is none of the model's {model.vocab_size}")
         chat.message_ids(chat.opening("x"))  # as reader: engine asks
     if len(ids) >= config.max_model_len:
         raise ConfigError(f"max_model_len={config.max_model_len}: the prompt alone has {len(ids)} tokens")
@@ -148,15 +136,41 @@ def make_agent(config: Config, task: Task, ranks: Ranks) -> tuple[Agent, Agent]:
     with named("model", config.model):
         engine = make_engine(config, task.model_dir, ranks.world_size)
     agent = Agent(config, engine, tools, chat)
-    if task.held_out_corpus is task.corpus:
-        return agent, agent
     return agent, replace(agent, tools=Tools(config, chat, task.held_out_corpus, web))
+
+
+def run_program(
+    program: str,
+    about: str | None,
+    resolve: Callable[[list[str]], Config],
+    body: Callable[[Config, Ranks, list[str]], int],
+    argv: list[str],
+) -> int:
+    """What train.py and eval.py do around their own work, `body`; the exit code. `about` is what --help says first."""
+    quiet_libraries()
+    if {"-h", "--help"} & set(argv):
+        print(f"{about}\n{help_text()}")
+        return 0
+    ranks, learns = Ranks.start(), program == "train.py"
+    try:
+        config = ranks.share(resolve(argv) if ranks.rank == 0 else None)  # one clock names the run
+        notes = check_inputs(config, argv, "eval.py" if learns else "train.py")
+        check_needs(config, questions=learns)
+        torch.set_num_threads(config.threads)
+        return body(config, ranks, notes)
+    except (ValueError, FloatingPointError) as error:
+        ranks.complain(program, error)
+        return 2
+    except KeyboardInterrupt:  # before the first step: nothing is begun
+        return 130
+    finally:
+        ranks.stop()
 
 
 def evaluate(questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done: OnDone) -> list[Trajectory]:
     """One trajectory for each question at config.eval_temperature; every rank gets all of them, in order."""
-    numbers = ranks.deal(range(len(questions)))
-    batch = Batch([questions[n] for n in numbers], numbers, 1, agent.config.eval_temperature, step=EVALUATION)
+    mine, numbers = ranks.deal(questions), ranks.deal(range(len(questions)))
+    batch = Batch(mine, numbers, 1, agent.config.eval_temperature, step=EVALUATION)
     return ranks.gather([trajectory for (trajectory,) in roll_out(batch, agent, on_done)])
 
 
@@ -170,9 +184,7 @@ def check_needs(config: Config, questions: bool = True) -> None:
     for key in ("reader_url", "judge_url"):
         if not re.match("(https?://|$)", url := getattr(config, key)):
             missing.append(f"{key}={url!r}: must begin with http:// or https://")
-    packages = ["matplotlib.figure"] if questions else []
-    packages += PARSING if searches_web(config) else ["bm25s"]
-    for package in packages:
+    for package in PARSING if searches_web(config) else ["matplotlib.figure", "bm25s"]:
         try:
             importlib.import_module(package)
         except Exception as error:
@@ -198,42 +210,71 @@ def quiet_libraries() -> None:
 
 
 def check_services(config: Config, ranks: Ranks, agent: bool = True, judge: bool = False) -> None:
-    """Try the services that the run will use; rank 0 raises ConfigError, and all others end with it."""
+    """Try the services that the run will use, on rank 0; ConfigError on all ranks."""
     ask = ranks.rank == 0 and config.cassette_mode != "replay"
     trouble = ranks.share(try_services(config, agent, judge) if ask else "")
-    if trouble and ranks.rank == 0:
-        raise ConfigError(trouble)
     if trouble:
-        sys.exit(2)
+        raise ConfigError(trouble)
 
 
-def begin(config: Config, ranks: Ranks, notes: Sequence[str] = ()) -> None:
+def check_budget(config: Config, usd: float) -> None:
+    """RunStopped where the estimated cost of a run has reached max_cost."""
+    if 0 < config.max_cost <= usd:
+        raise RunStopped(f"The estimated cost, ${usd:.2f}, has reached max_cost={config.max_cost}.")
+
+
+def publish(run: Path, summary: Mapping[str, Any]) -> None:
+    """Write summary.json and report.html."""
+    (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1), encoding="utf-8")
+    report.write_html(run)
+
+
+def begin(config: Config, task: Task, ranks: Ranks, notes: Sequence[str]) -> None:
     """Write the run's config.yaml, and say what is special about this run."""
-    if ranks.rank == 0:
-        replace_file(Path(config.run_dir) / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False).encode())
-        print(f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n", flush=True)
-        print("".join(f"{note}\n" for note in notes), end="", flush=True)
+    if ranks.rank > 0:
+        return
+    replace_file(Path(config.run_dir) / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False).encode())
+    print(f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n", *notes, sep="\n")
+    model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
+    limit = getattr(model, "max_position_embeddings", None) or config.max_model_len
+    if config.max_model_len > limit:
+        print(f"max_model_len={config.max_model_len} is above the model's own limit of {limit} tokens.")
+    sys.stdout.flush()
 
 
-def scores_of(found: Sequence[Trajectory], verdicts: Verdicts, config: Config, asked: Sequence[Trajectory]) -> Scores:
+def usable(tried: Sequence[Trajectory], config: Config) -> dict[str, Trajectory]:
+    """The last trajectory of each question, by its id, that met no failed service; the others are asked again.
+
+    A replay, which would repeat the failures, keeps them.
+    """
+    known = {}
+    for one in sorted(tried, key=lambda one: one.question.id):
+        met = any(f"{role}_failed" in one.cost for role in ROLES)
+        if not met or config.cassette_mode == "replay":
+            known[one.question.id] = one
+    return known
+
+
+def scores_of(tried: Sequence[Trajectory], rows: Sequence[Scores], config: Config) -> Scores:
     """summarize(), and F1's interval, MBE over the answers with a verdict, behaviours, dollars, what was blocked.
 
-    The share of failed calls is that of `asked`, questions that will be asked again included.
+    Of those that are usable, whose measures are the rows; but all that were tried count in the share of failed calls.
     """
+    found = list(usable(tried, config).values())
     shown = Counter(name for one in found for name in report.behaviours(one))
-    costs = sum((Counter(one.cost) for one in found), Counter())
-    rows = [{"f1": measures(one)["f1"], "mbe": verdicts.get(one.question.id)} for one in found]
+    costs = step_sums([], [found])
+    f1 = [row["f1"] for row in rows]
     scores: Scores = {name: shown[name] / len(found) for name in report.BEHAVIOURS}
-    scores |= {"f1_interval": interval(rows), "mbe": mean(rows, "mbe"), "usd": costs["usd"]}
-    scores["failed"] = step_means(step_sums([], [asked]))["failed"]
+    scores |= {"f1_interval": interval(f1), "mbe": mean(rows, "mbe"), "usd": costs["cost_usd"]}
+    scores["failed"] = step_means(step_sums([], [tried]))["failed"]
     if host_list(config):
-        scores["blocked"] = costs["blocked"] + costs["fail_page_blocked_host"]
+        scores["blocked"] = costs["cost_blocked"] + costs["cost_fail_page_blocked_host"]
     return {**summarize(found), **scores}
 
 
-def interval(rows: Sequence[Scores]) -> list[float]:
-    """The 95 % interval of the mean F1, from 2,000 draws of as many questions."""
-    means = np.random.default_rng(0).choice([row["f1"] for row in rows], (2000, len(rows))).mean(axis=1)
+def interval(values: Sequence[Any]) -> list[float]:
+    """The 95 % interval of the mean of a score of questions, from 2,000 draws of as many."""
+    means = np.random.default_rng(0).choice(values, (2000, len(values))).mean(axis=1)
     return np.quantile(means, (0.025, 0.975)).round(3).tolist()
 
 
@@ -244,28 +285,25 @@ def mean(rows: Sequence[Scores], name: str) -> float | None:
 
 
 def scores_over_runs(
-    runs: Sequence[Sequence[Trajectory]],
-    verdicts: Sequence[Verdicts],
-    config: Config,
-    asked: Sequence[Sequence[Trajectory]],
+    runs: Sequence[Sequence[Trajectory]], verdicts: Sequence[Verdicts], config: Config
 ) -> tuple[Scores, list[Scores]]:
     """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's scores, too.
 
-    Their interval draws questions, with the mean F1 of each. What has no result or no verdict is left out. `asked`: as
-    in scores_of, for each run.
+    Their interval draws questions, with the mean F1 of each. What has no result or no verdict is left out.
     """
     each, answers = list[Scores](), defaultdict[str, list[Scores]](list)
-    for found, known, tried in zip(runs, verdicts, asked, strict=True):
-        for one in found:
+    for tried, judged in zip(runs, verdicts, strict=True):
+        rows = []
+        for key, one in usable(tried, config).items():
             text = None if one.answer is None else " ".join(words(one.answer))
-            row = {**measures(one), "mbe": known.get(one.question.id), "text": text}
-            answers[one.question.id].append(row)
-        if found:
-            each.append(scores_of(found, known, config, tried))
+            rows.append({**measures(one), "mbe": judged.get(key), "text": text})
+            answers[key].append(rows[-1])
+        if rows:
+            each.append(scores_of(tried, rows, config))
     if config.repeats == 1:
         return each[0], each
     scores: Scores = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
-    averages = [{"f1": mean(rows, "f1")} for rows in answers.values()]
+    averages = [mean(rows, "f1") for rows in answers.values()]
     scores |= {"n": len(answers), "f1_interval": interval(averages)}
     chosen = [majority(rows) for rows in answers.values()]
     for name in ("f1", "em", "mbe"):

@@ -33,11 +33,11 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a
 HUB_TIMEOUT = 10.0  # for its first answer [s]
 
 
-def newest_run() -> Path:
-    """The run folder under runs/ that wrote its metrics last; ConfigError if there is none."""
-    runs = sorted(RUNS.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime)
+def newest_run(kind: str = "run", files: str = "*/metrics.jsonl") -> Path:
+    """The folder under runs/ that wrote such a file last; ConfigError if there is none."""
+    runs = sorted(RUNS.glob(files), key=lambda file: file.stat().st_mtime)
     if not runs:
-        raise ConfigError("there is no run under runs/ yet; `torchrun train.py` makes one")
+        raise ConfigError(f"there is no {kind} under runs/ yet; train.py makes runs, eval.py evaluations of them")
     return runs[-1].parent
 
 
@@ -46,8 +46,8 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return sorted(file.parent for file in run.glob("checkpoints/step-*/state.json"))
 
 
-def open_run(argv: list[str]) -> Config:
-    """The resolved config: of a new run, or with --resume the one that was saved, with argv laid over it.
+def open_run(argv: list[str], base: dict[str, Any] | None = None) -> Config:
+    """The resolved config: of a new run (see load_config), or with --resume the one that was saved; argv over it.
 
     run_dir and date are always filled in. Raises ConfigError when a new run would write into an old one's folder.
     """
@@ -57,7 +57,7 @@ def open_run(argv: list[str]) -> Config:
             raise ConfigError(f"resume={resume!r}: there is no run with a config.yaml in {folder}")
         saved = read_config("resume", folder)
         return replace(load_config(argv, base=saved), run_dir=str(folder), resume=str(folder))
-    config, now = load_config(argv), datetime.now(UTC)
+    config, now = load_config(argv, base), datetime.now(UTC)
     run_dir = config.run_dir or str(RUNS / f"{config.preset}-{now:%Y%m%d-%H%M%S}")
     if os.path.exists(f"{run_dir}/config.yaml"):
         raise ConfigError(f"run_dir={run_dir!r} holds a run already; continue it with --resume={run_dir}")
@@ -102,33 +102,29 @@ def fetch_model(model: str, ranks: "Ranks") -> None:
         raise ConfigError(f"model={model!r}: this is not the folder of a model: there is no {CONFIG_NAME} in it")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise ConfigError(f"model={model!r}: there is no such folder; name a chat model with --model=DIR")
-    problem = ""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        problem = download(model)
-    for each in ranks.gather([problem]):
-        if each:
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    for problem in ranks.gather([download(model) if first else ""]):
+        if problem:
             remedy = "name a chat model with --model=DIR"
-            raise ConfigError(f"model={model!r}: no folder here, and the hub cannot give it: {each}; {remedy}")
+            raise ConfigError(f"model={model!r}: no folder here, and the hub cannot give it: {problem}; {remedy}")
 
 
 def download(model: str) -> str:
     """Bring a model's missing files into the hub's cache; what went wrong, unless the cache has the model."""
     from huggingface_hub import HfApi, snapshot_download, utils  # here: it takes a while, and only this needs it
 
+    problem = ""
     try:
         HfApi().model_info(model, timeout=HUB_TIMEOUT)  # a download waits for a silent hub without end
         utils.enable_progress_bars()
         snapshot_download(model, allow_patterns=MODEL_FILES)
-        return ""
     except Exception as error:  # its own, those of its HTTP client, of the disk: they have no other class in common
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    finally:
-        utils.disable_progress_bars()
-    try:
-        snapshot_download(model, allow_patterns=MODEL_FILES, local_files_only=True)
-        return ""
-    except (OSError, ValueError):
-        return problem
+        with suppress(OSError, ValueError):
+            snapshot_download(model, allow_patterns=MODEL_FILES, local_files_only=True)
+            problem = ""
+    utils.disable_progress_bars()
+    return problem
 
 
 @dataclass(frozen=True)
@@ -154,10 +150,7 @@ class Ranks:
 
     def share(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
-        box = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return self.gather([value])[0]
 
     def deal(self, items: Sequence[Any]) -> list[Any]:
         """This rank's share of the items, dealt out one by one; gather brings them back into this order."""
@@ -182,10 +175,11 @@ class Ranks:
 
     def complain(self, program: str, error: Exception) -> None:
         """Print an error; of several ranks only the first to meet one, since torchrun then ends the others."""
-        first = 1
-        with suppress(RuntimeError):  # without its store nobody else is there any more
-            first = self.store("errors").add("count", 1) if self.world_size > 1 else 1
-        if first == 1:
+        count = 1
+        if self.world_size > 1:
+            with suppress(RuntimeError):  # without its store nobody else is there any more
+                count = self.store("errors").add("count", 1)
+        if count == 1:
             print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
     def store(self, name: str) -> dist.Store:
@@ -195,40 +189,41 @@ class Ranks:
 
     def stop(self) -> None:
         """Leave the process group; to be called last."""
-        if self.world_size > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
             time.sleep(1)  # gloo's threads free the last collective's tensors late, which aborts an ending interpreter
 
 
-class Watch:
-    """Ends this process when another rank's has died or hangs, so that nobody waits for it in a collective for ever.
+def watch(ranks: Ranks, limit: float) -> threading.Event:
+    """End this process when another rank's has died or hangs, so that nobody waits for it in a collective for ever.
 
     Every process counts up its own number in torchrun's store and looks at the others'. A loop that runs wild inside a
-    live process is not seen; the collectives' own timeout ends that. Set `finished` after the last collective.
+    live process is not seen; the collectives' own timeout ends that. The event is to be set after the last collective.
     """
+    finished = threading.Event()
+    if ranks.world_size > 1:
+        threading.Thread(target=listen, args=(ranks, limit, finished), daemon=True).start()
+    return finished
 
-    def __init__(self, ranks: Ranks, limit: float) -> None:
-        self.ranks, self.limit, self.finished = ranks, limit, threading.Event()
-        if ranks.world_size > 1:
-            self.store = ranks.store("watch")
-            threading.Thread(target=self.run, daemon=True).start()
 
-    def run(self) -> None:
-        heard = [(0, time.monotonic())] * self.ranks.world_size  # of every rank: its number, and when that was new
-        while not self.finished.wait(self.limit / 10):
-            silent = ""
-            try:
-                self.store.add(str(self.ranks.rank), 1)
-                for rank, (known, since) in enumerate(heard):
-                    if (number := self.store.add(str(rank), 0)) != known:
-                        heard[rank] = number, time.monotonic()
-                    elif time.monotonic() - since > self.limit:
-                        silent = f"rank {rank}"
-            except RuntimeError:  # the store went with the first node, unless the others were only faster to their end
-                silent = "" if self.finished.wait(self.limit / 10) else "the first node"
-            if silent:
-                print(f"{silent} has not been heard of for {self.limit:g} s (rank_timeout): this run ends", flush=True)
-                os._exit(1)  # torchrun then ends the other ranks
+def listen(ranks: Ranks, limit: float, finished: threading.Event) -> None:
+    store = ranks.store("watch")
+    heard = [(0, time.monotonic())] * ranks.world_size  # of every rank: its number, and when that was new
+    while not finished.wait(limit / 10):
+        silent = ""
+        try:
+            store.add(str(ranks.rank), 1)
+            for rank, (known, since) in enumerate(heard):
+                number = store.add(str(rank), 0)
+                if number != known:
+                    heard[rank] = number, time.monotonic()
+                elif time.monotonic() - since > limit:
+                    silent = f"rank {rank}"
+        except RuntimeError:  # the store went with the first node, unless the others were only faster to their end
+            silent = "" if finished.wait(limit / 10) else "the first node"
+        if silent:
+            print(f"{silent} has not been heard of for {limit:g} s (rank_timeout): this run ends", flush=True)
+            os._exit(1)  # torchrun then ends the other ranks
 
 
 def save_checkpoint(config: Config, ranks: Ranks, state: dict[str, Any], write: Callable[[Path], None]) -> None:
@@ -260,8 +255,9 @@ def save_checkpoint(config: Config, ranks: Ranks, state: dict[str, Any], write: 
 
 def add_times(state: dict[str, Any], started: tuple[float, float]) -> dict[str, Any]:
     """The state with wall and CPU time [s] since `started` added to what earlier runs took."""
-    wall, cpu = time.monotonic() - started[0], time.process_time() - started[1]
-    return state | {"seconds": state["seconds"] + wall, "cpu_seconds": state["cpu_seconds"] + cpu}
+    wall, cpu = started
+    seconds = state["seconds"] + time.monotonic() - wall
+    return state | {"seconds": seconds, "cpu_seconds": state["cpu_seconds"] + time.process_time() - cpu}
 
 
 class Stop:

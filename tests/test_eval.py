@@ -15,6 +15,7 @@ import pytest
 import eval as evaluation
 from deepresearcher_min import report
 from deepresearcher_min.config import ROOT, ConfigError, load_config
+from deepresearcher_min.evaluation import check_needs
 from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.run import Ranks
 
@@ -99,7 +100,7 @@ def test_what_cannot_be_done_is_said(whole, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
     for arguments, words in (
         ([*TOY, "--method=rga"], "method='rga' (did you mean 'rag'?)"),
-        ([*TOY, f"--run_dir={whole}"], f"is taken; an evaluation goes on with --resume={whole}"),
+        ([*TOY, f"--run_dir={whole}"], f"holds a run already; continue it with --resume={whole}"),
         ([f"--resume={tmp_path}"], "there is no run with a config.yaml"),
         ([*TOY, "--judge_url=http://127.0.0.1:9"], "JUDGE_API_KEY is not set"),
     ):
@@ -162,9 +163,9 @@ def test_the_baselines_prompt_as_the_real_template_shows_it(tmp_path):
 def test_cot_needs_no_search(monkeypatch, tmp_path):
     monkeypatch.delenv("SERPER_API_KEY", raising=False)
     arguments = ["--model=nowhere", "--dtype=float32", f"--run_dir={tmp_path / 'eval'}"]
-    evaluation.check_needs(evaluation.resolve([*arguments, "--method=cot"]), questions=False)
+    check_needs(evaluation.resolve([*arguments, "--method=cot"]), questions=False)
     with pytest.raises(ConfigError, match="SERPER_API_KEY"):
-        evaluation.check_needs(evaluation.resolve(arguments), questions=False)
+        check_needs(evaluation.resolve(arguments), questions=False)
 
 
 @pytest.mark.quick

@@ -169,7 +169,7 @@ def test_scores_of_three_runs_by_hand():
             for texts in given]  # fmt: skip
     runs[2].pop()
     config = load_config(["--repeats=3"])
-    scores, each = scores_over_runs(runs, [{}, {}, {}], config, runs)
+    scores, each = scores_over_runs(runs, [{}, {}, {}], config)
     assert [row["em"] for row in each] == pytest.approx([1 / 3, 2 / 3, 0])
     assert scores["em"] == pytest.approx(1 / 3) and scores["em_std"] == pytest.approx(1 / 3)
     assert scores["f1"] == pytest.approx((1 / 3 + (1 + 2 / 3 + 1) / 3 + 0) / 3)
@@ -178,7 +178,7 @@ def test_scores_of_three_runs_by_hand():
     assert scores["majority_em"] == pytest.approx(2 / 3) == scores["majority_f1"]
     assert scores["majority_mbe"] is None and scores["mbe"] is None and scores["n"] == 3
     verdicts = [{f"nq {q}": float(q == 1) for q in range(3)}, {}, {"nq 0": None, "nq 1": 1.0}]
-    judged, _ = scores_over_runs(runs, verdicts, config, runs)
+    judged, _ = scores_over_runs(runs, verdicts, config)
     assert judged["pass_at_k"] == pytest.approx(1 / 3)  # by the judge, where there is one
     assert judged["mbe"] == pytest.approx((1 / 3 + 1) / 2)  # the second run has no verdict
     assert judged["majority_mbe"] == 0.5  # wrong, right, and the third question's has no verdict
@@ -187,8 +187,8 @@ def test_scores_of_three_runs_by_hand():
 def test_the_earliest_of_equally_common_answers_is_the_majoritys():
     runs = [[answered("nq", 1, text)] for text in ("Grace", "Ada Lovelace", "ada lovelace", "GRACE!")]
     config = load_config(["--repeats=4"])
-    assert scores_over_runs(runs, [{}] * 4, config, runs)[0]["majority_em"] == 0
-    assert scores_over_runs(runs[1:] + runs[:1], [{}] * 4, config, runs)[0]["majority_em"] == 1
+    assert scores_over_runs(runs, [{}] * 4, config)[0]["majority_em"] == 0
+    assert scores_over_runs(runs[1:] + runs[:1], [{}] * 4, config)[0]["majority_em"] == 1
 
 
 def test_dropped_results_are_a_row(tmp_path):
@@ -196,7 +196,7 @@ def test_dropped_results_are_a_row(tmp_path):
 
     one = replace(answered("nq", 1, "Ada"), cost={"blocked": 3, "fail_page_blocked_host": 2})
     for value, shown in (("none", None), ("sets.example", 5)):
-        scores, _ = scores_over_runs([[one]], [{}], load_config([f"--blocked_hosts={value}"]), [[one]])
+        scores, _ = scores_over_runs([[one]], [{}], load_config([f"--blocked_hosts={value}"]))
         assert scores.get("blocked") == shown
         rows = {row[0]: row[1] for row in report.score_rows({"all": scores})}
         assert rows.get("dropped as blocked") == (None if shown is None else "5")
