@@ -169,18 +169,17 @@ def read_call(text: str) -> tuple[Any, Any]:
 def read_keys(value: Any) -> tuple[str, ...]:
     """The strings that an argument's value means: a list, a list's text, or plain text with one on each line."""
     if isinstance(value, str):
-        value = read_list(value) if re.match(r"\s*\[\s*[\"'\]]", value) else value.splitlines()
+        if not re.match(r"\s*\[\s*[\"'\]]", value):
+            value = value.splitlines()
+        else:
+            try:
+                value = load_json(value)
+            except ValueError:
+                value = ast.literal_eval(value.strip())  # in single quotes
     if not isinstance(value, list):
         raise TypeError("not a list")
     keys = [each.strip() for each in value]
     return tuple(filter(None, keys))
-
-
-def read_list(text: str) -> Any:
-    try:
-        return load_json(text)
-    except ValueError:
-        return ast.literal_eval(text.strip())  # in single quotes
 
 
 @dataclass(frozen=True)
