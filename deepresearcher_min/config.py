@@ -268,8 +268,12 @@ def plain_host(name: str) -> str:
 
 def describe(config: Config) -> str:
     """The resolved config as one line for each key that differs from the values of config.yaml."""
-    changed = {key: value for key, value in asdict(config).items() if value != DEFAULTS[key]}
-    return "\n".join(f"  {key}: {value}  (default {DEFAULTS[key]})" for key, value in changed.items())
+    lines = []
+    for key, default in DEFAULTS.items():
+        value = getattr(config, key)
+        if value != default:
+            lines.append(f"  {key}: {value}  (default {default})")
+    return "\n".join(lines)
 
 
 def replace_file(path: Path, content: bytes) -> None:
