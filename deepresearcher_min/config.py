@@ -219,8 +219,10 @@ def check(config: Config) -> None:
     for key, allowed in CHOICES.items():
         if (value := getattr(config, key)) not in allowed:
             raise ConfigError(f"{key}={value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
-    for key in (key for key, kind in TYPES.items() if kind in (int, float)):
-        value, lowest, limit = getattr(config, key), 0.0, "greater than 0"
+    for key, value in asdict(config).items():
+        if TYPES[key] not in (int, float):
+            continue
+        lowest, limit = 0.0, "greater than 0"
         if key in MAY_BE_ZERO:
             limit = "at least 0"
         if key in MAY_BE_NEGATIVE:
@@ -266,8 +268,12 @@ def plain_host(name: str) -> str:
 
 def describe(config: Config) -> str:
     """The resolved config as one line for each key that differs from the values of config.yaml."""
-    changed = {key: value for key, value in asdict(config).items() if value != DEFAULTS[key]}
-    return "\n".join(f"  {key}: {value}  (default {DEFAULTS[key]})" for key, value in changed.items())
+    lines = []
+    for key, default in DEFAULTS.items():
+        value = getattr(config, key)
+        if value != default:
+            lines.append(f"  {key}: {value}  (default {default})")
+    return "\n".join(lines)
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from deepresearcher_min.config import ROOT, ConfigError
+from deepresearcher_min.config import ROOT, named
 
 Schemas = list[dict[str, Any]]
 Messages = list[dict[str, str]]
@@ -82,15 +82,13 @@ def read_tools(path: str) -> Schemas | None:
     """The schemas of tools_file, as they stand there; ConfigError where they describe other tools than these."""
     if not path:
         return None
-    try:
+    wanted = sorted([tool.name, tool.argument] for tool in TOOLS.values())
+    with named("tools_file", path, "write a JSON list of tool schemas"):
         found = json.loads(Path(path).read_bytes())
         functions = [schema["function"] for schema in found]
         described = sorted([each["name"], *each["parameters"]["properties"]] for each in functions)
-    except Exception as error:  # a file may hold anything
-        raise ConfigError(f"tools_file={path!r}: not a JSON list of tool schemas ({error!r})") from None
-    wanted = sorted([tool.name, tool.argument] for tool in TOOLS.values())
-    if described != wanted:
-        raise ConfigError(f"tools_file={path!r}: tools and arguments are {described}, but must be {wanted}")
+        if described != wanted:
+            raise ValueError(f"tools and arguments are {described}, but must be {wanted}")
     return found
 
 
@@ -169,18 +167,17 @@ def read_call(text: str) -> tuple[Any, Any]:
 def read_keys(value: Any) -> tuple[str, ...]:
     """The strings that an argument's value means: a list, a list's text, or plain text with one on each line."""
     if isinstance(value, str):
-        value = read_list(value) if re.match(r"\s*\[\s*[\"'\]]", value) else value.splitlines()
+        if not re.match(r"\s*\[\s*[\"'\]]", value):
+            value = value.splitlines()
+        else:
+            try:
+                value = load_json(value)
+            except ValueError:
+                value = ast.literal_eval(value.strip())  # in single quotes
     if not isinstance(value, list):
         raise TypeError("not a list")
     keys = [each.strip() for each in value]
     return tuple(filter(None, keys))
-
-
-def read_list(text: str) -> Any:
-    try:
-        return load_json(text)
-    except ValueError:
-        return ast.literal_eval(text.strip())  # in single quotes
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def measures(trajectory: Trajectory) -> dict[str, float]:
     """What counts about one trajectory: f1 and em (0 without an answer), format_errors (0 or 1), calls, costs."""
     answer, golds = trajectory.answer, trajectory.question.answers
     return {
-        "f1": f1_score(answer, golds) if answer is not None else 0.0,
+        "f1": f1_score(answer or "", golds),
         "em": exact_match(answer, golds) if answer is not None else 0.0,
         "format_errors": float(trajectory.stop_reason != "answer"),
         "calls": sum(turn.observation != "" for turn in trajectory.turns),  # a call too many is not answered
