@@ -184,13 +184,14 @@ def pieces(
     """The families in pieces of at most `limit` tokens, or of one sequence; those with the longest come first."""
     found = []
     for shared, indices in families:
-        tokens = limit  # full: the first sequence begins a piece
+        piece, tokens = list[int](), 0
         for i in sorted(indices, key=lambda i: -lengths[i]):
-            tokens += lengths[i] - shared
-            if tokens > limit:
-                found.append((shared, list[int]()))
-                tokens = lengths[i]
-            found[-1][1].append(i)
+            more = lengths[i] - shared
+            if not piece or tokens + more > limit:
+                piece, more, tokens = list[int](), lengths[i], 0
+                found.append((shared, piece))
+            piece.append(i)
+            tokens += more
     return sorted(found, key=lambda piece: -lengths[piece[1][0]])
 
 

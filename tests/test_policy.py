@@ -102,6 +102,17 @@ def test_sharing_prefixes_changes_no_gradient(models, tree, microbatch_tokens, s
     assert relative(change(make_policy(models), shared)[0], expected) < 1e-6
 
 
+def test_trajectories_that_are_all_the_same_are_computed_once(models):
+    group = make_groups(1, 1)[0]
+    same = Group(group.question, list(group.trajectories) * 4, [1.0, 0.0, 0.5, 0.0], [1.0, -0.5, 0.25, 0.5])
+    rows = training_rows(same)
+    policy = make_policy(models)
+    (batch,) = policy.plan(rows)
+    assert batch.lengths == (len(rows[0].token_ids) - 1,) and not batch.prefix_of
+    expected, _ = reference_update(models / "qwen2", [same], config())
+    assert relative(change(policy, [same])[0], expected) < 1e-6
+
+
 def test_a_shared_prompt_is_computed_once(models):
     group = make_groups(1, 4)[0]
     rows = training_rows(group)
