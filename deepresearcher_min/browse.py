@@ -28,32 +28,22 @@ import webencodings
 from deepresearcher_min.config import ROOT, Config, ConfigError, require_environment
 from deepresearcher_min.search import ENDS, SENTENCE_END, Corpus, content_words
 from deepresearcher_min.trajectory import Reading
-from deepresearcher_min.web import (
-    BAD_REPLY,
-    TIMEOUT,
-    Web,
-    WebFailure,
-    code_of,
-    count,
-    count_failure,
-    seconds_left,
-)
+from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, code_of, count, count_failure, seconds_left
 
 PARSER = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"]  # this module as a process
 EXTRACTOR = code_of(__file__, "trafilatura", "lxml", "pypdf")  # what has made the text of a page
-NOT_CONTENT = ["head", "title", "script", "style", "noscript", "template", "svg", "iframe", "nav", "footer", "aside"]
-NOT_CONTENT += ["dialog", "button", "select", "textarea"]
+NOT_CONTENT = """head title script style noscript template svg iframe nav footer aside dialog button select
+    textarea""".split()  # noqa: SIM905
 BLOCKS = """address article aside blockquote body br caption center dd details div dl dt fieldset figcaption figure form
     h1 h2 h3 h4 h5 h6 header hr html legend li main ol p pre section summary table tr ul""".split()  # noqa: SIM905
 PREFIX = {"li": "- ", "td": " | ", "th": " | "}
 NO_WORD = re.compile(r"\W+")
 ORDINALS = "st nd rd th e er re me ère ème o os".split()  # noqa: SIM905
-PRICE = re.compile(r"[$€£¥]\s?[\d,]+ \d\d$")  # dollars and cents
 SIGNED = re.compile(r"^[+\u2212\u2013-]|[+\u2212-]$")
 # A unit or variable, a function, a number below 1,000, a power of ten, a bracket.
 POWER = re.compile(r"(?<![\w.,$€£¥])(?:[^\W\d_]{1,2}|sin|cos|tan|log|\d{1,3}(?:\.\d+)?|10+)$|[)\]}|]$")
 Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
-UNREADABLE = "The page is built in a way that cannot be read."
+NOT_READ = "The page is built in a way that cannot be read."
 INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]")  # and control characters
 PDF_ROOT = re.compile(rb"(?s)(\d{1,9}) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b")
 NO_TEXT = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style|noscript)\b.*?(?:</\1[^<>]*>|\Z)")
@@ -76,7 +66,7 @@ def parse(body: bytes, content_type: str) -> tuple[str, str]:
     try:
         text = page_text(body, content_type)
     except Exception as error:  # parsers of hostile bytes may raise anything
-        return "", getattr(error, "words", UNREADABLE)
+        return "", getattr(error, "words", NOT_READ)
     text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip(), ""
@@ -111,7 +101,7 @@ def pdf_text(body: bytes) -> str:
         with suppress(Exception):
             texts.append(reader.pages[number].extract_text())
     if not texts:
-        raise WebFailure("unreadable", UNREADABLE)
+        raise ValueError("not one page can be read")
     return "\n\n".join(texts)
 
 
@@ -153,8 +143,7 @@ def page_lines(text: str) -> list[tuple[str, bool]]:
 
     soup = bs4.BeautifulSoup(text, "lxml")
     in_links = {id(words) for link in soup("a") for words in link.strings}
-    lines, line, linked = [], "", 0
-    waiting: list[Any] = [soup]
+    lines, line, linked, waiting = [], "", 0, list[Any]([soup])
     while waiting:
         node = waiting.pop()
         if node.name in NOT_CONTENT:
@@ -175,19 +164,16 @@ def page_lines(text: str) -> list[tuple[str, bool]]:
 
 
 def superscript(found: re.Match) -> str:
-    """The text of a <sup>: a power, a note, or the rest of a word or a price."""
+    """The text of a <sup>: a power, a note, or the rest of a word."""
     mark = html.unescape(re.sub("<[^<>]*>", "", found[1])).strip()
     before = found.string[max(0, found.start() - 60) : found.start()]
     base = re.sub("</[^<>]*>", "", before).rpartition(">")[2]
     after = found.string[found.end() : found.end() + 1]
-    opens_word = after.isalnum() and not base[-1:].strip()  # 14C
     ordinal = mark in ORDINALS and not base[-1:].islower()
-    if not mark or len(mark) > 20 or opens_word or ordinal:
+    if not mark or len(mark) > 20 or ordinal:
         return found[1]
     if after in ("/", "\u2044") or mark.startswith("["):  # 3 1/2
         return f" {mark}"
-    if PRICE.search(f"{base} {mark}") and "#" not in found[0]:
-        return f".{mark}"
     power = SIGNED.search(mark) or (POWER.search(base) and mark[0].isalnum())
     if "#" in found[0] or not power:  # a link within the page
         return f" [{mark}]"
@@ -277,7 +263,7 @@ class Parsers:
             child.stdin.flush()
             reply = json.loads(child.stdout.readline())
         except (OSError, ValueError):  # the child is gone: killed by the alarm, or by the page
-            raise WebFailure("unreadable", UNREADABLE) from None
+            raise WebFailure("unreadable", NOT_READ) from None
         finally:
             alarm.cancel()
             if reply is None and child is not None:  # what it may still send is not to be taken for the next page

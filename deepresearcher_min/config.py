@@ -57,7 +57,7 @@ class ConfigError(ValueError):
 def named(key: str, value: str, remedy: str = "") -> Iterator[None]:
     """Whatever a library raises over a user's file, as one line of at most 400 characters that names key and value.
 
-    An error of ours that begins with a key already stays as it is. Not every library's errors are Exceptions.
+    An error that begins with a key already stays as it is. Not every library's errors are Exceptions.
     """
     try:
         yield
@@ -65,7 +65,7 @@ def named(key: str, value: str, remedy: str = "") -> Iterator[None]:
         raise
     except BaseException as error:
         words = " ".join(str(error).split())
-        if isinstance(error, ConfigError) and re.match(r"[a-z_]+=|[A-Z_]+ is not set", words):
+        if isinstance(error, ValueError) and re.match(r"[a-z_]+=|[A-Z_]+ is not set", words):
             raise
         if not isinstance(error, OSError | ValueError) or not words:
             words = f"{type(error).__name__}: {words}"

@@ -7,7 +7,6 @@ import ast
 import base64
 import contextlib
 import hashlib
-import itertools
 import json
 import re
 import textwrap
@@ -86,21 +85,6 @@ def text_table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
         lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def text_plot(series: Sequence[tuple[int, float | None]], width: int = 64, height: int = 8) -> str:
-    """(step, value) points as columns for a terminal, eight levels to a line; the axis holds at least 0 to 1."""
-    points = [(step, value) for step, value in series if value is not None and np.isfinite(value)]
-    if not points:
-        return "nothing to plot yet"
-    edges = [column * len(points) // width for column in range(width + 1)]
-    columns = [float(np.mean([value for _, value in points[a : max(b, a + 1)]])) for a, b in itertools.pairwise(edges)]
-    low, high = min(0.0, *columns), max(1.0, *columns)
-    levels = [round((value - low) / (high - low) * height * 8) for value in columns]
-    rows = ["".join(" ▁▂▃▄▅▆▇█"[min(max(x - 8 * row, 0), 8)] for x in levels) for row in reversed(range(height))]
-    first, last = f"step {points[0][0]}", str(points[-1][0])
-    lines = [f"{high:5.2f} │{rows[0]}", *(f"      │{row}" for row in rows[1:]), f"{low:5.2f} └" + "─" * width]
-    return "\n".join([*lines, " " * 7 + first + last.rjust(width - len(first))])
 
 
 def curve_png(metrics: Sequence[Row], path: Path, before: Row, after: Row) -> None:

@@ -47,8 +47,7 @@ HOST_OF_URL = re.compile(r"(?:[^/?#]*//)?(?:[^/?#]*@)?([^/?#:]*)")
 # Not public, although some Python versions call them global: multicast, protocol assignments, 6to4 relays, the metadata
 # service of Azure; of IPv6 all outside 2000::/3, Teredo and its neighbours, documentation.
 NETWORKS = """224.0.0.0/3 192.0.0.0/24 192.88.99.0/24 168.63.129.16/32
-    ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 3fff::/20"""
-NOT_PUBLIC = [ipaddress.ip_network(network) for network in NETWORKS.split()]
+    ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 3fff::/20""".split()  # noqa: SIM905
 RESOLVERS = ThreadPoolExecutor(16, "resolver")  # getaddrinfo knows no deadline; waiting for a thread does
 COUNT_LOCK = threading.Lock()
 EXCHANGE = threading.local()  # .deadline of the exchange that this thread is in
@@ -59,10 +58,7 @@ LAST_WORDS: dict[str, str] = {}  # how a call to each service failed last, for p
 
 
 class WebFailure(Exception):
-    """Something that the world did: `kind` is a short name to count, `words` a sentence for the model.
-
-    `said`, for people, is what a service of the operator had to say about it.
-    """
+    """What the world did: a short name to count, a sentence for the model, and a service's own words for people."""
 
     def __init__(self, kind: str, words: str, said: str = "") -> None:
         super().__init__(f"{kind}: {words}" + (f" It said: {said}" if said else ""))
@@ -91,10 +87,7 @@ class RunStopped(Exception):
 
 
 def raise_if_down(config: Config, counts: Mapping[str, Any], least: int = 1) -> None:
-    """RunStopped if most of at least `least` calls to a service failed; never in a replay, which asks nobody.
-
-    `counts`: cost_<service>_calls and cost_<service>_failed, as in metrics.jsonl.
-    """
+    """RunStopped if most of at least `least` calls to a service failed (counts as in metrics.jsonl); not in replay."""
     for service in ROLES if config.cassette_mode != "replay" else ():
         calls, failed = (counts.get(f"cost_{service}_{what}", 0) for what in ("calls", "failed"))
         if calls >= least and failed > calls / 2:
@@ -122,7 +115,7 @@ def is_public(address: str) -> bool:
         ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     if ip.version == 6:
         ip = ip.ipv4_mapped or ip.sixtofour or ip
-    return ip.is_global and not any(ip in network for network in NOT_PUBLIC)
+    return ip.is_global and not any(ip in ipaddress.ip_network(network) for network in NETWORKS)
 
 
 def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tuple[Url, list[str]]:
@@ -240,8 +233,7 @@ class Web:
         self.flights = [threading.Lock() for _ in range(65536)]  # one for each first two bytes of a key
         self.pools = urllib3.PoolManager(100, block=True, retries=False, ssl_context=ssl.create_default_context())
         self.jitter, self.rank, self.opened = random.Random(rank), rank, time.time()
-        self.blocked = host_list(config)
-        self.run = 0  # of an evaluation's repeats
+        self.blocked, self.run = host_list(config), 0  # the run is that of an evaluation's repeats
         self.totals, self.enough = Counter[str](), 0  # calls and failures; from how many on to stop, 0: never
 
     def cached(

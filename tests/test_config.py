@@ -6,7 +6,16 @@ from dataclasses import asdict
 import pytest
 import yaml
 
-from deepresearcher_min.config import CONFIG_FILE, ROOT, TYPES, ConfigError, describe, load_config, replace_file
+from deepresearcher_min.config import (
+    CONFIG_FILE,
+    ROOT,
+    TYPES,
+    ConfigError,
+    describe,
+    load_config,
+    named,
+    replace_file,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -93,3 +102,15 @@ def test_describe_shows_only_what_differs():
 
 def test_no_secret_is_a_config_key():
     assert not [key for key in TYPES if "key" in key or "secret" in key or "token" in key.split("_")[:-1]]
+
+
+def test_what_names_its_key_already_is_not_named_twice():
+    for error, said in (
+        (ValueError("model=dir: computed otherwise"), "model=dir: computed otherwise"),
+        (ConfigError("READER_API_KEY is not set: why"), "READER_API_KEY is not set: why"),
+        (KeyError("x"), "model='dir': KeyError: 'x'; a remedy"),
+        (ValueError("no key"), "model='dir': no key; a remedy"),
+    ):
+        with pytest.raises(ValueError) as raised, named("model", "dir", "a remedy"):
+            raise error
+        assert str(raised.value) == said

@@ -1,13 +1,10 @@
 """Reports: the console line, tables, plots, and the behaviours that the words of a trajectory show."""
 
-import math
 import re
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from deepresearcher_min import report
 from deepresearcher_min.trajectory import Question, Trajectory, Turn
@@ -68,32 +65,6 @@ def test_table_of_sources_as_text_and_markdown():
     markdown = report.text_table(rows, markdown=True).splitlines()
     assert re.fullmatch(r"\| -+ \| -+: \| -+: \| -+: \|", markdown[1])
     assert len(markdown) == 7 and all(line.count("|") == 5 for line in markdown)
-
-
-@pytest.mark.quick
-def test_text_plot_worked_example():
-    assert report.text_plot([(1, 0.0), (2, 0.25), (3, 0.5), (4, 1.0)], width=8, height=2) == (
-        " 1.00 │      ██\n"
-        "      │  ▄▄████\n"
-        " 0.00 └────────\n"
-        "       step 1 4"
-    )  # fmt: skip
-
-
-@pytest.mark.quick
-@settings(deadline=None)  # another process may hold the core
-@given(
-    values=st.lists(st.none() | st.floats(-2, 2) | st.just(float("nan")), max_size=200),
-    width=st.integers(10, 90),
-    height=st.integers(1, 12),
-)
-def test_text_plot_always_fits(values, width, height):
-    plot = report.text_plot(list(enumerate(values)), width, height)
-    if any(value is not None and math.isfinite(value) for value in values):
-        lines = plot.splitlines()
-        assert len(lines) == height + 2 and {len(line) for line in lines[:-1]} == {width + 7}
-    else:
-        assert plot == "nothing to plot yet"
 
 
 @pytest.mark.quick
