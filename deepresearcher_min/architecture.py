@@ -40,7 +40,7 @@ def check_architecture(part: str, trial: Trial, model_dir: str, max_model_len: i
     kind: Any = type(own)
     what = difference(trial, kind, own.to_json_string(use_diff=False), max_model_len)
     if what:
-        raise ValueError(f"model={model_dir}: {part} does not compute {own.model_type} models exactly: {what}")
+        raise ValueError(f"model={model_dir!r}: {part} does not compute {own.model_type} models exactly: {what}")
 
 
 @functools.cache  # an architecture is tried once in a process
