@@ -75,7 +75,7 @@ def test_what_is_not_computed_exactly_is_refused(tmp_path, case):
         with pytest.raises(ValueError) as caught:
             start()
         message = str(caught.value)
-        assert message.startswith(f"model={tmp_path}: {name} does not compute {kind} models exactly: ")
+        assert message.startswith(f"model='{tmp_path}': {name} does not compute {kind} models exactly: ")
         assert "\n" not in message
     assert before.equal(torch.get_rng_state())
 
