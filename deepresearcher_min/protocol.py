@@ -28,6 +28,7 @@ load_json = partial(json.loads, strict=False)  # models write raw line breaks in
 PAIR = re.compile(  # of a name and a value
     r"<(?:parameter=|arg_key>)\s*([^<>]*?)\s*(?:>|</arg_key>\s*<arg_value>)(.*?)</(?:parameter|arg_value)>", re.DOTALL
 )
+OBSERVATION = "[{'a': \"<b> & \\n é\"}]"  # holds what a template may write otherwise
 TURN, WORDS = "THE-TURN", "THE-WORDS"  # stand for a turn and a tool's words while a template is looked at
 EMPTY_THOUGHT = re.compile(r"\s*(?:<think>\s*)?(?:</think>\s*)?\Z")  # at the end of a generation prompt
 SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text(encoding="utf-8").strip()
@@ -273,6 +274,7 @@ class ChatFormat:
             raise ValueError("the tokenizer has no chat template; use an instruction-tuned (chat) model")
         self.tokenizer, self.encode = tokenizer, partial(tokenizer.encode, add_special_tokens=False)
         self.inputs, self.tools = template_inputs(date), tools or schemas()
+        self.frames: dict[int, list[str]] = {}  # around a result, by the number of earlier ones
         self.system = (system_prompt or SYSTEM_PROMPT).replace("{date}", date)
         self.show_tools(bool(system_prompt), tools is not None)
         added = tokenizer.added_tokens_decoder.values()
@@ -362,9 +364,18 @@ class ChatFormat:
         They are encoded behind that token, where a tokenizer always splits, so that they are the whole's ids. Some
         templates write the first result otherwise than those with `earlier` ones in front.
         """
-        result = self.result(self.defuse(text))
-        behind = self.talk(result, earlier).split(TURN, earlier + 1)[-1].partition(self.end_of_turn)[2]
-        return self.encode(self.end_of_turn + open_thought(behind))[1:]
+        if earlier not in self.frames:
+            self.frames[earlier] = self.behind_turn(OBSERVATION, earlier).split(OBSERVATION)
+        frame, words = self.frames[earlier], self.defuse(text)
+        as_it_is = len(frame) == 2 and words == words.strip()  # else the template writes it in its own way
+        whole = words.join(frame) if as_it_is else self.behind_turn(words, earlier)
+        return self.encode(whole)[1:]
+
+    def behind_turn(self, words: str, earlier: int) -> str:
+        """What the template puts behind a turn that a tool answers, its end token and the next prompt included."""
+        talk = self.talk(self.result(words), earlier)
+        behind = talk.split(TURN, earlier + 1)[-1].partition(self.end_of_turn)[2]
+        return self.end_of_turn + open_thought(behind)
 
     def fit(self, kind: str, entries: Sequence[Entry], max_tokens: int, earlier: int = 0) -> tuple[str, list[int], int]:
         """Render an observation within a token budget: (text, ids, number of items dropped).
