@@ -31,7 +31,7 @@ from deepresearcher_min.trajectory import Reading
 from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, code_of, count, count_failure, seconds_left
 
 PARSER = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"]  # this module as a process
-EXTRACTOR = code_of(__file__, "trafilatura", "lxml", "pypdf")  # what has made the text of a page
+EXTRACTOR = code_of(__file__, "trafilatura", "beautifulsoup4", "lxml", "pypdf", "charset-normalizer")  # of a page
 NOT_CONTENT = """head title script style noscript template svg iframe nav footer aside dialog button select
     textarea""".split()  # noqa: SIM905
 BLOCKS = """address article aside blockquote body br caption center dd details div dl dt fieldset figcaption figure form
