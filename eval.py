@@ -1,15 +1,17 @@
 """Evaluate a model on questions, or let it answer one in the terminal.
 
-  python eval.py                                       the newest run's model on that run's held-out questions
-  python eval.py --model=DIR                           any model on the official test set (fetched once), live search
-  python eval.py --model=DIR --data=FILE --limit=20    any model on any questions, 20 of each data source
-  python eval.py --method=cot                          the paper's baselines: no tools (rag: one search, in the prompt)
-  python eval.py --repeats=4 --eval_temperature=1      four runs: deviation, pass@4, answer by majority
-  python eval.py --resume                              goes on with the newest evaluation, killed or stopped
-  python eval.py --question="..."                      one question: thoughts, searches, pages, answer, sources
+  python eval.py                                       the newest run's model on that run's held-out
+  questions python eval.py --model=DIR                           any model on the official test set
+  (fetched once), live search python eval.py --model=DIR --data=FILE --limit=20    any model on any
+  questions, 20 of each data source python eval.py --method=cot                          the paper's
+  baselines: no tools (rag: one search, in the prompt) python eval.py --repeats=4
+  --eval_temperature=1      four runs: deviation, pass@4, answer by majority python eval.py --resume
+                               goes on with the newest evaluation, killed or stopped python eval.py
+                               --question="..."                      one question: thoughts,
+                               searches, pages, answer, sources
 
-Every key of config.yaml can be given as in train.py. The model of a run brings that run's config with it; any other
-model starts from preset wiki for a local search, else from preset paper.
+Every key of config.yaml can be given as in train.py. The model of a run brings that run's config
+with it; any other model starts from preset wiki for a local search, else from preset paper.
 """
 
 import asyncio
@@ -60,13 +62,22 @@ from deepresearcher_min.evaluation import (
 from deepresearcher_min.protocol import ChatFormat, Entry
 from deepresearcher_min.reward import ask_judge, explain, judge, judge_rules, measures
 from deepresearcher_min.rollout import EVALUATION, Agent, Batch, roll_out
-from deepresearcher_min.run import RUNS, Ranks, complete_checkpoints, fetch_model, newest_run, open_run, starting
+from deepresearcher_min.run import (
+    RUNS,
+    Ranks,
+    complete_checkpoints,
+    fetch_model,
+    newest_run,
+    open_run,
+    starting,
+)
 from deepresearcher_min.search import INDEX_CACHE
 from deepresearcher_min.trajectory import Question, Recording, Trajectory
 from deepresearcher_min.web import RunStopped, Web, WebFailure, raise_if_down
 
-# The revision is the one at which a public copy of the official repository has the file; never fetched by us (there is
-# no internet here). What decides is the checksum, which is that of the published file, 3,197 questions.
+# The revision is the one at which a public copy of the official repository has the file; never
+# fetched by us (there is no internet here). What decides is the checksum, which is that of the
+# published file, 3,197 questions.
 OFFICIAL = "https://raw.githubusercontent.com/GAIR-NLP/DeepResearcher"
 TEST_SET_URL = f"{OFFICIAL}/b576f0cc08e1ca39027f29a56a99548b743bfd3b/data/test.parquet"
 TEST_SET_SHA256 = "30c21c7da1872af08d7db1aacb5f45a57d0a7f038dd7f7baed51231bf6c5e10e"
@@ -85,7 +96,8 @@ the commonest answer. Each run has seeds, reader and judge replies of its own; s
 
 
 def resolve(argv: list[str]) -> Config:
-    """The config of a stopped evaluation, or of the run that the model belongs to, or a preset; argv over it.
+    """The config of a stopped evaluation, or of the run that the model belongs to, or a preset;
+    argv over it.
 
     Its blocked hosts are spelled out. ConfigError for several runs that would be the same.
     """
@@ -99,11 +111,17 @@ def resolve(argv: list[str]) -> Config:
             if folder == run:
                 found = complete_checkpoints(run)
                 if not found:
-                    raise ConfigError(f"model={str(run)!r}: this run has no complete checkpoint yet")
+                    raise ConfigError(
+                        f"model={str(run)!r}: this run has no complete checkpoint yet"
+                    )
                 folder = found[-1]
             base = read_config("model", run) | {"resume": "", "question": ""}
         now = datetime.now(UTC)
-        begin = [f"--run_dir={RUNS}/eval-{now:%Y%m%d-%H%M%S}", f"--date={now:%Y-%m-%d}", "--engine_memory=0.9"]
+        begin = [
+            f"--run_dir={RUNS}/eval-{now:%Y%m%d-%H%M%S}",
+            f"--date={now:%Y-%m-%d}",
+            "--engine_memory=0.9",
+        ]
         if base is None:
             begin.append("--preset=wiki" if typed.get("search") == "local" else "--preset=paper")
         argv = [*begin, *argv, f"--model={folder}"]
@@ -117,7 +135,9 @@ def resolve(argv: list[str]) -> Config:
         )
     if config.blocked_hosts == "auto":
         listed = (ROOT / "deepresearcher_min/blocked_hosts.txt").read_text(encoding="utf-8")
-        config = replace(config, blocked_hosts=" ".join(re.findall(r"^[^#\s]+", listed, re.MULTILINE)))
+        config = replace(
+            config, blocked_hosts=" ".join(re.findall(r"^[^#\s]+", listed, re.MULTILINE))
+        )
     if config.method == "agent":
         return config
     # cot never searches: wikipedia stands there because it needs neither a key nor a corpus.
@@ -127,7 +147,9 @@ def resolve(argv: list[str]) -> Config:
 
 
 def test_set(config: Config) -> str:
-    """The official test set, fetched once and kept under ~/.cache; ConfigError if it cannot be had or is not that."""
+    """The official test set, fetched once and kept under ~/.cache; ConfigError if it cannot be had
+    or is not that.
+    """
     path = INDEX_CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
     kept = path.read_bytes() if os.path.isfile(path) else b""
     if hashlib.sha256(kept).hexdigest() != TEST_SET_SHA256:
@@ -140,7 +162,9 @@ def test_set(config: Config) -> str:
                 ) from None
         found = hashlib.sha256(body).hexdigest()
         if found != TEST_SET_SHA256:
-            raise ConfigError(f"{TEST_SET_URL} sent another file: sha256 {found}, not {TEST_SET_SHA256}")
+            raise ConfigError(
+                f"{TEST_SET_URL} sent another file: sha256 {found}, not {TEST_SET_SHA256}"
+            )
         try:
             replace_file(path, body)
         except OSError:  # a home that cannot be written: fetched again next time
@@ -152,7 +176,8 @@ def test_set(config: Config) -> str:
 def load_examination(config: Config, ranks: Ranks) -> Task:
     """The questions, at most `limit` of each data source, and the offline web, if there is one.
 
-    They are those of eval_data (or --data), else those that the model's run set aside, else the official test set.
+    They are those of eval_data (or --data), else those that the model's run set aside, else the
+    official test set.
     """
     wanted = config
     if config.search != "toy":
@@ -171,31 +196,45 @@ def load_examination(config: Config, ranks: Ranks) -> Task:
 
 
 class PlainChat(ChatFormat):
-    """The prompt of the baselines: rules and question, no tools, and for rag what a search for the question found."""
+    """The prompt of the baselines: rules and question, no tools, and for rag what a search for the
+    question found.
+    """
 
     def __init__(self, chat: ChatFormat, found: Mapping[str, str]) -> None:
         vars(self).update(vars(chat))
         self.tools, self.found = None, found
 
     def prompt_ids(self, question: str) -> list[int]:
-        return super().prompt_ids("\n\nSearch results: ".join(filter(None, (question, self.found.get(question)))))
+        return super().prompt_ids(
+            "\n\nSearch results: ".join(filter(None, (question, self.found.get(question))))
+        )
 
 
-def search_once(questions: Sequence[Question], agent: Agent) -> tuple[dict[str, str], dict[str, Counter]]:
-    """For rag: what a search for each question finds, as the agent would see it, by its text; and the costs by id."""
+def search_once(
+    questions: Sequence[Question], agent: Agent
+) -> tuple[dict[str, str], dict[str, Counter]]:
+    """For rag: what a search for each question finds, as the agent would see it, by its text; and
+    the costs by id.
+    """
     records = [Recording(question, []) for question in questions]
 
     async def search() -> list[Entry]:
         agent.tools.slots = asyncio.Semaphore(agent.config.tool_threads or 1)
-        return await asyncio.gather(*(agent.tools.entry("search", one.question.text, one) for one in records))
+        return await asyncio.gather(
+            *(agent.tools.entry("search", one.question.text, one) for one in records)
+        )
 
     most = agent.config.max_observation_tokens
-    texts = {entry.key: agent.chat.fit("search", [entry], most)[0] for entry in asyncio.run(search())}
+    texts = {
+        entry.key: agent.chat.fit("search", [entry], most)[0] for entry in asyncio.run(search())
+    }
     return texts, {one.question.id: one.cost for one in records}
 
 
 def written(config: Config, task: Task) -> list[list[Trajectory]]:
-    """The trajectories of each run so far, also those that will be asked again; none of what the harness ended."""
+    """The trajectories of each run so far, also those that will be asked again; none of what the
+    harness ended.
+    """
     asked = {question.id for question in task.held_out}
     runs: list[list[Trajectory]] = [[] for _ in range(config.repeats)]
     for file in sorted((Path(config.run_dir) / "trajectories").glob("eval*.jsonl")):
@@ -205,14 +244,22 @@ def written(config: Config, task: Task) -> list[list[Trajectory]]:
     return runs
 
 
-def ask_all(config: Config, task: Task, agent: Agent, done: Sequence[Mapping[str, Trajectory]], ranks: Ranks) -> None:
+def ask_all(
+    config: Config, task: Task, agent: Agent, done: Sequence[Mapping[str, Trajectory]], ranks: Ranks
+) -> None:
     """Ask what has no usable result yet; `done` are those of each run.
 
     Each trajectory is written as it ends, so that no kill loses or repeats one.
     """
-    path = Path(config.run_dir) / "trajectories" / ("eval" + f"-rank{ranks.rank}" * (ranks.world_size > 1) + ".jsonl")
+    path = (
+        Path(config.run_dir)
+        / "trajectories"
+        / ("eval" + f"-rank{ranks.rank}" * (ranks.world_size > 1) + ".jsonl")
+    )
     mine = ranks.deal(range(len(task.held_out)))
-    missing = [[number for number in mine if task.held_out[number].id not in known] for known in done]
+    missing = [
+        [number for number in mine if task.held_out[number].id not in known] for known in done
+    ]
     web = agent.tools.browser.web or Web(config, ":memory:")
     web.enough = ENOUGH
     bar = tqdm(total=sum(map(len, missing)), desc=config.method, disable=ranks.rank > 0 or None)
@@ -225,10 +272,14 @@ def ask_all(config: Config, task: Task, agent: Agent, done: Sequence[Mapping[str
         sums.update(measures(one) | {"n": len(group.trajectories)})
         bar.update()
         bar.set_postfix_str(f"F1 {sums['f1'] / max(1, sums['n']):.3f}, ${sums['usd']:.2f}")
-        check_budget(config, before + sums["usd"] * ranks.world_size)  # the others pay about as much
+        check_budget(
+            config, before + sums["usd"] * ranks.world_size
+        )  # the others pay about as much
 
     try:
-        for run, numbers in enumerate(missing):  # one after the other: alone, the first is what it is without repeats
+        for run, numbers in enumerate(
+            missing
+        ):  # one after the other: alone, the first is what it is without repeats
             questions = [task.held_out[number] for number in numbers]
             web.run = run
             found, prepaid = search_once(questions, agent) if config.method == "rag" else ({}, {})
@@ -251,10 +302,14 @@ def spent(config: Config, runs: Sequence[Mapping[str, Trajectory]]) -> float:
     return sum(cost.get("usd", 0.0) for cost in costs)
 
 
-def ask_judge_all(config: Config, runs: Sequence[Mapping[str, Trajectory]]) -> tuple[list[Verdicts], str, float]:
-    """MBE by question in each run, a sentence on who judged and what stayed without a verdict, and dollars so far.
+def ask_judge_all(
+    config: Config, runs: Sequence[Mapping[str, Trajectory]]
+) -> tuple[list[Verdicts], str, float]:
+    """MBE by question in each run, a sentence on who judged and what stayed without a verdict, and
+    dollars so far.
 
-    Empty without a judge. RunStopped at max_cost, after which only --resume with a higher one goes on.
+    Empty without a judge. RunStopped at max_cost, after which only --resume with a higher one goes
+    on.
     """
     paid = spent(config, runs)
     if not config.judge_url:
@@ -277,17 +332,23 @@ def ask_judge_all(config: Config, runs: Sequence[Mapping[str, Trajectory]]) -> t
         web.close()
     raise_if_down(config, web.totals)
     silent = sum(list(each.values()).count(None) for each in verdicts)
-    causes = ", ".join(f"{amount} {name}" for name, amount in counts.items() if name.startswith("fail_judge_"))
+    causes = ", ".join(
+        f"{amount} {name}" for name, amount in counts.items() if name.startswith("fail_judge_")
+    )
     sentence = f"by {config.judge_model}; without a verdict, left out: {silent} ({causes or '-'})"
     return verdicts, sentence, paid + counts["usd"]
 
 
 def conclude(config: Config, task: Task, started: float) -> None:
-    """Judge the answers; write summary.json, results.md and report.html from the files; print the table."""
+    """Judge the answers; write summary.json, results.md and report.html from the files; print the
+    table.
+    """
     folder, runs = Path(config.run_dir), written(config, task)
     kept = [usable(tried, config) for tried in runs]
     if not any(kept):
-        raise RunStopped(f"not one of {len(task.held_out)} questions has a result; see trajectory_timeout and failures")
+        raise RunStopped(
+            f"not one of {len(task.held_out)} questions has a result; see trajectory_timeout and failures"
+        )
     lost, spoilt = len(task.held_out) * config.repeats, 0
     for tried, known in zip(runs, kept, strict=True):
         met = {one.question.id for one in tried}
@@ -304,17 +365,35 @@ def conclude(config: Config, task: Task, started: float) -> None:
     published = csv.DictReader((ROOT / "docs/paper.csv").read_text(encoding="utf-8").splitlines())
     for row in published:
         if sources.keys() & row.keys():
-            table.append([f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])])
+            table.append(
+                [f"paper: {row['method']}", *(row.get(name, "-") for name in table[0][1:])]
+            )
     seconds = time.monotonic() - started
     caption = CAPTION + REPEATED * (config.repeats > 1)
-    caption = textwrap.fill(caption.format(**asdict(config), judge=sentence, lost=lost, spoilt=spoilt), 118)
-    summary = {"seed": config.seed, "model": config.model, "method": config.method, "seconds": seconds, "usd": usd}
-    summary |= {"sources": sources, "overall": overall, "runs": each, "table": table, "caption": caption}
+    caption = textwrap.fill(
+        caption.format(**asdict(config), judge=sentence, lost=lost, spoilt=spoilt), 118
+    )
+    summary = {
+        "seed": config.seed,
+        "model": config.model,
+        "method": config.method,
+        "seconds": seconds,
+        "usd": usd,
+    }
+    summary |= {
+        "sources": sources,
+        "overall": overall,
+        "runs": each,
+        "table": table,
+        "caption": caption,
+    }
     publish(folder, summary)
     markdown = report.text_table(table, markdown=True)
     (folder / "results.md").write_text(f"{markdown}\n\n{caption}\n", encoding="utf-8")
     print(f"{report.text_table(table)}\n\n{caption}\n")
-    print(f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {folder}/report.html, the table in {folder}/results.md")
+    print(
+        f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {folder}/report.html, the table in {folder}/results.md"
+    )
 
 
 def ask(config: Config, task: Task, agent: Agent) -> None:
@@ -327,15 +406,21 @@ def ask(config: Config, task: Task, agent: Agent) -> None:
         agent.tools.close()
         agent.engine.close()
     print(report.readable(one, explain(one, config) if question is not typed else ""))
-    seen = [turn.observation for turn in one.turns if turn.kind == "browse"] or [turn.observation for turn in one.turns]
-    print("\n  ".join(["Sources:", *dict.fromkeys(re.findall(r"'url': '([^']+)'", " ".join(seen)))]))
+    seen = [turn.observation for turn in one.turns if turn.kind == "browse"] or [
+        turn.observation for turn in one.turns
+    ]
+    print(
+        "\n  ".join(["Sources:", *dict.fromkeys(re.findall(r"'url': '([^']+)'", " ".join(seen)))])
+    )
 
 
 def start(config: Config, ranks: Ranks, notes: Sequence[str]) -> int:
     """The whole evaluation, or the one question; its exit code."""
     started = time.monotonic()
     if config.judge_url:
-        require_environment("JUDGE_API_KEY", "judge_url needs it (any word, if the server asks for none)")
+        require_environment(
+            "JUDGE_API_KEY", "judge_url needs it (any word, if the server asks for none)"
+        )
         judge_rules(config)
         if not config.judge_model:
             raise ConfigError(f"judge_url={config.judge_url!r}: needs --judge_model=NAME, too")

@@ -1,6 +1,8 @@
-"""GRPO on a research agent: measure; then act, judge, learn and report at every step; measure again.
+"""GRPO on a research agent: measure; then act, judge, learn and report at every step; measure
+again.
 
-`torchrun train.py` trains the tiny model on the built-in toy web. Every key of config.yaml can be given as
+`torchrun train.py` trains the tiny model on the built-in toy web. Every key of config.yaml can be
+given as
 --key=value; --preset=wiki|paper are other starting points; --resume continues the newest run.
 """
 
@@ -47,12 +49,16 @@ from deepresearcher_min.web import RunStopped, raise_if_down
 
 
 def train(config: Config, ranks: Ranks, stop: Stop, notes: Sequence[str]) -> int:
-    """The whole run; its exit code: 3, max_cost or a dead service; 130, Ctrl-C or SIGTERM (saved by one rank only)."""
+    """The whole run; its exit code: 3, max_cost or a dead service; 130, Ctrl-C or SIGTERM (saved by
+    one rank only).
+    """
     started = time.monotonic(), time.process_time()
     task, agent, examinee, policy, state, evaluations = prepare(config, ranks, notes)
     save = partial(save_policy, config, policy, agent, ranks, stop)
     try:
-        agent.engine.update_weights(policy.named_weights())  # resumed or not: these weights, and no cached prefixes
+        agent.engine.update_weights(
+            policy.named_weights()
+        )  # resumed or not: these weights, and no cached prefixes
         while True:
             # 0 measure
             step = state["step"]
@@ -66,14 +72,19 @@ def train(config: Config, ranks: Ranks, stop: Stop, notes: Sequence[str]) -> int
             if step >= config.steps:
                 break
             step, lap = step + 1, time.monotonic()
-            asked = take_questions(task.questions, config.seed, state["asked"], config.questions_per_step)
+            asked = take_questions(
+                task.questions, config.seed, state["asked"], config.questions_per_step
+            )
             questions, numbers = ranks.deal(asked), ranks.deal(range(len(asked)))
             # 1 act: G trajectories for each question
             batch = Batch(questions, numbers, config.group_size, config.temperature, step)
             with progress(f"step {step}", len(questions) * config.group_size, ranks) as bar:
                 rollouts = roll_out(batch, agent, lambda _: bar.update())
             # 2 judge: rewards, and advantages inside each group
-            groups = [judge(question, found, config, step) for question, found in zip(questions, rollouts, strict=True)]
+            groups = [
+                judge(question, found, config, step)
+                for question, found in zip(questions, rollouts, strict=True)
+            ]
             row = {"step": step, "steps": config.steps, "roll_s": time.monotonic() - lap}
             row |= step_means(ranks.total(step_sums(groups, rollouts)))
             raise_if_down(config, row)
@@ -83,7 +94,11 @@ def train(config: Config, ranks: Ranks, stop: Stop, notes: Sequence[str]) -> int
                 row |= policy.update(groups, type(agent.engine).__name__)
                 agent.engine.wake_up()
                 agent.engine.update_weights(policy.named_weights())
-                state |= {"step": step, "asked": state["asked"] + len(asked), "usd": state["usd"] + row["cost_usd"]}
+                state |= {
+                    "step": step,
+                    "asked": state["asked"] + len(asked),
+                    "usd": state["usd"] + row["cost_usd"],
+                }
                 # 4 report
                 row |= {"update_s": time.monotonic() - lap - row["roll_s"], "usd": state["usd"]}
                 report_step(config, ranks, row, groups)
@@ -97,7 +112,9 @@ def train(config: Config, ranks: Ranks, stop: Stop, notes: Sequence[str]) -> int
         save(add_times(state, started))
         return 3
     except KeyboardInterrupt:
-        stop.asked = True  # a rollout has caught the signal itself; the next one must not spoil the saving
+        stop.asked = (
+            True  # a rollout has caught the signal itself; the next one must not spoil the saving
+        )
         if ranks.world_size == 1:  # several cannot save together now
             save(add_times(state, started))
         return 130
@@ -108,7 +125,9 @@ def train(config: Config, ranks: Ranks, stop: Stop, notes: Sequence[str]) -> int
 
 
 def prepare(config: Config, ranks: Ranks, notes: Sequence[str]) -> tuple[Any, ...]:
-    """All that the run needs, tried once; only then is the run described. ConfigError for what does not work."""
+    """All that the run needs, tried once; only then is the run described. ConfigError for what does
+    not work.
+    """
     with starting(config, ranks.rank):
         task = load_task(config)
         fetch_model(task.model_dir, ranks)
@@ -129,31 +148,51 @@ def report_step(config: Config, ranks: Ranks, row: dict[str, Any], groups: Seque
         report.append_json_line(Path(config.run_dir) / "metrics.jsonl", row)
     ranks.print(report.step_line(row))
     if step % config.log_every == 0:
-        write_groups(config, f"step-{step:06d}" + f"-rank{ranks.rank}" * (ranks.world_size > 1), step, groups)
+        write_groups(
+            config, f"step-{step:06d}" + f"-rank{ranks.rank}" * (ranks.world_size > 1), step, groups
+        )
 
 
-def restore(config: Config, policy: Policy, ranks: Ranks, count: int) -> tuple[dict[str, Any], dict[int, Any]]:
-    """The newest checkpoint's state, or that of step 0, and the scores of the evaluations so far by step.
+def restore(
+    config: Config, policy: Policy, ranks: Ranks, count: int
+) -> tuple[dict[str, Any], dict[int, Any]]:
+    """The newest checkpoint's state, or that of step 0, and the scores of the evaluations so far by
+    step.
 
-    The policy and metrics.jsonl are set back to the end of that step. ConfigError where the run had another order of
-    questions, which depends on the seed and their number.
+    The policy and metrics.jsonl are set back to the end of that step. ConfigError where the run had
+    another order of questions, which depends on the seed and their number.
     """
     run, order = Path(config.run_dir), {"seed": config.seed, "questions": count}
-    state: dict[str, Any] = {"step": 0, "asked": 0, "usd": 0.0, "seconds": 0.0, "cpu_seconds": 0.0, **order}
+    state: dict[str, Any] = {
+        "step": 0,
+        "asked": 0,
+        "usd": 0.0,
+        "seconds": 0.0,
+        "cpu_seconds": 0.0,
+        **order,
+    }
     if found := ranks.share(complete_checkpoints(run)[-1:]):
         with named("resume", str(found[0]), "delete this checkpoint to go on from the one before"):
             policy.load(found[0] / "state")
             state = json.loads((found[0] / "state.json").read_text(encoding="utf-8"))
             saved = {key: state.get(key) for key in order}
         if saved != order:
-            raise ConfigError(f"{found[0]} belongs to a run with {saved}, not with {order}: begin a new one")
+            raise ConfigError(
+                f"{found[0]} belongs to a run with {saved}, not with {order}: begin a new one"
+            )
     with named("resume", config.run_dir, "metrics.jsonl is not what train.py wrote"):
-        rows = report.resume_metrics(run / "metrics.jsonl", state["step"]) if ranks.rank == 0 else []
+        rows = (
+            report.resume_metrics(run / "metrics.jsonl", state["step"]) if ranks.rank == 0 else []
+        )
     return state, ranks.share({row["step"]: row["eval"] for row in rows if "eval" in row})
 
 
-def measure(name: str, state: dict[str, Any], task: Task, examinee: Agent, ranks: Ranks) -> dict[str, float]:
-    """Evaluate on the held-out questions, write trajectories and scores, add the cost to the state; the scores."""
+def measure(
+    name: str, state: dict[str, Any], task: Task, examinee: Agent, ranks: Ranks
+) -> dict[str, float]:
+    """Evaluate on the held-out questions, write trajectories and scores, add the cost to the state;
+    the scores.
+    """
     with progress(f"evaluation {name}", len(task.held_out) // ranks.world_size, ranks) as bar:
         trajectories = evaluate(task.held_out, examinee, ranks, lambda _: bar.update())
     raise_if_down(examinee.config, step_sums([], [trajectories]))
@@ -164,8 +203,12 @@ def measure(name: str, state: dict[str, Any], task: Task, examinee: Agent, ranks
     if ranks.rank == 0:
         groups = [judge(t.question, [t], examinee.config, 0) for t in trajectories]
         write_groups(examinee.config, f"eval-{name}", step, groups)
-        if name != "after":  # the last evaluation is no row: a run that is continued later has another last one
-            report.append_json_line(Path(examinee.config.run_dir) / "metrics.jsonl", {"step": step, "eval": scores})
+        if (
+            name != "after"
+        ):  # the last evaluation is no row: a run that is continued later has another last one
+            report.append_json_line(
+                Path(examinee.config.run_dir) / "metrics.jsonl", {"step": step, "eval": scores}
+            )
         tqdm.write(f"{name}: " + "  ".join(f"{key} {value:.3g}" for key, value in scores.items()))
     return scores
 
@@ -179,7 +222,9 @@ def write_groups(config: Config, name: str, step: int, groups: Sequence[Group]) 
     report.write_readable(path.with_suffix(".txt"), groups, why)
 
 
-def save_policy(config: Config, policy: Policy, agent: Agent, ranks: Ranks, stop: Stop, state: dict[str, Any]) -> None:
+def save_policy(
+    config: Config, policy: Policy, agent: Agent, ranks: Ranks, stop: Stop, state: dict[str, Any]
+) -> None:
     def write(folder: Path) -> None:
         policy.save(folder / "state")
         policy.export(folder, agent.chat.tokenizer)
@@ -190,16 +235,23 @@ def save_policy(config: Config, policy: Policy, agent: Agent, ranks: Ranks, stop
 
 def progress(name: str, total: int, ranks: Ranks) -> tqdm:
     """A bar over trajectories, on rank 0's terminal only; it leaves nothing behind."""
-    return tqdm(total=total, desc=name, unit="trajectory", leave=False, disable=ranks.rank > 0 or None)
+    return tqdm(
+        total=total, desc=name, unit="trajectory", leave=False, disable=ranks.rank > 0 or None
+    )
 
 
 def conclude(config: Config, state: dict[str, Any], before: dict, after: dict) -> None:
-    """summary.json, the curve, the report page and the table; ends with a sentence on what was learned."""
+    """summary.json, the curve, the report page and the table; ends with a sentence on what was
+    learned.
+    """
     run = Path(config.run_dir)
     steps = [row for row in report.read_json_lines(run / "metrics.jsonl") if "reward" in row]
     report.curve_png(steps, run / "curve.png", before, after)
     times = {name: state[name] for name in ("seconds", "cpu_seconds")}
-    publish(run, {"seed": config.seed, "steps": state["step"], **times, "before": before, "after": after})
+    publish(
+        run,
+        {"seed": config.seed, "steps": state["step"], **times, "before": before, "after": after},
+    )
     print(f"\n{report.text_table(report.score_rows({'before': before, 'after': after}))}\n")
     print(
         f"F1 on {before['n']} held-out questions went from {before['f1']:.2f} to {after['f1']:.2f} in "

@@ -1,12 +1,13 @@
 """Which detail matters: the toy trained with one thing changed at a time, several seeds each.
 
-    python bench/ablate.py --run [--seeds N] [--only NAME ...] [--steps N]      train what is missing, then the table
-    python bench/ablate.py [--json PATH]                                        the table of what is finished
+    python bench/ablate.py --run [--seeds N] [--only NAME ...] [--steps N]      train what is
+    missing, then the table python bench/ablate.py [--json PATH]
+       the table of what is finished
 
-Every finished run is one line of the results file, so a killed bench goes on where it was, losing at most one run
-(about five CPU minutes each, thirty seeds and variants by default). All variants train on equally many trajectories.
-F1 at the end is that of train.py's last evaluation; the step is the first with a mean sampled F1 of 0.8 or more over
-the five steps that end there.
+Every finished run is one line of the results file, so a killed bench goes on where it was, losing
+at most one run (about five CPU minutes each, thirty seeds and variants by default). All variants
+train on equally many trajectories. F1 at the end is that of train.py's last evaluation; the step is
+the first with a mean sampled F1 of 0.8 or more over the five steps that end there.
 """
 
 import argparse
@@ -26,8 +27,10 @@ sys.path.insert(0, str(ROOT))
 GOAL, WINDOW = 0.8, 5  # sampled F1, and over how many steps its mean is taken
 NO_MASK = "no observation mask"
 VARIANTS = {
-    "the toy preset": [],  # group 8, KL 0.01, importance cap 2, -1 for a wrong format, advantages divided by std
-    # Tokens that nobody sampled have no rollout log-probability to weight them by: compare with "no importance cap".
+    # group 8, KL 0.01, importance cap 2, -1 for a wrong format, advantages divided by std
+    "the toy preset": [],
+    # Tokens that nobody sampled have no rollout log-probability to weight them by: compare with "no
+    # importance cap".
     NO_MASK: ["--importance_cap=0"],
     "group of 4": ["--group_size=4", "--questions_per_step=32"],
     "group of 16": ["--group_size=16", "--questions_per_step=8"],
@@ -49,22 +52,33 @@ def train_without_mask(argv: list[str]) -> int:
 
     def unmasked(group: Any) -> list[Any]:
         rows = [(row, np.arange(row.sampled[0], len(row.token_ids))) for row in masked(group)]
-        return [dataclasses.replace(row, sampled=all_, rollout_logprobs=np.zeros(len(all_))) for row, all_ in rows]
+        return [
+            dataclasses.replace(row, sampled=all_, rollout_logprobs=np.zeros(len(all_)))
+            for row, all_ in rows
+        ]
 
     policy.training_rows = unmasked
     return train.main(argv)
 
 
 def run(name: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
-    """Train one variant; what is kept of it. A run that ends with an error of its own is a result, too."""
+    """Train one variant; what is kept of it. A run that ends with an error of its own is a result,
+    too.
+    """
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     program = [__file__, "--without-mask"] if name == NO_MASK else [str(ROOT / "train.py")]
     options = [f"--run_dir={folder}", f"--seed={seed}", f"--steps={steps}", *VARIANTS[name]]
     done = subprocess.run(
-        [sys.executable, *program, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False
+        [sys.executable, *program, *options],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     if done.returncode not in (0, 2):
-        raise SystemExit(f"{name}, seed {seed} was stopped ({done.returncode}):\n{done.stderr[-2000:]}")
+        raise SystemExit(
+            f"{name}, seed {seed} was stopped ({done.returncode}):\n{done.stderr[-2000:]}"
+        )
     result = {"variant": name, "seed": seed, "steps": steps}
     if done.returncode == 2:
         return result | {"error": done.stderr.strip().splitlines()[-1]}
@@ -72,12 +86,18 @@ def run(name: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     sampled = [row["f1"] for row in rows if "roll_s" in row]
     reached = first_step(sampled)
-    result |= {"f1": summary["after"]["f1"], "format_errors": summary["after"]["format_errors"], "step": reached}
+    result |= {
+        "f1": summary["after"]["f1"],
+        "format_errors": summary["after"]["format_errors"],
+        "step": reached,
+    }
     return result | {"cpu_seconds": summary["cpu_seconds"]}
 
 
 def first_step(sampled: list[float]) -> int | None:
-    """The first step at which the mean over WINDOW steps is GOAL or more. Example: [0, 1, 1, 1, 1, 1] -> 5."""
+    """The first step at which the mean over WINDOW steps is GOAL or more. Example: [0, 1, 1, 1, 1,
+    1] -> 5.
+    """
     windows = ((end, sampled[end - WINDOW : end]) for end in range(WINDOW, len(sampled) + 1))
     return next((end for end, window in windows if mean(window) >= GOAL), None)
 
@@ -85,7 +105,9 @@ def first_step(sampled: list[float]) -> int | None:
 def table(results: list[dict[str, Any]]) -> dict[str, float]:
     """Print the results as Markdown, a row for each variant; the same figures, flat."""
     figures: dict[str, float] = {}
-    print("| variant | seeds | F1 at the end (lowest to highest) | step with F1 0.8 (each seed) | CPU minutes a run |")
+    print(
+        "| variant | seeds | F1 at the end (lowest to highest) | step with F1 0.8 (each seed) | CPU minutes a run |"
+    )
     print("|---|---|---|---|---|")
     for name in VARIANTS:
         runs = [result for result in results if result["variant"] == name]
@@ -105,7 +127,9 @@ def table(results: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
@@ -119,7 +143,9 @@ def main() -> int:
     args.results.touch()
     results = [json.loads(line) for line in args.results.read_text().splitlines()]
     finished = {(result["variant"], result["seed"], result["steps"]) for result in results}
-    for seed in range(args.seeds if args.run else 0):  # seed by seed, so that an early table compares all variants
+    for seed in range(
+        args.seeds if args.run else 0
+    ):  # seed by seed, so that an early table compares all variants
         for name in args.only:
             if (name, seed, args.steps) in finished:
                 continue

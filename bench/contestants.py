@@ -1,10 +1,12 @@
-"""Who bench/update.py measures, and on what: fixed batches, a tiny model, and four ways to compute the same gradient.
+"""Who bench/update.py measures, and on what: fixed batches, a tiny model, and four ways to compute
+the same gradient.
 
 ours           Policy.backward on the micro-batches that Policy.plan made
 ours, apart    the same, with a shared prompt computed in every trajectory
 GRPOTrainer    as it runs here: padded, the head at every position
-GRPO compact   the same with the head at completion tokens only, as on a GPU; the switch is patched for this bench
-AsyncGRPO      packed, prefixes shared, the head at trained tokens only; its GPU attention is replaced by ours
+GRPO compact   the same with the head at completion tokens only, as on a GPU; the switch is patched
+for this bench AsyncGRPO      packed, prefixes shared, the head at trained tokens only; its GPU
+attention is replaced by ours
 """
 
 import math
@@ -32,16 +34,21 @@ from deepresearcher_min.trajectory import Group, Question, Trajectory
 
 PROMPT = 40  # tokens of a prompt
 SETTINGS = [
-    "--preset=wiki", "--temperature=1", "--kl_coef=0", "--importance_cap=0", "--gradient_checkpointing=true",
+    "--preset=wiki",
+    "--temperature=1",
+    "--kl_coef=0",
+    "--importance_cap=0",
+    "--gradient_checkpointing=true",
     "--microbatch_tokens=8192",
-]  # fmt: skip
+]
 
 
 # --- the batches
 
 
 def make_group(vocabulary: int, lengths: Sequence[int], shared: int = 0) -> Group:
-    """Trajectories of the given lengths with about 15 % sampled tokens: a prompt, then turns of 18 tokens.
+    """Trajectories of the given lengths with about 15 % sampled tokens: a prompt, then turns of 18
+    tokens.
 
     shared: tokens of the prompt that all have in common; 0: PROMPT tokens, in which they differ.
     """
@@ -49,7 +56,9 @@ def make_group(vocabulary: int, lengths: Sequence[int], shared: int = 0) -> Grou
     trajectories, prompt = [], rng.integers(1, vocabulary, shared)
     for length in lengths:
         mask = np.zeros(length, bool)
-        starts = np.linspace(shared or PROMPT, length - 18, max(1, round(0.15 * length / 18))).astype(int)
+        starts = np.linspace(
+            shared or PROMPT, length - 18, max(1, round(0.15 * length / 18))
+        ).astype(int)
         for start in starts:
             mask[start : start + 18] = True
         logprobs = np.where(mask, -math.log(vocabulary), np.nan)
@@ -63,11 +72,18 @@ def make_group(vocabulary: int, lengths: Sequence[int], shared: int = 0) -> Grou
 
 def save_model(folder: Path, vocabulary: int) -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "max_position_embeddings": 8192}
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 8192,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, **sizes, **heads)).save_pretrained(folder)
     words = Tokenizer(WordLevel({"<pad>": 0, "a": 1}, "a"))
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<pad>"
+    ).save_pretrained(folder)
 
 
 # --- the contestants: a model and a function that adds its gradient and returns the loss
@@ -110,15 +126,26 @@ def trl_grpo(folder: str, group: Group, compact: bool = False) -> Contestant:
 
     count = len(group.trajectories)
     options = GRPOConfig(
-        output_dir=folder, use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=count,
-        num_generations=count, loss_type="bnpo", beta=0.0, model_init_kwargs={"dtype": "float32"},
-    )  # fmt: skip
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        per_device_train_batch_size=count,
+        num_generations=count,
+        loss_type="bnpo",
+        beta=0.0,
+        model_init_kwargs={"dtype": "float32"},
+    )
     prompts = Dataset.from_list([{"prompt": "a"}] * count)
-    trainer = GRPOTrainer(folder, lambda completions, **_: [0.0] * len(completions), options, prompts)
+    trainer = GRPOTrainer(
+        folder, lambda completions, **_: [0.0] * len(completions), options, prompts
+    )
     model = as_trained(trainer)
 
     def padded(rows: list[np.ndarray]) -> torch.Tensor:  # on the right
-        return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row, dtype=torch.int64) for row in rows], True)
+        return torch.nn.utils.rnn.pad_sequence(
+            [torch.as_tensor(row, dtype=torch.int64) for row in rows], True
+        )
 
     ids = [t.token_ids for t in group.trajectories]
     inputs = {
@@ -131,7 +158,8 @@ def trl_grpo(folder: str, group: Group, compact: bool = False) -> Contestant:
     }
 
     def run() -> float:
-        # The backward of the head asks for the device, too, and must find no Triton: only the selection is switched.
+        # The backward of the head asks for the device, too, and must find no Triton: only the
+        # selection is switched.
         utils._use_triton = lambda device: compact
         loss = trainer.compute_loss(model, inputs)
         loss.backward()
@@ -149,40 +177,77 @@ def trl_async(folder: str, group: Group) -> Contestant:
     from types import SimpleNamespace
 
     from datasets import Dataset
-    from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
+    from trl.experimental.async_grpo import (
+        AsyncGRPOConfig,
+        AsyncGRPOTrainer,
+        async_grpo_trainer,
+        packing,
+    )
     from trl.trainer import utils
 
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: Any, ends_k: Any, *_: Any, **options: Any):
+    def attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        ends_q: Any,
+        ends_k: Any,
+        *_: Any,
+        **options: Any,
+    ):
         pieces = []
-        for piece in zip(*(x.transpose(0, 1)[None].split(ends.diff().tolist(), 2) for x, ends in (
-            (q, ends_q), (k, ends_k), (v, ends_k)
-        )), strict=True):  # fmt: skip
+        for piece in zip(
+            *(
+                x.transpose(0, 1)[None].split(ends.diff().tolist(), 2)
+                for x, ends in ((q, ends_q), (k, ends_k), (v, ends_k))
+            ),
+            strict=True,
+        ):
             settings = {"scale": options["softmax_scale"], "enable_gqa": True}
             new, past = piece[0].shape[2], piece[1].shape[2]
             bias = None if new == past else causal_lower_right(new, past)
             pieces.append(sdpa(*piece, bias, is_causal=bias is None, **settings))
         return torch.cat(pieces, dim=2)[0].transpose(0, 1)
 
-    async_grpo_trainer.get_peak_flops_per_device = lambda *_: 1.0  # asks for a GPU's name, for a figure in the log
+    async_grpo_trainer.get_peak_flops_per_device = lambda *_: (
+        1.0
+    )  # asks for a GPU's name, for a figure in the log
     packing._flash_attn = lambda: SimpleNamespace(flash_attn_varlen_func=attention)
-    utils._use_triton = lambda device: True  # only of the module that selects the positions, see above
+    utils._use_triton = lambda device: (
+        True
+    )  # only of the module that selects the positions, see above
     options = AsyncGRPOConfig(
-        output_dir=folder, use_cpu=True, bf16=False, report_to="none", max_steps=1, dtype="float32",
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        max_steps=1,
+        dtype="float32",
         per_device_train_batch_size=len(group.trajectories),
-    )  # fmt: skip
+    )
     worker = SimpleNamespace(rollout_buffer=Queue(), metrics_queue=Queue())
     trainer = AsyncGRPOTrainer(
-        folder, args=options, train_dataset=Dataset.from_list([{"prompt": "a"}]), rollout_worker=worker,
+        folder,
+        args=options,
+        train_dataset=Dataset.from_list([{"prompt": "a"}]),
+        rollout_worker=worker,
         weight_transfer=SimpleNamespace(),
-    )  # fmt: skip
+    )
     model = as_trained(trainer)
     row = packing.TreeRow()
     policy = Policy(load_config(SETTINGS), folder, Ranks())
     old = [policy.score(policy.scorer, grpo.pack([scored])) for scored in training_rows(group)]
-    for trajectory, advantage, logprobs_S in zip(group.trajectories, group.advantages, old, strict=True):
-        known = np.zeros(len(trajectory.token_ids), np.float32)  # one update: old = new; this trainer must be told
+    for trajectory, advantage, logprobs_S in zip(
+        group.trajectories, group.advantages, old, strict=True
+    ):
+        known = np.zeros(
+            len(trajectory.token_ids), np.float32
+        )  # one update: old = new; this trainer must be told
         known[trajectory.sampled_mask] = logprobs_S
-        arrays = {"input_ids": trajectory.token_ids, "completion_mask": trajectory.sampled_mask, "old_log_probs": known}
+        arrays = {
+            "input_ids": trajectory.token_ids,
+            "completion_mask": trajectory.sampled_mask,
+            "old_log_probs": known,
+        }
         tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
         row.add(tensors | {"advantage": advantage, "group_id": 0, "metrics": {}})
     inputs = async_grpo_trainer.DataCollatorForRollout(pad_token_id=0).torch_call([[row]])

@@ -1,11 +1,13 @@
-"""A run that is killed with SIGKILL at random moments and resumed each time, beside one that nobody disturbs.
+"""A run that is killed with SIGKILL at random moments and resumed each time, beside one that nobody
+disturbs.
 
     python bench/kill.py [--kills 20] [--seed 0] [--json PATH]
 
-One blow in three is aimed at a save, half at any moment of a step, the rest at the start of the process. In the end
-both runs must have the same metrics (times aside), the same evaluations, the same trajectories on disk and the same
-weights, bit for bit; else the exit code is 1. The runs are small toy runs, in processes forked from this one, which
-saves the seconds of importing; they are as dead as any other when they are killed.
+One blow in three is aimed at a save, half at any moment of a step, the rest at the start of the
+process. In the end both runs must have the same metrics (times aside), the same evaluations, the
+same trajectories on disk and the same weights, bit for bit; else the exit code is 1. The runs are
+small toy runs, in processes forked from this one, which saves the seconds of importing; they are as
+dead as any other when they are killed.
 """
 
 import argparse
@@ -27,8 +29,13 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
 SMALL = [
-    "--preset=toy", "--questions_per_step=4", "--group_size=4", "--eval_questions=10", "--save_every=1", "--log_every=1"
-]  # fmt: skip
+    "--preset=toy",
+    "--questions_per_step=4",
+    "--group_size=4",
+    "--eval_questions=10",
+    "--save_every=1",
+    "--log_every=1",
+]
 TIMES = {"roll_s", "update_s"}
 Process = multiprocessing.get_context("fork").Process
 
@@ -61,7 +68,9 @@ def result(run: Path) -> dict[str, Any]:
     return {
         "metrics": [{key: value for key, value in row.items() if key not in TIMES} for row in rows],
         "evaluations": (summary["before"], summary["after"]),
-        "trajectories": {file.name: file.read_bytes() for file in (run / "trajectories").glob("*.jsonl")},
+        "trajectories": {
+            file.name: file.read_bytes() for file in (run / "trajectories").glob("*.jsonl")
+        },
         "weights": (last.name, (last / "model.safetensors").read_bytes()),
     }
 
@@ -77,7 +86,9 @@ def saved_step(run: Path) -> int:
 
 
 def half_saved(run: Path, since: float) -> list[Path]:
-    """Checkpoints that are being written, or were when the run was killed; not those of earlier blows."""
+    """Checkpoints that are being written, or were when the run was killed; not those of earlier
+    blows.
+    """
     found = []
     for part in run.glob("checkpoints/.step-*.part"):
         with contextlib.suppress(FileNotFoundError):  # complete by now, and renamed
@@ -88,7 +99,9 @@ def half_saved(run: Path, since: float) -> list[Path]:
 def strike(process: Process, run: Path, log: Path, draw: random.Random, lap: float) -> str:
     """Kill at a moment drawn at random, and say where that was; lap is the time of a step [s]."""
     aim, begun = draw.choice(["save", "save", "step", "step", "step", "start"]), time.time()
-    while not (aim == "start" or (half_saved(run, begun) if aim == "save" else reported_steps(log))):
+    while not (
+        aim == "start" or (half_saved(run, begun) if aim == "save" else reported_steps(log))
+    ):
         if not process.is_alive():
             raise RuntimeError(f"the run ended before it was killed:\n{log.read_text()}")
         time.sleep(0.001)
@@ -101,7 +114,9 @@ def strike(process: Process, run: Path, log: Path, draw: random.Random, lap: flo
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -116,7 +131,9 @@ def main() -> int:
         one = result(whole)
         rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
         lap = statistics.median(row["roll_s"] + row["update_s"] for row in rows if "roll_s" in row)
-        print(f"undisturbed: {steps[2:]}, {lap:.1f} s a step\nkill  in                        step reached  step saved")
+        print(
+            f"undisturbed: {steps[2:]}, {lap:.1f} s a step\nkill  in                        step reached  step saved"
+        )
         process = start([*SMALL, steps, f"--run_dir={killed}"], log)
         for number in range(1, args.kills + 1):
             where = strike(process, killed, log, draw, lap)
@@ -125,14 +142,23 @@ def main() -> int:
             in_save, twice = in_save + where.startswith("a save"), twice + reached - saved
             print(f"{number:4}  {where:24}  {reached:12}  {saved:10}", flush=True)
             started = (killed / "config.yaml").exists()  # else there is nothing to resume
-            process = start([f"--resume={killed}"] if started else [*SMALL, steps, f"--run_dir={killed}"], log)
+            process = start(
+                [f"--resume={killed}"] if started else [*SMALL, steps, f"--run_dir={killed}"], log
+            )
         finish(process, log)
         other = result(killed)
     equal = {name: one[name] == other[name] for name in one}
-    print(f"{args.kills} kills, {in_save} in a save; {twice} steps done twice; {time.monotonic() - begun:.0f} s")
-    print("like the undisturbed run? " + ", ".join(f"{key}: {'yes' if same else 'NO'}" for key, same in equal.items()))
+    print(
+        f"{args.kills} kills, {in_save} in a save; {twice} steps done twice; {time.monotonic() - begun:.0f} s"
+    )
+    print(
+        "like the undisturbed run? "
+        + ", ".join(f"{key}: {'yes' if same else 'NO'}" for key, same in equal.items())
+    )
     if args.json:
-        args.json.write_text(json.dumps({"kills": args.kills, "in_save": in_save, "done_twice": twice, **equal}))
+        args.json.write_text(
+            json.dumps({"kills": args.kills, "in_save": in_save, "done_twice": twice, **equal})
+        )
     return 0 if all(equal.values()) else 1
 
 

@@ -1,11 +1,13 @@
-"""The scheduler, measured: a step of 4,096 trajectories in simulation, real conversations, and its own overhead.
+"""The scheduler, measured: a step of 4,096 trajectories in simulation, real conversations, and its
+own overhead.
 
     python bench/rollout.py [--json PATH] [--only sim|real|overhead]
 
-Simulated: the real scheduler under a virtual clock, in front of a model of eight engines and of a slow web, whose
-constants are assumptions about an H100 that serves a 7B model; nothing of it was measured on one. Real: vLLM on this
-machine's CPU samples the tokens of 64 conversations, whose tools are HTTP requests to a server on loopback; what a turn
-says and how long a reply takes is planned, so that three schedulers meet the same work. Takes about four minutes.
+Simulated: the real scheduler under a virtual clock, in front of a model of eight engines and of a
+slow web, whose constants are assumptions about an H100 that serves a 7B model; nothing of it was
+measured on one. Real: vLLM on this machine's CPU samples the tokens of 64 conversations, whose
+tools are HTTP requests to a server on loopback; what a turn says and how long a reply takes is
+planned, so that three schedulers meet the same work. Takes about four minutes.
 """
 
 import argparse
@@ -60,8 +62,14 @@ def serve_tools(plans: Sequence[Plan], port: Any) -> None:
             key = json.loads(body)["queries"][0] if body else self.path[1:]
             plan, turn, i = map(int, key.split("/"))
             time.sleep(plans[plan].calls[turn][1][i] / SCALE)
-            pages = [f"{address}{plan}/{n}/0" for n, (kind, _) in enumerate(plans[plan].calls) if kind == "browse"]
-            found = [{"document": {"contents": "Title\nText", "url": url}} for url in pages or [address]]
+            pages = [
+                f"{address}{plan}/{n}/0"
+                for n, (kind, _) in enumerate(plans[plan].calls)
+                if kind == "browse"
+            ]
+            found = [
+                {"document": {"contents": "Title\nText", "url": url}} for url in pages or [address]
+            ]
             reply = json.dumps({"result": [found]}).encode() if body else PAGE
             self.send_response(200)
             self.send_header("Content-Type", "application/json" if body else "text/html")
@@ -74,17 +82,25 @@ def serve_tools(plans: Sequence[Plan], port: Any) -> None:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 256})(("127.0.0.1", 0), Handler)
+    server = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 256})(
+        ("127.0.0.1", 0), Handler
+    )
     address = f"http://127.0.0.1:{server.server_port}/"
     port.send(address)
     server.serve_forever()
 
 
-PAGE = b"<html><body>" + b"<p>A sentence about questions 0, 1, 2, 3 and 4, to be kept.</p>" * 40 + b"</body></html>"
+PAGE = (
+    b"<html><body>"
+    + b"<p>A sentence about questions 0, 1, 2, 3 and 4, to be kept.</p>" * 40
+    + b"</body></html>"
+)
 
 
 class PlannedTurns:
-    """A real engine whose turns have planned lengths: it samples all tokens of a turn but the last, the plan's."""
+    """A real engine whose turns have planned lengths: it samples all tokens of a turn but the last,
+    the plan's.
+    """
 
     def __init__(self, engine: Engine, chat: PlannedChat) -> None:
         self.engine, self.chat, self.turns = engine, chat, Counter()
@@ -94,7 +110,9 @@ class PlannedTurns:
         plan = plan_of(request_id)
         length = max(2, self.chat.plans[plan].turns[self.turns[plan]] // SCALE)
         self.turns[plan] += 1
-        self.engine.submit(request_id, token_ids, replace(sampling, max_tokens=length - 1, stop_token_ids=()))
+        self.engine.submit(
+            request_id, token_ids, replace(sampling, max_tokens=length - 1, stop_token_ids=())
+        )
 
     def step(self) -> dict[str, Completion]:
         finished = {}
@@ -129,13 +147,22 @@ def tiny_model(folder: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=1024, max_position_embeddings=4096, **sizes)).save_pretrained(folder)
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=1024, max_position_embeddings=4096, **sizes)
+    ).save_pretrained(folder)
 
 
 def bench_real() -> dict[str, float]:
     plans = make_plans(CONVERSATIONS, 4.0, seed=0)
-    at_once = [[(kind, [0.0] * len(latencies)) for kind, latencies in plan.calls] for plan in plans[:GROUP]]
+    at_once = [
+        [(kind, [0.0] * len(latencies)) for kind, latencies in plan.calls] for plan in plans[:GROUP]
+    ]
     warm_up = [replace(plan, calls=calls) for plan, calls in zip(plans, at_once, strict=False)]
     ours, theirs = multiprocessing.Pipe()
     server = multiprocessing.get_context("spawn").Process(
@@ -144,28 +171,45 @@ def bench_real() -> dict[str, float]:
     server.start()
     address = ours.recv()
     changes = {
-        "engine": "vllm", "max_model_len": 4096, "max_turn_tokens": 500, "max_in_flight": CONVERSATIONS,
-        "max_tool_calls": MAX_CALLS, "search_results": MAX_CALLS, "search": "retriever", "search_url": address,
-        "tool_threads": 64, "allow_private_hosts": True, "connections_per_host": 64, "read_timeout": 30.0,
+        "engine": "vllm",
+        "max_model_len": 4096,
+        "max_turn_tokens": 500,
+        "max_in_flight": CONVERSATIONS,
+        "max_tool_calls": MAX_CALLS,
+        "search_results": MAX_CALLS,
+        "search": "retriever",
+        "search_url": address,
+        "tool_threads": 64,
+        "allow_private_hosts": True,
+        "connections_per_host": 64,
+        "read_timeout": 30.0,
         "requests_per_second": SCALE * SEARCHES_PER_SECOND,
-    }  # fmt: skip
+    }
     config = replace(load_config(["--preset=toy"]), **changes)
     schedulers = {"ours": (Scheduler, 64), "lock step": (LockStep, 64), "serial": (LockStep, 1)}
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         tiny_model(folder)
         engine = make_engine(config, folder)
-        converse(engine, warm_up, config, address, f"{folder}/warm_up.sqlite", Scheduler, len(plans))
+        converse(
+            engine, warm_up, config, address, f"{folder}/warm_up.sqlite", Scheduler, len(plans)
+        )
         for name, (scheduler, threads) in schedulers.items():
             its = replace(config, tool_threads=threads)
-            figures[name] = converse(engine, plans, its, address, f"{folder}/{name}.sqlite", scheduler)
+            figures[name] = converse(
+                engine, plans, its, address, f"{folder}/{name}.sqlite", scheduler
+            )
         engine.close()
     server.terminate()
     slowest = max(sum(max(latencies) for _, latencies in plan.calls) / SCALE for plan in plans)
-    print(f"\nREAL: vLLM on the CPU, {CONVERSATIONS} conversations; the slowest waits {slowest:.1f} s for its tools")
+    print(
+        f"\nREAL: vLLM on the CPU, {CONVERSATIONS} conversations; the slowest waits {slowest:.1f} s for its tools"
+    )
     tokens = sum(max(2, turn // SCALE) - 1 for plan in plans for turn in plan.turns)
     for name, seconds in figures.items():
-        print(f"  {name:12s} {seconds:7.1f} s {tokens / seconds:8.0f} tokens/s {seconds / figures['ours']:8.2f} x ours")
+        print(
+            f"  {name:12s} {seconds:7.1f} s {tokens / seconds:8.0f} tokens/s {seconds / figures['ours']:8.2f} x ours"
+        )
     return {
         "real_tokens_per_s": tokens / figures["ours"],
         "real_vs_lockstep": figures["lock step"] / figures["ours"],
@@ -174,7 +218,13 @@ def bench_real() -> dict[str, float]:
 
 
 def converse(
-    engine: Engine, plans: Sequence[Plan], config: Config, address: str, cassette: str, scheduler: type, first: int = 0
+    engine: Engine,
+    plans: Sequence[Plan],
+    config: Config,
+    address: str,
+    cassette: str,
+    scheduler: type,
+    first: int = 0,
 ) -> float:
     """Seconds that these conversations take, from an empty cache."""
     chat = PlannedChat([*[plans[0]] * first, *plans], FIRST_CODE, address, SCALE)
@@ -199,7 +249,9 @@ def converse(
 
 
 class InstantEngine:
-    """Answers every request in the next step, with ids that were encoded before: three searches, then the answer."""
+    """Answers every request in the next step, with ids that were encoded before: three searches,
+    then the answer.
+    """
 
     def __init__(self, chat: ChatFormat, name: str) -> None:
         turns = [f"I need it.{toy_tokenizer.CALL_SEARCH}{name}{toy_tokenizer.CALL_END}"] * 3
@@ -226,10 +278,15 @@ class InstantEngine:
 
 
 def bench_overhead() -> dict[str, float]:
-    """CPU time of all but engine and search, with the toy's prompts and observations; tools in threads."""
+    """CPU time of all but engine and search, with the toy's prompts and observations; tools in
+    threads.
+    """
     from transformers import AutoTokenizer
 
-    chat, world = ChatFormat(AutoTokenizer.from_pretrained(toyworld.MODEL_DIR), date=""), toyworld.World("training", 0)
+    chat, world = (
+        ChatFormat(AutoTokenizer.from_pretrained(toyworld.MODEL_DIR), date=""),
+        toyworld.World("training", 0),
+    )
     name = next(iter(world.facts))
     config = replace(load_config(["--preset=toy"]), tool_threads=64, max_in_flight=4096)
     tools = Tools(config, chat, world.corpus)
@@ -238,7 +295,13 @@ def bench_overhead() -> dict[str, float]:
     times: dict[int, list[float]] = {64: [], 4096: []}
     for count in (64, 4096) * 3:  # in turn, so that a busy neighbour disturbs both
         numbers, rounds = range(count // GROUP), 1024 // count or 1
-        batch = Batch([Question(str(n), f"Where is {name}?", ("",)) for n in numbers], numbers, GROUP, 1.0, step=1)
+        batch = Batch(
+            [Question(str(n), f"Where is {name}?", ("",)) for n in numbers],
+            numbers,
+            GROUP,
+            1.0,
+            step=1,
+        )
         start = time.process_time()
         for _ in range(rounds):
             groups = roll_out(batch, Agent(config, InstantEngine(chat, name), tools, chat))
@@ -248,12 +311,16 @@ def bench_overhead() -> dict[str, float]:
     print("\nOVERHEAD: an engine and a search that answer at once, four turns each")
     for count, found in times.items():
         three = ", ".join(f"{value:.3f}" for value in found)
-        print(f"  {count:5d} trajectories in flight: {min(found):.3f} ms of CPU for a turn (the least of {three})")
+        print(
+            f"  {count:5d} trajectories in flight: {min(found):.3f} ms of CPU for a turn (the least of {three})"
+        )
     return {f"overhead_ms_per_turn_{count}": min(found) for count, found in times.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", choices=("sim", "real", "overhead"))
     args = parser.parse_args()

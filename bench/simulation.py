@@ -1,6 +1,8 @@
-"""A step of 4,096 trajectories, SIMULATED: the real scheduler under a virtual clock, before a model of engines and web.
+"""A step of 4,096 trajectories, SIMULATED: the real scheduler under a virtual clock, before a model
+of engines and web.
 
-The constants are assumptions about an H100 that serves a 7B model; nothing of it was measured on one. `bench/rollout.py
+The constants are assumptions about an H100 that serves a 7B model; nothing of it was measured on
+one. `bench/rollout.py
 --only sim` runs it.
 """
 
@@ -34,7 +36,10 @@ from deepresearcher_min.protocol import Entry
 from deepresearcher_min.rollout import Agent, Batch, roll_out_async
 from deepresearcher_min.trajectory import Question
 
-STEP, STEP_PER_REQUEST = 9e-3, 1.2e-4  # one decoding step: weights, and the cache of each running request [s]
+STEP, STEP_PER_REQUEST = (
+    9e-3,
+    1.2e-4,
+)  # one decoding step: weights, and the cache of each running request [s]
 PREFILL = 25_000.0  # tokens a second, during which nothing is decoded
 SLOTS, KV_TOKENS = 128, 900_000  # requests that decode together; tokens that the cache holds
 ENGINES, SEARCHES_PER_SECOND = 8, 200.0
@@ -53,16 +58,24 @@ class Clock(selectors.SelectSelector):
 
 
 class SimulatedEngine:
-    """vLLM in outline: continuous batching, and the contexts of trajectories kept until the room is needed."""
+    """vLLM in outline: continuous batching, and the contexts of trajectories kept until the room is
+    needed.
+    """
 
     max_len = PAPER.max_model_len
 
-    def __init__(self, chat: PlannedChat, clock: Any, capacity: int = KV_TOKENS, keep: bool = True) -> None:
+    def __init__(
+        self, chat: PlannedChat, clock: Any, capacity: int = KV_TOKENS, keep: bool = True
+    ) -> None:
         self.chat, self.clock, self.capacity_tokens, self.keep = chat, clock, capacity, keep
         self.turns: Counter[int] = Counter()  # by plan
         self.queue: deque[tuple[str, int, int, int]] = deque()  # (request, plan, turn, context)
-        self.running: list[tuple[int, int, str, int, int]] = []  # a heap: (last step, order, request, plan, turn)
-        self.idle: OrderedDict[int, int] = OrderedDict()  # contexts of plans that wait for a tool, oldest first
+        self.running: list[
+            tuple[int, int, str, int, int]
+        ] = []  # a heap: (last step, order, request, plan, turn)
+        self.idle: OrderedDict[int, int] = (
+            OrderedDict()
+        )  # contexts of plans that wait for a tool, oldest first
         self.used = self.steps = self.prefilled = 0
         self.order = itertools.count()
 
@@ -86,7 +99,9 @@ class SimulatedEngine:
             self.queue.popleft()
             self.idle.pop(plan, None)
             self.used += room
-            known = held or (SHARED if self.keep else 0)  # of an evicted context, the shared beginning is still there
+            known = held or (
+                SHARED if self.keep else 0
+            )  # of an evicted context, the shared beginning is still there
             self.prefilled += context - known
             heappush(self.running, (self.steps + length, next(self.order), request, plan, turn))
         return (self.prefilled - before) / PREFILL
@@ -112,7 +127,9 @@ class SimulatedEngine:
 
 
 class SimulatedTools:
-    """The web in outline: a rate limit for searches, shared out over the engines, and a latency for every request."""
+    """The web in outline: a rate limit for searches, shared out over the engines, and a latency for
+    every request.
+    """
 
     def __init__(self, chat: PlannedChat, rate: float) -> None:
         self.chat, self.interval, self.next_slot = chat, 1 / rate, 0.0
@@ -132,9 +149,11 @@ class SimulatedTools:
 
 
 def simulate(plans: Sequence[Plan], config: Config, by_tokens: bool = True) -> tuple[float, float]:
-    """Seconds that the slowest of the engines takes with the real scheduler, and prefilled tokens [millions].
+    """Seconds that the slowest of the engines takes with the real scheduler, and prefilled tokens
+    [millions].
 
-    Each engine is a rank with an event loop of its own and its share of the questions, as in training.
+    Each engine is a rank with an event loop of its own and its share of the questions, as in
+    training.
     """
     chat, seconds, prefilled = PlannedChat(plans, first_code=10), 0.0, 0
     for rank in range(ENGINES):
@@ -142,23 +161,34 @@ def simulate(plans: Sequence[Plan], config: Config, by_tokens: bool = True) -> t
         engine = SimulatedEngine(chat, clock)
         engine.capacity_tokens = KV_TOKENS if by_tokens else 10**12
         numbers = range(rank, len(plans) // GROUP, ENGINES)
-        batch = Batch([Question(str(n), str(n), ("",)) for n in numbers], numbers, GROUP, 1.0, step=1)
+        batch = Batch(
+            [Question(str(n), str(n), ("",)) for n in numbers], numbers, GROUP, 1.0, step=1
+        )
         tools = SimulatedTools(chat, SEARCHES_PER_SECOND / ENGINES)
         with closing(asyncio.SelectorEventLoop(clock)) as loop:
             loop.time = lambda clock=clock: clock.now
-            groups = loop.run_until_complete(roll_out_async(batch, Agent(config, engine, tools, chat), lambda _: None))
+            groups = loop.run_until_complete(
+                roll_out_async(batch, Agent(config, engine, tools, chat), lambda _: None)
+            )
         assert {t.stop_reason for group in groups for t in group} == {"answer"}
         seconds, prefilled = max(seconds, clock.now), prefilled + engine.prefilled
     return seconds, prefilled / 1e6
 
 
 def lock_step(plans: Sequence[Plan], official: bool) -> float:
-    """Seconds for the same work in lock step: everyone's turn, then everyone's tools, then everyone's next turn.
+    """Seconds for the same work in lock step: everyone's turn, then everyone's tools, then
+    everyone's next turn.
 
-    `official` adds what the published code does: both sides poll for files every 10 s, searches go first and browses
-    after them, each with 1,000 threads, and the KV cache is dropped at every turn.
+    `official` adds what the published code does: both sides poll for files every 10 s, searches go
+    first and browses after them, each with 1,000 threads, and the KV cache is dropped at every
+    turn.
     """
-    chat, draw, now, active = PlannedChat(plans, first_code=10), random.Random(1), 0.0, list(range(len(plans)))
+    chat, draw, now, active = (
+        PlannedChat(plans, first_code=10),
+        random.Random(1),
+        0.0,
+        list(range(len(plans))),
+    )
     engines = [SimulatedEngine(chat, Clock(), keep=not official) for _ in range(ENGINES)]
     for turn in range(MAX_CALLS + 1):
         for engine in engines:
@@ -174,8 +204,12 @@ def lock_step(plans: Sequence[Plan], official: bool) -> float:
         now = max(engine.clock.now for engine in engines)
         active = [plan for plan in active if turn < len(plans[plan].calls)]
         calls = [plans[plan].calls[turn] for plan in active]
-        searches = [latency for kind, latencies in calls if kind == "search" for latency in latencies]
-        browses = [latency for kind, latencies in calls if kind == "browse" for latency in latencies]
+        searches = [
+            latency for kind, latencies in calls if kind == "search" for latency in latencies
+        ]
+        browses = [
+            latency for kind, latencies in calls if kind == "browse" for latency in latencies
+        ]
         if official and active:
             start, now = now, now + draw.uniform(0, 10)
             now = answered(searches, now, 1000, SEARCHES_PER_SECOND)
@@ -188,7 +222,9 @@ def lock_step(plans: Sequence[Plan], official: bool) -> float:
 
 
 def answered(latencies: Sequence[float], now: float, workers: int, rate: float) -> float:
-    """When the last of these requests is answered, if so many workers send at most `rate` of them a second."""
+    """When the last of these requests is answered, if so many workers send at most `rate` of them a
+    second.
+    """
     free, slot, last = [now] * workers, now, now
     for latency in latencies:
         start = slot = max(heappop(free), slot) + 1 / rate
@@ -208,13 +244,19 @@ def bench_simulated() -> dict[str, float]:
         print(f"{sum(len(plan.calls) for plan in plans) / len(plans):.2f} tool calls each")
         if not name:
             figures["sim_official_s"] = lock_step(plans, official=True)
-            print(f"  {'a official: lock step, polling, cache dropped':46s} {figures['sim_official_s']:8.0f}")
+            print(
+                f"  {'a official: lock step, polling, cache dropped':46s} {figures['sim_official_s']:8.0f}"
+            )
         figures[f"sim_{name}lock_step_s"] = lock_step(plans, official=False)
         print(f"  {'b lock step':46s} {figures[f'sim_{name}lock_step_s']:8.0f}")
         free = replace(PAPER, max_in_flight=512)
         runs = {
             "uncapped": ("c asynchronous, all 512 of an engine in flight", free, False),
-            "best_cap": (f"c asynchronous, {cap} in flight (the best cap)", replace(free, max_in_flight=cap), False),
+            "best_cap": (
+                f"c asynchronous, {cap} in flight (the best cap)",
+                replace(free, max_in_flight=cap),
+                False,
+            ),
             "async": ("  ours: admission by KV tokens, no cap given", free, True),
         }
         for key, (words, config, by_tokens) in runs.items():

@@ -1,9 +1,11 @@
-"""The tools, measured: page extraction beside others, the cassette, a step's worth of searches, stalls of the engine.
+"""The tools, measured: page extraction beside others, the cassette, a step's worth of searches,
+stalls of the engine.
 
     python bench/tools.py [--json PATH] [--pages DIR] [--trajectories 4096]
 
-DIR holds pages.jsonl (file, must_contain, must_not_contain, expected_text) and files/; without it that part is left
-out. Everything runs here: the searches go to a server on loopback, in a process of its own. Takes about three minutes.
+DIR holds pages.jsonl (file, must_contain, must_not_contain, expected_text) and files/; without it
+that part is left out. Everything runs here: the searches go to a server on loopback, in a process
+of its own. Takes about three minutes.
 """
 
 import argparse
@@ -34,8 +36,15 @@ from deepresearcher_min.config import load_config  # noqa: E402
 from deepresearcher_min.search import make_search  # noqa: E402
 from deepresearcher_min.web import Web  # noqa: E402
 
-SEARCH_MEDIAN, SEARCH_SIGMA = 0.8, math.log(10) / 2.3263  # log-normal: median 0.8 s, 99th percentile 8 s
-GROUP, QUERIES, CANDIDATES = 16, 3, 30  # trajectories of a question, queries of each, different ones that occur to them
+SEARCH_MEDIAN, SEARCH_SIGMA = (
+    0.8,
+    math.log(10) / 2.3263,
+)  # log-normal: median 0.8 s, 99th percentile 8 s
+GROUP, QUERIES, CANDIDATES = (
+    16,
+    3,
+    30,
+)  # trajectories of a question, queries of each, different ones that occur to them
 PAPER = load_config(["--preset=paper"])
 
 
@@ -54,18 +63,31 @@ def trafilatura_mode(**options: bool) -> Callable[[bytes, str], str]:
     return lambda body, _: trafilatura.extract(body, **options) or ""
 
 
-def quality(pages: list[tuple[dict, bytes]], extract: Callable[[bytes, str], str]) -> dict[str, float]:
-    """Shares of the wanted strings kept and of the unwanted ones absent, and the mean F1 of words to expected texts."""
+def quality(
+    pages: list[tuple[dict, bytes]], extract: Callable[[bytes, str], str]
+) -> dict[str, float]:
+    """Shares of the wanted strings kept and of the unwanted ones absent, and the mean F1 of words
+    to expected texts.
+    """
     kept, absent, f1 = [], [], []
     for row, body in pages:
         text = extract(body, "text/html")
         line = " ".join(text.split())
         kept += [" ".join(wanted.split()) in line for wanted in row.get("must_contain", [])]
-        absent += [" ".join(unwanted.split()) not in line for unwanted in row.get("must_not_contain", [])]
+        absent += [
+            " ".join(unwanted.split()) not in line for unwanted in row.get("must_not_contain", [])
+        ]
         if "expected_text" in row:
-            expected, got = Counter(re.findall(r"\w+", row["expected_text"])), Counter(re.findall(r"\w+", text))
+            expected, got = (
+                Counter(re.findall(r"\w+", row["expected_text"])),
+                Counter(re.findall(r"\w+", text)),
+            )
             f1.append(2 * (expected & got).total() / (expected.total() + got.total()))
-    return {"kept": statistics.mean(kept), "absent": statistics.mean(absent), "f1": statistics.mean(f1)}
+    return {
+        "kept": statistics.mean(kept),
+        "absent": statistics.mean(absent),
+        "f1": statistics.mean(f1),
+    }
 
 
 def bench_extraction(folder: Path) -> dict[str, float]:
@@ -79,10 +101,14 @@ def bench_extraction(folder: Path) -> dict[str, float]:
         "trafilatura": trafilatura_mode(),
         "all text": all_text,
     }
-    scores = {name: quality(pages, extract) for name, extract in extractors.items()}  # the first round warms up
+    scores = {
+        name: quality(pages, extract) for name, extract in extractors.items()
+    }  # the first round warms up
     times: dict[str, list[list[float]]] = {name: [[] for _ in pages] for name in extractors}
     order = list(extractors.items())
-    for _ in range(6):  # interleaved: a busy neighbour slows all of them; shuffled: the second finds warm caches
+    for _ in range(
+        6
+    ):  # interleaved: a busy neighbour slows all of them; shuffled: the second finds warm caches
         for number, (_, body) in enumerate(pages):
             random.shuffle(order)
             for name, extract in order:
@@ -97,10 +123,15 @@ def bench_extraction(folder: Path) -> dict[str, float]:
             f"  {name:24} {score['kept']:.3f}  {score['absent']:.3f}  {score['f1']:.3f}"
             f"  {statistics.median(milliseconds):14.1f} {statistics.mean(milliseconds):6.1f}"
         )
-    ratios = [mine / theirs for mine, theirs in zip(best["ours"], best["trafilatura fast"], strict=True)]
-    return {**scores["ours"], "ms_vs_trafilatura": statistics.median(ratios),
-            "ms_vs_trafilatura_mean": sum(best["ours"]) / sum(best["trafilatura fast"]),
-            "ms_median": 1000 * statistics.median(best["ours"])}  # fmt: skip
+    ratios = [
+        mine / theirs for mine, theirs in zip(best["ours"], best["trafilatura fast"], strict=True)
+    ]
+    return {
+        **scores["ours"],
+        "ms_vs_trafilatura": statistics.median(ratios),
+        "ms_vs_trafilatura_mean": sum(best["ours"]) / sum(best["trafilatura fast"]),
+        "ms_median": 1000 * statistics.median(best["ours"]),
+    }
 
 
 # --- cassette
@@ -110,13 +141,19 @@ def reply_of(number: int) -> list[list[str]]:
     """Ten results of about the size that a search engine sends."""
     rng = random.Random(number)
     return [
-        [f"Title {rng.random()}", f"https://site.example/{rng.random()}", "some words of a snippet " * 8]
+        [
+            f"Title {rng.random()}",
+            f"https://site.example/{rng.random()}",
+            "some words of a snippet " * 8,
+        ]
         for _ in range(10)
     ]
 
 
 def bench_cassette(folder: Path) -> dict[str, float]:
-    """CPU of Web.cached: a new reply (key, encoding, write) and a recorded one (key, read, decoding)."""
+    """CPU of Web.cached: a new reply (key, encoding, write) and a recorded one (key, read,
+    decoding).
+    """
     web, counts, filled = Web(PAPER, folder / "cassette.sqlite"), Counter(), 0
     figures: dict[str, float] = {}
     print(f"\ncassette, replies of {len(json.dumps(reply_of(0)))} bytes      put ms  get ms (CPU)")
@@ -130,7 +167,9 @@ def bench_cassette(folder: Path) -> dict[str, float]:
             for number in range(500):
                 web.cached(name, number, replies.__next__, counts, time.monotonic() + 60)
             figures[f"{what}_ms_{name}"] = (time.process_time() - start) / 500 * 1000
-        print(f"  with {name:>5} entries {figures[f'put_ms_{name}']:24.3f} {figures[f'get_ms_{name}']:7.3f}")
+        print(
+            f"  with {name:>5} entries {figures[f'put_ms_{name}']:24.3f} {figures[f'get_ms_{name}']:7.3f}"
+        )
     web.close()
     return figures
 
@@ -150,7 +189,9 @@ def serve(port: multiprocessing.Queue, received: multiprocessing.Value) -> None:
             query = await reader.readexactly(int(length[1])) if length else b""
             received.value += 1
             luck = random.Random(hashlib.sha256(query).digest()).gauss(0, 1)
-            await asyncio.sleep(min(PAPER.tool_timeout, SEARCH_MEDIAN * math.exp(SEARCH_SIGMA * luck)))
+            await asyncio.sleep(
+                min(PAPER.tool_timeout, SEARCH_MEDIAN * math.exp(SEARCH_SIGMA * luck))
+            )
             writer.write(head + body)
 
     async def run() -> None:
@@ -162,14 +203,19 @@ def serve(port: multiprocessing.Queue, received: multiprocessing.Value) -> None:
 
 
 def bench_searches(folder: Path, trajectories: int, threads: int = 256) -> dict[str, float]:
-    """Each trajectory asks three of its question's candidate queries, the r-th likeliest with weight 1/r (assumed)."""
+    """Each trajectory asks three of its question's candidate queries, the r-th likeliest with
+    weight 1/r (assumed).
+    """
     context = multiprocessing.get_context("spawn")
     port, received = context.Queue(), context.Value("l", 0)
     service = context.Process(target=serve, args=(port, received), daemon=True)
     service.start()
     os.environ["SERPER_API_KEY"] = "none"
     config = replace(
-        PAPER, search_url=f"http://127.0.0.1:{port.get(timeout=60)}", tool_threads=threads, read_timeout=30.0
+        PAPER,
+        search_url=f"http://127.0.0.1:{port.get(timeout=60)}",
+        tool_threads=threads,
+        read_timeout=30.0,
     )
     web = Web(config, folder / "searches.sqlite")
     search = make_search(config, web, None)
@@ -197,10 +243,17 @@ def bench_searches(folder: Path, trajectories: int, threads: int = 256) -> dict[
     under_way = sum(start < first_end[query] for query, start, _ in calls) - len(first_end)
     service.kill()
     web.close()
-    figures = {"requests_asked": len(asked), "requests_sent": received.value, "single_flight_saved": under_way,
-               "search_seconds": seconds, "cpu_ms_per_search": 1000 * cpu / len(asked)}  # fmt: skip
+    figures = {
+        "requests_asked": len(asked),
+        "requests_sent": received.value,
+        "single_flight_saved": under_way,
+        "search_seconds": seconds,
+        "cpu_ms_per_search": 1000 * cpu / len(asked),
+    }
     limit = f"{PAPER.requests_per_second:.0f}/s"
-    print(f"\nsearches of {trajectories} trajectories, {QUERIES} queries each, {threads} threads, {limit}")
+    print(
+        f"\nsearches of {trajectories} trajectories, {QUERIES} queries each, {threads} threads, {limit}"
+    )
     print(
         f"  asked {len(asked)}, sent {received.value}; different {len(first_end)}; saved by waiting for one under way"
     )
@@ -212,7 +265,9 @@ def bench_searches(folder: Path, trajectories: int, threads: int = 256) -> dict[
 
 
 def steps_per_second(seconds: float) -> tuple[float, float]:
-    """(steps a second, 99th percentile of a step [ms]) of a loop like an engine's: Python and small matrix products."""
+    """(steps a second, 99th percentile of a step [ms]) of a loop like an engine's: Python and small
+    matrix products.
+    """
     import torch
 
     weights, state, taken = [torch.randn(256, 256) / 16 for _ in range(8)], torch.randn(32, 256), []
@@ -227,7 +282,9 @@ def steps_per_second(seconds: float) -> tuple[float, float]:
 
 
 def bench_stalls(body: bytes, workers: int = 8) -> dict[str, float]:
-    """The loop alone, beside threads that parse pages, and beside threads that wait for parsing child processes."""
+    """The loop alone, beside threads that parse pages, and beside threads that wait for parsing
+    child processes.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -246,10 +303,19 @@ def bench_stalls(body: bytes, workers: int = 8) -> dict[str, float]:
     with ThreadPoolExecutor(workers) as pool:  # so many at once that both children are started
         list(pool.map(lambda _: in_child(), range(2 * workers)))
     figures = {}
-    print(f"\na loop like an engine's beside {workers} tool threads   steps/s   slowest 1 % of steps ms   pages/s")
-    for name, parse in (("alone", None), ("threads", lambda: main_text(body, "text/html")), ("children", in_child)):
+    print(
+        f"\na loop like an engine's beside {workers} tool threads   steps/s   slowest 1 % of steps ms   pages/s"
+    )
+    for name, parse in (
+        ("alone", None),
+        ("threads", lambda: main_text(body, "text/html")),
+        ("children", in_child),
+    ):
         over.clear()
-        crowd = [threading.Thread(target=keep_parsing, args=(name, parse)) for _ in range(workers if parse else 0)]
+        crowd = [
+            threading.Thread(target=keep_parsing, args=(name, parse))
+            for _ in range(workers if parse else 0)
+        ]
         for thread in crowd:
             thread.start()
         rate, slow = steps_per_second(8.0)
@@ -263,7 +329,9 @@ def bench_stalls(body: bytes, workers: int = 8) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--pages", type=Path, default=ROOT.parent / "shared/data/html_pages")
     parser.add_argument("--trajectories", type=int, default=4096)
@@ -271,7 +339,9 @@ def main() -> None:
     print(f"load of this machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs")
     figures: dict[str, float] = {"load": os.getloadavg()[0], "cpus": os.cpu_count() or 0}
     body = (
-        "<html><body>" + "<p>A sentence with <a href=x>a link</a> that is kept.</p>" * 400 + "</body></html>"
+        "<html><body>"
+        + "<p>A sentence with <a href=x>a link</a> that is kept.</p>" * 400
+        + "</body></html>"
     ).encode()
     if args.pages.is_dir():
         figures |= bench_extraction(args.pages)

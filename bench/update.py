@@ -1,14 +1,16 @@
-"""The update, measured: forward and backward of the loss (no optimizer step) on fixed batches, and its peak memory.
+"""The update, measured: forward and backward of the loss (no optimizer step) on fixed batches, and
+its peak memory.
 
     python bench/update.py [--json PATH] [--rounds N] [--peers] [--cache DIR]
 
---peers measures TRL's two trainers on the same weights and tokens, in turn with ours; TRL and the libraries that we
-share with it are installed once into an environment of the bench's own, under --cache. Everybody gets float32, one
-thread, gradient checkpointing and tensors that are ready; losses and gradient norms must agree, or nothing is reported.
-Who they are, and on which batches, is in contestants.py.
-Peak extra memory is the process's highest resident size during the call, less the size before it; it includes the
-gradients. Needs Linux. A round takes 25 s of CPU time, with --peers one more minute and four to six for
-GRPOTrainer, which runs in the first round only; one more round measures memory.
+--peers measures TRL's two trainers on the same weights and tokens, in turn with ours; TRL and the
+libraries that we share with it are installed once into an environment of the bench's own, under
+--cache. Everybody gets float32, one thread, gradient checkpointing and tensors that are ready;
+losses and gradient norms must agree, or nothing is reported. Who they are, and on which batches, is
+in contestants.py. Peak extra memory is the process's highest resident size during the call, less
+the size before it; it includes the gradients. Needs Linux. A round takes 25 s of CPU time, with
+--peers one more minute and four to six for GRPOTrainer, which runs in the first round only; one
+more round measures memory.
 """
 
 import argparse
@@ -33,17 +35,31 @@ import numpy as np
 import torch
 from contestants import Contestant, make_group, save_model
 
-TRL = ("trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "requests==2.34.2")  # its client needs the last
+TRL = (
+    "trl==1.16.0",
+    "accelerate==1.15.0",
+    "datasets==5.2.0",
+    "requests==2.34.2",
+)  # its client needs the last
 NEEDED = "import requests; from trl import GRPOTrainer; from trl.experimental.async_grpo import AsyncGRPOTrainer"
 # What the peers' environment has in the same version as ours.
 SHARED = ("torch", "transformers", "safetensors", "numpy", "pyyaml", "pyarrow")
 TAIL = (96, 112, 128, 144, 160, 192, 224, 256, 288, 320, 352, 448, 640, 1024, 1600, 2560)
 EVEN = (307, 358, 410, 461, 563, 614, 666, 717)  # 0.6 to 1.4 times 512
-CASES = {"152k": (151_936, EVEN), "4k": (4096, EVEN), "tail_4k": (4096, TAIL)}  # vocabulary, lengths [tokens]
+CASES = {
+    "152k": (151_936, EVEN),
+    "4k": (4096, EVEN),
+    "tail_4k": (4096, TAIL),
+}  # vocabulary, lengths [tokens]
 SLOPE = {f"{n}": (4096, (n,)) for n in (1024, 2048, 4096, 8192)}  # one sequence of growing length
-# Eight trajectories of 512 tokens on average begin with one prompt, which is so many percent of them.
+# Eight trajectories of 512 tokens on average begin with one prompt, which is so many percent of
+# them.
 PROMPTS = {
-    f"shared_{share}": (4096, tuple(512 * share // 100 + n * (100 - share) // 100 for n in EVEN), 512 * share // 100)
+    f"shared_{share}": (
+        4096,
+        tuple(512 * share // 100 + n * (100 - share) // 100 for n in EVEN),
+        512 * share // 100,
+    )
     for share in (25, 50, 80)
 }
 ALL = CASES | SLOPE | PROMPTS
@@ -87,29 +103,46 @@ def work(name: str, models: str) -> None:
         case = line.strip()
         vocabulary, *shape = ALL[case]
         if case not in ready:
-            ready = {case: getattr(contestants, name)(f"{models}/{vocabulary}", make_group(vocabulary, *shape))}
-            assert all(p.isfinite().all() for p in ready[case][0].parameters())  # pages the mapped weights in
+            ready = {
+                case: getattr(contestants, name)(
+                    f"{models}/{vocabulary}", make_group(vocabulary, *shape)
+                )
+            }
+            assert all(
+                p.isfinite().all() for p in ready[case][0].parameters()
+            )  # pages the mapped weights in
         print(json.dumps(measure(*ready[case])), file=out, flush=True)
 
 
 class Worker:
-    """The other end of `work`. To measure memory, the C library must give back at once what was freed."""
+    """The other end of `work`. To measure memory, the C library must give back at once what was
+    freed.
+    """
 
     def __init__(self, python: str, name: str, models: str, memory: bool) -> None:
         command = [python, __file__, "--worker", name, models]
-        malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"} if memory else {}
+        malloc = (
+            {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"} if memory else {}
+        )
         self.name, self.log = name, open(f"{models}/{name}.log", "w")  # noqa: SIM115
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=models,
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            cwd=models,
             env=os.environ | malloc,
-        )  # fmt: skip
+        )
 
     def run(self, case: str) -> dict[str, float]:
         self.process.stdin.write(case + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} failed at {case}:\n{Path(self.log.name).read_text()[-3000:]}")
+            raise SystemExit(
+                f"{self.name} failed at {case}:\n{Path(self.log.name).read_text()[-3000:]}"
+            )
         return json.loads(line)
 
     def close(self) -> None:
@@ -136,7 +169,9 @@ def check_agreement(case: str, found: dict[str, dict[str, float]]) -> None:
     for name, figures in found.items():
         for key in ("loss", "grad_norm"):
             if abs(figures[key] - ours[key]) > 1e-4 * ours["grad_norm"]:
-                raise SystemExit(f"{case}: {key} is {figures[key]} for {name}, {ours[key]} for ours: not comparable")
+                raise SystemExit(
+                    f"{case}: {key} is {figures[key]} for {name}, {ours[key]} for ours: not comparable"
+                )
 
 
 def cases_of(name: str) -> dict[str, Any]:
@@ -146,8 +181,12 @@ def cases_of(name: str) -> dict[str, Any]:
     return CASES | PROMPTS if name in ("ours", "trl_async") else CASES
 
 
-def bench_memory(start: Callable[[str], Worker], names: list[str]) -> tuple[dict[str, Any], dict[str, float]]:
-    """The first call of every case for every contestant, and how our peak grows with the length of a sequence."""
+def bench_memory(
+    start: Callable[[str], Worker], names: list[str]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The first call of every case for every contestant, and how our peak grows with the length of
+    a sequence.
+    """
     first: dict[str, dict[str, dict[str, float]]] = {case: {} for case in CASES | PROMPTS}
     for name in names:
         with closing(start(name)) as worker:
@@ -162,7 +201,9 @@ def bench_memory(start: Callable[[str], Worker], names: list[str]) -> tuple[dict
     off = np.abs(peaks - fixed - slope * lengths).max() / peaks.max()
     pairs = ", ".join(f"{n}: {peak * 1000:.0f}" for n, peak in zip(lengths, peaks, strict=True))
     print(f"\npeak extra memory of ours by length of one sequence, 4k words [tokens: MB]  {pairs}")
-    print(f"line: {fixed * 1000:.0f} MB + {slope * 1e6:.1f} kB per token, off by at most {off:.1%} of the largest peak")
+    print(
+        f"line: {fixed * 1000:.0f} MB + {slope * 1e6:.1f} kB per token, off by at most {off:.1%} of the largest peak"
+    )
     return first, {"memory_kb_per_token": slope * 1e6, "memory_off_line": float(off)}
 
 
@@ -175,16 +216,24 @@ def key_of(name: str, case: str) -> str:
 def bench_time(workers: dict[str, Worker], rounds: int, first: dict[str, Any]) -> dict[str, float]:
     """Rounds of one call of every contestant, and the table."""
     figures: dict[str, float] = {}
-    print(f"\n{'batch':10}{'':14}{'CPU s':>8}{'x ours':>8}{'wall s':>8}{'peak GB':>9}{'loss':>12}{'grad norm':>11}")
+    print(
+        f"\n{'batch':10}{'':14}{'CPU s':>8}{'x ours':>8}{'wall s':>8}{'peak GB':>9}{'loss':>12}{'grad norm':>11}"
+    )
     for case in CASES | PROMPTS:
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in workers if case in cases_of(name)}
+        found: dict[str, list[dict[str, float]]] = {
+            name: [] for name in workers if case in cases_of(name)
+        }
         for number in range(rounds):
             for name, runs in found.items():
                 if number == 0 or name not in SLOW:
                     runs.append(workers[name].run(case))
         for name, runs in found.items():
-            row = first[case][name] | {key: median(run[key] for run in runs) for key in ("cpu_s", "wall_s")}
-            ratio = median(a["cpu_s"] / b["cpu_s"] for a, b in zip(runs, found["ours"], strict=False))
+            row = first[case][name] | {
+                key: median(run[key] for run in runs) for key in ("cpu_s", "wall_s")
+            }
+            ratio = median(
+                a["cpu_s"] / b["cpu_s"] for a, b in zip(runs, found["ours"], strict=False)
+            )
             times = f"{row['cpu_s']:8.2f}{ratio:8.2f}{row['wall_s']:8.2f}"
             checks = f"{row['peak_gb']:9.3f}{row['loss']:12.6f}{row['grad_norm']:11.6f}"
             print(f"{case:10}{LABELS.get(name, name):14}{times}{checks}", flush=True)
@@ -196,7 +245,9 @@ def bench_time(workers: dict[str, Worker], rounds: int, first: dict[str, Any]) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", action="store_true")
@@ -213,10 +264,15 @@ def main() -> None:
         names = ["ours", "ours_apart", *(PEERS if args.peers else [])]
         first, slope = bench_memory(lambda name: Worker(python, name, models, memory=True), names)
         with ExitStack() as stack:
-            workers = {name: stack.enter_context(closing(Worker(python, name, models, memory=False))) for name in names}
+            workers = {
+                name: stack.enter_context(closing(Worker(python, name, models, memory=False)))
+                for name in names
+            }
             figures |= slope | bench_time(workers, args.rounds, first)
     print(CAPTION)
-    print(f"load of this machine: {figures['load']:.1f} before, {os.getloadavg()[0]:.1f} after, {figures['cpus']} CPUs")
+    print(
+        f"load of this machine: {figures['load']:.1f} before, {os.getloadavg()[0]:.1f} after, {figures['cpus']} CPUs"
+    )
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -1,4 +1,5 @@
-"""The work of bench/rollout.py: what every trajectory will say, how much of it, and how long its tools will take.
+"""The work of bench/rollout.py: what every trajectory will say, how much of it, and how long its
+tools will take.
 
 Importing it sets the environment and the path, so it comes before torch and the package.
 """
@@ -25,7 +26,9 @@ GROUP = PAPER.group_size
 
 @dataclass(frozen=True)
 class Plan:
-    """A trajectory: the lengths of its turns and observations [tokens], the kinds and latencies of its calls [s]."""
+    """A trajectory: the lengths of its turns and observations [tokens], the kinds and latencies of
+    its calls [s].
+    """
 
     turns: list[int]
     observations: list[int]
@@ -33,15 +36,20 @@ class Plan:
 
 
 PROMPT, SHARED = 900, 850  # tokens of a prompt; those that all prompts have in common
-LATENCY = {"search": 0.8, "browse": 4.0}  # median of the log-normal latency of one request [s]; 99th percentile: 10 x
+LATENCY = {
+    "search": 0.8,
+    "browse": 4.0,
+}  # median of the log-normal latency of one request [s]; 99th percentile: 10 x
 SIGMA = math.log(10) / 2.3263
 MAX_CALLS, CUT = 10, 120.0  # latencies are cut here [s]
 
 
 def make_plans(count: int, mean_calls: float, seed: int) -> list[Plan]:
-    """The workload: a geometric number of calls, first a search of one to three queries, then six in ten are searches.
+    """The workload: a geometric number of calls, first a search of one to three queries, then six
+    in ten are searches.
 
-    The order of the draws is part of it: with the same seed these are the trajectories of the published simulation.
+    The order of the draws is part of it: with the same seed these are the trajectories of the
+    published simulation.
     """
     draw = random.Random(seed)
 
@@ -55,9 +63,13 @@ def make_plans(count: int, mean_calls: float, seed: int) -> list[Plan]:
             search = number == 0 or draw.random() < 0.6
             requests = draw.randint(1, 3) if search else 1
             median = LATENCY["search" if search else "browse"]
-            latencies = [min(CUT, median * math.exp(SIGMA * draw.gauss(0, 1))) for _ in range(requests)]
+            latencies = [
+                min(CUT, median * math.exp(SIGMA * draw.gauss(0, 1))) for _ in range(requests)
+            ]
             made.append(("search" if search else "browse", latencies))
-            observations.append(600 * requests if search else int(700 * math.exp(0.4 * draw.gauss(0, 1))))
+            observations.append(
+                600 * requests if search else int(700 * math.exp(0.4 * draw.gauss(0, 1)))
+            )
         return Plan(turns, observations, made)
 
     return [plan() for _ in range(count)]
@@ -70,11 +82,15 @@ def plan_of(request_id: str) -> int:
 
 
 class PlannedChat:
-    """Stands for the tokenizer: the last token of a turn is the number of its plan and turn, which gives its text."""
+    """Stands for the tokenizer: the last token of a turn is the number of its plan and turn, which
+    gives its text.
+    """
 
     end_of_turn_id, end_ids = 0, (0,)
 
-    def __init__(self, plans: Sequence[Plan], first_code: int, pages: str = "", scale: int = 1) -> None:
+    def __init__(
+        self, plans: Sequence[Plan], first_code: int, pages: str = "", scale: int = 1
+    ) -> None:
         self.plans, self.first_code, self.pages, self.scale = plans, first_code, pages, scale
 
     def code(self, plan: int, turn: int) -> int:
@@ -85,7 +101,9 @@ class PlannedChat:
         return divmod(ids[-1] - self.first_code, MAX_CALLS + 1)
 
     def prompt_ids(self, text: str) -> list[int]:
-        return [1] * (SHARED // self.scale) + [2 + int(text) % 7] * ((PROMPT - SHARED) // self.scale)
+        return [1] * (SHARED // self.scale) + [2 + int(text) % 7] * (
+            (PROMPT - SHARED) // self.scale
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         plan, turn = self.read(ids)
@@ -93,10 +111,16 @@ class PlannedChat:
             return "</think><answer>the answer</answer>"
         kind, latencies = self.plans[plan].calls[turn]
         keys = [f"{plan}/{turn}/{i}" for i in range(len(latencies))]
-        name, argument = ("web_search", "query") if kind == "search" else ("browse_webpage", "url_list")
+        name, argument = (
+            ("web_search", "query") if kind == "search" else ("browse_webpage", "url_list")
+        )
         arguments = {argument: keys if kind == "search" else [self.pages + key for key in keys]}
-        return f"</think><tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+        return (
+            f"</think><tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+        )
 
-    def fit(self, kind: str, entries: Sequence[Entry], max_tokens: int, earlier: int) -> tuple[str, list[int], int]:
+    def fit(
+        self, kind: str, entries: Sequence[Entry], max_tokens: int, earlier: int
+    ) -> tuple[str, list[int], int]:
         plan, turn, _ = map(int, entries[0].key.removeprefix(self.pages).split("/"))
         return "", [3] * max(1, self.plans[plan].observations[turn] // self.scale), 0

@@ -1,1 +1,3 @@
-"""A minimal DeepResearcher: GRPO on a research agent. README.md has the order in which to read these files."""
+"""A minimal DeepResearcher: GRPO on a research agent. README.md has the order in which to read
+these files.
+"""

@@ -1,10 +1,13 @@
-"""Does our code compute a model exactly as the model itself does? Tried on a small copy before a run starts.
+"""Does our code compute a model exactly as the model itself does? Tried on a small copy before a
+run starts.
 
-The update has its own packing, attention and output head, HFEngine its own attention and cache. They leave out what few
-architectures have: scaled, biased or capped heads, sliding windows, attention sinks, alibi. No list of names could be
-complete. So a copy of the architecture (few layers, narrow, random weights, biases included) runs through the same
-code, and its log-probabilities must be those of the copy under its own attention and head. Any number in the model's
-config may turn out to be a window: the longest sequence is longer than all of them, as far as max_model_len allows.
+The update has its own packing, attention and output head, HFEngine its own attention and cache.
+They leave out what few architectures have: scaled, biased or capped heads, sliding windows,
+attention sinks, alibi. No list of names could be complete. So a copy of the architecture (few
+layers, narrow, random weights, biases included) runs through the same code, and its
+log-probabilities must be those of the copy under its own attention and head. Any number in the
+model's config may turn out to be a window: the longest sequence is longer than all of them, as far
+as max_model_len allows.
 """
 
 import copy
@@ -30,35 +33,52 @@ LIMIT = 3e-4  # nats; in float32 what is exact differs by up to 2e-5 here
 SHORT = 32  # tokens of the first trial
 MARGIN = 64  # tokens behind the longest window
 HEADS, VOCABULARY, INNER = 4, 64, 64
-INNERS = "intermediate_size moe_intermediate_size shared_expert_intermediate_size intermediate_size_mlp"
+INNERS = (
+    "intermediate_size moe_intermediate_size shared_expert_intermediate_size intermediate_size_mlp"
+)
 WIDTHS = "vocab_size hidden_size num_attention_heads num_key_value_heads head_dim " + INNERS
 
 
 def check_architecture(part: str, trial: Trial, model_dir: str, max_model_len: int) -> None:
-    """ValueError where `trial`, which runs `part` of our code, does not compute this architecture exactly."""
+    """ValueError where `trial`, which runs `part` of our code, does not compute this architecture
+    exactly.
+    """
     own = AutoConfig.from_pretrained(model_dir)
     kind: Any = type(own)
     what = difference(trial, kind, own.to_json_string(use_diff=False), max_model_len)
     if what:
-        raise ValueError(f"model={model_dir!r}: {part} does not compute {own.model_type} models exactly: {what}")
+        raise ValueError(
+            f"model={model_dir!r}: {part} does not compute {own.model_type} models exactly: {what}"
+        )
 
 
 @functools.cache  # an architecture is tried once in a process
 def difference(trial: Trial, kind: Any, architecture: str, max_model_len: int) -> str:
-    """What differs between the trial and the model's own computation, in words; "" where nothing does."""
+    """What differs between the trial and the model's own computation, in words; "" where nothing
+    does.
+    """
     for length in trial_lengths(architecture, max_model_len):
-        config = replace(load_config(["--preset=toy", "--kl_coef=0", "--max_in_flight=2"]), max_model_len=length)
+        config = replace(
+            load_config(["--preset=toy", "--kl_coef=0", "--max_in_flight=2"]), max_model_len=length
+        )
         with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
             try:
                 model = small_copy(kind.from_dict(json.loads(architecture)), length)
-                model.should_save_on_this_rank = lambda _: True  # every rank has a folder of its own
+                model.should_save_on_this_rank = lambda _: (
+                    True
+                )  # every rank has a folder of its own
                 model.save_pretrained(folder)
                 first, second = torch.randint(3, VOCABULARY, (2, length)).tolist()
                 off = 0.0
-                for ids, found in trial(config, folder, [first, first[:4] + second[4:20]]):  # they begin alike
-                    off = max(off, float((own_logprobs(model, ids, len(found)) - found).abs().max()))
-            except Exception as error:  # whatever an architecture raises that our code or this copy is not made for
+                for ids, found in trial(
+                    config, folder, [first, first[:4] + second[4:20]]
+                ):  # they begin alike
+                    off = max(
+                        off, float((own_logprobs(model, ids, len(found)) - found).abs().max())
+                    )
+            # whatever an architecture raises that our code or this copy is not made for
+            except Exception as error:
                 return f"{type(error).__name__} at {length} tokens: {' '.join(str(error).split())[:200]}"
         if not off < LIMIT:
             remedy = "; a lower max_model_len may avoid it" if length > SHORT else ""
@@ -67,32 +87,49 @@ def difference(trial: Trial, kind: Any, architecture: str, max_model_len: int) -
 
 
 def trial_lengths(architecture: str, max_model_len: int) -> list[int]:
-    """A short sequence, and one that is longer than any window below max_model_len, if there may be one."""
+    """A short sequence, and one that is longer than any window below max_model_len, if there may be
+    one.
+    """
     short, longest = max(20, min(SHORT, max_model_len)), 0
     for name, number in re.findall(r'"(\w+)": (\d+)[,\s]', architecture):
-        if int(number) < max_model_len and name not in WIDTHS.split() and not name.endswith("_token_id"):
+        if (
+            int(number) < max_model_len
+            and name not in WIDTHS.split()
+            and not name.endswith("_token_id")
+        ):
             longest = max(longest, int(number))
     return [short] if longest < short else [short, min(longest + MARGIN, max_model_len)]
 
 
 def small_copy(config: Any, length: int) -> PreTrainedModel:
-    """A narrow model of this architecture with random weights on the CPU; its own attention suits the length."""
+    """A narrow model of this architecture with random weights on the CPU; its own attention suits
+    the length.
+    """
     text = config.get_text_config()
     own = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     try:
         model = build(copy.deepcopy(config), 16)
         own_logprobs(model, [3, 4, 5], 1)
-    except (RuntimeError, ValueError, AssertionError):  # its rotary settings may be made for heads of their own width
+    except (
+        RuntimeError,
+        ValueError,
+        AssertionError,
+    ):  # its rotary settings may be made for heads of their own width
         model = build(config, own)
-    # Biases and sinks are zero in a new model, which would hide them. Sharp attention shows caps and windows, and a
-    # head that is not sharp gives no token a probability near one, at which nothing could be seen.
+    # Biases and sinks are zero in a new model, which would hide them. Sharp attention shows caps
+    # and windows, and a head that is not sharp gives no token a probability near one, at which
+    # nothing could be seen.
     for parameter in model.parameters():
         matrix = parameter.dim() > 1
-        torch.nn.init.normal_(parameter, *((0.0, 4 / parameter.shape[-1] ** 0.5) if matrix else (0.5, 0.5)))
+        torch.nn.init.normal_(
+            parameter, *((0.0, 4 / parameter.shape[-1] ** 0.5) if matrix else (0.5, 0.5))
+        )
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(0.2)
     if length > SHORT and model._supports_sdpa:
-        model.set_attn_implementation("sdpa")  # never holds all weights, as eager does, but lacks soft-capping
+        model.set_attn_implementation(
+            "sdpa"
+        )  # never holds all weights, as eager does, but lacks soft-capping
     return model
 
 
@@ -109,14 +146,18 @@ def build(config: Any, head_dim: int) -> PreTrainedModel:
             changes[name] = None
         if isinstance(value, list) and len(value) == text.num_hidden_layers:
             lists[name] = value
-            if len(set(value)) < len(value) or isinstance(value[0], str):  # kinds, not numbers of layers
+            if len(set(value)) < len(value) or isinstance(
+                value[0], str
+            ):  # kinds, not numbers of layers
                 kept = max(kept, *(value.index(kind) + 1 for kind in set(value)))
     changes |= {name: value[:kept] for name, value in lists.items()}
     changes["num_hidden_layers"] = min(text.num_hidden_layers, kept)
     for name, value in changes.items():
         if hasattr(text, name):
             setattr(text, name, value)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
-"""From an address to notes: the page as text, the text in segments, a reader that takes notes and remembers.
+"""From an address to notes: the page as text, the text in segments, a reader that takes notes and
+remembers.
 
-Live pages are parsed in child processes: parsing holds Python's interpreter lock and would stall the engine, and a
-page made to crash or to occupy a parser takes only a child with it. Left out: scripts, frames, images.
+Live pages are parsed in child processes: parsing holds Python's interpreter lock and would stall
+the engine, and a page made to crash or to occupy a parser takes only a child with it. Left out:
+scripts, frames, images.
 """
 
 import asyncio
@@ -28,10 +30,27 @@ import webencodings
 from deepresearcher_min.config import ROOT, Config, ConfigError, require_environment
 from deepresearcher_min.search import ENDS, SENTENCE_END, Corpus, content_words
 from deepresearcher_min.trajectory import Reading
-from deepresearcher_min.web import BAD_REPLY, TIMEOUT, Web, WebFailure, code_of, count, count_failure, seconds_left
+from deepresearcher_min.web import (
+    BAD_REPLY,
+    TIMEOUT,
+    Web,
+    WebFailure,
+    code_of,
+    count,
+    count_failure,
+    seconds_left,
+)
 
-PARSER = [sys.executable, "-W", "ignore", "-m", "deepresearcher_min.browse"]  # this module as a process
-EXTRACTOR = code_of(__file__, "trafilatura", "beautifulsoup4", "lxml", "pypdf", "charset-normalizer")  # of a page
+PARSER = [
+    sys.executable,
+    "-W",
+    "ignore",
+    "-m",
+    "deepresearcher_min.browse",
+]  # this module as a process
+EXTRACTOR = code_of(
+    __file__, "trafilatura", "beautifulsoup4", "lxml", "pypdf", "charset-normalizer"
+)  # of a page
 NOT_CONTENT = """head title script style noscript template svg iframe nav footer aside dialog button select
     textarea""".split()  # noqa: SIM905
 BLOCKS = """address article aside blockquote body br caption center dd details div dl dt fieldset figcaption figure form
@@ -41,14 +60,20 @@ NO_WORD = re.compile(r"\W+")
 ORDINALS = "st nd rd th e er re me ère ème o os".split()  # noqa: SIM905
 SIGNED = re.compile(r"^[+\u2212\u2013-]|[+\u2212-]$")
 # A unit or variable, a function, a number below 1,000, a power of ten, a bracket.
-POWER = re.compile(r"(?<![\w.,$€£¥])(?:[^\W\d_]{1,2}|sin|cos|tan|log|\d{1,3}(?:\.\d+)?|10+)$|[)\]}|]$")
+POWER = re.compile(
+    r"(?<![\w.,$€£¥])(?:[^\W\d_]{1,2}|sin|cos|tan|log|\d{1,3}(?:\.\d+)?|10+)$|[)\]}|]$"
+)
 Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
 NOT_READ = "The page is built in a way that cannot be read."
-INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]")  # and control characters
+INVISIBLE = re.compile(
+    r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]"
+)  # and control characters
 PDF_ROOT = re.compile(rb"(?s)(\d{1,9}) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b")
 NO_TEXT = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style|noscript)\b.*?(?:</\1[^<>]*>|\Z)")
 HEADER_CHARSET = re.compile(r"(?i)\bcharset\s*=\s*[\"']?([\w.:-]+)")
-CHARSET = re.compile(r"(?i)(?:<meta\s[^>]{0,500}?\bcharset|<\?xml[^>]{0,500}?\bencoding)\s*=\s*[\"']?\s*([\w.:-]+)")
+CHARSET = re.compile(
+    r"(?i)(?:<meta\s[^>]{0,500}?\bcharset|<\?xml[^>]{0,500}?\bencoding)\s*=\s*[\"']?\s*([\w.:-]+)"
+)
 LEGACY = """gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r iso8859_5 cp1253 cp1255 cp1256 cp874 cp1252 cp1250 iso8859_2
     cp1254 cp1257 cp1258""".split()  # noqa: SIM905  # what pages are found in, in Python's names
 CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
@@ -57,7 +82,9 @@ READER_RULES = (ROOT / "prompts/reader.txt").read_text(encoding="utf-8").strip()
 
 
 def main_text(body: bytes, content_type: str) -> str:
-    """The main content of a page (HTML, PDF, plain text), one block a line; empty where there is none. Never raises."""
+    """The main content of a page (HTML, PDF, plain text), one block a line; empty where there is
+    none. Never raises.
+    """
     return parse(body, content_type)[0]
 
 
@@ -90,12 +117,18 @@ def pdf_text(body: bytes) -> str:
 
     try:
         reader = pypdf.PdfReader(io.BytesIO(body))
-    except Exception:  # the file's end is lost: one that only names the root makes pypdf look for the objects
+    except (
+        Exception
+    ):  # the file's end is lost: one that only names the root makes pypdf look for the objects
         root = PDF_ROOT.findall(body)[-1]
         end = b"\ntrailer<</Root %s 0 R>>\nstartxref\n%d\n%%%%EOF" % (root, len(body))
         reader = pypdf.PdfReader(io.BytesIO(body + end))
-    if reader.is_encrypted and not reader.decrypt(""):  # many files are encrypted only to forbid printing
-        raise WebFailure("unreadable", "The file is locked: it cannot be read without its password.")
+    if reader.is_encrypted and not reader.decrypt(
+        ""
+    ):  # many files are encrypted only to forbid printing
+        raise WebFailure(
+            "unreadable", "The file is locked: it cannot be read without its password."
+        )
     texts = []
     for number in range(min(50, len(reader.pages))):
         with suppress(Exception):
@@ -240,7 +273,9 @@ def detect(sample: bytes, western: bool) -> str:
 
 
 class Parsers:
-    """Child processes that run parse, started when needed; one that takes too long or dies is replaced."""
+    """Child processes that run parse, started when needed; one that takes too long or dies is
+    replaced.
+    """
 
     def __init__(self, number: int) -> None:
         self.idle: queue.LifoQueue[Popen | None] = queue.LifoQueue()
@@ -257,7 +292,9 @@ class Parsers:
         alarm = threading.Timer(deadline - time.monotonic(), lambda: child.kill())
         try:
             if child is None or child.poll() is not None:
-                child = Popen(PARSER, stdin=PIPE, stdout=PIPE, cwd=ROOT, start_new_session=True)  # spared by Ctrl-C
+                child = Popen(
+                    PARSER, stdin=PIPE, stdout=PIPE, cwd=ROOT, start_new_session=True
+                )  # spared by Ctrl-C
             alarm.start()
             child.stdin.write(json.dumps([len(body), content_type]).encode() + b"\n" + body)
             child.stdin.flush()
@@ -266,7 +303,9 @@ class Parsers:
             raise WebFailure("unreadable", NOT_READ) from None
         finally:
             alarm.cancel()
-            if reply is None and child is not None:  # what it may still send is not to be taken for the next page
+            if (
+                reply is None and child is not None
+            ):  # what it may still send is not to be taken for the next page
                 child.kill()
                 child.communicate()
             self.idle.put(child)
@@ -277,7 +316,9 @@ class Parsers:
 
 
 def segments(text: str, max_chars: int) -> list[str]:
-    """Cut a text into pieces of at most `max_chars`, where a paragraph ends, or else a line, a sentence or a word."""
+    """Cut a text into pieces of at most `max_chars`, where a paragraph ends, or else a line, a
+    sentence or a word.
+    """
     pieces, start = [], 0
     while start < len(text):
         end = start + max_chars
@@ -291,7 +332,9 @@ def segments(text: str, max_chars: int) -> list[str]:
 
 
 def extract(question: str, segment: str) -> str:
-    """What the reader without a model notes: the ten sentences that share most content words with the question."""
+    """What the reader without a model notes: the ten sentences that share most content words with
+    the question.
+    """
     wanted = set(content_words(question))
     if not segment.isascii():
         segment = SENTENCE_END.sub(r"\g<0>\n", segment)
@@ -302,7 +345,9 @@ def extract(question: str, segment: str) -> str:
 
 
 def parse_notes(reply: str) -> Notes:
-    """Notes from a model's reply; one that keeps to no format is taken as notes as a whole, and ends the page."""
+    """Notes from a model's reply; one that keeps to no format is taken as notes as a whole, and
+    ends the page.
+    """
     reply = reply.rpartition("</think>")[2]
     further = CONTINUE.search(reply)
     notes = re.sub(r"(?i)^\W*notes\W{0,4}:\W*", "", CONTINUE.sub("", reply, count=1)).strip()
@@ -312,26 +357,43 @@ def parse_notes(reply: str) -> Notes:
 
 
 class Browser:
-    """Opens pages, and has them read by whom `reader:` names; raises ConfigError for what that one lacks.
+    """Opens pages, and has them read by whom `reader:` names; raises ConfigError for what that one
+    lacks.
 
-    `in_thread(function, *arguments)` runs what blocks; `generate_text(messages)` asks the policy's own engine.
+    `in_thread(function, *arguments)` runs what blocks; `generate_text(messages)` asks the policy's
+    own engine.
     """
 
     parsers = Parsers(2)  # of one rank
 
-    def __init__(self, config: Config, web: Web | None, corpus: Corpus | None, in_thread: Callable, generate_text: Any):
-        self.config, self.corpus, self.in_thread, self.generate_text = config, corpus, in_thread, generate_text
+    def __init__(
+        self,
+        config: Config,
+        web: Web | None,
+        corpus: Corpus | None,
+        in_thread: Callable,
+        generate_text: Any,
+    ):
+        self.config, self.corpus, self.in_thread, self.generate_text = (
+            config,
+            corpus,
+            in_thread,
+            generate_text,
+        )
         self.web: Any = web
         if config.reader == "openai" and not (config.reader_url and config.reader_model):
             raise ConfigError("reader='openai': needs reader_url and reader_model")
         if config.reader == "openai" and config.cassette_mode != "replay":
-            require_environment("READER_API_KEY", "reader: openai sends it (any word, if the server asks for none)")
+            require_environment(
+                "READER_API_KEY", "reader: openai sends it (any word, if the server asks for none)"
+            )
 
     async def browse(self, url: str, reading: Reading, counts: Counter) -> list[tuple[int, str]]:
-        """(page_number, page_summary) for each segment with new information, from reading.next on, which it moves.
+        """(page_number, page_summary) for each segment with new information, from reading.next on,
+        which it moves.
 
-        Fetching and each reading keep tool_timeout, all together browse_timeout. What ends it early leaves the notes
-        so far; raises WebFailure where there are none.
+        Fetching and each reading keep tool_timeout, all together browse_timeout. What ends it early
+        leaves the notes so far; raises WebFailure where there are none.
         """
         config, notes = self.config, reading.notes
         limit = config.tool_timeout if config.browse_timeout < 0 else config.browse_timeout
@@ -349,7 +411,9 @@ class Browser:
             pieces = segments(text, config.segment_chars)
             reading.total = len(pieces)
             if 0 < reading.total <= reading.next:
-                raise WebFailure("nothing_left", "This page was read to its end before; nothing is left of it.")
+                raise WebFailure(
+                    "nothing_left", "This page was read to its end before; nothing is left of it."
+                )
             for segment in pieces[reading.next :][: config.max_segments or None]:
                 information, further = await self.read(reading, segment, counts, deadline())
                 if information:
@@ -384,15 +448,25 @@ class Browser:
         earlier = "\n".join([*reading.memory, *(note for _, note in reading.notes)])
         content = (
             f"Question: {reading.question}\n\nSearch query: {reading.query or 'none'}\n\n"
-            f"Earlier notes: {earlier[-self.config.reader_memory :] or 'none'}\n\n"  # the newest; [-0:] is all
+            # the newest; [-0:] is all
+            f"Earlier notes: {earlier[-self.config.reader_memory :] or 'none'}\n\n"
             f"Page segment {reading.next + 1} of {reading.total}:\n<<<\n{segment}\n>>>"
         )
-        messages = [{"role": "system", "content": READER_RULES}, {"role": "user", "content": content}]
-        if self.config.reader == "engine":  # bounded in tokens: the clock would make it unrepeatable
+        messages = [
+            {"role": "system", "content": READER_RULES},
+            {"role": "user", "content": content},
+        ]
+        if (
+            self.config.reader == "engine"
+        ):  # bounded in tokens: the clock would make it unrepeatable
             return parse_notes(await self.generate_text(messages))
         url = self.config.reader_url.rstrip("/") + "/chat/completions"
         temperature = self.config.reader_temperature
-        payload = {"model": self.config.reader_model, "messages": messages, "temperature": temperature}
+        payload = {
+            "model": self.config.reader_model,
+            "messages": messages,
+            "temperature": temperature,
+        }
         if self.config.reader_tokens:
             payload["max_tokens"] = self.config.reader_tokens
 
@@ -405,13 +479,19 @@ class Browser:
             return text
 
         async with asyncio.timeout(seconds_left(deadline)):
-            reply = await self.in_thread(self.web.cached, "reader", [url, payload], ask, counts, deadline)
+            reply = await self.in_thread(
+                self.web.cached, "reader", [url, payload], ask, counts, deadline
+            )
         return parse_notes(reply)
 
 
-if __name__ == "__main__":  # a parser: [length, content type] and a body in, one line of JSON out, until no more comes
+if (
+    __name__ == "__main__"
+):  # a parser: [length, content type] and a body in, one line of JSON out, until no more comes
     logging.disable()
-    if sys.platform == "linux":  # a PDF of a few kB can ask for gigabytes; elsewhere only the deadline ends it
+    if (
+        sys.platform == "linux"
+    ):  # a PDF of a few kB can ask for gigabytes; elsewhere only the deadline ends it
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))

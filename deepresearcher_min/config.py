@@ -1,6 +1,8 @@
-"""Configuration: one flat record of values, from config.yaml, a preset laid over it, and --key=value.
+"""Configuration: one flat record of values, from config.yaml, a preset laid over it, and
+--key=value.
 
-config.yaml alone knows the keys, their types, values and meanings: a line more there is a key more here.
+config.yaml alone knows the keys, their types, values and meanings: a line more there is a key more
+here.
 """
 
 import difflib
@@ -35,15 +37,41 @@ CHOICES = {
     "reader": ("engine", "openai", "extractive"),
     "cassette_mode": ("live", "record", "replay"),
 }
-MAY_BE_ZERO = {key for key, value in DEFAULTS.items() if value == 0} | {  # all others must be greater
-    "max_tool_calls", "weight_decay", "kl_coef", "importance_cap", "tool_threads", "max_retries", "search_ttl",
-    "price_search", "steps", "max_urls", "max_segments", "reader_tokens", "reader_memory",
-}  # fmt: skip
+# all others must be greater
+MAY_BE_ZERO = {key for key, value in DEFAULTS.items() if value == 0} | {
+    "max_tool_calls",
+    "weight_decay",
+    "kl_coef",
+    "importance_cap",
+    "tool_threads",
+    "max_retries",
+    "search_ttl",
+    "price_search",
+    "steps",
+    "max_urls",
+    "max_segments",
+    "reader_tokens",
+    "reader_memory",
+}
 MOST = {key: 2.0**31 - 1 for key in TYPES} | {  # what the libraries below can count
-    "threads": 1024, "tool_threads": 4096, "connections_per_host": 4096, "max_in_flight": 2**16,
-    "max_model_len": 10**7, "engine_memory": 1.0, "adam_beta1": 0.999999, "adam_beta2": 0.999999,
-}  # fmt: skip
-PATHS = {"run_dir", "resume", "model", "data", "eval_data", "corpus", "cassette"}  # and all that end in _file
+    "threads": 1024,
+    "tool_threads": 4096,
+    "connections_per_host": 4096,
+    "max_in_flight": 2**16,
+    "max_model_len": 10**7,
+    "engine_memory": 1.0,
+    "adam_beta1": 0.999999,
+    "adam_beta2": 0.999999,
+}
+PATHS = {
+    "run_dir",
+    "resume",
+    "model",
+    "data",
+    "eval_data",
+    "corpus",
+    "cassette",
+}  # and all that end in _file
 MAY_BE_NEGATIVE = {"format_reward", "browse_timeout"}
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
@@ -55,9 +83,11 @@ class ConfigError(ValueError):
 
 @contextmanager
 def named(key: str, value: str, remedy: str = "") -> Iterator[None]:
-    """Whatever a library raises over a user's file, as one line of at most 400 characters that names key and value.
+    """Whatever a library raises over a user's file, as one line of at most 400 characters that
+    names key and value.
 
-    An error that begins with a key already stays as it is. Not every library's errors are Exceptions.
+    An error that begins with a key already stays as it is. Not every library's errors are
+    Exceptions.
     """
     try:
         yield
@@ -74,13 +104,17 @@ def named(key: str, value: str, remedy: str = "") -> Iterator[None]:
 
 
 class Config(make_dataclass("Keys", TYPES.items(), frozen=True)):  # type: ignore[misc]
-    """All keys of config.yaml, each in its type; never changed (dataclasses.replace makes another, unchecked)."""
+    """All keys of config.yaml, each in its type; never changed (dataclasses.replace makes another,
+    unchecked).
+    """
 
 
 def load_config(argv: list[str], base: dict[str, Any] | None = None) -> Config:
-    """The values of config.yaml, then the preset's, then every --key=value (or --key value) of argv.
+    """The values of config.yaml, then the preset's, then every --key=value (or --key value) of
+    argv.
 
-    `base`, the saved config of a run, comes in place of the preset. Raises ConfigError with the nearest known name.
+    `base`, the saved config of a run, comes in place of the preset. Raises ConfigError with the
+    nearest known name.
     """
     typed = parse_arguments(argv)
     preset = typed.get("preset", DEFAULTS["preset"] if base is None else "")
@@ -91,7 +125,9 @@ def load_config(argv: list[str], base: dict[str, Any] | None = None) -> Config:
 
 
 def parse_arguments(argv: list[str]) -> dict[str, str]:
-    """['--lr=1e-4', '--steps', '5', '--resume'] -> {'lr': '1e-4', 'steps': '5', 'resume': 'newest'}."""
+    """['--lr=1e-4', '--steps', '5', '--resume'] -> {'lr': '1e-4', 'steps': '5', 'resume':
+    'newest'}.
+    """
     typed, rest = {}, list(argv)
     while rest:
         word = rest.pop(0)
@@ -121,7 +157,9 @@ def expand(key: str, value: str) -> str:
 
 
 def read_config(key: str, folder: Path) -> dict[str, Any]:
-    """The values in the config.yaml of the run that `key` names; ConfigError where that is no file of keys."""
+    """The values in the config.yaml of the run that `key` names; ConfigError where that is no file
+    of keys.
+    """
     with named(key, str(folder), "mend its config.yaml, or name another run"):
         values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -163,7 +201,8 @@ def uses_web(config: Config) -> bool:
 
 
 def check_inputs(config: Config, argv: list[str], other: str) -> list[str]:
-    """ConfigError for an input that this run will not read; a line on typed keys without effect, if there are any.
+    """ConfigError for an input that this run will not read; a line on typed keys without effect, if
+    there are any.
 
     `other` is the program that is not running: train.py or eval.py.
     """
@@ -171,7 +210,11 @@ def check_inputs(config: Config, argv: list[str], other: str) -> list[str]:
     reads_web = uses_web(config) or config.judge_url != ""
     if config.search == "toy":
         remedy = "the toy web does not answer it; add --search=local --corpus=FILE"
-        unread = {"data": remedy, "eval_data": remedy, "corpus": "the toy web has its own pages; add --search=local"}
+        unread = {
+            "data": remedy,
+            "eval_data": remedy,
+            "corpus": "the toy web has its own pages; add --search=local",
+        }
     elif other == "train.py" and typed.get("data"):
         unread = {"eval_data": f"data={typed['data']!r} is read instead"}
     if not reads_web:
@@ -209,7 +252,9 @@ def convert(key: str, value: Any) -> Any:
     if kind is str:
         return "" if value is None else expand(key, str(value))
     try:
-        return BOOLEANS[str(value).lower()] if kind is bool else kind(str(value))  # neither True nor 1.5 is an int
+        return (
+            BOOLEANS[str(value).lower()] if kind is bool else kind(str(value))
+        )  # neither True nor 1.5 is an int
     except (KeyError, TypeError, ValueError):
         wanted = {bool: "true or false", int: "not a whole number", float: "not a number"}[kind]
         raise ConfigError(f"{key}={value!r}: {wanted}") from None
@@ -218,7 +263,9 @@ def convert(key: str, value: Any) -> Any:
 def check(config: Config) -> None:
     for key, allowed in CHOICES.items():
         if (value := getattr(config, key)) not in allowed:
-            raise ConfigError(f"{key}={value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
+            raise ConfigError(
+                f"{key}={value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}"
+            )
     for key, value in asdict(config).items():
         if TYPES[key] not in (int, float):
             continue
@@ -239,11 +286,15 @@ def check(config: Config) -> None:
         raise ConfigError(f"updates_per_rollout={config.updates_per_rollout}: must divide {whole}")
     host_list(config)
     if config.group_size < 2:
-        raise ConfigError(f"group_size={config.group_size}: a group needs at least 2 trajectories to compare")
+        raise ConfigError(
+            f"group_size={config.group_size}: a group needs at least 2 trajectories to compare"
+        )
 
 
 def host_list(config: Config) -> list[str]:
-    """The names in `blocked_hosts`, as plain_host writes them; auto, which eval.py spells out, and none are empty."""
+    """The names in `blocked_hosts`, as plain_host writes them; auto, which eval.py spells out, and
+    none are empty.
+    """
     if config.blocked_hosts in ("auto", "none"):
         return []
     hosts = []
@@ -259,7 +310,9 @@ def host_list(config: Config) -> list[str]:
 
 
 def plain_host(name: str) -> str:
-    """'Bücher.Example.' -> 'xn--bcher-kva.example': one spelling for each name; empty for what cannot be one."""
+    """'Bücher.Example.' -> 'xn--bcher-kva.example': one spelling for each name; empty for what
+    cannot be one.
+    """
     try:
         return name.strip(".").encode("idna").decode().strip(".").lower()
     except UnicodeError:

@@ -1,7 +1,9 @@
-"""What train.py and eval.py share: the task, the agent, how a run begins, and the scores of an evaluation.
+"""What train.py and eval.py share: the task, the agent, how a run begins, and the scores of an
+evaluation.
 
-Everything that a run needs is loaded and tried here, before its first step: a mistake is one ConfigError. Left out:
-tests of significance; the interval and the deviation over runs say what a difference is worth.
+Everything that a run needs is loaded and tried here, before its first step: a mistake is one
+ConfigError. Left out: tests of significance; the interval and the deviation over runs say what a
+difference is worth.
 """
 
 import importlib
@@ -40,13 +42,27 @@ from deepresearcher_min.config import (
 from deepresearcher_min.engine import make_engine
 from deepresearcher_min.protocol import ChatFormat, declared_ends, read_tools
 from deepresearcher_min.reward import measures, step_means, step_sums, summarize, words
-from deepresearcher_min.rollout import EVALUATION, Agent, Batch, OnDone, Tools, roll_out, try_services
+from deepresearcher_min.rollout import (
+    EVALUATION,
+    Agent,
+    Batch,
+    OnDone,
+    Tools,
+    roll_out,
+    try_services,
+)
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Corpus, check_search
 from deepresearcher_min.trajectory import Question, Trajectory, load_questions
 from deepresearcher_min.web import ROLES, RunStopped, Web
 
-PARSING = ["matplotlib.figure", "trafilatura", "bs4", "lxml", "pypdf"]  # imported late: curves, live pages
+PARSING = [
+    "matplotlib.figure",
+    "trafilatura",
+    "bs4",
+    "lxml",
+    "pypdf",
+]  # imported late: curves, live pages
 Scores = dict[str, Any]
 Verdicts = Mapping[str, float | None]  # of the judge, by question
 
@@ -64,13 +80,18 @@ class Task:
 
 
 def load_task(config: Config, key: str = "eval_data") -> Task:
-    """Questions, offline web and model that the config names; ConfigError or ValueError for what cannot be used.
+    """Questions, offline web and model that the config names; ConfigError or ValueError for what
+    cannot be used.
 
-    `key` is what messages call eval_data. Without data there is nothing to learn on, or to set aside.
+    `key` is what messages call eval_data. Without data there is nothing to learn on, or to set
+    aside.
     """
     model_dir = str(toyworld.MODEL_DIR) if config.model == "toy" else config.model
     if config.search == "toy":
-        world, held_out = toyworld.World("training", config.seed), toyworld.World("held out", config.seed)
+        world, held_out = (
+            toyworld.World("training", config.seed),
+            toyworld.World("held out", config.seed),
+        )
         questions = world.questions(1000, config.seed)
         examination = held_out.questions(config.eval_questions, config.seed)
         return Task(model_dir, questions, examination, world.corpus, held_out.corpus, held_out)
@@ -82,7 +103,10 @@ def load_task(config: Config, key: str = "eval_data") -> Task:
                 f"eval_questions={config.eval_questions}: without eval_data, 1 to {len(questions) - 1} of the "
                 f"{len(questions)} questions of data={config.data} are set aside"
             )
-        examination, questions = questions[: config.eval_questions], questions[config.eval_questions :]
+        examination, questions = (
+            questions[: config.eval_questions],
+            questions[config.eval_questions :],
+        )
     corpus = None
     if config.corpus:
         with named("corpus", config.corpus, "it must be a corpus.jsonl (title, url, text)"):
@@ -105,7 +129,9 @@ def open_web(config: Config, ranks: Ranks) -> Web:
 
 
 def load_chat(config: Config, task: Task) -> ChatFormat:
-    """The tokenizer and its template, tried with the first question; ConfigError for what the agent cannot use."""
+    """The tokenizer and its template, tried with the first question; ConfigError for what the agent
+    cannot use.
+    """
     prompt = ""
     if config.system_prompt_file:
         with named("system_prompt_file", config.system_prompt_file):
@@ -116,15 +142,22 @@ def load_chat(config: Config, task: Task) -> ChatFormat:
         schemas = read_tools(config.tools_file)
     with named("model", config.model, "name a chat model with --model=DIR"):
         model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
-        tokenizer, ends = AutoTokenizer.from_pretrained(task.model_dir), declared_ends(task.model_dir)
+        tokenizer, ends = (
+            AutoTokenizer.from_pretrained(task.model_dir),
+            declared_ends(task.model_dir),
+        )
         chat = ChatFormat(tokenizer, config.date, prompt, schemas, ends)
         questions = task.questions + task.held_out
         ids = chat.prompt_ids(questions[0].text if questions else "Who?")
         if max(ids) >= model.vocab_size:
-            raise ValueError(f"token {max(ids)} of its tokenizer is none of the model's {model.vocab_size}")
+            raise ValueError(
+                f"token {max(ids)} of its tokenizer is none of the model's {model.vocab_size}"
+            )
         chat.message_ids(chat.opening("x"))  # as reader: engine asks
     if len(ids) >= config.max_model_len:
-        raise ConfigError(f"max_model_len={config.max_model_len}: the prompt alone has {len(ids)} tokens")
+        raise ConfigError(
+            f"max_model_len={config.max_model_len}: the prompt alone has {len(ids)} tokens"
+        )
     return chat
 
 
@@ -146,7 +179,9 @@ def run_program(
     body: Callable[[Config, Ranks, list[str]], int],
     argv: list[str],
 ) -> int:
-    """What train.py and eval.py do around their own work, `body`; the exit code. `about` is what --help says first."""
+    """What train.py and eval.py do around their own work, `body`; the exit code. `about` is what
+    --help says first.
+    """
     quiet_libraries()
     if {"-h", "--help"} & set(argv):
         print(f"{about}\n{help_text()}")
@@ -167,8 +202,12 @@ def run_program(
         ranks.stop()
 
 
-def evaluate(questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done: OnDone) -> list[Trajectory]:
-    """One trajectory for each question at config.eval_temperature; every rank gets all of them, in order."""
+def evaluate(
+    questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done: OnDone
+) -> list[Trajectory]:
+    """One trajectory for each question at config.eval_temperature; every rank gets all of them, in
+    order.
+    """
     mine, numbers = ranks.deal(questions), ranks.deal(range(len(questions)))
     batch = Batch(mine, numbers, 1, agent.config.eval_temperature, step=EVALUATION)
     return ranks.gather([trajectory for (trajectory,) in roll_out(batch, agent, on_done)])
@@ -188,25 +227,37 @@ def check_needs(config: Config, questions: bool = True) -> None:
         try:
             importlib.import_module(package)
         except Exception as error:
-            missing.append(f"{package} cannot be imported ({error}); pip install -r requirements-cpu.txt")
+            missing.append(
+                f"{package} cannot be imported ({error}); pip install -r requirements-cpu.txt"
+            )
     if config.dtype == "bfloat16" and not torch.cuda.is_available():
-        missing.append("dtype=bfloat16: there is no CUDA GPU; on a CPU use --dtype=float32 and a small model")
+        missing.append(
+            "dtype=bfloat16: there is no CUDA GPU; on a CPU use --dtype=float32 and a small model"
+        )
     if questions and config.search != "toy" and not config.data:
-        missing.append("data is empty: name a file of questions (.parquet or .jsonl) with --data=FILE")
+        missing.append(
+            "data is empty: name a file of questions (.parquet or .jsonl) with --data=FILE"
+        )
     if missing:
         raise ConfigError("; ".join(missing))
 
 
 def quiet_libraries() -> None:
-    """Bars and warnings of libraries that would only come between the run's own lines; any console will do."""
+    """Bars and warnings of libraries that would only come between the run's own lines; any console
+    will do.
+    """
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     for name in ("huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: that is meant
+    warnings.filterwarnings(
+        "ignore", "torch.distributed is disabled", UserWarning
+    )  # one process: that is meant
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a console that lacks a character must not end a run
+            stream.reconfigure(
+                errors="replace"
+            )  # a console that lacks a character must not end a run
 
 
 def check_services(config: Config, ranks: Ranks, agent: bool = True, judge: bool = False) -> None:
@@ -225,7 +276,9 @@ def check_budget(config: Config, usd: float) -> None:
 
 def publish(run: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json and report.html."""
-    (run / "summary.json").write_text(json.dumps(report.jsonable(summary), indent=1), encoding="utf-8")
+    (run / "summary.json").write_text(
+        json.dumps(report.jsonable(summary), indent=1), encoding="utf-8"
+    )
     report.write_html(run)
 
 
@@ -233,17 +286,27 @@ def begin(config: Config, task: Task, ranks: Ranks, notes: Sequence[str]) -> Non
     """Write the run's config.yaml, and say what is special about this run."""
     if ranks.rank > 0:
         return
-    replace_file(Path(config.run_dir) / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False).encode())
-    print(f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n", *notes, sep="\n")
+    replace_file(
+        Path(config.run_dir) / "config.yaml",
+        yaml.safe_dump(asdict(config), sort_keys=False).encode(),
+    )
+    print(
+        f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n",
+        *notes,
+        sep="\n",
+    )
     model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
     limit = getattr(model, "max_position_embeddings", None) or config.max_model_len
     if config.max_model_len > limit:
-        print(f"max_model_len={config.max_model_len} is above the model's own limit of {limit} tokens.")
+        print(
+            f"max_model_len={config.max_model_len} is above the model's own limit of {limit} tokens."
+        )
     sys.stdout.flush()
 
 
 def usable(tried: Sequence[Trajectory], config: Config) -> dict[str, Trajectory]:
-    """The last trajectory of each question, by its id, that met no failed service; the others are asked again.
+    """The last trajectory of each question, by its id, that met no failed service; the others are
+    asked again.
 
     A replay, which would repeat the failures, keeps them.
     """
@@ -256,9 +319,11 @@ def usable(tried: Sequence[Trajectory], config: Config) -> dict[str, Trajectory]
 
 
 def scores_of(tried: Sequence[Trajectory], rows: Sequence[Scores], config: Config) -> Scores:
-    """summarize(), and F1's interval, MBE over the answers with a verdict, behaviours, dollars, what was blocked.
+    """summarize(), and F1's interval, MBE over the answers with a verdict, behaviours, dollars,
+    what was blocked.
 
-    Of those that are usable, whose measures are the rows; but all that were tried count in the share of failed calls.
+    Of those that are usable, whose measures are the rows; but all that were tried count in the
+    share of failed calls.
     """
     found = list(usable(tried, config).values())
     shown = Counter(name for one in found for name in report.behaviours(one))
@@ -287,9 +352,11 @@ def mean(rows: Sequence[Scores], name: str) -> float | None:
 def scores_over_runs(
     runs: Sequence[Sequence[Trajectory]], verdicts: Sequence[Verdicts], config: Config
 ) -> tuple[Scores, list[Scores]]:
-    """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's scores, too.
+    """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's
+    scores, too.
 
-    Their interval draws questions, with the mean F1 of each. What has no result or no verdict is left out.
+    Their interval draws questions, with the mean F1 of each. What has no result or no verdict is
+    left out.
     """
     each, answers = list[Scores](), defaultdict[str, list[Scores]](list)
     for tried, judged in zip(runs, verdicts, strict=True):
@@ -316,7 +383,9 @@ def scores_over_runs(
 
 
 def majority(rows: Sequence[Scores]) -> Scores:
-    """The run with the commonest answer, as the scorer reads it; the earliest of equally common ones."""
+    """The run with the commonest answer, as the scorer reads it; the earliest of equally common
+    ones.
+    """
     texts = [row["text"] for row in rows if row["text"] is not None]
     commonest = mode(texts) if texts else None
     return next(row for row in rows if row["text"] == commonest)

@@ -1,18 +1,22 @@
-"""GRPO as plain tensor math, without a model: advantages, packing into micro-batches, and the loss of each token.
+"""GRPO as plain tensor math, without a model: advantages, packing into micro-batches, and the loss
+of each token.
 
-    loss = -(1/N) sum over sampled tokens t of [ w_t min(rho_t A, clip(rho_t, 1-clip_low, 1+clip_high) A)
+    loss = -(1/N) sum over sampled tokens t of [ w_t min(rho_t A, clip(rho_t, 1-clip_low,
+    1+clip_high) A)
                                                  - kl_coef k3_t + entropy_coef H_t ]
     rho_t = exp(new_t - old_t)        w_t = min(exp(old_t - rollout_t), importance_cap)
     k3_t  = exp(ref_t - new_t) - (ref_t - new_t) - 1, clamped to +-10
     N     = sampled tokens of one optimizer step, over all ranks and micro-batches
 
-Four log-probabilities, four names: rollout_ is what the engine reported while sampling, old_ the policy before the
-first update of this rollout, new_ the policy now (with gradient), ref_ the frozen start model.
+Four log-probabilities, four names: rollout_ is what the engine reported while sampling, old_ the
+policy before the first update of this rollout, new_ the policy now (with gradient), ref_ the frozen
+start model.
 
-Who proposed what: group-relative advantages, k3 in the loss: DeepSeekMath (GRPO); k3: J. Schulman. Clipping: PPO, with
-clip_high > clip_low: DAPO. No division by std: Dr. GRPO. One N: DAPO's token-level mean, over the whole step. w:
-truncated importance sampling (TIS), for engines that round otherwise than the trainer. The entropy bonus is older.
-Omitted: a value function, reward shaping and sequence-level ratios; the paper's code uses none of them.
+Who proposed what: group-relative advantages, k3 in the loss: DeepSeekMath (GRPO); k3: J. Schulman.
+Clipping: PPO, with clip_high > clip_low: DAPO. No division by std: Dr. GRPO. One N: DAPO's
+token-level mean, over the whole step. w: truncated importance sampling (TIS), for engines that
+round otherwise than the trainer. The entropy bonus is older. Omitted: a value function, reward
+shaping and sequence-level ratios; the paper's code uses none of them.
 
 Shape suffixes of tensor names:
     G  trajectories of one question          T  tokens of one micro-batch, joined without padding
@@ -28,15 +32,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Of log-probability differences before exp. Beyond it there is no gradient; infinity would make it nan.
+# Of log-probability differences before exp. Beyond it there is no gradient; infinity would make it
+# nan.
 EXPONENT_LIMIT = 20.0
 
 
-def group_advantages(rewards: Sequence[float] | np.ndarray | Tensor, normalize_std: bool = True) -> Tensor:
+def group_advantages(
+    rewards: Sequence[float] | np.ndarray | Tensor, normalize_std: bool = True
+) -> Tensor:
     """Advantages of the trajectories of one question: rewards_G -> advantages_G (paper eq. 1).
 
-    (r - mean) / (std + 1e-6), std unbiased; undivided if normalize_std is false. Equal rewards give exact zeros, which
-    float arithmetic alone does not. ValueError if a reward is not finite. [0, 0, 1] -> [-0.577, -0.577, 1.155].
+    (r - mean) / (std + 1e-6), std unbiased; undivided if normalize_std is false. Equal rewards give
+    exact zeros, which float arithmetic alone does not. ValueError if a reward is not finite. [0, 0,
+    1] -> [-0.577, -0.577, 1.155].
     """
     given_G = torch.as_tensor(rewards)
     rewards_G = given_G.double()
@@ -66,14 +74,16 @@ class TrainingRow:
 class PackedBatch:
     """One micro-batch: segments end to end, and where in them the sampled tokens are predicted.
 
-    Of a group, the common prefix is one segment and the rest of each row another; a row alone is one segment.
+    Of a group, the common prefix is one segment and the rest of each row another; a row alone is
+    one segment.
     """
 
     lengths: tuple[int, ...]  # of each segment, sums to T
     prefix_of: dict[int, int]  # the segment that a segment continues
     token_ids_T: Tensor
     position_ids_T: Tensor
-    predict_S: Tensor  # indices into T: token i of a row is predicted at its position i-1, which rows may share
+    # indices into T: token i of a row is predicted at its position i-1, which rows may share
+    predict_S: Tensor
     targets_S: Tensor
     rollout_S: Tensor
     advantages_S: Tensor
@@ -81,7 +91,9 @@ class PackedBatch:
 
 
 def families(rows: Sequence[TrainingRow]) -> list[tuple[int, list[int]]]:
-    """(tokens that all inputs of a group have in common, indices of its rows) of each group, or of each row alone."""
+    """(tokens that all inputs of a group have in common, indices of its rows) of each group, or of
+    each row alone.
+    """
     members: dict[int | str, list[int]] = {}
     for i, row in enumerate(rows):
         members.setdefault(i if row.group is None else row.group, []).append(i)
@@ -97,9 +109,11 @@ def families(rows: Sequence[TrainingRow]) -> list[tuple[int, list[int]]]:
 
 
 def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> PackedBatch:
-    """Join rows into one micro-batch. ValueError when nothing is sampled, or a first token: nothing predicts it.
+    """Join rows into one micro-batch. ValueError when nothing is sampled, or a first token: nothing
+    predicts it.
 
-    No rows give one token and no trained position, since a rank with nothing to do still takes part in collectives.
+    No rows give one token and no trained position, since a rank with nothing to do still takes part
+    in collectives.
     """
     for row in rows:
         if 0 in row.sampled or not len(row.sampled):
@@ -146,22 +160,35 @@ def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> Pac
 
 
 def plan_microbatches(
-    lengths: Sequence[int], budget: int, world_size: int, hidden_size: int,
+    lengths: Sequence[int],
+    budget: int,
+    world_size: int,
+    hidden_size: int,
     families: Sequence[tuple[int, Sequence[int]]] = (),
-) -> list[list[list[int]]]:  # fmt: skip
-    """Share sequences out: plan[rank][micro-batch] is a list of indices into lengths, longest first.
+) -> list[list[list[int]]]:
+    """Share sequences out: plan[rank][micro-batch] is a list of indices into lengths, longest
+    first.
 
-    families: who shares how many first tokens, which then count once in a micro-batch; by default nobody does.
-    budget: tokens of one micro-batch; a longer sequence gets one of its own. A sequence goes to the rank with the least
-    work so far: length + length^2 / (12 hidden_size), as a transformer's linear layers (24 D^2 FLOPs a token) are to
-    its causal attention (2 length D). Families stay together, unless they are over the budget or smaller pieces leave
-    the busiest rank less to do. All ranks get equally many micro-batches, at least one; the last may be empty.
+    families: who shares how many first tokens, which then count once in a micro-batch; by default
+    nobody does. budget: tokens of one micro-batch; a longer sequence gets one of its own. A
+    sequence goes to the rank with the least work so far: length + length^2 / (12 hidden_size), as a
+    transformer's linear layers (24 D^2 FLOPs a token) are to its causal attention (2 length D).
+    Families stay together, unless they are over the budget or smaller pieces leave the busiest rank
+    less to do. All ranks get equally many micro-batches, at least one; the last may be empty.
     """
     families = families or [(0, [i]) for i in range(len(lengths))]
-    limits = [budget] if world_size == 1 else [budget, *(sum(lengths) // world_size // n for n in (1, 2, 4, 8)), 0]
+    limits = (
+        [budget]
+        if world_size == 1
+        else [budget, *(sum(lengths) // world_size // n for n in (1, 2, 4, 8)), 0]
+    )
     best, least = list[list[list[int]]](), math.inf
     for limit in limits:
-        work, load, plan = [0.0] * world_size, [0] * world_size, [list[list[int]]() for _ in range(world_size)]
+        work, load, plan = (
+            [0.0] * world_size,
+            [0] * world_size,
+            [list[list[int]]() for _ in range(world_size)],
+        )
         for shared, piece in pieces(lengths, families, min(limit, budget)):
             rank = work.index(min(work))
             counted = [(1, lengths[i]) for i in piece] + [(1 - len(piece), shared)]
@@ -181,7 +208,9 @@ def plan_microbatches(
 def pieces(
     lengths: Sequence[int], families: Sequence[tuple[int, Sequence[int]]], limit: int
 ) -> list[tuple[int, list[int]]]:
-    """The families in pieces of at most `limit` tokens, or of one sequence; those with the longest come first."""
+    """The families in pieces of at most `limit` tokens, or of one sequence; those with the longest
+    come first.
+    """
     found = []
     for shared, indices in families:
         piece, tokens = list[int](), 0
@@ -196,25 +225,40 @@ def pieces(
 
 
 def kl_k3(new_S: Tensor, ref_S: Tensor) -> Tensor:
-    """The k3 estimate of KL(new || ref) of each sampled token; beyond the clamp, the official code's, no gradient."""
+    """The k3 estimate of KL(new || ref) of each sampled token; beyond the clamp, the official
+    code's, no gradient.
+    """
     difference_S = (ref_S - new_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
     return (difference_S.exp() - difference_S - 1).clamp(-10, 10)
 
 
 def token_losses(
-    new_S: Tensor, old_S: Tensor, rollout_S: Tensor, ref_S: Tensor | None, advantages_S: Tensor, entropy_S: Tensor,
-    *, clip_low: float, clip_high: float, kl_coef: float = 0.0, entropy_coef: float = 0.0, importance_cap: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The loss of each sampled token, [S], not yet divided by N (module docstring), and sums of metrics.
+    new_S: Tensor,
+    old_S: Tensor,
+    rollout_S: Tensor,
+    ref_S: Tensor | None,
+    advantages_S: Tensor,
+    entropy_S: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    importance_cap: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of each sampled token, [S], not yet divided by N (module docstring), and sums of
+    metrics.
 
-    Gradient flows through new_S and entropy_S only. With one update per rollout pass old_S = new_S.detach(): the
-    ratio is 1 and its gradient is the policy gradient. importance_cap 0: no importance weight; ref_S None: no KL.
-    The metrics are float64 sums; divided by "tokens" they are means: clip_fraction of tokens whose gradient the clip
-    removed, capped_fraction of those whose importance weight was cut, mismatch of |old - rollout| in nats.
+    Gradient flows through new_S and entropy_S only. With one update per rollout pass old_S =
+    new_S.detach(): the ratio is 1 and its gradient is the policy gradient. importance_cap 0: no
+    importance weight; ref_S None: no KL. The metrics are float64 sums; divided by "tokens" they are
+    means: clip_fraction of tokens whose gradient the clip removed, capped_fraction of those whose
+    importance weight was cut, mismatch of |old - rollout| in nats.
     """
     ratio_S = (new_S - old_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     clipped_S = ratio_S.clamp(1 - clip_low, 1 + clip_high)
-    # The weight corrects for the engine's numerics only; the change since the rollout is the ratio's business.
+    # The weight corrects for the engine's numerics only; the change since the rollout is the
+    # ratio's business.
     weights_S, cap = (old_S - rollout_S).exp(), importance_cap or math.inf
     losses_S = -torch.minimum(ratio_S * advantages_S, clipped_S * advantages_S)
     if importance_cap:
@@ -236,26 +280,42 @@ def token_losses(
 
 
 class HeadLoss(torch.autograd.Function):
-    """Output head, log-softmax and loss at the trained positions, a chunk at a time, with the head's gradient.
+    """Output head, log-softmax and loss at the trained positions, a chunk at a time, with the
+    head's gradient.
 
-    Returns the sum of the losses, and log-probabilities_S, which carry no gradient. A chunk's gradient is formed in the
-    forward pass, while its logits exist; autograd would keep the logits or compute them twice. With p the
-    probabilities, H the entropy and t the target:
+    Returns the sum of the losses, and log-probabilities_S, which carry no gradient. A chunk's
+    gradient is formed in the forward pass, while its logits exist; autograd would keep the logits
+    or compute them twice. With p the probabilities, H the entropy and t the target:
         d logprob[t] / d logits = onehot(t) - p        d H / d logits = -p (log p + H)
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_SD: Tensor, weight_VD: Tensor, targets_S: Tensor, chunk: int, loss: Callable[..., Tensor]
+        ctx: Any,
+        hidden_SD: Tensor,
+        weight_VD: Tensor,
+        targets_S: Tensor,
+        chunk: int,
+        loss: Callable[..., Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """loss(logprobs_S, entropy_S, slice of S) is the sum of one chunk's losses; not called under torch.no_grad."""
-        weight, wide = weight_VD.to(hidden_SD.dtype), torch.promote_types(hidden_SD.dtype, torch.float32)
-        total, logprobs_S = hidden_SD.new_zeros((), dtype=wide), hidden_SD.new_zeros(len(hidden_SD), dtype=wide)
+        """loss(logprobs_S, entropy_S, slice of S) is the sum of one chunk's losses; not called
+        under torch.no_grad.
+        """
+        weight, wide = (
+            weight_VD.to(hidden_SD.dtype),
+            torch.promote_types(hidden_SD.dtype, torch.float32),
+        )
+        total, logprobs_S = (
+            hidden_SD.new_zeros((), dtype=wide),
+            hidden_SD.new_zeros(len(hidden_SD), dtype=wide),
+        )
         ctx.mark_non_differentiable(logprobs_S)
         if training := hidden_SD.requires_grad:
             ctx.gradients = torch.zeros_like(hidden_SD), torch.zeros_like(weight)
         for start in range(0, len(hidden_SD), chunk):
-            logits = logprobs = probs = d_logits = None  # frees the last chunk's before the next one's are made
+            logits = logprobs = probs = d_logits = (
+                None  # frees the last chunk's before the next one's are made
+            )
             part = slice(start, start + chunk)
             hidden, targets = hidden_SD[part], targets_S[part, None]
             logits = (hidden @ weight.T).to(wide)

@@ -1,8 +1,10 @@
-"""Rollouts: one coroutine for each trajectory, and a scheduler that keeps the engine busy while tools work.
+"""Rollouts: one coroutine for each trajectory, and a scheduler that keeps the engine busy while
+tools work.
 
-The agent loop is the paper's figure 3: generate a turn, read it, use a tool, append what came back, repeat. Many run at
-once: their turns share the engine's batches (continuous batching), tools work in threads, and the KV cache decides how
-many are under way. Left out: starting the next step's trajectories before the update (off-policy, not the paper).
+The agent loop is the paper's figure 3: generate a turn, read it, use a tool, append what came back,
+repeat. Many run at once: their turns share the engine's batches (continuous batching), tools work
+in threads, and the KV cache decides how many are under way. Left out: starting the next step's
+trajectories before the update (off-policy, not the paper).
 """
 
 import asyncio
@@ -22,7 +24,15 @@ from deepresearcher_min import protocol
 from deepresearcher_min.browse import Browser
 from deepresearcher_min.config import Config, host_list
 from deepresearcher_min.engine import Completion, Engine, Sampling
-from deepresearcher_min.protocol import THINK, Answer, Call, ChatFormat, Entry, Malformed, parse_turn
+from deepresearcher_min.protocol import (
+    THINK,
+    Answer,
+    Call,
+    ChatFormat,
+    Entry,
+    Malformed,
+    parse_turn,
+)
 from deepresearcher_min.search import SERVICES, Corpus, LiveSearch, make_search
 from deepresearcher_min.trajectory import Question, Reading, Recording, Trajectory, Turn
 from deepresearcher_min.web import (
@@ -51,8 +61,12 @@ class Agent:
     chat: ChatFormat
 
 
-async def agent_loop(record: Recording, generate: Callable[..., Awaitable[Completion]], agent: Agent) -> Trajectory:
-    """Think, act, observe, until an answer or a limit. await generate(token ids, max new tokens) gives a turn."""
+async def agent_loop(
+    record: Recording, generate: Callable[..., Awaitable[Completion]], agent: Agent
+) -> Trajectory:
+    """Think, act, observe, until an answer or a limit. await generate(token ids, max new tokens)
+    gives a turn.
+    """
     config, chat = agent.config, agent.chat
     while (room := config.max_model_len - len(record.token_ids)) > 0:
         completion = await generate(record.token_ids, min(config.max_turn_tokens, room))
@@ -73,7 +87,9 @@ async def agent_loop(record: Recording, generate: Callable[..., Awaitable[Comple
             entries = await agent.tools.use(action, record)
             most = config.max_observation_tokens
             observation, ids, dropped = chat.fit(action.kind, entries, most, len(record.turns))
-            if completion.token_ids[-1] != chat.end_of_turn_id:  # another end token: the template's follows, given
+            if (
+                completion.token_ids[-1] != chat.end_of_turn_id
+            ):  # another end token: the template's follows, given
                 ids = [chat.end_of_turn_id, *ids]
             count(record.cost, "dropped_results", dropped)
             kept = sum(len(entry.items) for entry in entries) - dropped
@@ -89,7 +105,9 @@ async def agent_loop(record: Recording, generate: Callable[..., Awaitable[Comple
 class Tools:
     """What the agent can do to the world; failures of the world come back as words and are counted."""
 
-    def __init__(self, config: Config, chat: ChatFormat, corpus: Corpus | None = None, web: Web | None = None) -> None:
+    def __init__(
+        self, config: Config, chat: ChatFormat, corpus: Corpus | None = None, web: Web | None = None
+    ) -> None:
         self.config, self.chat = config, chat
         self.backend = make_search(config, web, corpus)
         self.browser = Browser(config, web, corpus, self.in_thread, self.generate_text)
@@ -99,12 +117,18 @@ class Tools:
         self.slots: asyncio.Semaphore  # so many of its tool calls may be under way
 
     async def use(self, call: Call, record: Recording) -> list[Entry]:
-        """What each query of a search or address of a browse brought; one by one without threads, to be repeatable."""
+        """What each query of a search or address of a browse brought; one by one without threads,
+        to be repeatable.
+        """
         tool = protocol.TOOLS[call.kind]
         most = getattr(self.config, tool.most) or len(call.keys)
         jobs = [self.entry(call.kind, key, record) for key in call.keys[:most]]
-        entries = list(await asyncio.gather(*jobs) if self.config.tool_threads else [await job for job in jobs])
-        for entry in entries:  # in the call's order, whichever came first: a replay asks the reader the same
+        entries = list(
+            await asyncio.gather(*jobs) if self.config.tool_threads else [await job for job in jobs]
+        )
+        for entry in (
+            entries
+        ):  # in the call's order, whichever came first: a replay asks the reader the same
             record.shown.update({item["url"]: entry.key for item in entry.items if item.get("url")})
         if tool.over:
             words = tool.over.format(most=most)
@@ -112,24 +136,32 @@ class Tools:
         return entries
 
     def remember(self, seen: Sequence[Entry], record: Recording) -> None:
-        """Note what the agent has seen of pages. What did not fit into its observation, the next browse reads again."""
+        """Note what the agent has seen of pages. What did not fit into its observation, the next
+        browse reads again.
+        """
         for entry in seen:
             if reading := record.readings.pop(entry.key, None):
                 seen_items = len(entry.items)
-                record.memory[reading.query] += [summary for _, summary in reading.notes[:seen_items]]
+                record.memory[reading.query] += [
+                    summary for _, summary in reading.notes[:seen_items]
+                ]
                 dropped = reading.notes[seen_items:]
                 record.read[entry.key] = dropped[0][0] if dropped else reading.next
 
     async def search(self, query: str, record: Recording) -> list[dict[str, Any]]:
         count(record.cost, "searches")
         results = await self.in_thread(self.backend, query, record.cost)
-        return [protocol.search_item(result.snippet, result.title, result.url) for result in results]
+        return [
+            protocol.search_item(result.snippet, result.title, result.url) for result in results
+        ]
 
     async def browse(self, url: str, record: Recording) -> list[dict[str, Any]]:
         if is_blocked(url, self.blocked):
             raise WebFailure(*BLOCKED)
         if url not in record.shown:
-            raise WebFailure("unknown_url", "No search has shown this address, so it cannot be opened.")
+            raise WebFailure(
+                "unknown_url", "No search has shown this address, so it cannot be opened."
+            )
         count(record.cost, "pages")
         query = record.shown[url]
         reading = Reading(record.question.text, query, record.memory[query], record.read[url])
@@ -147,7 +179,9 @@ class Tools:
             raise
         except TimeoutError:
             failure = WebFailure("timeout", "This took too long and was given up.")
-        except Exception:  # a bug, or a world stranger than its tool: it costs this call, and the log says where
+        except (
+            Exception
+        ):  # a bug, or a world stranger than its tool: it costs this call, and the log says where
             logging.getLogger(__name__).exception("tool call for %.200r", key)
             failure = WebFailure("error", "The tool failed.")
         count_failure(record.cost, "page" if kind == "browse" else kind, failure)
@@ -161,12 +195,21 @@ class Tools:
             return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
 
     async def generate_text(self, messages: list[dict[str, str]]) -> str:
-        """The policy's own engine as a plain chat model; in no trajectory, and not counted for admission."""
-        token_ids, most = self.chat.message_ids(messages), self.config.max_model_len - self.config.max_turn_tokens
-        del token_ids[most - 32 : -32]  # what does not fit; the rules are in front, the generation prompt at the end
+        """The policy's own engine as a plain chat model; in no trajectory, and not counted for
+        admission.
+        """
+        token_ids, most = (
+            self.chat.message_ids(messages),
+            self.config.max_model_len - self.config.max_turn_tokens,
+        )
+        del token_ids[
+            most - 32 : -32
+        ]  # what does not fit; the rules are in front, the generation prompt at the end
         self.readings += 1
         seed = self.config.seed  # of all readings: as asked, so answered
-        sampling = Sampling(self.config.reader_temperature, self.config.max_turn_tokens, seed, self.chat.end_ids)
+        sampling = Sampling(
+            self.config.reader_temperature, self.config.max_turn_tokens, seed, self.chat.end_ids
+        )
         completion = await self.scheduler.generate(f"reader/{self.readings}", token_ids, sampling)
         return self.chat.decode(completion.token_ids)
 
@@ -175,7 +218,8 @@ class Tools:
 
 
 def try_services(config: Config, agent: bool = True, judge: bool = False) -> str:
-    """Ask each service that a run will use once, unrecorded: what is wrong with the first that fails, or an empty text.
+    """Ask each service that a run will use once, unrecorded: what is wrong with the first that
+    fails, or an empty text.
 
     `agent`: those of its tools; `judge`: that of evaluations.
     """
@@ -200,7 +244,9 @@ def try_services(config: Config, agent: bool = True, judge: bool = False) -> str
                     "model": getattr(config, f"{role}_model"),
                     "messages": [{"role": "user", "content": "Hello"}],
                 }
-                web.chat(f"{address.rstrip('/')}/chat/completions", key, payload, Counter(), deadline)
+                web.chat(
+                    f"{address.rstrip('/')}/chat/completions", key, payload, Counter(), deadline
+                )
         except WebFailure as failure:
             if failure.kind not in NO_FAULT:
                 trouble = f"the {role} service at {address} does not work ({failure})"
@@ -210,10 +256,12 @@ def try_services(config: Config, agent: bool = True, judge: bool = False) -> str
 
 
 class Scheduler:
-    """Shares one engine among trajectories: lets in as many as its KV cache holds, and steps it while anyone waits.
+    """Shares one engine among trajectories: lets in as many as its KV cache holds, and steps it
+    while anyone waits.
 
-    Whoever is let in holds room for its context and next turn, until it asks for the turn after. The oldest goes first
-    and nobody overtakes, so groups end together. Who waits holds nothing, and alone, a trajectory of any size goes on.
+    Whoever is let in holds room for its context and next turn, until it asks for the turn after.
+    The oldest goes first and nobody overtakes, so groups end together. Who waits holds nothing, and
+    alone, a trajectory of any size goes on.
     """
 
     def __init__(self, engine: Engine, max_in_flight: int) -> None:
@@ -244,7 +292,9 @@ class Scheduler:
                 self.used += tokens
                 admitted.set_result(None)
 
-    async def generate(self, request_id: str, token_ids: list[int], sampling: Sampling) -> Completion:
+    async def generate(
+        self, request_id: str, token_ids: list[int], sampling: Sampling
+    ) -> Completion:
         self.engine.submit(request_id, token_ids, sampling)
         self.waiting[request_id] = asyncio.Future()
         self.wake.set()
@@ -258,16 +308,22 @@ class Scheduler:
         while True:
             await self.wake.wait()
             for request_id, completion in self.engine.step().items():
-                if (future := self.waiting.pop(request_id, None)) and not future.done():  # else given up a moment ago
+                if (
+                    future := self.waiting.pop(request_id, None)
+                ) and not future.done():  # else given up a moment ago
                     future.set_result(completion)
             if not self.waiting:
                 self.wake.clear()
-            await asyncio.sleep(0)  # those whose turn ended go on now; tools in place, their next turn is on board
+            await asyncio.sleep(
+                0
+            )  # those whose turn ended go on now; tools in place, their next turn is on board
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What to roll out: `repeats` trajectories for each question, the same however questions are dealt out to ranks."""
+    """What to roll out: `repeats` trajectories for each question, the same however questions are
+    dealt out to ranks.
+    """
 
     questions: Sequence[Question]
     numbers: Sequence[int]  # of the questions, within the step and over all ranks, for the seeds
@@ -278,10 +334,14 @@ class Batch:
 
 
 async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterator[list[Trajectory]]:
-    """See roll_out. However it ends, nothing is left over. No list, of which asyncio.run would make a string."""
+    """See roll_out. However it ends, nothing is left over. No list, of which asyncio.run would make
+    a string.
+    """
     config = agent.config
     scheduler = agent.tools.scheduler = Scheduler(agent.engine, config.max_in_flight)
-    agent.tools.slots = asyncio.Semaphore(config.tool_threads or 2**31)  # whoever waits has no tool's deadline running
+    agent.tools.slots = asyncio.Semaphore(
+        config.tool_threads or 2**31
+    )  # whoever waits has no tool's deadline running
 
     async def one(age: int, question: Question, number: int, index: int) -> Trajectory:
         record = Recording(question, agent.chat.prompt_ids(question.text))
@@ -289,12 +349,18 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
         async def generate(token_ids: list[int], max_tokens: int) -> Completion:
             if turn := len(record.turns):
                 await scheduler.enter(age, len(token_ids) + max_tokens)
-            seed = int(np.random.SeedSequence((config.seed, batch.step, number, index, turn)).generate_state(1)[0])
+            seed = int(
+                np.random.SeedSequence(
+                    (config.seed, batch.step, number, index, turn)
+                ).generate_state(1)[0]
+            )
             sampling = Sampling(batch.temperature, max_tokens, seed, agent.chat.end_ids)
             return await scheduler.generate(f"{batch.step}/{number}/{index}", token_ids, sampling)
 
         try:
-            await scheduler.enter(age, len(record.token_ids) + config.max_turn_tokens)  # no deadline runs yet
+            await scheduler.enter(
+                age, len(record.token_ids) + config.max_turn_tokens
+            )  # no deadline runs yet
             async with asyncio.timeout(config.trajectory_timeout):
                 trajectory = await agent_loop(record, generate, agent)
         except TimeoutError:
@@ -305,12 +371,15 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
         return trajectory
 
     indices = range(batch.first, batch.first + batch.repeats)
-    asked = [(q, n, i) for q, n in zip(batch.questions, batch.numbers, strict=True) for i in indices]
+    asked = [
+        (q, n, i) for q, n in zip(batch.questions, batch.numbers, strict=True) for i in indices
+    ]
     jobs = [asyncio.create_task(one(age, *each)) for age, each in enumerate(asked)]
     everything: asyncio.Future = asyncio.gather(*jobs)
     pumping: asyncio.Future = asyncio.create_task(scheduler.pump())
     try:
-        # The pump ends only by an error of the engine, which is raised here instead of waiting for ever.
+        # The pump ends only by an error of the engine, which is raised here instead of waiting for
+        # ever.
         flat = await next(asyncio.as_completed([everything, pumping]))
     finally:
         for task in (pumping, *jobs):
@@ -319,13 +388,18 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
     return (flat[start : start + batch.repeats] for start in range(0, len(flat), batch.repeats))
 
 
-def roll_out(batch: Batch, agent: Agent, on_done: OnDone = lambda trajectory: None) -> list[list[Trajectory]]:
+def roll_out(
+    batch: Batch, agent: Agent, on_done: OnDone = lambda trajectory: None
+) -> list[list[Trajectory]]:
     """Run all trajectories of a batch; returns them by question and index.
 
-    `on_done` sees each one as it ends, so that an interruption loses none. Ctrl-C and SIGTERM raise KeyboardInterrupt
-    when everything has ended: not inside a step of the engine, which would spoil it. Main thread only.
+    `on_done` sees each one as it ends, so that an interruption loses none. Ctrl-C and SIGTERM raise
+    KeyboardInterrupt when everything has ended: not inside a step of the engine, which would spoil
+    it. Main thread only.
     """
-    on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio.run then cancels the main task
+    on_interrupt = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # asyncio.run then cancels the main task
     on_terminate = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         return list(asyncio.run(roll_out_async(batch, agent, on_done)))

@@ -1,7 +1,8 @@
 """From a query to results (title, address, snippet): `search:` names who answers.
 
-`local` and `toy` search a Corpus in memory; the others are services, asked through web.py, which caches and retries.
-Left out: answer boxes and "people also ask", as in the paper; Bing, whose API was retired in 2025.
+`local` and `toy` search a Corpus in memory; the others are services, asked through web.py, which
+caches and retries. Left out: answer boxes and "people also ask", as in the paper; Bing, whose API
+was retired in 2025.
 """
 
 import hashlib
@@ -29,7 +30,9 @@ from deepresearcher_min.config import Config, ConfigError, host_list, require_en
 from deepresearcher_min.web import BAD_REPLY, Web, WebFailure, code_of, count, is_blocked
 
 # Letters and digits, and the signs that belong to letters from Hindi to Khmer, which are no \w.
-WORD = re.compile(r"[\w\u0900-\u0963\u0966-\u0eff\u1000-\u1049\u1050-\u109f\u1780-\u17d3\u17db-\u17ff]+")
+WORD = re.compile(
+    r"[\w\u0900-\u0963\u0966-\u0eff\u1000-\u1049\u1050-\u109f\u1780-\u17d3\u17db-\u17ff]+"
+)
 # Scripts that put no space between words, or, as Korean, put endings to them.
 UNSPACED = re.compile(r"[\u0e00-\u11ff\u1780-\u17ff\u3005-\uffdc\U00020000-\U0003ffff]")
 RUN = re.compile(
@@ -40,23 +43,29 @@ RUN = re.compile(
     | (?P<triples> [\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+ )  # Thai, Lao, Myanmar, Khmer
     | [^\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff]+ | ."""
 )
-# No space follows a sentence of Chinese, Japanese, Khmer or Myanmar; Thai and Lao have nothing but a space there.
+# No space follows a sentence of Chinese, Japanese, Khmer or Myanmar; Thai and Lao have nothing but
+# a space there.
 ENDS = "。！？｡।॥។៕။"
 SENTENCE_END = re.compile(rf"[{ENDS}]+[」』”’）]*|[\u0e00-\u0eff](?=\s+[\u0e00-\u0eff])")
 NO_RESULTS = ("no_results", "Nothing was found for this query.")
 SNIPPET_CHARS = 300
-INDEX_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "deepresearcher_min"
+INDEX_CACHE = (
+    Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "deepresearcher_min"
+)
 SOURCE = code_of(__file__)
 SearchResult = namedtuple("SearchResult", ["title", "url", "snippet"])
 Ask = Callable[..., Any]  # ask(path, JSON to POST or nothing for a GET) -> JSON of the service
-Rows = Iterable[tuple[Any, Any, Any]]  # title, url (or path of the service), snippet: texts, or whatever was sent
+Rows = Iterable[
+    tuple[Any, Any, Any]
+]  # title, url (or path of the service), snippet: texts, or whatever was sent
 
 
 def words(text: str) -> list[str]:
     """The lower-case words of a text, in order.
 
-    Where a script has no spaces, each two neighbouring signs (Chinese, Japanese, Korean) or three neighbouring
-    letters (Thai, Lao, Myanmar, Khmer) are a word, and so is a shorter run: 'iPad平板电脑' -> ipad 平板 板电 电脑.
+    Where a script has no spaces, each two neighbouring signs (Chinese, Japanese, Korean) or three
+    neighbouring letters (Thai, Lao, Myanmar, Khmer) are a word, and so is a shorter run: 'iPad平板电脑'
+    -> ipad 平板 板电 电脑.
     """
     text = text.casefold()
     if text.isascii() or not UNSPACED.search(text):
@@ -81,16 +90,20 @@ FUNCTION_WORDS = set(  # words without content: a query is to match by its names
 
 
 def content_words(text: str) -> list[str]:
-    """The lower-case words of a text without function words; all of its words where nothing else is there."""
+    """The lower-case words of a text without function words; all of its words where nothing else is
+    there.
+    """
     found = words(text)
     return [word for word in found if word not in FUNCTION_WORDS] or found
 
 
 def read_passage(row: Any) -> tuple[str, str, str]:
-    """(title, address, text) of a passage as this package, BEIR, Search-R1 or their servers write it.
+    """(title, address, text) of a passage as this package, BEIR, Search-R1 or their servers write
+    it.
 
-    A text alone is `contents`, whose first line is the title (Search-R1). Without `url` the address is passage:ID, with
-    a hash of the text as ID where there is none. Raises LookupError, TypeError or AttributeError without any text.
+    A text alone is `contents`, whose first line is the title (Search-R1). Without `url` the address
+    is passage:ID, with a hash of the text as ID where there is none. Raises LookupError, TypeError
+    or AttributeError without any text.
     """
     if isinstance(row, str):
         row = {"contents": row}
@@ -114,7 +127,9 @@ def beginning(text: str) -> str:
     """The first SNIPPET_CHARS of a text, up to the end of a word where it has words."""
     flat = " ".join(text.split())
     short = shorten(flat, SNIPPET_CHARS, placeholder=" ...")
-    return short if len(short) >= min(len(flat), SNIPPET_CHARS // 2) else flat[:SNIPPET_CHARS] + " ..."
+    return (
+        short if len(short) >= min(len(flat), SNIPPET_CHARS // 2) else flat[:SNIPPET_CHARS] + " ..."
+    )
 
 
 class Corpus:
@@ -123,7 +138,12 @@ class Corpus:
     `pages`: by url, the texts of all its documents, in their order.
     """
 
-    def __init__(self, documents: Sequence, snippet: Callable[[int], str] | None = None, folder: Path | None = None):
+    def __init__(
+        self,
+        documents: Sequence,
+        snippet: Callable[[int], str] | None = None,
+        folder: Path | None = None,
+    ):
         if not documents:
             raise ConfigError("the corpus has no documents")
         self.documents = documents
@@ -137,13 +157,17 @@ class Corpus:
             import bm25s  # here, because importing it takes 0.7 s and a live run does not need it
 
             self.index = bm25s.BM25()
-            self.index.index([words(f"{title}\n{text}") for title, _, text in documents], show_progress=False)
+            self.index.index(
+                [words(f"{title}\n{text}") for title, _, text in documents], show_progress=False
+            )
             if folder:
                 save_index(self.index, folder)
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> "Corpus":
-        """From lines that read_passage reads, with its index under ~/.cache; ConfigError names a bad line."""
+        """From lines that read_passage reads, with its index under ~/.cache; ConfigError names a
+        bad line.
+        """
         import bm25s
 
         content, documents = Path(path).read_bytes(), []
@@ -152,22 +176,31 @@ class Corpus:
                 if line.strip():
                     passage = read_passage(json.loads(line))
                     if b"\\u" in line:
-                        "".join(passage).encode()  # refuses half of a two-part sign, which no tokenizer takes
+                        "".join(
+                            passage
+                        ).encode()  # refuses half of a two-part sign, which no tokenizer takes
                     documents.append(passage)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                raise ConfigError(f"corpus={str(path)!r}: line {number} is not title, url, text: {error!r}") from error
+                raise ConfigError(
+                    f"corpus={str(path)!r}: line {number} is not title, url, text: {error!r}"
+                ) from error
         made = hashlib.sha256(content)  # and of all else that the index comes from
         rules = SOURCE, WORD.pattern, WORD.flags, RUN.pattern
         made.update(repr((rules, bm25s.__version__, unicodedata.unidata_version)).encode())
         return cls(documents, folder=INDEX_CACHE / f"bm25-{made.hexdigest()[:24]}")
 
     def search(self, query: str, k: int) -> list[SearchResult]:
-        """The k best documents, best first, equal scores in corpus order; none that shares no word with the query."""
+        """The k best documents, best first, equal scores in corpus order; none that shares no word
+        with the query.
+        """
         wanted = list(dict.fromkeys(content_words(query)))
         scores = self.index.get_scores_from_ids(self.index.get_tokens_ids(wanted))
         found = np.flatnonzero(scores > 0)
         best = found[np.argsort(-scores[found], kind="stable")[:k]]
-        return [SearchResult(self.documents[i][0], self.documents[i][1], self.snippet(i)) for i in best.tolist()]
+        return [
+            SearchResult(self.documents[i][0], self.documents[i][1], self.snippet(i))
+            for i in best.tolist()
+        ]
 
 
 def checksum(folder: Path) -> str:
@@ -195,7 +228,9 @@ def save_index(index: Any, folder: Path) -> None:
         with TemporaryDirectory(dir=folder.parent) as unfinished:
             index.save(unfinished)
             Path(unfinished, "checksum").write_text(checksum(Path(unfinished)))
-            shutil.rmtree(folder, ignore_errors=True)  # one that could not be loaded, or another rank's
+            shutil.rmtree(
+                folder, ignore_errors=True
+            )  # one that could not be loaded, or another rank's
             os.rename(unfinished, folder)  # at once: nobody ever reads half an index
 
 
@@ -205,9 +240,16 @@ class LiveSearch:
     def __init__(self, config: Config, web: Web) -> None:
         self.config, self.web = config, web
         self.service, base, key = SERVICES[config.search]
-        self.base, self.price = (config.search_url or base).rstrip("/"), config.price_search if key else 0.0
+        self.base, self.price = (
+            (config.search_url or base).rstrip("/"),
+            config.price_search if key else 0.0,
+        )
         self.headers = {"X-API-KEY": os.environ.get(key, "").strip()} if key else {}
-        place = {"gl": config.search_country, "hl": config.search_language} if config.search == "serper" else {}
+        place = (
+            {"gl": config.search_country, "hl": config.search_language}
+            if config.search == "serper"
+            else {}
+        )
         self.place = {name: value for name, value in place.items() if value}
         self.lock, self.next_slot = threading.Lock(), 0.0
 
@@ -219,16 +261,22 @@ class LiveSearch:
         find = partial(self.find, query, counts, deadline)
         rows = self.web.cached("search", request, find, counts, deadline, SOURCE)
         found = [SearchResult(*row) for row in rows[:results]]
-        return [one._replace(url=self.base + one.url) if one.url[0] == "/" else one for one in found]
+        return [
+            one._replace(url=self.base + one.url) if one.url[0] == "/" else one for one in found
+        ]
 
     def find(self, query: str, counts: Counter, deadline: float) -> list[list[str]]:
         """Title, address and snippet of each result, not from the cassette."""
 
         def ask(path: str, payload: Any = None) -> Any:
-            with self.lock:  # a bucket of one token: a larger one would break the service's limit in its first second
+            # a bucket of one token: a larger one would break the service's limit in its first
+            # second
+            with self.lock:
                 slot = max(self.next_slot, time.monotonic())
                 if slot >= deadline:
-                    raise WebFailure("rate_limited", "Too many searches are under way at the moment.")
+                    raise WebFailure(
+                        "rate_limited", "Too many searches are under way at the moment."
+                    )
                 self.next_slot = slot + self.web.world_size / self.config.requests_per_second
             time.sleep(max(0.0, slot - time.monotonic()))
             payload = payload and payload | self.place
@@ -248,8 +296,12 @@ class LiveSearch:
 
 
 def one_line(text: Any) -> str:
-    """Text without line breaks and without the half characters that JSON can bring; empty for what is no text."""
-    return " ".join(text.encode("utf-8", "replace").decode().split()) if isinstance(text, str) else ""
+    """Text without line breaks and without the half characters that JSON can bring; empty for what
+    is no text.
+    """
+    return (
+        " ".join(text.encode("utf-8", "replace").decode().split()) if isinstance(text, str) else ""
+    )
 
 
 def serper(query: str, results: int, ask: Ask) -> Rows:
@@ -270,13 +322,23 @@ def wikipedia(query: str, results: int, ask: Ask) -> Rows:
     wanted = urlencode({"srsearch": query, "srlimit": results})
     reply = ask(f"/w/api.php?action=query&list=search&format=json&formatversion=2&{wanted}")
     for row in reply["query"]["search"]:
-        snippet = html.unescape(re.sub("<[^>]*>", "", row.get("snippet") or ""))  # matches come marked up
-        yield row["title"], "/wiki/" + quote(row["title"].replace(" ", "_"), errors="replace"), snippet
+        snippet = html.unescape(
+            re.sub("<[^>]*>", "", row.get("snippet") or "")
+        )  # matches come marked up
+        yield (
+            row["title"],
+            "/wiki/" + quote(row["title"].replace(" ", "_"), errors="replace"),
+            snippet,
+        )
 
 
 def retriever(query: str, results: int, ask: Ask) -> Rows:
-    """A server that speaks Search-R1's protocol; passages without an address cannot be browsed, so all is shown."""
-    rows = ask("/retrieve", {"queries": [query], "topk": results, "return_scores": True})["result"][0]
+    """A server that speaks Search-R1's protocol; passages without an address cannot be browsed, so
+    all is shown.
+    """
+    rows = ask("/retrieve", {"queries": [query], "topk": results, "return_scores": True})["result"][
+        0
+    ]
     if not isinstance(rows, list):
         raise TypeError
     found = []
@@ -288,7 +350,8 @@ def retriever(query: str, results: int, ask: Ask) -> Rows:
     return found
 
 
-# How to ask; the URL of the public one, which `search_url` replaces; the variable that holds the key of a paid one.
+# How to ask; the URL of the public one, which `search_url` replaces; the variable that holds the
+# key of a paid one.
 SERVICES: dict[str, tuple[Callable[[str, int, Ask], Rows], str, str]] = {
     "serper": (serper, "https://google.serper.dev", "SERPER_API_KEY"),
     "searxng": (searxng, "", ""),
@@ -300,19 +363,31 @@ SERVICES: dict[str, tuple[Callable[[str, int, Ask], Rows], str, str]] = {
 def check_search(config: Config) -> None:
     """Raise ConfigError for what the chosen backend lacks, before anything is loaded."""
     if config.search == "local" and not Path(config.corpus).is_file():
-        raise ConfigError(f"corpus={config.corpus!r}: search: local needs a corpus.jsonl (title, url, text)")
-    if config.search in SERVICES and config.cassette_mode != "replay":  # a recording needs neither key nor server
+        raise ConfigError(
+            f"corpus={config.corpus!r}: search: local needs a corpus.jsonl (title, url, text)"
+        )
+    if (
+        config.search in SERVICES and config.cassette_mode != "replay"
+    ):  # a recording needs neither key nor server
         _, base, key = SERVICES[config.search]
         if key:
-            require_environment(key, f"search: {config.search} asks for it; search: wikipedia needs no key")
+            require_environment(
+                key, f"search: {config.search} asks for it; search: wikipedia needs no key"
+            )
         if not (config.search_url or base).startswith(("http://", "https://")):
-            raise ConfigError(f"search_url={config.search_url!r}: search: {config.search} needs its base URL (http...)")
+            raise ConfigError(
+                f"search_url={config.search_url!r}: search: {config.search} needs its base URL (http...)"
+            )
 
 
-def make_search(config: Config, web: Web | None, corpus: Corpus | None) -> Callable[[str, Counter], list[SearchResult]]:
-    """What `search:` names: local and toy need a corpus, all others a Web, and that check_search finds nothing.
+def make_search(
+    config: Config, web: Web | None, corpus: Corpus | None
+) -> Callable[[str, Counter], list[SearchResult]]:
+    """What `search:` names: local and toy need a corpus, all others a Web, and that check_search
+    finds nothing.
 
-    Results at `blocked_hosts` are dropped from what it finds, and so from what a cassette holds, too.
+    Results at `blocked_hosts` are dropped from what it finds, and so from what a cassette holds,
+    too.
     """
     source: Any = corpus
     if config.search in SERVICES and web is not None:

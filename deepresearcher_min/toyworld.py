@@ -1,8 +1,9 @@
 """The embedded default: a small made-up web, questions about it, and what the agent learned there.
 
-A world is 250 pages about people, cities, companies and books with invented names. A search result shows a page's first
-sentence and one of its facts, so that browsing pays in two cases of three; half of the questions need two pages. Start
-model and tokenizer come from scripts/; the names must not change, since the model that ships was trained on them.
+A world is 250 pages about people, cities, companies and books with invented names. A search result
+shows a page's first sentence and one of its facts, so that browsing pays in two cases of three;
+half of the questions need two pages. Start model and tokenizer come from scripts/; the names must
+not change, since the model that ships was trained on them.
 """
 
 import math
@@ -27,23 +28,39 @@ RELATIONS: dict[str, dict[str, str]] = {
 # Facts that nobody asks for: they make a search result's one fact less often the right one.
 FILLERS: dict[str, dict[str, tuple[str, ...]]] = {
     "company": {"product": ("lamps", "boats", "clocks", "paper", "tea", "glass")},
-    "book": {"genre": ("comedy", "tragedy", "history", "travel"), "length": ("short", "long", "medium")},
-    "city": {"river": ("Aro", "Bel", "Cim", "Dov", "Elt", "Fen"), "climate": ("mild", "dry", "wet", "cold")},
+    "book": {
+        "genre": ("comedy", "tragedy", "history", "travel"),
+        "length": ("short", "long", "medium"),
+    },
+    "city": {
+        "river": ("Aro", "Bel", "Cim", "Dov", "Elt", "Fen"),
+        "climate": ("mild", "dry", "wet", "cold"),
+    },
 }
 TWO_HOP = (
-    ("book", "author", "birthplace"), ("book", "author", "employer"), ("book", "author", "spouse"),
-    ("company", "founder", "birthplace"), ("person", "employer", "headquarters"), ("person", "employer", "founder"),
-    ("person", "birthplace", "mayor"), ("city", "mayor", "birthplace"), ("city", "mayor", "employer"),
-)  # fmt: skip
+    ("book", "author", "birthplace"),
+    ("book", "author", "employer"),
+    ("book", "author", "spouse"),
+    ("company", "founder", "birthplace"),
+    ("person", "employer", "headquarters"),
+    ("person", "employer", "founder"),
+    ("person", "birthplace", "mayor"),
+    ("city", "mayor", "birthplace"),
+    ("city", "mayor", "employer"),
+)
 
 
 def invented_names() -> dict[str, list[str]]:
-    """The same made-up words in every world; which of them pair up to a name, and all facts, differ by world."""
+    """The same made-up words in every world; which of them pair up to a name, and all facts, differ
+    by world.
+    """
     rng = random.Random(7)
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
     words: set[str] = set()
     while len(words) < 250:
-        words.add((rng.choice(syllables) + rng.choice(syllables) + rng.choice("lmnrsk")).capitalize())
+        words.add(
+            (rng.choice(syllables) + rng.choice(syllables) + rng.choice("lmnrsk")).capitalize()
+        )
     shuffled = sorted(words)
     rng.shuffle(shuffled)
     rest = iter(shuffled)
@@ -56,10 +73,12 @@ NAMES = invented_names()
 
 
 class World:
-    """Pages, facts and questions for one purpose (training, held out, warm start ...) and from one seed.
+    """Pages, facts and questions for one purpose (training, held out, warm start ...) and from one
+    seed.
 
-    A fifth of all possible two-word names is reserved for "held out". Every fact that is asked for has such a name in
-    it (as its subject, or as a city's mayor), so a held-out world shares none with the others.
+    A fifth of all possible two-word names is reserved for "held out". Every fact that is asked for
+    has such a name in it (as its subject, or as a city's mayor), so a held-out world shares none
+    with the others.
     """
 
     def __init__(self, purpose: str, seed: int | str) -> None:
@@ -79,8 +98,12 @@ class World:
         self.kind = {name: kind for kind, found in names.items() for name in found}
         self.facts: dict[str, dict[str, str]] = {}
         for name, kind in self.kind.items():
-            facts = {relation: rng.choice(names[answer]) for relation, answer in RELATIONS[kind].items()}
-            self.facts[name] = facts | {filler: rng.choice(values) for filler, values in FILLERS.get(kind, {}).items()}
+            facts = {
+                relation: rng.choice(names[answer]) for relation, answer in RELATIONS[kind].items()
+            }
+            self.facts[name] = facts | {
+                filler: rng.choice(values) for filler, values in FILLERS.get(kind, {}).items()
+            }
         for one, other in zip(names["person"][::2], names["person"][1::2], strict=True):
             self.facts[one]["spouse"], self.facts[other]["spouse"] = other, one
         documents, summaries = [], []
@@ -92,12 +115,24 @@ class World:
         self.corpus = Corpus(documents, snippet=summaries.__getitem__)
 
     def questions(self, count: int, seed: int) -> list[Question]:
-        """`count` different questions, half of them with one hop and half with two, in random order."""
+        """`count` different questions, half of them with one hop and half with two, in random
+        order.
+        """
         rng = random.Random(f"questions {seed}")
-        one_hop = [(name, relation) for name, kind in self.kind.items() for relation in RELATIONS[kind]]
-        two_hop = [(name, *path) for name, kind in self.kind.items() for start, *path in TWO_HOP if start == kind]
+        one_hop = [
+            (name, relation) for name, kind in self.kind.items() for relation in RELATIONS[kind]
+        ]
+        two_hop = [
+            (name, *path)
+            for name, kind in self.kind.items()
+            for start, *path in TWO_HOP
+            if start == kind
+        ]
         questions = []
-        for source, chains, wanted in (("toy_1hop", one_hop, count - count // 2), ("toy_2hop", two_hop, count // 2)):
+        for source, chains, wanted in (
+            ("toy_1hop", one_hop, count - count // 2),
+            ("toy_2hop", two_hop, count // 2),
+        ):
             for subject, *relations in rng.sample(chains, min(wanted, len(chains))):
                 text = f"What is the {' of the '.join(reversed(relations))} of {subject}?"
                 answer = subject
@@ -119,11 +154,13 @@ def chain_of(question: str) -> tuple[str, list[str]]:
 
 
 def behaviour_rates(trajectories: Sequence[Trajectory], world: World) -> dict[str, float]:
-    """How often the three good decisions were taken when there was occasion [share, nan without occasion].
+    """How often the three good decisions were taken when there was occasion [share, nan without
+    occasion].
 
-    full_name: the first search of the question's subject used its full name. browse_when_needed: the page of
-    the subject was found, its summary lacked the fact, and the page was opened. second_hop: a two-hop question
-    whose first fact was seen, and a search or browse went on from it.
+    full_name: the first search of the question's subject used its full name. browse_when_needed:
+    the page of the subject was found, its summary lacked the fact, and the page was opened.
+    second_hop: a two-hop question whose first fact was seen, and a search or browse went on from
+    it.
     """
     seen: dict[str, list[bool]] = {"full_name": [], "browse_when_needed": [], "second_hop": []}
     for trajectory in trajectories:
@@ -140,7 +177,9 @@ def behaviour_rates(trajectories: Sequence[Trajectory], world: World) -> dict[st
             seen["browse_when_needed"].append(browsed)
         shown = [fact in turn.observation for turn in turns]
         if len(relations) == 2 and any(shown):
-            later = [turn for turn in turns[shown.index(True) + 1 :] if turn.kind in ("search", "browse")]
+            later = [
+                turn for turn in turns[shown.index(True) + 1 :] if turn.kind in ("search", "browse")
+            ]
             calls = [turn.text.partition("<tool_call>")[2] for turn in later]
             seen["second_hop"].append(any(value.split()[-1] in call for call in calls))
     return {name: sum(flags) / len(flags) if flags else math.nan for name, flags in seen.items()}

@@ -1,4 +1,5 @@
-"""The data that flows, Question -> Trajectory -> Group, and where questions come from. It holds and checks.
+"""The data that flows, Question -> Trajectory -> Group, and where questions come from. It holds and
+checks.
 
 A trajectory is one flat list of token ids that only ever grows by appending:
 
@@ -6,7 +7,8 @@ A trajectory is one flat list of token ids that only ever grows by appending:
     token_ids    = P0 + A0 + E0 + A1
     sampled_mask = 0..0  1..1  0..0  1..1
 
-Sampled ids are never decoded and encoded again on their way into the loss: text is derived from them.
+Sampled ids are never decoded and encoded again on their way into the loss: text is derived from
+them.
 """
 
 import ast
@@ -23,8 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# How a trajectory ended: by the policy's doing, which is rewarded, or by the harness's or the world's fault, which is
-# left out of group and loss.
+# How a trajectory ended: by the policy's doing, which is rewarded, or by the harness's or the
+# world's fault, which is left out of group and loss.
 POLICY_STOPS = ("answer", "malformed", "tool_budget", "length", "context")
 HARNESS_STOPS = ("deadline", "cancelled")
 PRINTED_TEXT = re.compile(
@@ -45,7 +47,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant turn and what the world said to it, as text for people; the ids are in the trajectory."""
+    """One assistant turn and what the world said to it, as text for people; the ids are in the
+    trajectory.
+    """
 
     sampled: tuple[int, int]  # [start, end) in Trajectory.token_ids
     observed: tuple[int, int]  # empty (start == end) for a turn that ended the trajectory
@@ -64,29 +68,48 @@ class Trajectory:
     question: Question
     token_ids: np.ndarray  # [T] int32
     sampled_mask: np.ndarray  # [T] bool, true exactly where the model sampled token i
-    logprobs: np.ndarray  # [T] float32, the engine's log-probability of a sampled token, nan elsewhere
+    logprobs: (
+        np.ndarray
+    )  # [T] float32, the engine's log-probability of a sampled token, nan elsewhere
     turns: tuple[Turn, ...]
     answer: str | None
     stop_reason: str
-    cost: Mapping[str, float] = field(default_factory=dict)  # searches, pages, bytes, failures by kind, ...
+    cost: Mapping[str, float] = field(
+        default_factory=dict
+    )  # searches, pages, bytes, failures by kind, ...
 
     def __post_init__(self) -> None:
-        for name, dtype in (("token_ids", np.int32), ("sampled_mask", np.bool_), ("logprobs", np.float32)):
-            array = np.array(getattr(self, name), dtype=dtype)  # a copy: nothing outside can change it
+        for name, dtype in (
+            ("token_ids", np.int32),
+            ("sampled_mask", np.bool_),
+            ("logprobs", np.float32),
+        ):
+            array = np.array(
+                getattr(self, name), dtype=dtype
+            )  # a copy: nothing outside can change it
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         lengths = len(self.token_ids), len(self.sampled_mask), len(self.logprobs)
         if len(set(lengths)) != 1:
-            raise ValueError(f"trajectory of question {self.question.id!r}: lengths differ: {lengths}")
+            raise ValueError(
+                f"trajectory of question {self.question.id!r}: lengths differ: {lengths}"
+            )
         if not np.isfinite(self.logprobs[self.sampled_mask]).all():
-            raise ValueError(f"trajectory of question {self.question.id!r}: a sampled token has no finite logprob")
+            raise ValueError(
+                f"trajectory of question {self.question.id!r}: a sampled token has no finite logprob"
+            )
         if self.stop_reason not in POLICY_STOPS + HARNESS_STOPS:
             raise ValueError(f"unknown stop reason {self.stop_reason!r}")
 
     def to_json(self) -> dict[str, Any]:
         """A dict that json.dumps accepts; log-probabilities only of the sampled tokens, in order."""
         asked, mask, turns = self.question, self.sampled_mask, [vars(turn) for turn in self.turns]
-        question = {"id": asked.id, "question": asked.text, "answers": list(asked.answers), "source": asked.source}
+        question = {
+            "id": asked.id,
+            "question": asked.text,
+            "answers": list(asked.answers),
+            "source": asked.source,
+        }
         end = {"answer": self.answer, "stop_reason": self.stop_reason, "cost": dict(self.cost)}
         tokens = {"token_ids": self.token_ids.tolist(), "sampled_mask": mask.astype(int).tolist()}
         logprobs = [round(x, 6) for x in self.logprobs[mask].tolist()]
@@ -102,11 +125,15 @@ class Reading:
     memory: Sequence[str] = ()  # what earlier calls noted for this query
     next: int = 0  # number of the segment to go on with, from 0
     total: int = 0  # segments of the page, known when it is opened
-    notes: list[tuple[int, str]] = field(default_factory=list)  # of this call: page_number, page_summary
+    notes: list[tuple[int, str]] = field(
+        default_factory=list
+    )  # of this call: page_number, page_summary
 
 
 class Recording:
-    """A trajectory while it grows: three parallel lists that are only ever appended to, and what the agent knows."""
+    """A trajectory while it grows: three parallel lists that are only ever appended to, and what
+    the agent knows.
+    """
 
     def __init__(self, question: Question, prompt_ids: Sequence[int]) -> None:
         self.question = question
@@ -115,13 +142,19 @@ class Recording:
         self.logprobs: list[float] = []
         self.turns: list[Turn] = []
         self.cost: Counter = Counter()
-        self.shown: dict[str, str] = {}  # every URL that a search of this trajectory has shown: the latest query
-        self.memory: dict[str, list[str]] = defaultdict(list)  # what the reader noted in earlier turns, by query
+        self.shown: dict[
+            str, str
+        ] = {}  # every URL that a search of this trajectory has shown: the latest query
+        self.memory: dict[str, list[str]] = defaultdict(
+            list
+        )  # what the reader noted in earlier turns, by query
         self.read: Counter[str] = Counter()  # segments read in earlier turns, by URL
         self.readings: dict[str, Reading] = {}  # of this turn, by URL
         self.append(prompt_ids)
 
-    def append(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> tuple[int, int]:
+    def append(
+        self, ids: Sequence[int], logprobs: Sequence[float] | None = None
+    ) -> tuple[int, int]:
         """Add given tokens, or with logprobs sampled ones; returns their span [start, end)."""
         start = len(self.token_ids)
         self.token_ids += ids
@@ -131,12 +164,23 @@ class Recording:
 
     def finish(self, stop_reason: str, answer: str | None = None) -> Trajectory:
         ids, mask, logprobs = map(np.array, (self.token_ids, self.sampled_mask, self.logprobs))
-        return Trajectory(self.question, ids, mask, logprobs, tuple(self.turns), answer, stop_reason, dict(self.cost))
+        return Trajectory(
+            self.question,
+            ids,
+            mask,
+            logprobs,
+            tuple(self.turns),
+            answer,
+            stop_reason,
+            dict(self.cost),
+        )
 
 
 @dataclass(frozen=True)
 class Group:
-    """The G trajectories of one question, with their rewards and group-relative advantages ([G] each)."""
+    """The G trajectories of one question, with their rewards and group-relative advantages ([G]
+    each).
+    """
 
     question: Question
     trajectories: Sequence[Trajectory]
@@ -147,16 +191,20 @@ class Group:
 def load_questions(path: str | Path) -> list[Question]:
     """Read questions from a .parquet or a .jsonl with the columns that parse_row knows.
 
-    The question's text stays as it is, byte for byte; gold answers lose the spaces around them, and empty ones are
-    dropped. A missing id becomes the file's name and the row, and a repeated one gets the row appended. Raises
-    ValueError naming the file and the row (parquet: from 0; jsonl: the line, from 1) of the first that is unusable.
+    The question's text stays as it is, byte for byte; gold answers lose the spaces around them, and
+    empty ones are dropped. A missing id becomes the file's name and the row, and a repeated one
+    gets the row appended. Raises ValueError naming the file and the row (parquet: from 0; jsonl:
+    the line, from 1) of the first that is unusable.
     """
     path, where, questions = Path(path), "", dict[str, Question]()
     if path.suffix not in (".parquet", ".jsonl") or not path.is_file():
         raise ValueError(f"{path}: must be an existing file that ends in .parquet or .jsonl")
     try:
         if path.suffix == ".parquet":
-            rows = [(f", row {number}", row) for number, row in enumerate(pq.read_table(path).to_pylist())]
+            rows = [
+                (f", row {number}", row)
+                for number, row in enumerate(pq.read_table(path).to_pylist())
+            ]
         else:  # bytes: text would also be split at U+2028, which JSON allows inside strings
             lines = enumerate(path.read_bytes().split(b"\n"), start=1)
             rows = [(f", line {number}", line) for number, line in lines if line.strip()]
@@ -173,11 +221,12 @@ def load_questions(path: str | Path) -> list[Question]:
 
 
 def parse_row(row: Any) -> Question:
-    """A question from an object, or from a line of JSON (bytes); of several columns for one thing the first counts.
+    """A question from an object, or from a line of JSON (bytes); of several columns for one thing
+    the first counts.
 
-    question, query or prompt: a text, or messages of which one is the user's. answers, answer, golden_answers,
-    ground_truth or reward_model's ground_truth: see gold_answers. Optional: id, _id or extra_info's index, and
-    source or data_source. ValueError lists the columns that are there.
+    question, query or prompt: a text, or messages of which one is the user's. answers, answer,
+    golden_answers, ground_truth or reward_model's ground_truth: see gold_answers. Optional: id, _id
+    or extra_info's index, and source or data_source. ValueError lists the columns that are there.
     """
     if isinstance(row, bytes):
         try:
@@ -206,7 +255,9 @@ def parse_row(row: Any) -> Question:
         raise ValueError(f"{expected}, not {str(found)[:80]!r}{columns}")
     name, source = first_of(row, "id", "_id", "index"), first_of(row, "source", "data_source")
     question = Question("" if name is None else str(name), text, golds, str(source or ""))
-    "".join((text, *golds, question.id, question.source)).encode()  # refuses half of a two-part sign: no file takes it
+    "".join(
+        (text, *golds, question.id, question.source)
+    ).encode()  # refuses half of a two-part sign: no file takes it
     return question
 
 
@@ -216,23 +267,29 @@ def first_of(row: dict, *columns: str) -> Any:
 
 
 def unpacked(value: Any) -> Any:
-    """The list or dict that a text stores, as JSON or as Python and numpy print them; anything else as it is."""
+    """The list or dict that a text stores, as JSON or as Python and numpy print them; anything else
+    as it is.
+    """
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "array(")):
         return value
     errors = ValueError, SyntaxError, TypeError, MemoryError, RecursionError
     with suppress(*errors):
         return json.loads(value)
     # numpy prints no commas, and Python joins texts that stand side by side
-    listed = PRINTED_TEXT.sub(lambda text: text[0] + "," * bool(text[2]), PRINTED_ARRAY.sub(r"\1", value))
+    listed = PRINTED_TEXT.sub(
+        lambda text: text[0] + "," * bool(text[2]), PRINTED_ARRAY.sub(r"\1", value)
+    )
     with suppress(*errors):
         return ast.literal_eval(listed)
     return value
 
 
 def gold_answers(value: Any) -> tuple[str, ...]:
-    """The texts in a text, a number, a list of them or {"target": ...}; none where anything else is in it.
+    """The texts in a text, a number, a list of them or {"target": ...}; none where anything else is
+    in it.
 
-    A text may join several by <|answer_split|>. True is "yes", as the prompt asks for; 1998.0 is "1998".
+    A text may join several by <|answer_split|>. True is "yes", as the prompt asks for; 1998.0 is
+    "1998".
     """
     value = unpacked(value)
     if isinstance(value, dict):
@@ -249,12 +306,18 @@ def gold_answers(value: Any) -> tuple[str, ...]:
     return tuple(gold.strip() for gold in golds if gold.strip())
 
 
-def take_questions(questions: Sequence[Question], seed: int, start: int, count: int) -> list[Question]:
-    """Questions `start` to `start + count` of an endless order, a function of the seed and so the same on all ranks.
+def take_questions(
+    questions: Sequence[Question], seed: int, start: int, count: int
+) -> list[Question]:
+    """Questions `start` to `start + count` of an endless order, a function of the seed and so the
+    same on all ranks.
 
-    Each epoch is a shuffle of its own. A checkpoint needs only the number of questions taken so far.
+    Each epoch is a shuffle of its own. A checkpoint needs only the number of questions taken so
+    far.
     """
     size = len(questions)
     epochs = range(start // size, (start + count) // size + 1)
-    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(size) for epoch in epochs])
+    order = np.concatenate(
+        [np.random.default_rng([seed, epoch]).permutation(size) for epoch in epochs]
+    )
     return [questions[number] for number in order[start % size :][:count]]

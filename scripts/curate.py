@@ -2,10 +2,11 @@
 
   python -m scripts.curate --model=DIR --data=FILE --judge_url=URL --judge_model=NAME --run_dir=OUT
 
-writes OUT/questions.jsonl. Left out is what the untrained model may know by heart: one of k answers without tools is an
-exact match (pass@k; k is `group_size`, 10 unless given), and what a judge calls time-bound, subjective or harmful. What
-remains is mixed 1:1:3:3 over nq, tq, hotpotqa and 2wiki, `limit` questions at most. One process; the judge's verdicts
-are in the cassette, so that a second start pays for none twice. Tested with scripted models, never run with real ones.
+writes OUT/questions.jsonl. Left out is what the untrained model may know by heart: one of k answers
+without tools is an exact match (pass@k; k is `group_size`, 10 unless given), and what a judge calls
+time-bound, subjective or harmful. What remains is mixed 1:1:3:3 over nq, tq, hotpotqa and 2wiki,
+`limit` questions at most. One process; the judge's verdicts are in the cassette, so that a second
+start pays for none twice. Tested with scripted models, never run with real ones.
 """
 
 import json
@@ -41,7 +42,9 @@ VERDICT = re.compile(r"\W*(TIME-BOUND|SUBJECTIVE|HARMFUL|FINE)\W*", re.I)
 
 def unknown(questions: Sequence[Question], agent: Agent) -> list[Question]:
     """Questions that not one of the model's `group_size` answers gets right."""
-    batch = Batch(questions, range(len(questions)), agent.config.group_size, agent.config.temperature, step=0)
+    batch = Batch(
+        questions, range(len(questions)), agent.config.group_size, agent.config.temperature, step=0
+    )
     groups = zip(questions, roll_out(batch, agent), strict=True)
     return [question for question, group in groups if not any(measures(one)["em"] for one in group)]
 
@@ -68,7 +71,9 @@ def verdict(question: Question, config: Config, web: Web) -> str:
 
 
 def mix(questions: Sequence[Question], limit: int, seed: int) -> list[Question]:
-    """As many as the scarcest source allows, and `limit` (0: no limit), in the ratio of MIX; ValueError for none."""
+    """As many as the scarcest source allows, and `limit` (0: no limit), in the ratio of MIX;
+    ValueError for none.
+    """
     by_source = {name: [one for one in questions if one.source == name] for name in MIX}
     parts = min(len(by_source[name]) // share for name, share in MIX.items())
     if limit:
@@ -77,20 +82,33 @@ def mix(questions: Sequence[Question], limit: int, seed: int) -> list[Question]:
         left = ", ".join(f"{name} {len(found)}" for name, found in by_source.items())
         raise ValueError(f"too few questions are left for a mix of 1:1:3:3 (limit={limit}): {left}")
     pick = random.Random(seed)
-    return [one for name, share in MIX.items() for one in pick.sample(by_source[name], parts * share)]
+    return [
+        one for name, share in MIX.items() for one in pick.sample(by_source[name], parts * share)
+    ]
 
 
 def curate(questions: Sequence[Question], agent: Agent, web: Web) -> list[Question]:
-    """The questions that all three steps leave; what each one drops is printed. Without a verdict none is kept."""
+    """The questions that all three steps leave; what each one drops is printed. Without a verdict
+    none is kept.
+    """
     config = agent.config
     hard = unknown(questions, agent)
-    print(f"{len(questions)} questions, {len(questions) - len(hard)} known to the model (pass@{config.group_size})")
+    print(
+        f"{len(questions)} questions, {len(questions) - len(hard)} known to the model (pass@{config.group_size})"
+    )
     with ThreadPoolExecutor(max(1, config.tool_threads)) as pool:
         verdicts = list(pool.map(lambda one: verdict(one, config, web), hard))
-    print("judged:", ", ".join(f"{number} {name}" for name, number in Counter(verdicts).most_common()))
+    print(
+        "judged:", ", ".join(f"{number} {name}" for name, number in Counter(verdicts).most_common())
+    )
     fine = [one for one, name in zip(hard, verdicts, strict=True) if name == "fine"]
     mixed = mix(fine, config.limit, config.seed)
-    print("mixed:", ", ".join(f"{number} {name}" for name, number in Counter(one.source for one in mixed).items()))
+    print(
+        "mixed:",
+        ", ".join(
+            f"{number} {name}" for name, number in Counter(one.source for one in mixed).items()
+        ),
+    )
     return mixed
 
 
@@ -100,15 +118,26 @@ def main(argv: list[str]) -> int:
         config = resolve(["--method=cot", "--group_size=10", *argv])
         if not (config.judge_url and config.judge_model):
             raise ConfigError("curation needs judge_url and judge_model")
-        require_environment("JUDGE_API_KEY", "judge_url needs it (any word, if the server asks for none)")
+        require_environment(
+            "JUDGE_API_KEY", "judge_url needs it (any word, if the server asks for none)"
+        )
         check_needs(config)
-        questions, ranks, file = load_questions(config.data), Ranks(), Path(config.run_dir) / "questions.jsonl"
+        questions, ranks, file = (
+            load_questions(config.data),
+            Ranks(),
+            Path(config.run_dir) / "questions.jsonl",
+        )
         _, agent = make_agent(config, Task(config.model, questions, [], None, None), ranks)
         agent, web = replace(agent, chat=PlainChat(agent.chat, {})), open_web(config, ranks)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("w", encoding="utf-8") as lines:
             for one in curate(questions, agent, web):
-                row = {"id": one.id, "question": one.text, "answers": one.answers, "source": one.source}
+                row = {
+                    "id": one.id,
+                    "question": one.text,
+                    "answers": one.answers,
+                    "source": one.source,
+                }
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
         web.close()
         agent.engine.close()

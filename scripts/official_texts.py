@@ -1,8 +1,10 @@
-"""The texts of the published system, out of a copy of its repository, letter by letter: trailing spaces count.
+"""The texts of the published system, out of a copy of its repository, letter by letter: trailing
+spaces count.
 
-`python -m scripts.official_texts DeepResearcher authors` writes authors/system.txt and authors/tools.json, which the
-checkpoint was trained with (scrl/llm_agent/generation.py), and authors/judge.txt, by which its answers were judged
-(evaluate/cacluate_metrics.py, as it is spelled there). They are read as data: no line of that repository is run.
+`python -m scripts.official_texts DeepResearcher authors` writes authors/system.txt and
+authors/tools.json, which the checkpoint was trained with (scrl/llm_agent/generation.py), and
+authors/judge.txt, by which its answers were judged (evaluate/cacluate_metrics.py, as it is spelled
+there). They are read as data: no line of that repository is run.
 """
 
 import ast
@@ -15,7 +17,9 @@ SEARCH_ENGINE = "online_search"  # of the two system prompts, that for the live 
 
 
 def assigned(tree: ast.AST, name: str) -> ast.expr:
-    """The value that a name or an attribute of this name is given first; LookupError if there is none."""
+    """The value that a name or an attribute of this name is given first; LookupError if there is
+    none.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).rpartition(".")[2] == name:
             return node.value
@@ -34,7 +38,9 @@ def text_of(value: ast.expr) -> str:
     """A string, or an f-string with {date} in the place of what it computes: there it is the date."""
     if not isinstance(value, ast.JoinedStr):
         return str(ast.literal_eval(value))
-    return "".join(str(part.value) if isinstance(part, ast.Constant) else "{date}" for part in value.values)
+    return "".join(
+        str(part.value) if isinstance(part, ast.Constant) else "{date}" for part in value.values
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -43,14 +49,18 @@ def main(arguments: list[str]) -> int:
         return 2
     repository, folder = map(Path, arguments)
     try:
-        generation, metrics = (ast.parse((repository / name).read_text("utf-8")) for name in (GENERATION, METRICS))
+        generation, metrics = (
+            ast.parse((repository / name).read_text("utf-8")) for name in (GENERATION, METRICS)
+        )
         texts = {
             "system.txt": text_of(assigned(branch(generation, SEARCH_ENGINE), "system_prompt")),
             "tools.json": json.dumps(ast.literal_eval(assigned(generation, "TOOLS"))),
             "judge.txt": text_of(assigned(metrics, "PROMPT")),
         }
     except (OSError, ValueError, SyntaxError, LookupError) as error:
-        print(f"{repository} is not the official repository as we know it: {error}", file=sys.stderr)
+        print(
+            f"{repository} is not the official repository as we know it: {error}", file=sys.stderr
+        )
         return 2
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():

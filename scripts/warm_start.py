@@ -1,9 +1,10 @@
-"""Train the tiny start model of the toy web again: `python -m scripts.warm_start --seed=0`, about ten minutes.
+"""Train the tiny start model of the toy web again: `python -m scripts.warm_start --seed=0`, about
+ten minutes.
 
-Scripted beginners know the protocol but choose well less than half of the time; the model imitates them by plain
-supervised learning from a random initialisation. It starts reinforcement learning with the form of the task and
-without its substance. No script takes part after this. Demonstrations come from the rollout code itself: the
-scripts stand behind the engine protocol.
+Scripted beginners know the protocol but choose well less than half of the time; the model imitates
+them by plain supervised learning from a random initialisation. It starts reinforcement learning
+with the form of the task and without its substance. No script takes part after this. Demonstrations
+come from the rollout code itself: the scripts stand behind the engine protocol.
 """
 
 import ast
@@ -29,7 +30,14 @@ from deepresearcher_min.reward import summarize
 from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out
 from deepresearcher_min.toyworld import MODEL_DIR, NAMES, World, behaviour_rates, chain_of
 from deepresearcher_min.trajectory import Trajectory
-from scripts.toy_tokenizer import ANSWER, ANSWER_END, CALL_BROWSE, CALL_END, CALL_SEARCH, build_tokenizer
+from scripts.toy_tokenizer import (
+    ANSWER,
+    ANSWER_END,
+    CALL_BROWSE,
+    CALL_END,
+    CALL_SEARCH,
+    build_tokenizer,
+)
 
 
 @dataclass(frozen=True)
@@ -38,20 +46,25 @@ class Skill:
 
     full_name: float  # searches with the full name, not only its last word
     browse: float  # opens the page when the summary lacks the fact
-    second_hop: float  # goes on to the second question instead of answering with the first one's answer
+    second_hop: (
+        float  # goes on to the second question instead of answering with the first one's answer
+    )
     retry: float  # searches again when the page was not among the results
 
     @classmethod
     def of(cls, talent: float) -> "Skill":
-        """Beginners differ: talent is between 0 and 1. The mean one searches badly more often than well."""
+        """Beginners differ: talent is between 0 and 1. The mean one searches badly more often than
+        well.
+        """
         return cls(*(low + talent * 0.6 for low in (0.15, 0.15, 0.35, 0.3)))
 
 
 def beginner(question: str, rng: random.Random, skill: Skill) -> Generator[str, str, None]:
-    """A generator of turns (without the forced <think>); each search or browse turn is sent its observation.
+    """A generator of turns (without the forced <think>); each search or browse turn is sent its
+    observation.
 
-    It knows nothing of the world but what it is shown. Its thoughts restate the evidence word for word, which is
-    what teaches the tiny model to copy.
+    It knows nothing of the world but what it is shown. Its thoughts restate the evidence word for
+    word, which is what teaches the tiny model to copy.
     """
     subject, relations = chain_of(question)
     evidence = ""
@@ -72,7 +85,9 @@ def beginner(question: str, rng: random.Random, skill: Skill) -> Generator[str, 
                 notes = ast.literal_eval(shown)[0]["information"]
                 value = stated(" ".join(note["page_summary"] for note in notes), relation)
         if value is None:
-            seen = re.findall(r"The \w+ is ([^.]+)\.", " ".join(r["quick_summary"] for r in results))
+            seen = re.findall(
+                r"The \w+ is ([^.]+)\.", " ".join(r["quick_summary"] for r in results)
+            )
             yield f"I guess that it is {(guess := rng.choice(seen or [subject]))}.{ANSWER}{guess}{ANSWER_END}"
             return
         evidence = f"The {relation} is {value}. "
@@ -88,7 +103,9 @@ def stated(text: str, relation: str) -> str | None:
 
 
 class ScriptedEngine(Engine):
-    """Beginners behind the engine protocol, so that demonstrations are made by the very code that rolls out."""
+    """Beginners behind the engine protocol, so that demonstrations are made by the very code that
+    rolls out.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         self.tokenizer, self.seed = tokenizer, seed
@@ -120,46 +137,76 @@ class ScriptedEngine(Engine):
             self.turns.pop(request_id, None)
 
 
-def demonstrations(tokenizer: PreTrainedTokenizerFast, config: Config, worlds: int, each: int) -> list[Trajectory]:
-    """`each` beginners' trajectories from every one of `worlds` worlds, none of them a world of training."""
+def demonstrations(
+    tokenizer: PreTrainedTokenizerFast, config: Config, worlds: int, each: int
+) -> list[Trajectory]:
+    """`each` beginners' trajectories from every one of `worlds` worlds, none of them a world of
+    training.
+    """
     chat, found = ChatFormat(tokenizer, date=""), []
     for number in tqdm(range(worlds), desc="demonstrations", unit="world"):
         world = World("warm start", f"{config.seed} {number}")
         engine = ScriptedEngine(tokenizer, config.seed)
         batch = Batch(world.questions(each, number), range(each), 1, 1.0, step=number)
-        found += [t for (t,) in roll_out(batch, Agent(config, engine, Tools(config, chat, world.corpus), chat))]
+        found += [
+            t
+            for (t,) in roll_out(
+                batch, Agent(config, engine, Tools(config, chat, world.corpus), chat)
+            )
+        ]
     return found
 
 
 def permute_names(ids: np.ndarray, parts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """Swap the names of one kind among themselves, the same way all over a sequence: facts cannot be memorised."""
+    """Swap the names of one kind among themselves, the same way all over a sequence: facts cannot
+    be memorised.
+    """
     table = np.arange(max(part.max() for part in parts) + 1)
     for part in parts:
         table[part] = rng.permutation(part)
     return np.where(ids < len(table), table[np.minimum(ids, len(table) - 1)], ids)
 
 
-def warm_start(config: Config, folder: Path, steps: int = 3600, tokens: int = 3000, demos: int = 9000) -> None:
-    """Train the tiny model on demonstrations from plain initialisation, and save it as a Hugging Face folder.
+def warm_start(
+    config: Config, folder: Path, steps: int = 3600, tokens: int = 3000, demos: int = 9000
+) -> None:
+    """Train the tiny model on demonstrations from plain initialisation, and save it as a Hugging
+    Face folder.
 
-    Next-token loss with weight 1 on the beginners' tokens, 0.1 on observations (they repeat names, too, but little of
-    them can be known), 0 on the prompt; AdamW, learning rate 2e-3 with linear decay. No weight is set by hand.
+    Next-token loss with weight 1 on the beginners' tokens, 0.1 on observations (they repeat names,
+    too, but little of them can be known), 0 on the prompt; AdamW, learning rate 2e-3 with linear
+    decay. No weight is set by hand.
     """
     started = time.process_time()
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.threads)
     tokenizer = build_tokenizer()
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        intermediate_size=384, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    ))  # fmt: skip
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            intermediate_size=384,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     data = demonstrations(tokenizer, config, worlds=61, each=demos // 60)
-    data, fresh = data[: -(demos // 60)], data[-(demos // 60) :]  # the last world is for copy_accuracy
+    data, fresh = (
+        data[: -(demos // 60)],
+        data[-(demos // 60) :],
+    )  # the last world is for copy_accuracy
     names = [np.array(tokenizer.convert_tokens_to_ids(words)) for words in NAMES.values()]
     rng = np.random.default_rng(config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 50, 1 - step / steps) + 1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(step / 50, 1 - step / steps) + 1e-3
+    )
     lengths = np.array([len(trajectory.token_ids) for trajectory in data])
     bar = tqdm(range(steps), desc="warm start", unit="step")
     for _ in bar:
@@ -183,7 +230,10 @@ def warm_start(config: Config, folder: Path, steps: int = 3600, tokens: int = 30
 
 
 def demonstration_loss(
-    model: torch.nn.Module, chosen: Sequence[Trajectory], names: list[np.ndarray], rng: np.random.Generator
+    model: torch.nn.Module,
+    chosen: Sequence[Trajectory],
+    names: list[np.ndarray],
+    rng: np.random.Generator,
 ) -> torch.Tensor:
     """Mean weighted next-token loss [nats] of a few trajectories, padded on the right."""
     longest = max(len(trajectory.token_ids) for trajectory in chosen)
@@ -194,14 +244,22 @@ def demonstration_loss(
         ids_BT[row, :length] = permute_names(trajectory.token_ids, names, rng)
         weights_BT[row, first:length] = np.where(trajectory.sampled_mask[first:], 1.0, 0.1)
     ids, weights = torch.from_numpy(ids_BT), torch.from_numpy(weights_BT)[:, 1:]
-    logits = model(input_ids=ids[:, :-1]).logits  # causal and padded on the right: padding is never attended to
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    logits = model(
+        input_ids=ids[:, :-1]
+    ).logits  # causal and padded on the right: padding is never attended to
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
     return (losses * weights.flatten()).sum() / weights.sum()
 
 
 @torch.no_grad()
-def copy_accuracy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, data: Sequence[Trajectory]) -> float:
-    """How often the most probable token is right where a thought restates a fact: "The mayor is Ada Vek." [share]."""
+def copy_accuracy(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, data: Sequence[Trajectory]
+) -> float:
+    """How often the most probable token is right where a thought restates a fact: "The mayor is Ada
+    Vek." [share].
+    """
     the, verb, *stops = tokenizer.convert_tokens_to_ids(["The", "is", ".", ". "])
     right = total = 0
     for trajectory in data:
@@ -210,12 +268,17 @@ def copy_accuracy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, da
         restated = trajectory.sampled_mask[3:] & (ids[2:-1] == verb) & (ids[:-3] == the)
         for start in np.flatnonzero(restated) + 3:
             end = start + int(np.isin(ids[start:], stops).argmax())
-            right, total = right + (best[start - 1 : end - 1] == ids[start:end]).sum(), total + end - start
+            right, total = (
+                right + (best[start - 1 : end - 1] == ids[start:end]).sum(),
+                total + end - start,
+            )
     return float(right / total)
 
 
 def write_card(config: Config, folder: Path, recipe: str, copying: float) -> None:
-    """Measure the new model, greedy and sampled, on a world it has not seen, and write README.md beside it."""
+    """Measure the new model, greedy and sampled, on a world it has not seen, and write README.md
+    beside it.
+    """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     world, chat = World("held out", config.seed), ChatFormat(tokenizer, date="")
     agent = Agent(config, HFEngine(config, str(folder)), Tools(config, chat, world.corpus), chat)

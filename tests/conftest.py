@@ -1,11 +1,15 @@
-"""Environment of the whole test suite, which must stand before torch and vllm are imported, and shared fixtures."""
+"""Environment of the whole test suite, which must stand before torch and vllm are imported, and
+shared fixtures.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only fight over the cores of a small machine
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # more threads only fight over the cores of a small machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
@@ -29,7 +33,9 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def open_web(tmp_path):
-    """open_web(file, rank, world_size, **config) -> a Web that may reach loopback; closed after the test."""
+    """open_web(file, rank, world_size, **config) -> a Web that may reach loopback; closed after the
+    test.
+    """
     from dataclasses import replace
 
     from loopback import CONFIG

@@ -1,4 +1,6 @@
-"""What the tests of the engines share: a config, small models, requests, and what a plain forward pass says of them."""
+"""What the tests of the engines share: a config, small models, requests, and what a plain forward
+pass says of them.
+"""
 
 import dataclasses
 import importlib.util
@@ -17,20 +19,28 @@ vllm_installed = importlib.util.find_spec("vllm") is not None
 
 def engine_config(**changes) -> Config:
     config = load_config(["--preset=toy"])
-    return dataclasses.replace(config, max_model_len=256, max_in_flight=24, kv_tokens=24 * 256, **changes)
+    return dataclasses.replace(
+        config, max_model_len=256, max_in_flight=24, kv_tokens=24 * 256, **changes
+    )
 
 
 def random_model(kind: str, seed: int):
-    """Tied Qwen2 (head_dim 32, biases) or untied Llama with grouped keys; large weights, so that nothing is flat."""
+    """Tied Qwen2 (head_dim 32, biases) or untied Llama with grouped keys; large weights, so that
+    nothing is flat.
+    """
     sizes = dict(vocab_size=VOCABULARY, hidden_size=128, intermediate_size=96, num_hidden_layers=2)
     torch.manual_seed(seed)
     if kind == "qwen2":
         model = Qwen2ForCausalLM(
-            Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True)
+            Qwen2Config(
+                **sizes, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True
+            )
         )
     else:
         model = LlamaForCausalLM(
-            LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
+            LlamaConfig(
+                **sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False
+            )
         )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -40,13 +50,18 @@ def random_model(kind: str, seed: int):
 
 def prompts(count: int, seed: int, low: int = 3, high: int = 60) -> dict[str, list[int]]:
     draw = random.Random(seed)
-    return {f"{seed}/{i}": [draw.randrange(VOCABULARY) for _ in range(draw.randint(low, high))] for i in range(count)}
+    return {
+        f"{seed}/{i}": [draw.randrange(VOCABULARY) for _ in range(draw.randint(low, high))]
+        for i in range(count)
+    }
 
 
 def run(engine: Engine, requests: dict[str, list[int]], samplings: dict[str, Sampling] | Sampling):
     """Submit everything, step until all is done."""
     for name, token_ids in requests.items():
-        engine.submit(name, token_ids, samplings if isinstance(samplings, Sampling) else samplings[name])
+        engine.submit(
+            name, token_ids, samplings if isinstance(samplings, Sampling) else samplings[name]
+        )
     return drain(engine, len(requests))
 
 
@@ -64,7 +79,9 @@ def drain(engine: Engine, count: int) -> dict[str, Completion]:
 
 
 @torch.no_grad()
-def reference_logprobs(model, prompt: list[int], sampled: list[int], temperature: float = 1.0) -> torch.Tensor:
+def reference_logprobs(
+    model, prompt: list[int], sampled: list[int], temperature: float = 1.0
+) -> torch.Tensor:
     """[len(sampled), V] log-probabilities by one plain forward pass, after temperature."""
     logits = model(torch.tensor([prompt + sampled])).logits[0, len(prompt) - 1 : -1] / temperature
     return logits.log_softmax(-1)
@@ -73,7 +90,9 @@ def reference_logprobs(model, prompt: list[int], sampled: list[int], temperature
 def check_against_model(model, requests, done, sampling: Sampling) -> None:
     for name, prompt in requests.items():
         completion = done[name]
-        expected = reference_logprobs(model, prompt, completion.token_ids, sampling.temperature or 1.0)
+        expected = reference_logprobs(
+            model, prompt, completion.token_ids, sampling.temperature or 1.0
+        )
         if not sampling.temperature:
             assert completion.token_ids == expected.argmax(-1).tolist()
         own = expected[range(len(completion.token_ids)), completion.token_ids]
@@ -81,7 +100,9 @@ def check_against_model(model, requests, done, sampling: Sampling) -> None:
 
 
 def two_turns(engine: Engine) -> list[tuple[list[int], list[float]]]:
-    """40 requests in groups of four with the same prompt; a second turn starts as soon as the first ends."""
+    """40 requests in groups of four with the same prompt; a second turn starts as soon as the first
+    ends.
+    """
     draw = random.Random(7)
     alive = {}
     for name, prompt in prompts(10, seed=100).items():
@@ -95,5 +116,7 @@ def two_turns(engine: Engine) -> list[tuple[list[int], list[float]]]:
             history.append((completion.token_ids, completion.logprobs))
             if name not in second:
                 second.add(name)
-                engine.submit(name, alive[name] + completion.token_ids + [1, 2, 3] * 5, samplings[name])
+                engine.submit(
+                    name, alive[name] + completion.token_ids + [1, 2, 3] * 5, samplings[name]
+                )
     return history

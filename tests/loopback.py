@@ -1,4 +1,6 @@
-"""A real HTTP server on loopback for the tests of web, search and browse: it can answer, and it can misbehave."""
+"""A real HTTP server on loopback for the tests of web, search and browse: it can answer, and it can
+misbehave.
+"""
 
 import gzip
 import json
@@ -16,7 +18,11 @@ from deepresearcher_min.config import load_config
 from deepresearcher_min.web import WebFailure
 
 CONFIG = replace(
-    load_config(["--preset=paper"]), allow_private_hosts=True, max_retries=0, read_timeout=5.0, connect_timeout=0.4
+    load_config(["--preset=paper"]),
+    allow_private_hosts=True,
+    max_retries=0,
+    read_timeout=5.0,
+    connect_timeout=0.4,
 )
 
 
@@ -42,7 +48,8 @@ def lead_to(monkeypatch, *addresses):
 class Server:
     """Serves `pages` (path -> (status, headers, body)); the FAULTS below are at /fault/<name>.
 
-    `requests` counts paths, `sent` keeps (path, headers, body) of each request, `connections` counts connections,
+    `requests` counts paths, `sent` keeps (path, headers, body) of each request, `connections`
+    counts connections,
     `most_at_once` is the highest number of requests under way at the same time.
     """
 
@@ -105,7 +112,11 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status, headers, body):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "text/html", "Content-Length": str(len(body)), **headers}.items():
+        for name, value in {
+            "Content-Type": "text/html",
+            "Content-Length": str(len(body)),
+            **headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -131,7 +142,10 @@ FAULTS = {
     "silence": lambda h: h.site.over.wait(20),
     "drip_head": lambda h: h.drip(HEAD + b"X-Padding: " + b"a" * 200 + b"\r\n\r\n"),
     "drip_body": lambda h: (h.raw(HEAD + b"Content-Length: 500\r\n\r\n"), h.drip(b"a" * 500)),
-    "drip_chunks": lambda h: (h.raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\n"), h.drip(b"1\r\na\r\n" * 200)),
+    "drip_chunks": lambda h: (
+        h.raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\n"),
+        h.drip(b"1\r\na\r\n" * 200),
+    ),
     "endless_head": lambda h: h.raw(HEAD + b"X-Padding: a\r\n" * 100_000),
     "reset_in_body": lambda h: h.raw(HEAD + b"Content-Length: 500\r\n\r\nhalf a page", reset=True),
     "short_body": lambda h: h.raw(HEAD + b"Content-Length: 500\r\n\r\nhalf a page"),
@@ -140,7 +154,9 @@ FAULTS = {
     "nothing": lambda h: h.raw(b""),
     "bad_gzip": lambda h: h.reply(200, {"Content-Encoding": "gzip"}, b"this is not gzip"),
     "bomb": lambda h: h.reply(200, {"Content-Encoding": "gzip"}, BOMB),
-    "bomb_of_bombs": lambda h: h.reply(200, {"Content-Encoding": "gzip, gzip"}, gzip.compress(BOMB)),
+    "bomb_of_bombs": lambda h: h.reply(
+        200, {"Content-Encoding": "gzip, gzip"}, gzip.compress(BOMB)
+    ),
     "ten_megabytes": lambda h: h.reply(200, {}, b"<p>word word word</p>" * 500_000),
     "no_end": lambda h: h.raw(HEAD + b"\r\n" + b"word " * 4_000_000),
     "circle": lambda h: h.reply(302, {"Location": "/fault/circle"}, b""),
@@ -149,7 +165,9 @@ FAULTS = {
     "to_nonsense": lambda h: h.reply(302, {"Location": "http://[::1"}, b""),
     "to_nowhere": lambda h: h.reply(302, {"Location": "http://"}, b""),
     "picture": lambda h: h.reply(200, {"Content-Type": "image/png"}, b"\x89PNG"),
-    "video": lambda h: h.raw(b"HTTP/1.1 200 OK\r\nContent-Type: video/mp4\r\nContent-Length: 9999999999\r\n\r\n"),
+    "video": lambda h: h.raw(
+        b"HTTP/1.1 200 OK\r\nContent-Type: video/mp4\r\nContent-Length: 9999999999\r\n\r\n"
+    ),
     "bad_length": lambda h: h.raw(HEAD + b"Content-Length: -5\r\n\r\nabc"),
     "missing": lambda h: h.reply(404, {}, b"gone"),
     "forbidden": lambda h: h.reply(403, {}, b"no"),

@@ -1,4 +1,6 @@
-"""What the tests of policy.py share: small models, trajectories, policies, and an independent float64 reference."""
+"""What the tests of policy.py share: small models, trajectories, policies, and an independent
+float64 reference.
+"""
 
 import dataclasses
 import itertools
@@ -7,7 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from deepresearcher_min.config import Config, load_config
 from deepresearcher_min.grpo import group_advantages, pack
@@ -15,10 +23,20 @@ from deepresearcher_min.policy import Policy, training_rows
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Group, Question, Trajectory
 
-SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 MODELS = {  # tied and untied head, as many key heads as query heads and fewer
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=4, tie_word_embeddings=True)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=False)),
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, num_key_value_heads=4, tie_word_embeddings=True)
+    ),
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=False)
+    ),
 }
 END = 60  # plays the end-of-turn token
 
@@ -28,29 +46,52 @@ def save_models(folder: Path) -> Path:
         torch.manual_seed(seed)
         model = make()
         with torch.no_grad():
-            for parameter in model.parameters():  # far from uniform, so that every term of the loss matters
-                parameter.mul_(3.0) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+            for (
+                parameter
+            ) in model.parameters():  # far from uniform, so that every term of the loss matters
+                parameter.mul_(3.0) if parameter.dim() > 1 else parameter.add_(
+                    0.1 * torch.randn_like(parameter)
+                )
         model.save_pretrained(folder / name)
     return folder
 
 
 def config(**changes: object) -> Config:
-    """Exact arithmetic, plain gradient descent settings; the paper's loss with every term switched on."""
+    """Exact arithmetic, plain gradient descent settings; the paper's loss with every term switched
+    on.
+    """
     values = {
-        "dtype": "float64", "lr": 1.0, "lr_warmup": 0, "lr_decay": False, "max_grad_norm": 1e9, "group_size": 4,
-        "updates_per_rollout": 1, "questions_per_step": 4, "kl_coef": 0.05, "entropy_coef": 0.01, "importance_cap": 1.1,
-        "clip_low": 0.1, "clip_high": 0.15, "microbatch_tokens": 100, "logprob_chunk": 16,
+        "dtype": "float64",
+        "lr": 1.0,
+        "lr_warmup": 0,
+        "lr_decay": False,
+        "max_grad_norm": 1e9,
+        "group_size": 4,
+        "updates_per_rollout": 1,
+        "questions_per_step": 4,
+        "kl_coef": 0.05,
+        "entropy_coef": 0.01,
+        "importance_cap": 1.1,
+        "clip_low": 0.1,
+        "clip_high": 0.15,
+        "microbatch_tokens": 100,
+        "logprob_chunk": 16,
         "gradient_checkpointing": False,
-    }  # fmt: skip
+    }
     return dataclasses.replace(load_config([]), **{**values, **changes})
 
 
 def make_trajectory(question: Question, rng: np.random.Generator) -> Trajectory:
-    """Prompt, then one to three sampled turns, each closed by the end token, with observations between them."""
+    """Prompt, then one to three sampled turns, each closed by the end token, with observations
+    between them.
+    """
     ids, mask = list(rng.integers(0, END, rng.integers(2, 9))), []
     mask += [False] * len(ids)
     for turn in range(rng.integers(1, 4)):
-        for sampled, length in ((False, 0 if turn == 0 else rng.integers(1, 12)), (True, rng.integers(0, 9))):
+        for sampled, length in (
+            (False, 0 if turn == 0 else rng.integers(1, 12)),
+            (True, rng.integers(0, 9)),
+        ):
             ids += list(rng.integers(0, END, length))
             mask += [sampled] * int(length)
         ids.append(END)
@@ -60,7 +101,9 @@ def make_trajectory(question: Question, rng: np.random.Generator) -> Trajectory:
 
 
 def branch(other: Trajectory, rng: np.random.Generator, shared: int) -> Trajectory:
-    """A trajectory that begins like another one, sampled tokens included; the engine reported them as it liked."""
+    """A trajectory that begins like another one, sampled tokens included; the engine reported them
+    as it liked.
+    """
     rest = make_trajectory(other.question, rng)
     ids, mask = (
         np.append(a[:shared], b)
@@ -76,23 +119,37 @@ def make_groups(questions: int = 5, size: int = 4, seed: int = 0) -> list[Group]
     for i in range(questions):
         question = Question(f"q{i}", "text", ("gold",))
         trajectories = [make_trajectory(question, rng)]
-        while len(trajectories) < size:  # a common prompt, or more; those of question 2 have nothing in common
+        while (
+            len(trajectories) < size
+        ):  # a common prompt, or more; those of question 2 have nothing in common
             shared = 0 if i == 2 else max(2, rng.integers(0, len(trajectories[-1].token_ids) + 1))
             trajectories.append(branch(trajectories[-1], rng, shared))
-        rewards = rng.choice([-1.0, 0.0, 0.4, 1.0], size) if i != 1 else np.ones(size)  # question 1 is tied
+        rewards = (
+            rng.choice([-1.0, 0.0, 0.4, 1.0], size) if i != 1 else np.ones(size)
+        )  # question 1 is tied
         groups.append(Group(question, trajectories, rewards, group_advantages(rewards).tolist()))
     return groups
 
 
-def make_policy(models: Path, name: str = "qwen2", ranks: Ranks = Ranks(), **changes: object) -> Policy:
-    """A policy whose optimizer is plain gradient descent, so that a change of weights is a gradient."""
+def make_policy(
+    models: Path, name: str = "qwen2", ranks: Ranks = Ranks(), **changes: object
+) -> Policy:
+    """A policy whose optimizer is plain gradient descent, so that a change of weights is a
+    gradient.
+    """
     policy = Policy(config(**changes), str(models / name), ranks)
     policy.optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
     return policy
 
 
 def adam_policy(models: Path, ranks: Ranks = Ranks()) -> Policy:
-    changes = {"lr": 1e-2, "lr_warmup": 3, "dtype": "float32", "updates_per_rollout": 2, "max_grad_norm": 1.0}
+    changes = {
+        "lr": 1e-2,
+        "lr_warmup": 3,
+        "dtype": "float32",
+        "updates_per_rollout": 2,
+        "max_grad_norm": 1.0,
+    }
     return Policy(config(**changes), str(models / "qwen2"), ranks)
 
 
@@ -120,7 +177,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def spoil(policy: Policy, token: int, backward: bool, bad: float = float("nan")) -> None:
-    """Make the model return nan or infinity for one token id, going forward or only in the gradient."""
+    """Make the model return nan or infinity for one token id, going forward or only in the
+    gradient.
+    """
 
     def forward_hook(module, inputs, output):
         hit = (inputs[0] == token)[..., None]
@@ -131,10 +190,13 @@ def spoil(policy: Policy, token: int, backward: bool, bad: float = float("nan"))
     policy.model.get_input_embeddings().register_forward_hook(forward_hook)
 
 
-# --- the reference: one sequence at a time through the plain model, every logit kept, autograd for everything
+# --- the reference: one sequence at a time through the plain model, every logit kept, autograd for
+# everything
 
 
-def reference_logprobs(model, trajectory: Trajectory, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def reference_logprobs(
+    model, trajectory: Trajectory, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.tensor(trajectory.token_ids, dtype=torch.int64)
     logprobs = (model(ids[None]).logits[0, :-1] / temperature).log_softmax(-1)
     mask = torch.tensor(trajectory.sampled_mask)[1:]
@@ -142,8 +204,12 @@ def reference_logprobs(model, trajectory: Trajectory, temperature: float = 1.0) 
     return logprobs.gather(-1, ids[1:, None])[:, 0][mask], entropy[mask]
 
 
-def reference_update(folder: Path, groups: list[Group], config: Config) -> tuple[torch.Tensor, dict[str, float]]:
-    """The module docstring of grpo.py, typed in as directly as possible; returns what policy's `change` returns."""
+def reference_update(
+    folder: Path, groups: list[Group], config: Config
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The module docstring of grpo.py, typed in as directly as possible; returns what policy's
+    `change` returns.
+    """
     load = {"dtype": torch.float64, "attn_implementation": "eager"}
     model = AutoModelForCausalLM.from_pretrained(folder, **load)
     start = AutoModelForCausalLM.from_pretrained(folder, **load)
@@ -152,8 +218,14 @@ def reference_update(folder: Path, groups: list[Group], config: Config) -> tuple
     updates = config.updates_per_rollout
     cuts = [len(rows) * u // updates for u in range(updates + 1)]
     with torch.no_grad():
-        old = [[reference_logprobs(model, t, config.temperature)[0] for t, _ in group] for group in rows]
-        ref = [[reference_logprobs(start, t, config.temperature)[0] for t, _ in group] for group in rows]
+        old = [
+            [reference_logprobs(model, t, config.temperature)[0] for t, _ in group]
+            for group in rows
+        ]
+        ref = [
+            [reference_logprobs(start, t, config.temperature)[0] for t, _ in group]
+            for group in rows
+        ]
     tokens = sums = 0
     for low, high in itertools.pairwise(cuts):
         losses, metrics = [], []
@@ -165,14 +237,20 @@ def reference_update(folder: Path, groups: list[Group], config: Config) -> tuple
                 clipped = torch.clip(rho, 1 - config.clip_low, 1 + config.clip_high)
                 weight = torch.exp(old[g][i] - rollout)
                 capped = (weight > (config.importance_cap or torch.inf)).double()
-                weight = torch.clip(weight, max=config.importance_cap) if config.importance_cap else 1.0
+                weight = (
+                    torch.clip(weight, max=config.importance_cap) if config.importance_cap else 1.0
+                )
                 d = ref[g][i] - new
                 k3 = torch.clip(torch.exp(d) - d - 1, -10, 10)
                 surrogate = torch.minimum(rho * advantage, clipped * advantage)
-                losses.append(-(weight * surrogate - config.kl_coef * k3 + config.entropy_coef * entropy))
+                losses.append(
+                    -(weight * surrogate - config.kl_coef * k3 + config.entropy_coef * entropy)
+                )
                 held = (rho * advantage > clipped * advantage).double()
                 mismatch = (old[g][i] - rollout).abs()
-                metrics.append(torch.stack([losses[-1], k3, entropy, held, capped, mismatch]).detach())
+                metrics.append(
+                    torch.stack([losses[-1], k3, entropy, held, capped, mismatch]).detach()
+                )
         loss = torch.cat(losses)
         optimizer.zero_grad()
         loss.mean().backward()

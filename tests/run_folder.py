@@ -1,4 +1,6 @@
-"""What the tests of reports share: trajectories written by hand, and run folders as train.py leaves them."""
+"""What the tests of reports share: trajectories written by hand, and run folders as train.py leaves
+them.
+"""
 
 import json
 import random
@@ -16,7 +18,9 @@ def explain(trajectory):
 
 
 def build(question, script, answer, stop_reason="answer", seed=0):
-    """A trajectory from [(kind, text, observation)]: about four characters to a token, logprobs from a seed."""
+    """A trajectory from [(kind, text, observation)]: about four characters to a token, logprobs
+    from a seed.
+    """
     rng = np.random.default_rng(seed)
     mask, turns = [False] * 40, []
     for kind, text, observation in script:
@@ -30,14 +34,27 @@ def build(question, script, answer, stop_reason="answer", seed=0):
     return Trajectory(question, ids, mask, logprobs, tuple(turns), answer, stop_reason, cost)
 
 
-def researcher(question, answer, seed=0, title="Ray Lake", note="He lived in Liverpool.", stop_reason="answer"):
-    url, look = "https://example.org/lake", "I look first, then I read." if question.id == "q3" else "Look."
+def researcher(
+    question, answer, seed=0, title="Ray Lake", note="He lived in Liverpool.", stop_reason="answer"
+):
+    url, look = (
+        "https://example.org/lake",
+        "I look first, then I read." if question.id == "q3" else "Look.",
+    )
     hits = (search_item(f"About {title}", title, url), search_item("b", "B", "u"))
     found = render("search", [Entry(f"ray lake {title}", hits)])
     notes = render("browse", [Entry(url, (page_item(note), page_item("More.", 1)))])
     script = [
-        ("search", f'<think> {look} </think>\n<tool_call>{{"name": "web_search"}}</tool_call>', found),
-        ("browse", '<think> Read. </think>\n<tool_call>{"name": "browse_webpage"}</tool_call>', notes),
+        (
+            "search",
+            f'<think> {look} </think>\n<tool_call>{{"name": "web_search"}}</tool_call>',
+            found,
+        ),
+        (
+            "browse",
+            '<think> Read. </think>\n<tool_call>{"name": "browse_webpage"}</tool_call>',
+            notes,
+        ),
         ("answer", f"<think> Known. </think>\n<answer> {answer} </answer>", ""),
     ]
     if stop_reason == "malformed":
@@ -47,11 +64,20 @@ def researcher(question, answer, seed=0, title="Ray Lake", note="He lived in Liv
 
 def group(number, step=1, size=4):
     rng = random.Random(f"{number} {step}")
-    question = Question(f"q{number}", f"Where was number {number} born?", ("Liverpool",), ("nq", "2wiki")[number % 2])
+    question = Question(
+        f"q{number}",
+        f"Where was number {number} born?",
+        ("Liverpool",),
+        ("nq", "2wiki")[number % 2],
+    )
     rewards = [rng.choice([1.0, 0.5, 0.0, -1.0]) for _ in range(size)]
     stops = ["malformed" if reward < 0 else "answer" for reward in rewards]
-    trajectories = [researcher(question, "Liverpool", i, stop_reason=stop) for i, stop in enumerate(stops)]
-    return Group(question, trajectories, rewards, [reward - sum(rewards) / size for reward in rewards])
+    trajectories = [
+        researcher(question, "Liverpool", i, stop_reason=stop) for i, stop in enumerate(stops)
+    ]
+    return Group(
+        question, trajectories, rewards, [reward - sum(rewards) / size for reward in rewards]
+    )
 
 
 def write_run(folder, steps=6, questions=4, size=4):
@@ -60,18 +86,33 @@ def write_run(folder, steps=6, questions=4, size=4):
     report.append_json_line(metrics, {"step": 0, "eval": {"f1": 0.26}})
     for step in range(1, steps + 1):
         share = step / steps
-        numbers = {"reward": share - 0.1, "f1": share, "bad_format": 0.1 - 0.1 * share, "calls": 2.0, "mismatch": 2e-6}
+        numbers = {
+            "reward": share - 0.1,
+            "f1": share,
+            "bad_format": 0.1 - 0.1 * share,
+            "calls": 2.0,
+            "mismatch": 2e-6,
+        }
         row = {"step": step, "steps": steps, **numbers, "kl": 0.01, "roll_s": 2.0, "update_s": 1.0}
         report.append_json_line(metrics, row)
         groups = [group(number, step, size) for number in range(questions)]
-        report.write_trajectories(folder / "trajectories" / f"step-{step:06d}.jsonl", step, groups, explain)
+        report.write_trajectories(
+            folder / "trajectories" / f"step-{step:06d}.jsonl", step, groups, explain
+        )
     evaluation = [group(number, 0, 1) for number in range(questions)]
     report.write_trajectories(folder / "trajectories" / "eval-before.jsonl", 0, evaluation, explain)
-    summary = {"seed": 0, "seconds": 90.0, "before": {"f1": 0.26, "em": 0.2}, "after": {"f1": 0.99, "em": 0.98}}
+    summary = {
+        "seed": 0,
+        "seconds": 90.0,
+        "before": {"f1": 0.26, "em": 0.2},
+        "after": {"f1": 0.99, "em": 0.98},
+    }
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "config.yaml").write_text("preset: toy\nmodel: toy\nlr: 0.0004\n")
     return folder
 
 
 def page_data(path):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())[1])
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())[1]
+    )

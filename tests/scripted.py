@@ -1,4 +1,6 @@
-"""What the tests of rollouts share: an engine whose turns the test writes, a tokenizer of bytes, batches, a search."""
+"""What the tests of rollouts share: an engine whose turns the test writes, a tokenizer of bytes,
+batches, a search.
+"""
 
 import ast
 import dataclasses
@@ -40,7 +42,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|user|>", "<|assistant|>", "<|tool|>"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", additional_special_tokens=special, chat_template=TEMPLATE
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        additional_special_tokens=special,
+        chat_template=TEMPLATE,
     )
 
 
@@ -68,7 +73,8 @@ def answer_turn(text: str = "Velden") -> str:
 
 
 class Scripted:
-    """An engine whose turns the test writes: `write(request_id, turn)` gives text, a Completion, or None for never.
+    """An engine whose turns the test writes: `write(request_id, turn)` gives text, a Completion, or
+    None for never.
 
     `duration(request_id, turn)` is the number of steps that a turn takes.
     """
@@ -79,7 +85,12 @@ class Scripted:
         duration: Callable[[str, int], int] = lambda request_id, turn: 1,
         capacity: int = 10**9,
     ) -> None:
-        self.write, self.duration, self.capacity_tokens, self.max_len = write, duration, capacity, 10**9
+        self.write, self.duration, self.capacity_tokens, self.max_len = (
+            write,
+            duration,
+            capacity,
+            10**9,
+        )
         self.stats: Counter[str] = Counter()
         self.turns: Counter[str] = Counter()
         self.running: dict[str, list] = {}  # request -> [steps to go, turn, tokens]
@@ -92,19 +103,27 @@ class Scripted:
         turn = self.turns[request_id]
         self.turns[request_id] += 1
         self.submitted.append((request_id, list(token_ids), sampling))
-        self.running[request_id] = [self.duration(request_id, turn), turn, len(token_ids) + sampling.max_tokens]
+        self.running[request_id] = [
+            self.duration(request_id, turn),
+            turn,
+            len(token_ids) + sampling.max_tokens,
+        ]
 
     def step(self) -> dict[str, Completion]:
         self.steps += 1
         self.most_running = max(self.most_running, len(self.running))
-        self.most_tokens = max(self.most_tokens, sum(tokens for _, _, tokens in self.running.values()))
+        self.most_tokens = max(
+            self.most_tokens, sum(tokens for _, _, tokens in self.running.values())
+        )
         finished = {}
         for request_id, state in list(self.running.items()):
             state[0] -= 1
             written = self.write(request_id, state[1]) if state[0] <= 0 else None
             if written is not None:
                 del self.running[request_id]
-                finished[request_id] = written if isinstance(written, Completion) else completion(written)
+                finished[request_id] = (
+                    written if isinstance(written, Completion) else completion(written)
+                )
         time.sleep(0.0005)  # threads want the interpreter, too
         return finished
 
@@ -146,7 +165,9 @@ def questions(count: int) -> list[Question]:
 
 
 def batch(count: int, repeats: int = 1, **changes) -> Batch:
-    return dataclasses.replace(Batch(questions(count), range(count), repeats, 1.0, step=1), **changes)
+    return dataclasses.replace(
+        Batch(questions(count), range(count), repeats, 1.0, step=1), **changes
+    )
 
 
 def one(agent: Agent) -> Trajectory:

@@ -1,6 +1,8 @@
-"""What users get wrong: each mistake ends train.py and eval.py with exit code 2, one line, and nothing begun.
+"""What users get wrong: each mistake ends train.py and eval.py with exit code 2, one line, and
+nothing begun.
 
-The tables hold the mistake, and words that must stand in the line; {} is the folder of bad_inputs.make().
+The tables hold the mistake, and words that must stand in the line; {} is the folder of
+bad_inputs.make().
 """
 
 import json
@@ -43,7 +45,12 @@ VALUES = [  # for both programs
     ("--max_turn_tokens=9999", "max_turn_tokens=9999: must be less than max_model_len"),
     ("--model={}/mistyped", "model='{}/mistyped'", "there is no such folder"),
     ("--model=~/mistyped", f"model='{Path.home()}/mistyped'", "there is no such folder"),
-    ("--model=someone/no-such-model", "model='someone/no-such-model'", "the hub cannot give it", "--model=DIR"),
+    (
+        "--model=someone/no-such-model",
+        "model='someone/no-such-model'",
+        "the hub cannot give it",
+        "--model=DIR",
+    ),
     ("--model={}/file", "model='{}/file'", "no config.json"),
     ("--model={}/loop", "model='{}/loop'"),
     ("--model=" + "x" * 300, "the maximum length is 96"),
@@ -74,7 +81,11 @@ VALUES = [  # for both programs
     ("--system_prompt_file={}/none.txt", "system_prompt_file='{}/none.txt'", "No such file"),
     ("--system_prompt_file={}/folder", "system_prompt_file='{}/folder'", "Is a directory"),
     ("--system_prompt_file={}/empty", "system_prompt_file='{}/empty'", "no text in it"),
-    ("--system_prompt_file={}/prompt_latin.txt", "system_prompt_file='{}/prompt_latin.txt'", "utf-8"),
+    (
+        "--system_prompt_file={}/prompt_latin.txt",
+        "system_prompt_file='{}/prompt_latin.txt'",
+        "utf-8",
+    ),
     ("--max_model_len=5 --max_turn_tokens=4", "max_model_len=5: the prompt alone has"),
     ("--run_dir={}/file/run", "run_dir='{}/file/run'", "--run_dir=DIR"),
     ("--run_dir={}/file", "run_dir='{}/file'", "--run_dir=DIR"),
@@ -88,26 +99,47 @@ VALUES = [  # for both programs
     ("--resume={}/none", "resume='{}/none': there is no run"),
     ("--resume={}/file", "resume='{}/file': there is no run"),
     ("--resume={}/r_folder", "resume='{}/r_folder': there is no run"),
-    *((f"--resume={{}}/{name}", f"resume='{{}}/{name}'", words) for name, words in {
-        "r_yaml": "expected", "r_list": "no `key: value` lines", "r_latin": "utf-8", "r_empty": "no `key: value` lines",
-        "r_key": "unknown key 'sed' (did you mean 'seed'?)", "r_number": "unknown key '7'",
-    }.items()),
+    *(
+        (f"--resume={{}}/{name}", f"resume='{{}}/{name}'", words)
+        for name, words in {
+            "r_yaml": "expected",
+            "r_list": "no `key: value` lines",
+            "r_latin": "utf-8",
+            "r_empty": "no `key: value` lines",
+            "r_key": "unknown key 'sed' (did you mean 'seed'?)",
+            "r_number": "unknown key '7'",
+        }.items()
+    ),
     ("--resume={}/r_value", "steps='many': not a whole number"),
     ("--resume={}/r_nested", "steps=[1]: not a whole number"),
     ("--resume={}/r_fraction", "steps=1.5: not a whole number"),
-]  # fmt: skip
+]
 MODELS = {  # for both programs: what is said of a model folder that bad_inputs.py has broken
-    "m_no_config": "no config.json", "m_config_torn": "JSON", "m_config_list": "", "m_config_empty": "JSON",
-    "m_config_latin": "JSON", "m_unknown_type": "nonesuch", "m_no_decoder": "", "m_no_weights": "model.safetensors",
-    "m_weights_torn": "", "m_weights_empty": "", "m_weights_pointer": "",
+    "m_no_config": "no config.json",
+    "m_config_torn": "JSON",
+    "m_config_list": "",
+    "m_config_empty": "JSON",
+    "m_config_latin": "JSON",
+    "m_unknown_type": "nonesuch",
+    "m_no_decoder": "",
+    "m_no_weights": "model.safetensors",
+    "m_weights_torn": "",
+    "m_weights_empty": "",
+    "m_weights_pointer": "",
     "m_other_shape": "have other shapes than the model",
-    "m_more_layers": "weights are missing", "m_no_tokenizer": "tokenizer",
-    "m_tokenizer_torn": "", "m_tokenizer_other": "",
-    "m_tokenizer_config_torn": "", "m_no_template": "no chat template", "m_template_syntax": "template refuses",
-    "m_template_raises": "no system words", "m_template_undefined": "template refuses",
+    "m_more_layers": "weights are missing",
+    "m_no_tokenizer": "tokenizer",
+    "m_tokenizer_torn": "",
+    "m_tokenizer_other": "",
+    "m_tokenizer_config_torn": "",
+    "m_no_template": "no chat template",
+    "m_template_syntax": "template refuses",
+    "m_template_raises": "no system words",
+    "m_template_undefined": "template refuses",
     "m_template_types": "template refuses",
-    "m_small_vocabulary": "40", "m_nested": "weights are missing",
-}  # fmt: skip
+    "m_small_vocabulary": "40",
+    "m_nested": "weights are missing",
+}
 LIVE_VALUES = [
     ("--cassette={}/cassette_text", "cassette='{}/cassette_text'", "database"),
     ("--cassette={}/cassette_other", "cassette='{}/cassette_other'"),
@@ -132,15 +164,29 @@ EVAL = [
     ("--method=rga", "method='rga' (did you mean 'rag'?)"),
     ("--limit=all", "limit='all': not a whole number"),
     ("--judge_url=http://127.0.0.1:9", "JUDGE_API_KEY is not set"),
-    ("--eval_data={}/q.jsonl", "eval_data='{}/q.jsonl': this run does not read it", "q.jsonl' is read instead"),
+    (
+        "--eval_data={}/q.jsonl",
+        "eval_data='{}/q.jsonl': this run does not read it",
+        "q.jsonl' is read instead",
+    ),
     ("--judge_url=localhost", "judge_url='localhost': must begin with http"),
-    *((f"--model={{}}/{name}", words) for name, words in {
-        "r_yaml": "model='{}/r_yaml'", "r_list": "model='{}/r_list'", "r_latin": "model='{}/r_latin'",
-        "r_key": "unknown key 'sed'", "r_value": "steps='many'",
-    }.items()),
-]  # fmt: skip
+    *(
+        (f"--model={{}}/{name}", words)
+        for name, words in {
+            "r_yaml": "model='{}/r_yaml'",
+            "r_list": "model='{}/r_list'",
+            "r_latin": "model='{}/r_latin'",
+            "r_key": "unknown key 'sed'",
+            "r_value": "steps='many'",
+        }.items()
+    ),
+]
 TOY = [
-    ("--data={}/q.jsonl", "data='{}/q.jsonl': ", "the toy web does not answer it; add --search=local"),
+    (
+        "--data={}/q.jsonl",
+        "data='{}/q.jsonl': ",
+        "the toy web does not answer it; add --search=local",
+    ),
     ("--data={}/none.jsonl", "data='{}/none.jsonl': ", "the toy web does not answer it"),
     ("--eval_data={}/q.jsonl", "eval_data='{}/q.jsonl': ", "the toy web does not answer it"),
     ("--corpus={}/c.jsonl", "corpus='{}/c.jsonl': ", "the toy web has its own pages"),
@@ -149,10 +195,14 @@ TOY = [
     ("--run_dir={}/file/run", "run_dir='{}/file/run'"),
 ]
 SHARED = [(LOCAL, *case) for case in VALUES] + [(LIVE, *case) for case in LIVE_VALUES]
-SHARED += [(LOCAL, f"--model={{}}/{name}", f"model='{{}}/{name}'", words) for name, words in MODELS.items()]
+SHARED += [
+    (LOCAL, f"--model={{}}/{name}", f"model='{{}}/{name}'", words) for name, words in MODELS.items()
+]
 TABLES = {
     train: SHARED + [(LOCAL, *case) for case in TRAIN] + [("", *case) for case in TOY],
-    evaluation: SHARED + [(LOCAL, *case) for case in EVAL] + [("--preset=toy --model=toy", *case) for case in TOY],
+    evaluation: SHARED
+    + [(LOCAL, *case) for case in EVAL]
+    + [("--preset=toy --model=toy", *case) for case in TOY],
 }
 CASES = [(program, *case) for program, cases in TABLES.items() for case in cases]
 
@@ -162,11 +212,15 @@ CASES = [(program, *case) for program, cases in TABLES.items() for case in cases
     [(program, base, extra, words) for program, base, extra, *words in CASES],
     ids=[f"{program.__name__} {extra[:60]!a}" for program, _, extra, *_ in CASES],
 )
-def test_a_mistake_is_one_line_that_names_it(program, base, extra, words, place, nothing_begun, capfd):
+def test_a_mistake_is_one_line_that_names_it(
+    program, base, extra, words, place, nothing_begun, capfd
+):
     assert program.main(arguments(base, extra, place)) == 2
     said = capfd.readouterr()
     line = said.out + said.err
-    assert line.count("\n") == 1 and line.startswith(f"{program.__name__}.py: ") and len(line) < 1200, line
+    assert (
+        line.count("\n") == 1 and line.startswith(f"{program.__name__}.py: ") and len(line) < 1200
+    ), line
     for word in words:
         assert word.replace("{}", str(place)) in line
 
@@ -175,11 +229,17 @@ def test_the_tables_are_long():
     assert all(len(cases) >= 60 for cases in TABLES.values())
 
 
-def test_the_corrected_command_starts_and_dies_of_nothing_late(place, tmp_path, monkeypatch, capsys):
-    """Sampling values that contradict each other, a home that cannot be written, ~ in a path, a long context."""
+def test_the_corrected_command_starts_and_dies_of_nothing_late(
+    place, tmp_path, monkeypatch, capsys
+):
+    """Sampling values that contradict each other, a home that cannot be written, ~ in a path, a
+    long context.
+    """
     model = shutil.copytree(place / "m", tmp_path / "m")
     settings = json.loads((model / "generation_config.json").read_text())
-    (model / "generation_config.json").write_text(json.dumps({**settings, "temperature": 0.6, "top_k": 3}))
+    (model / "generation_config.json").write_text(
+        json.dumps({**settings, "temperature": 0.6, "top_k": 3})
+    )
     monkeypatch.setattr(search, "INDEX_CACHE", place / "file" / "cache")
     monkeypatch.setenv("HOME", str(tmp_path))
     words = arguments(LOCAL, f"--run_dir={tmp_path}/run", place)
@@ -210,7 +270,11 @@ def test_the_corrected_command_starts_and_dies_of_nothing_late(place, tmp_path, 
         (saved / name).write_text(content)
         assert train.main([f"--resume={tmp_path}/run", "--steps=2"]) == 2
         said = capsys.readouterr()
-        assert not said.out and said.err.startswith(f"train.py: resume='{saved}'") and words in said.err
+        assert (
+            not said.out
+            and said.err.startswith(f"train.py: resume='{saved}'")
+            and words in said.err
+        )
         (saved / name).write_bytes(whole)
     assert train.main([f"--resume={tmp_path}/run", "--steps=2"]) == 0
 
@@ -219,8 +283,12 @@ def test_help_shows_every_key_with_its_default_and_meaning(capsys):
     for program, word in ((train, "--help"), (train, "-h"), (evaluation, "--help")):
         assert program.main(["--steps=2", word]) == 0
         said = capsys.readouterr()
-        lines = [line for line in said.out.partition("Keys,")[2].splitlines() if line.startswith("--")]
-        assert {line[2:].partition("=")[0] for line in lines} == TYPES.keys() and len(lines) == len(TYPES)
+        lines = [
+            line for line in said.out.partition("Keys,")[2].splitlines() if line.startswith("--")
+        ]
+        assert {line[2:].partition("=")[0] for line in lines} == TYPES.keys() and len(lines) == len(
+            TYPES
+        )
         assert all(len(line.split(maxsplit=1)[1]) > 5 for line in lines) and not said.err
         assert "--group_size=16 " in said.out and "\nGRPO, train.py only:\n" in said.out
 
@@ -228,7 +296,10 @@ def test_help_shows_every_key_with_its_default_and_meaning(capsys):
 def test_a_package_that_is_needed_at_the_end_is_missed_at_the_start(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert train.main([*SMALL, f"--run_dir={tmp_path}/run"]) == 2
-    assert "matplotlib.figure cannot be imported" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert (
+        "matplotlib.figure cannot be imported" in capsys.readouterr().err
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_a_corpus_is_indexed_without_a_cache(place, monkeypatch):
@@ -237,7 +308,11 @@ def test_a_corpus_is_indexed_without_a_cache(place, monkeypatch):
 
 
 def test_every_text_file_is_utf8_whatever_the_machine_says():
-    files = [*ROOT.glob("*.py"), *(ROOT / "deepresearcher_min").glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    files = [
+        *ROOT.glob("*.py"),
+        *(ROOT / "deepresearcher_min").glob("*.py"),
+        *(ROOT / "scripts").glob("*.py"),
+    ]
     for file in files:
         text = file.read_text(encoding="utf-8")
         for call in re.findall(r"\.(?:read_text|write_text)\((?:[^()]|\([^()]*\))*\)", text):

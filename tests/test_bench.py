@@ -1,4 +1,6 @@
-"""Every bench script starts on a fresh machine, and what it needs is installed before it measures anything."""
+"""Every bench script starts on a fresh machine, and what it needs is installed before it measures
+anything.
+"""
 
 import ast
 import subprocess
@@ -36,7 +38,11 @@ def test_benches_start_in_a_fresh_environment(tmp_path):
         modules = ", ".join(sorted(imported(path)))
         subprocess.run([python, "-c", f"import {modules}"], check=True)
         if "argparse" in modules:
-            done = subprocess.run([python, path, "--help"], check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [python, path, "--help"], check=True, capture_output=True, text=True
+            )
             assert "usage" in done.stdout, path.name
-    peers = "from pathlib import Path; import update; update.peers_python(Path(r'%s'))" % (tmp_path / "peers")
+    peers = "from pathlib import Path; import update; update.peers_python(Path(r'%s'))" % (
+        tmp_path / "peers"
+    )
     subprocess.run([python, "-c", peers], check=True, cwd=ROOT / "bench")

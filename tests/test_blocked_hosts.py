@@ -1,4 +1,6 @@
-"""`blocked_hosts`: what search shows, what may be opened, where a redirect leads, and what is said about it."""
+"""`blocked_hosts`: what search shows, what may be opened, where a redirect leads, and what is said
+about it.
+"""
 
 import time
 from collections import Counter
@@ -6,7 +8,17 @@ from dataclasses import replace
 
 import pytest
 from loopback import CONFIG, Server, lead_to
-from scripted import Scripted, answer_turn, browse_turn, make_agent, observation, one, search_turn, turns, with_source
+from scripted import (
+    Scripted,
+    answer_turn,
+    browse_turn,
+    make_agent,
+    observation,
+    one,
+    search_turn,
+    turns,
+    with_source,
+)
 
 import eval as evaluation
 from deepresearcher_min.config import ConfigError, host_list, load_config
@@ -35,7 +47,9 @@ def test_every_spelling_of_a_blocked_host(url):
     assert is_blocked(url, SETS) and is_blocked(f" {url} ", SETS) and not is_blocked(url, [])
 
 
-@pytest.mark.parametrize("url", [*ELSEWHERE.split(), "", "http://", "http://" + "a" * 100 + ".example/"])
+@pytest.mark.parametrize(
+    "url", [*ELSEWHERE.split(), "", "http://", "http://" + "a" * 100 + ".example/"]
+)
 def test_other_hosts_stay(url):
     assert not is_blocked(url, SETS)
 
@@ -43,12 +57,21 @@ def test_other_hosts_stay(url):
 @pytest.mark.parametrize(
     ("value", "word"),
     [
-        ("https://sets.example", "https://sets.example"), ("a.example sets.example:443", "sets.example:443"),
-        ("*.sets.example", "*.sets.example"), ("a.example,b.example", "a.example,b.example"), ("atuo", "atuo"),
-        ("auto sets.example", "auto"), ("none none", "none"), ("", ""), ("  ", ""), ("a..example", "a..example"),
-        ("sets.example/path", "sets.example/path"), ("me@sets.example", "me@sets.example"), ("...", "..."),
+        ("https://sets.example", "https://sets.example"),
+        ("a.example sets.example:443", "sets.example:443"),
+        ("*.sets.example", "*.sets.example"),
+        ("a.example,b.example", "a.example,b.example"),
+        ("atuo", "atuo"),
+        ("auto sets.example", "auto"),
+        ("none none", "none"),
+        ("", ""),
+        ("  ", ""),
+        ("a..example", "a..example"),
+        ("sets.example/path", "sets.example/path"),
+        ("me@sets.example", "me@sets.example"),
+        ("...", "..."),
     ],
-)  # fmt: skip
+)
 def test_words_that_are_no_hosts_are_refused(value, word, capsys):
     with pytest.raises(ConfigError, match="blocked_hosts=") as error:
         load_config([f"--blocked_hosts={value}"])
@@ -61,7 +84,9 @@ def test_auto_is_a_list_for_eval_and_nothing_for_train():
     hosts = host_list(evaluation.resolve(["--preset=toy", "--model=toy"]))
     assert len(hosts) > 5 and len(set(hosts)) == len(hosts)
     assert is_blocked("https://datasets-server.huggingface.co/rows?dataset=x", hosts)
-    assert not is_blocked("https://nothuggingface.co/", hosts) and not is_blocked("https://en.wikipedia.org/", hosts)
+    assert not is_blocked("https://nothuggingface.co/", hosts) and not is_blocked(
+        "https://en.wikipedia.org/", hosts
+    )
     assert host_list(load_config(["--preset=toy"])) == []
     for value in ("none", "sets.example"):
         config = evaluation.resolve(["--preset=toy", "--model=toy", f"--blocked_hosts={value}"])
@@ -79,7 +104,11 @@ def test_a_stopped_evaluation_goes_on_with_the_list(tmp_path):
 RESULTS = {
     "searchParameters": {},
     "organic": [
-        {"title": "The question, answered", "link": "https://www.Sets.example/rows", "snippet": "It is 42."},
+        {
+            "title": "The question, answered",
+            "link": "https://www.Sets.example/rows",
+            "snippet": "It is 42.",
+        },
         {"title": "A page", "link": "https://other.example/page", "snippet": "About it."},
     ],
 }
@@ -88,7 +117,9 @@ RESULTS = {
 def test_results_are_dropped_and_the_recording_stays_whole(open_web, monkeypatch):
     monkeypatch.setenv("SERPER_API_KEY", "key")
     with Server({"/search": (200, {}, RESULTS)}) as server:
-        config = replace(CONFIG, search="serper", search_url=server.url, blocked_hosts="sets.example")
+        config = replace(
+            CONFIG, search="serper", search_url=server.url, blocked_hosts="sets.example"
+        )
         web, counts = open_web(blocked_hosts="sets.example"), Counter()
         assert [found.title for found in make_search(config, web, None)("it", counts)] == ["A page"]
         assert counts["blocked"] == 1
@@ -102,15 +133,26 @@ def test_results_are_dropped_and_the_recording_stays_whole(open_web, monkeypatch
 
 
 def test_a_corpus_is_filtered_too():
-    corpus = Corpus([("Rows", "https://sets.example/rows", "apples"), ("Page", "https://other.example/", "apples")])
+    corpus = Corpus(
+        [
+            ("Rows", "https://sets.example/rows", "apples"),
+            ("Page", "https://other.example/", "apples"),
+        ]
+    )
     config = replace(CONFIG, search="local", blocked_hosts="sets.example")
-    assert [found.title for found in make_search(config, None, corpus)("apples", Counter())] == ["Page"]
+    assert [found.title for found in make_search(config, None, corpus)("apples", Counter())] == [
+        "Page"
+    ]
 
 
 def test_a_browse_call_is_refused_in_words_whatever_was_shown():
-    engine = Scripted(turns(search_turn("it"), browse_turn("https://sets.example./rows"), answer_turn()))
+    engine = Scripted(
+        turns(search_turn("it"), browse_turn("https://sets.example./rows"), answer_turn())
+    )
     agent = make_agent(engine, blocked_hosts="sets.example")
-    with_source(agent, lambda query: [SearchResult("Rows", "https://sets.example./rows", "It is 42.")])
+    with_source(
+        agent, lambda query: [SearchResult("Rows", "https://sets.example./rows", "It is 42.")]
+    )
     trajectory = one(agent)
     (entry,) = observation(trajectory, 1)
     assert "blocked" in entry["information"][0]["page_summary"]
@@ -128,7 +170,9 @@ def test_a_redirect_ends_at_a_blocked_host(open_web, monkeypatch):
                 web.fetch(f"http://other.example:{port}/page", Counter(), time.monotonic() + 2)
             assert failure.value.kind == "blocked_host"
         assert not server.requests["/rows"]
-        body, _ = open_web().fetch(f"http://other.example:{port}/page", Counter(), time.monotonic() + 2)
+        body, _ = open_web().fetch(
+            f"http://other.example:{port}/page", Counter(), time.monotonic() + 2
+        )
         assert body == b"<p>42</p>"  # nothing is blocked: the redirect is followed
 
 

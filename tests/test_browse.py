@@ -28,7 +28,9 @@ async def inline(function, *args):
     return function(*args)
 
 
-def read_page(url, question, corpus, memory=(), config=TOY, web=None, engine=None, in_thread=inline):
+def read_page(
+    url, question, corpus, memory=(), config=TOY, web=None, engine=None, in_thread=inline
+):
     counts = Counter()
     browser = Browser(config, web, corpus, in_thread, engine)
     return asyncio.run(browser.browse(url, Reading(question, memory=memory), counts)), counts
@@ -36,14 +38,19 @@ def read_page(url, question, corpus, memory=(), config=TOY, web=None, engine=Non
 
 def test_corpus_page_gives_the_sentences_that_answer():
     memory = []
-    notes, counts = read_page("toy:amra", "Where was Amra Sool born?", Corpus([("Amra", "toy:amra", PAGE)]), memory)
+    notes, counts = read_page(
+        "toy:amra", "Where was Amra Sool born?", Corpus([("Amra", "toy:amra", PAGE)]), memory
+    )
     assert notes == [(0, "Amra Sool is a writer. She was born in Velden.")]
     assert not counts
 
 
 def test_unknown_page_and_useless_page_are_failures_in_words():
     corpus = Corpus([("Amra", "toy:amra", PAGE)])
-    for url, question, kind in (("toy:nobody", "Amra", "not_found"), ("toy:amra", "zebra?", "no_information")):
+    for url, question, kind in (
+        ("toy:nobody", "Amra", "not_found"),
+        ("toy:amra", "zebra?", "no_information"),
+    ):
         with pytest.raises(WebFailure) as failure:
             read_page(url, question, corpus)
         assert failure.value.kind == kind and failure.value.words.endswith(".")
@@ -136,18 +143,25 @@ class Scripted:
 
 
 def long_page(parts):
-    return Corpus([("Long", "toy:long", "\n\n".join(f"Part {i}. " + "word " * 20 for i in range(parts)))])
+    return Corpus(
+        [("Long", "toy:long", "\n\n".join(f"Part {i}. " + "word " * 20 for i in range(parts)))]
+    )
 
 
 def test_the_reader_goes_on_while_it_wants_to_remembers_and_stops_at_the_last_segment():
     config = replace(TOY, reader="engine", segment_chars=120, max_segments=4)
     engine, memory = (
-        Scripted("CONTINUE: yes\nNOTES: A.", "CONTINUE: yes\nNOTES: none", "CONTINUE: no\nNOTES: C."),
+        Scripted(
+            "CONTINUE: yes\nNOTES: A.", "CONTINUE: yes\nNOTES: none", "CONTINUE: no\nNOTES: C."
+        ),
         ["before"],
     )
     notes, _ = read_page("toy:long", "q", long_page(9), memory, config, engine=engine)
     assert notes == [(0, "A."), (2, "C.")] and memory == ["before"]
-    assert "Part 0" in engine.prompts[0][1]["content"] and "before\nA." in engine.prompts[1][1]["content"]
+    assert (
+        "Part 0" in engine.prompts[0][1]["content"]
+        and "before\nA." in engine.prompts[1][1]["content"]
+    )
     always = Scripted(*["CONTINUE: yes\nNOTES: More."] * 9)
     for parts, read in ((9, 4), (2, 2)):
         notes, _ = read_page("toy:long", "q", long_page(parts), [], config, engine=always)
@@ -164,9 +178,16 @@ def live(tmp_path, monkeypatch):
     monkeypatch.setenv("READER_API_KEY", "secret-key")
     with Server({"/page": (200, {}, page(f"<article>{ARTICLE}</article>").encode())}) as server:
         config = replace(
-            load_config(["--preset=paper"]), reader="openai", reader_url=server.url + "/v1", reader_model="m",
-            price_reader_token=0.01, allow_private_hosts=True, max_retries=0, read_timeout=2.0, segment_chars=600,
-        )  # fmt: skip
+            load_config(["--preset=paper"]),
+            reader="openai",
+            reader_url=server.url + "/v1",
+            reader_model="m",
+            price_reader_token=0.01,
+            allow_private_hosts=True,
+            max_retries=0,
+            read_timeout=2.0,
+            segment_chars=600,
+        )
         web = Web(config, tmp_path / "cassette.sqlite")
         yield server, config, web
         web.close()
@@ -174,18 +195,27 @@ def live(tmp_path, monkeypatch):
 
 def test_openai_reader_asks_pays_and_caches_by_content(live):
     server, config, web = live
-    server.pages["/v1/chat/completions"] = completion("CONTINUE: no\nNOTES: The Ost.", usage={"total_tokens": 50})
+    server.pages["/v1/chat/completions"] = completion(
+        "CONTINUE: no\nNOTES: The Ost.", usage={"total_tokens": 50}
+    )
     for round_ in range(2):
         notes, counts = read_page(server.url + "/page", "Which river?", None, [], config, web)
         assert notes == [(0, "The Ost.")]
         assert counts["reader_tokens"] == (0 if round_ else 50)
-        assert counts["cache_hits"] == (2 if round_ else 0) and counts["usd"] == (0 if round_ else 0.5)
+        assert counts["cache_hits"] == (2 if round_ else 0) and counts["usd"] == (
+            0 if round_ else 0.5
+        )
     _, headers, body = server.sent[1]
     assert headers["Authorization"] == "Bearer secret-key"
-    assert json.loads(body)["model"] == "m" and "Which river?" in json.loads(body)["messages"][1]["content"]
+    assert (
+        json.loads(body)["model"] == "m"
+        and "Which river?" in json.loads(body)["messages"][1]["content"]
+    )
     replay = Web(replace(config, cassette_mode="replay"), web.cassette)
     before = sum(server.requests.values())
-    assert read_page(server.url + "/page#part", "Which river?", None, [], config, replay)[0] == [(0, "The Ost.")]
+    assert read_page(server.url + "/page#part", "Which river?", None, [], config, replay)[0] == [
+        (0, "The Ost.")
+    ]
     with pytest.raises(WebFailure, match="replay_miss"):
         read_page(server.url + "/other", "Which river?", None, [], config, replay)
     assert sum(server.requests.values()) == before
@@ -194,9 +224,15 @@ def test_openai_reader_asks_pays_and_caches_by_content(live):
 
 @pytest.mark.parametrize(
     ("reply", "kind"),
-    [((200, {}, {}), "bad_reply"), ((200, {}, b"oops"), "bad_reply"), (completion(None), "bad_reply"),
-     ((401, {}, b""), "unauthorized"), ((500, {}, b""), "http_500"), (completion("none"), "no_information")],
-)  # fmt: skip
+    [
+        ((200, {}, {}), "bad_reply"),
+        ((200, {}, b"oops"), "bad_reply"),
+        (completion(None), "bad_reply"),
+        ((401, {}, b""), "unauthorized"),
+        ((500, {}, b""), "http_500"),
+        (completion("none"), "no_information"),
+    ],
+)
 def test_a_reader_that_fails_is_a_failure_in_words(live, reply, kind):
     server, config, web = live
     server.pages["/v1/chat/completions"] = reply
@@ -217,7 +253,9 @@ def test_a_slow_reader_meets_the_deadline_of_the_call(live):
     server, config, web = live
     server.pages["/v1/chat/completions"] = completion("NOTES: none")
     with pytest.raises(WebFailure, match="no_information"):
-        read_page(server.url + "/page", "another question", None, [], config, web)  # the page is in the cassette now
+        read_page(
+            server.url + "/page", "another question", None, [], config, web
+        )  # the page is in the cassette now
     server.pages["/v1/chat/completions"] = lambda _: server.over.wait(2) or completion("late")
     start = time.monotonic()
     with pytest.raises(WebFailure, match="timeout"):
@@ -225,15 +263,23 @@ def test_a_slow_reader_meets_the_deadline_of_the_call(live):
     assert time.monotonic() - start < 1.2
     replay = Web(replace(config, cassette_mode="replay"), web.cassette)
     with pytest.raises(WebFailure, match="timeout"):
-        read_page(server.url + "/page", "q", None, [], config, replay)  # what is recorded is that it was late
+        read_page(
+            server.url + "/page", "q", None, [], config, replay
+        )  # what is recorded is that it was late
     replay.close()
 
 
 @pytest.mark.parametrize(
     ("changes", "temperature", "cap"),
-    [({}, 0, 600), ({"reader_temperature": 0.6, "reader_tokens": 0}, 0.6, None), ({"reader_tokens": 9}, 0, 9)],
+    [
+        ({}, 0, 600),
+        ({"reader_temperature": 0.6, "reader_tokens": 0}, 0.6, None),
+        ({"reader_tokens": 9}, 0, 9),
+    ],
 )
-def test_the_reader_is_sent_the_temperature_and_the_cap_that_the_keys_say(live, changes, temperature, cap):
+def test_the_reader_is_sent_the_temperature_and_the_cap_that_the_keys_say(
+    live, changes, temperature, cap
+):
     server, config, web = live
     server.pages["/v1/chat/completions"] = completion("NOTES: The Ost.")
     read_page(server.url + "/page", "Which river?", None, [], replace(config, **changes), web)
@@ -244,7 +290,12 @@ def test_the_reader_is_sent_the_temperature_and_the_cap_that_the_keys_say(live, 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"reader_temperature": 0.6}, {"reader_tokens": 0}, {"reader_model": "other"}, {"segment_chars": 500}],
+    [
+        {"reader_temperature": 0.6},
+        {"reader_tokens": 0},
+        {"reader_model": "other"},
+        {"segment_chars": 500},
+    ],
 )
 def test_a_recording_under_other_settings_of_the_reader_does_not_answer(live, changes):
     server, config, web = live
@@ -264,31 +315,45 @@ def test_the_reader_sees_as_much_of_earlier_notes_as_it_may():
         engine = Scripted("NOTES: none")
         with pytest.raises(WebFailure, match="no_information"):
             config = replace(TOY, reader="engine", reader_memory=most)
-            read_page("toy:amra", "q", Corpus([("Amra", "toy:amra", PAGE)]), memory, config, engine=engine)
+            read_page(
+                "toy:amra", "q", Corpus([("Amra", "toy:amra", PAGE)]), memory, config, engine=engine
+            )
         assert f"Earlier notes: {seen}\n\nPage segment 1 of 1:" in engine.prompts[0][1]["content"]
 
 
 def test_a_whole_browse_has_a_deadline_of_its_own_and_each_reading_keeps_tool_timeout(live):
     server, config, web = live
     url = server.url + "/page"
-    server.pages["/v1/chat/completions"] = lambda _: time.sleep(0.25) or completion("CONTINUE: yes\nNOTES: More.")
+    server.pages["/v1/chat/completions"] = lambda _: (
+        time.sleep(0.25) or completion("CONTINUE: yes\nNOTES: More.")
+    )
     config = replace(config, segment_chars=190, max_segments=0)
-    read_page(url, "q", None, [], replace(config, max_segments=1), web)  # the page is in the cassette now
+    read_page(
+        url, "q", None, [], replace(config, max_segments=1), web
+    )  # the page is in the cassette now
     config, read = replace(config, tool_timeout=0.7), {}
     for limit in (-1.0, 0.0, 1.3):
-        notes, counts = read_page(url, f"q {limit}", None, [], replace(config, browse_timeout=limit), web)
+        notes, counts = read_page(
+            url, f"q {limit}", None, [], replace(config, browse_timeout=limit), web
+        )
         read[limit] = len(notes), counts["fail_page_timeout"] + counts["fail_reader_timeout"]
     assert read[0.0][0] >= 6 and read[0.0][1] == 0 and read[-1.0][1] == read[1.3][1] == 1
     assert 1 <= read[-1.0][0] <= 2 < read[1.3][0] <= 5
-    with pytest.raises(WebFailure, match="timeout"):  # one reading alone has no longer than tool_timeout
+    with pytest.raises(
+        WebFailure, match="timeout"
+    ):  # one reading alone has no longer than tool_timeout
         read_page(url, "late", None, [], replace(config, browse_timeout=0.0, tool_timeout=0.1), web)
 
 
 def test_a_model_may_be_silent_until_its_reply_is_whole_and_a_page_may_not(live):
     server, config, web = live
-    server.pages["/v1/chat/completions"] = lambda _: time.sleep(0.5) or completion("NOTES: The Ost.")
+    server.pages["/v1/chat/completions"] = lambda _: (
+        time.sleep(0.5) or completion("NOTES: The Ost.")
+    )
     hasty = Web(replace(config, read_timeout=0.2), web.cassette)
-    assert read_page(server.url + "/page", "Which river?", None, [], hasty.config, hasty)[0] == [(0, "The Ost.")]
+    assert read_page(server.url + "/page", "Which river?", None, [], hasty.config, hasty)[0] == [
+        (0, "The Ost.")
+    ]
     with pytest.raises(WebFailure, match="timeout"):
         read_page(server.url + "/fault/silence", "q", None, [], hasty.config, hasty)
     hasty.close()
@@ -338,7 +403,9 @@ def test_live_pages_that_cannot_be_read_say_so(live):
         with pytest.raises(WebFailure) as failure:
             read_page(server.url + path, "q", None, [], config, web)
         assert failure.value.kind == kind
-    notes, counts = read_page(server.url + "/page", "Where does the Ost rise?", None, [], config, web)
+    notes, counts = read_page(
+        server.url + "/page", "Where does the Ost rise?", None, [], config, web
+    )
     assert "Velden" in notes[0][1] and counts["bytes"] > 0
 
 
@@ -347,4 +414,10 @@ def test_readers_say_what_they_lack(monkeypatch):
     with pytest.raises(ConfigError, match="reader_url"):
         Browser(replace(TOY, reader="openai"), None, None, inline, None)
     with pytest.raises(ConfigError, match="READER_API_KEY"):
-        Browser(replace(TOY, reader="openai", reader_url="http://x/v1", reader_model="m"), None, None, inline, None)
+        Browser(
+            replace(TOY, reader="openai", reader_url="http://x/v1", reader_model="m"),
+            None,
+            None,
+            inline,
+            None,
+        )

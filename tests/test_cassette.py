@@ -21,7 +21,13 @@ pytestmark = pytest.mark.quick
 
 
 def ask(web, request, produce, counts=None, seconds=5.0):
-    return web.cached("test", request, produce, Counter() if counts is None else counts, time.monotonic() + seconds)
+    return web.cached(
+        "test",
+        request,
+        produce,
+        Counter() if counts is None else counts,
+        time.monotonic() + seconds,
+    )
 
 
 def never():
@@ -73,7 +79,10 @@ def test_modes_live_record_replay(open_web, monkeypatch):
         ask(live, "b", fail)
     with pytest.raises(WebFailure, match="Not there"):
         ask(live, "b", never)  # a failure is remembered for a short time
-    replay, record = open_web(cassette_mode="replay"), open_web(cassette_mode="record", search_ttl=1000.0)
+    replay, record = (
+        open_web(cassette_mode="replay"),
+        open_web(cassette_mode="record", search_ttl=1000.0),
+    )
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 500)
     assert ask(live, "a", never) == {"x": "ä\ud800"}
@@ -139,7 +148,9 @@ def test_what_waiting_cannot_mend_is_said_at_once(open_web, monkeypatch):
 def test_ranks_share_a_cassette_and_kill_minus_nine_loses_nothing_that_was_acknowledged(tmp_path):
     path = tmp_path / "cassette.sqlite"
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, path, name], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, path, name], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
         for name in ("a", "b")
     ]
     for writer in writers:

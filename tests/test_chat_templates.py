@@ -1,4 +1,6 @@
-"""Chat templates of other families: thought, date, end tokens, call syntax, results; and kinds of tokenizers."""
+"""Chat templates of other families: thought, date, end tokens, call syntax, results; and kinds of
+tokenizers.
+"""
 
 import asyncio
 import json
@@ -7,7 +9,15 @@ from pathlib import Path
 
 import pytest
 from scripted import CHAT, Scripted, answer_turn, byte_tokenizer, make_agent, one, search_turn
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deepresearcher_min.config import ROOT
@@ -35,8 +45,12 @@ def chat_of(template: str, **given) -> ChatFormat:
     return ChatFormat(tokenizer, DATE, **given)
 
 
-def whole_ids(chat: ChatFormat, turns: list[str], results: list[str], question: str = "Who?") -> list[int]:
-    """The template's own rendering of a conversation, encoded in one go; a thought is open at its end."""
+def whole_ids(
+    chat: ChatFormat, turns: list[str], results: list[str], question: str = "Who?"
+) -> list[int]:
+    """The template's own rendering of a conversation, encoded in one go; a thought is open at its
+    end.
+    """
     messages = chat.opening(question)
     for turn, result in zip(turns, results, strict=True):
         messages += [{"role": "assistant", "content": turn}, chat.result(result)]
@@ -45,7 +59,9 @@ def whole_ids(chat: ChatFormat, turns: list[str], results: list[str], question: 
     return chat.tokenizer.encode(opened, add_special_tokens=False)
 
 
-def appended_ids(chat: ChatFormat, turns: list[str], results: list[str], question: str = "Who?") -> list[int]:
+def appended_ids(
+    chat: ChatFormat, turns: list[str], results: list[str], question: str = "Who?"
+) -> list[int]:
     """What a rollout appends for a model that writes these turns behind the open thought."""
     ids = chat.prompt_ids(question)
     for number, (turn, result) in enumerate(zip(turns, results, strict=True)):
@@ -65,14 +81,24 @@ SWITCH = MESSAGES + (
 @pytest.mark.parametrize(
     ("end", "opened"),
     [
-        ("", "<think>"), ("\n", "\n<think>"), ("<think>", "<think>"), ("<think>\n", "<think>\n"),
-        ("\n<think> \n\n", "\n<think> \n\n"), ("<think>\n\n</think>\n\n", "<think>"), ("<think></think>", "<think>"),
-        ("\n</think>", "\n<think>"), ("</think>\n\n", "<think>"),
+        ("", "<think>"),
+        ("\n", "\n<think>"),
+        ("<think>", "<think>"),
+        ("<think>\n", "<think>\n"),
+        ("\n<think> \n\n", "\n<think> \n\n"),
+        ("<think>\n\n</think>\n\n", "<think>"),
+        ("<think></think>", "<think>"),
+        ("\n</think>", "\n<think>"),
+        ("</think>\n\n", "<think>"),
     ],
-)  # fmt: skip
+)
 def test_one_thought_is_open_at_the_start_of_every_turn(end, opened):
     chat = chat_of(TALK.replace("<|assistant|>{% endif", f"<|assistant|>{end}{{% endif"))
-    for ids in (chat.prompt_ids("Who?"), chat.observation_ids("words"), chat.observation_ids("words", 2)):
+    for ids in (
+        chat.prompt_ids("Who?"),
+        chat.observation_ids("words"),
+        chat.observation_ids("words", 2),
+    ):
         assert chat.tokenizer.decode(ids).rpartition("<|assistant|>")[2] == opened
     assert parse_turn("<think>" + "\nI look.</think><answer>x</answer>").text == "x"
 
@@ -84,7 +110,8 @@ def test_a_switch_for_thinking_is_on_for_the_agent_and_off_for_a_reader():
     assert chat.tokenizer.decode(plain).endswith("<|assistant|><think>\n\n</think>\n\n")
 
 
-# A template that renders thoughts in its own way, as those of Qwen3.5 do; a turn written so comes back as it is.
+# A template that renders thoughts in its own way, as those of Qwen3.5 do; a turn written so comes
+# back as it is.
 REASONS = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
     "{% set parts = m.content.split('</think>') %}<think>\n"
@@ -109,9 +136,12 @@ def test_a_conversation_with_thoughts_equals_the_templates_own(result):
     [
         ("{{ strftime_now('%d %b %Y') }}", "01 Apr 2025"),
         ("{{ strftime_now('%Y-%m-%d') }}", "2025-04-01"),
-        ("{% if not date_string is defined %}{% set date_string = 'x' %}{% endif %}{{ date_string }}", "01 Apr 2025"),
+        (
+            "{% if not date_string is defined %}{% set date_string = 'x' %}{% endif %}{{ date_string }}",
+            "01 Apr 2025",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_template_states_the_runs_date(line, shown):
     text = chat_of("Today: " + line + TALK).template([{"role": "user", "content": "x"}], None)
     assert text.startswith(f"Today: {shown}<|user|>")
@@ -162,20 +192,29 @@ def test_behind_another_end_token_the_templates_own_follows_untrained():
     agent = make_agent(engine)
     agent = type(agent)(agent.config, engine, agent.tools, chat)
     trajectory = one(agent)
-    assert trajectory.answer == "x" and set(engine.submitted[0][2].stop_token_ids) == set(chat.end_ids)
+    assert trajectory.answer == "x" and set(engine.submitted[0][2].stop_token_ids) == set(
+        chat.end_ids
+    )
     ids, mask = trajectory.token_ids.tolist(), trajectory.sampled_mask.tolist()
     end = trajectory.turns[0].observed[0]
     assert ids[end - 1] == other and mask[end - 1]
     observation = [chat.end_of_turn_id, *chat.observation_ids(trajectory.turns[0].observation)]
-    assert ids[end : end + len(observation)] == observation and not any(mask[end : end + len(observation)])
-    assert ids.count(chat.end_of_turn_id) == CHAT.prompt_ids(trajectory.question.text).count(chat.end_of_turn_id) + 2
+    assert ids[end : end + len(observation)] == observation and not any(
+        mask[end : end + len(observation)]
+    )
+    assert (
+        ids.count(chat.end_of_turn_id)
+        == CHAT.prompt_ids(trajectory.question.text).count(chat.end_of_turn_id) + 2
+    )
 
 
 def test_all_end_tokens_end_a_readers_reply():
     other = CHAT.tokenizer.convert_tokens_to_ids("<|user|>")
     chat = chat_of(TEMPLATE, end_ids=[other])
     tools = make_agent(Scripted(lambda request_id, turn: None)).tools
-    engine = Scripted(lambda request_id, turn: Completion([*chat.encode("Notes."), other], [-0.5] * 7, "stop"))
+    engine = Scripted(
+        lambda request_id, turn: Completion([*chat.encode("Notes."), other], [-0.5] * 7, "stop")
+    )
     tools.chat = chat
 
     async def read() -> str:
@@ -203,19 +242,26 @@ def test_all_end_tokens_end_a_readers_reply():
         ("{{ 1 / 0 }}" + TALK, "division by zero"),
         (TALK.replace("{{ m.content }}", "{{ m.content if m.role != 'assistant' }}"), "leaves out"),
         (TALK.replace("{{ m.content }}<|end|>", "{{ m.content }}\n---\n"), "nothing can end it"),
-        (TALK.replace("{{ m.content }}", "{{ '<|tool|>' if m.role[0] == 'a' }}{{ m.content }}"), "generation prompt"),
+        (
+            TALK.replace("{{ m.content }}", "{{ '<|tool|>' if m.role[0] == 'a' }}{{ m.content }}"),
+            "generation prompt",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_template_cannot_carry_is_one_clear_line(template, words):
     with pytest.raises(ValueError, match=words) as refusal:
         chat_of(template)
     assert "template" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("rule", ["{{ raise_exception('no tools') }}", "{% set m = {'content': ''} %}"])
+@pytest.mark.parametrize(
+    "rule", ["{{ raise_exception('no tools') }}", "{% set m = {'content': ''} %}"]
+)
 def test_results_are_a_users_where_there_are_no_tool_messages(rule):
     chat = chat_of(
-        TALK.replace("{{ m.content }}", f"{{% if m.role == 'tool' %}}{rule}{{% endif %}}{{{{ m.content }}}}")
+        TALK.replace(
+            "{{ m.content }}", f"{{% if m.role == 'tool' %}}{rule}{{% endif %}}{{{{ m.content }}}}"
+        )
     )
     text = chat.tokenizer.decode(chat.observation_ids("plain"))
     assert text == "<|user|><tool_response>\nplain\n</tool_response><|end|><|assistant|><think>"
@@ -224,7 +270,11 @@ def test_results_are_a_users_where_there_are_no_tool_messages(rule):
 
 
 def test_a_template_that_writes_results_as_json_gets_them_so():
-    chat = chat_of(TALK.replace("{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}"))
+    chat = chat_of(
+        TALK.replace(
+            "{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}"
+        )
+    )
     text = "[{'a': \"é\n\"}]"
     turn = "I look.</think><tool_call>{}</tool_call>"
     assert chat.tokenizer.decode(chat.observation_ids(text)).startswith(
@@ -238,23 +288,32 @@ def test_a_template_may_write_the_first_result_otherwise():
     chat = chat_of(TALK.replace("{{ m.content }}", first + "{{ m.content }}"))
     turns = ["I look.</think><tool_call>{}</tool_call>"] * 3
     results = ["one", "two", "three"]
-    assert appended_ids(chat, turns, results) == whole_ids(chat, ["<think>" + turn for turn in turns], results)
+    assert appended_ids(chat, turns, results) == whole_ids(
+        chat, ["<think>" + turn for turn in turns], results
+    )
 
 
 # --- the call that the prompt teaches
 
-TOOLS_SHOWN = (
-    "{% if tools %}<|system|>{% for t in tools %}{{ t | tojson(indent=2) }}{% endfor %}TAUGHT<|end|>{% endif %}"
-)
+TOOLS_SHOWN = "{% if tools %}<|system|>{% for t in tools %}{{ t | tojson(indent=2) }}{% endfor %}TAUGHT<|end|>{% endif %}"
 
 
 @pytest.mark.parametrize(
     ("taught", "shown"),
     [
         ("", '{"name": "web_search", "arguments": {"query": ["..."]}}'),
-        ('{"name": <function-name>, "arguments": <args>}', '{"name": "web_search", "arguments": {"query": ["..."]}}'),
-        ('{"name": name, "parameters": dictionary}', '{"name": "web_search", "parameters": {"query": ["..."]}}'),
-        ('<function=name>{"key": "value"}</function>', '<function=web_search>{"query": ["..."]}</function>'),
+        (
+            '{"name": <function-name>, "arguments": <args>}',
+            '{"name": "web_search", "arguments": {"query": ["..."]}}',
+        ),
+        (
+            '{"name": name, "parameters": dictionary}',
+            '{"name": "web_search", "parameters": {"query": ["..."]}}',
+        ),
+        (
+            '<function=name>{"key": "value"}</function>',
+            '<function=web_search>{"query": ["..."]}</function>',
+        ),
         (
             "<function=f>\n<parameter=p>\nv\n</parameter>\n</function>",
             '\n<function=web_search>\n<parameter=query>\n["..."]\n</parameter>\n</function>\n',
@@ -265,7 +324,9 @@ TOOLS_SHOWN = (
         ),
     ],
 )
-def test_the_prompt_shows_the_syntax_that_the_template_teaches_and_the_parser_reads_it(taught, shown):
+def test_the_prompt_shows_the_syntax_that_the_template_teaches_and_the_parser_reads_it(
+    taught, shown
+):
     chat = chat_of(TOOLS_SHOWN.replace("TAUGHT", taught) + TALK)
     assert f"<tool_call>{shown}</tool_call>" in chat.system and "{call}" not in chat.system
     assert parse_turn(f"x</think><tool_call>{shown}</tool_call>") == Call("search", ("...",))
@@ -275,16 +336,24 @@ def test_the_prompt_shows_the_syntax_that_the_template_teaches_and_the_parser_re
 
 
 def sentencepiece(scheme: str, legacy: bool = False) -> Tokenizer:
-    """Spaces are a letter of the vocabulary, and one may be put in front of the text, or of each part of it."""
+    """Spaces are a letter of the vocabulary, and one may be put in front of the text, or of each
+    part of it.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     if legacy:  # as in the first Llama: in front of each part between special tokens
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     special = ["<unk>", "<|end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([(ROOT / "prompts/judge.txt").read_text(), "<|user|>\na b\n<|tool|>\n"] * 2, trainer)
+    tokenizer.train_from_iterator(
+        [(ROOT / "prompts/judge.txt").read_text(), "<|user|>\na b\n<|tool|>\n"] * 2, trainer
+    )
     return tokenizer
 
 
@@ -305,7 +374,9 @@ def test_the_parts_ids_are_the_wholes_for_every_kind_of_tokenizer(kind, marks, s
     template = lines + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     backend = KINDS[kind]()
     backend.add_special_tokens([AddedToken(mark, rstrip=strips) for mark in ["<|end|>", *marks]])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end|>", unk_token="<unk>"
+    )
     tokenizer.chat_template = template
     chat = ChatFormat(tokenizer, DATE)
     for text in ("a b", " a", "[{'a': 1}]", "", "\n\n", "▁x", "漢字 🦊", "<|end|>"):
@@ -318,8 +389,15 @@ def test_a_tokenizer_whose_parts_depend_on_each_other_is_refused():
     tokenizer = byte_tokenizer()
 
     class Counting:  # the last id says how long the text is
-        chat_template, eos_token_id, added_tokens_decoder = TALK, tokenizer.eos_token_id, tokenizer.added_tokens_decoder
-        apply_chat_template, convert_tokens_to_ids = tokenizer.apply_chat_template, tokenizer.convert_tokens_to_ids
+        chat_template, eos_token_id, added_tokens_decoder = (
+            TALK,
+            tokenizer.eos_token_id,
+            tokenizer.added_tokens_decoder,
+        )
+        apply_chat_template, convert_tokens_to_ids = (
+            tokenizer.apply_chat_template,
+            tokenizer.convert_tokens_to_ids,
+        )
 
         def encode(self, text, **given):
             return [*tokenizer.encode(text, **given), len(text)]
@@ -333,23 +411,33 @@ def test_a_tokenizer_whose_parts_depend_on_each_other_is_refused():
 
 
 def of_family(path: Path) -> str:
-    """A row: what a family's template does, on a tokenizer that has the special tokens that the template names."""
+    """A row: what a family's template does, on a tokenizer that has the special tokens that the
+    template names.
+    """
     template = path.read_text()
     tokenizer = byte_tokenizer()
     marks = re.findall(r"<[|｜][^<>|｜\s]+[|｜]>|<(?:start|end)_of_turn>", template)
-    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(marks)), "bos_token": "<s>"})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": sorted(set(marks)), "bos_token": "<s>"}
+    )
     tokenizer.chat_template = template
     try:
         chat = ChatFormat(tokenizer, DATE)
     except ValueError as refusal:
-        return f"| {path.stem} | refused: {refusal} | | | |".replace("<|", "<\\|").replace("|>", "\\|>")
+        return f"| {path.stem} | refused: {refusal} | | | |".replace("<|", "<\\|").replace(
+            "|>", "\\|>"
+        )
     turn = "I look.\n</think>\n\n<tool_call>{}</tool_call>"
     opened = chat.tokenizer.decode(chat.prompt_ids("Who?")).rpartition("<think>")[1:]
     thoughts = "the template's" if "\n" in opened[1] else "ours"
     whole = chat.tokenizer.decode(whole_ids(chat, [turn], ["plain"]))
     assert whole.endswith(chat.end_of_turn + chat.tokenizer.decode(chat.observation_ids("plain")))
     inner = re.search("<tool_call>(.*?)</tool_call>", chat.system, re.DOTALL)[1]
-    sign = next(sign for sign in ("<parameter=", "<arg_key>", '"parameters"', '"arguments"') if sign in inner)
+    sign = next(
+        sign
+        for sign in ("<parameter=", "<arg_key>", '"parameters"', '"arguments"')
+        if sign in inner
+    )
     return f"| {path.stem} | works | {thoughts} | `{sign}` | {chat.role} |"
 
 
@@ -362,7 +450,9 @@ def test_the_table_of_families_in_the_readme_is_what_the_code_does():
     assert all(row in readme for row in rows), "\n".join(rows)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_5_think", "qwen3_5_nothink", "llama3_1", "lfm2", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_5", "qwen3", "qwen3_5_think", "qwen3_5_nothink", "llama3_1", "lfm2", "gemma3"]
+)
 def test_conversations_equal_the_renderings_of_real_templates(name):
     folder = SHARED / "chat_templates"
     if not folder.is_dir():
@@ -378,5 +468,7 @@ def test_conversations_equal_the_renderings_of_real_templates(name):
     start = "" if opened else "\n"
     turns = [f"{start}I look.\n</think>\n\n<tool_call>{{}}</tool_call>"] * 2
     results = ["[{'search_query': \"é\\n\", 'web_page_info_list': []}]", "plain words"]
-    assert appended_ids(chat, turns, results) == whole_ids(chat, ["<think>" + opened + turn for turn in turns], results)
+    assert appended_ids(chat, turns, results) == whole_ids(
+        chat, ["<think>" + opened + turn for turn in turns], results
+    )
     assert TOOLS["browse"].argument in tokenizer.decode(chat.prompt_ids("Who?"))

@@ -28,9 +28,17 @@ TINY = "--max_model_len=768 --max_turn_tokens=64 --max_in_flight=16 --allow_priv
 SEGMENTS = 3
 SYSTEM = "Today is {date}. \nTwo tools, one question. \n"
 TOOLS = []
-for name, argument, meaning in (("web_search", "query", "Find."), ("browse_webpage", "url_list", "Read.")):
+for name, argument, meaning in (
+    ("web_search", "query", "Find."),
+    ("browse_webpage", "url_list", "Read."),
+):
     parameters = {"type": "object", "properties": {argument: {"type": "array"}}}
-    TOOLS.append({"type": "function", "function": {"name": name, "description": meaning, "parameters": parameters}})
+    TOOLS.append(
+        {
+            "type": "function",
+            "function": {"name": name, "description": meaning, "parameters": parameters},
+        }
+    )
 SHOWS_TOOLS = """\
 {% if tools %}<|tool|>{{ messages[0].content }}
 {%- for tool in tools %}{{ tool.function.description }}{% endfor %}<|end|>{% endif %}"""  # in front of the toy's own
@@ -57,7 +65,9 @@ class World(ThreadingHTTPServer):
             found = self.world.corpus.search(asked["q"], 2)
             rows = [{"title": one.title, "link": one.url, "snippet": one.snippet} for one in found]
             return {"searchParameters": {}, "organic": rows}
-        notes = re.search(r"<<<\n(.*?)\n(?:filler|>>>)", asked["messages"][-1]["content"], re.DOTALL)
+        notes = re.search(
+            r"<<<\n(.*?)\n(?:filler|>>>)", asked["messages"][-1]["content"], re.DOTALL
+        )
         reply = f"CONTINUE: yes\nNOTES: {notes[1] if notes else 'none'}"
         if path.startswith("/judge"):
             reply = '{"rationale": "something else", "judgement": "incorrect"}'
@@ -74,8 +84,13 @@ class Handler(BaseHTTPRequestHandler):
         self.reply("application/json", json.dumps(self.server.answer(self.path, asked)))
 
     def do_GET(self) -> None:
-        filler = "".join(f"<p>filler {'word ' * 100}{i}.</p>" for i in range(210))  # 107,000 characters
-        self.reply("text/html", f"<html><body><article><p>{self.server.texts[self.path]}</p>{filler}</article></body>")
+        filler = "".join(
+            f"<p>filler {'word ' * 100}{i}.</p>" for i in range(210)
+        )  # 107,000 characters
+        self.reply(
+            "text/html",
+            f"<html><body><article><p>{self.server.texts[self.path]}</p>{filler}</article></body>",
+        )
 
     def reply(self, kind: str, text: str) -> None:
         body = text.encode()
@@ -91,7 +106,10 @@ def run(tmp_path, monkeypatch):
     """The exit code of the block with its model, URLs, --dtype and --engine replaced; what was sent; prompts."""
     world = toyworld.World("held out", 0)
     asked = world.questions(24, 0)
-    rows = [{"question": one.text, "answers": [one.answers[0], "Mr. X"], "source": one.source} for one in asked]
+    rows = [
+        {"question": one.text, "answers": [one.answers[0], "Mr. X"], "source": one.source}
+        for one in asked
+    ]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "authors").mkdir()
     (tmp_path / "authors/system.txt").write_bytes(SYSTEM.encode())
@@ -106,7 +124,9 @@ def run(tmp_path, monkeypatch):
         for key, path in (("search_url", ""), ("reader_url", "/reader"), ("judge_url", "/judge")):
             command = re.sub(rf"--{key}=\S+", f"--{key}={server.url}{path}", command)
         command = re.sub(r"--model=\S+", "--model=model", command)
-        command = command.replace("--dtype=bfloat16", "--dtype=float32").replace("--engine=vllm", "--engine=hf")
+        command = command.replace("--dtype=bfloat16", "--dtype=float32").replace(
+            "--engine=vllm", "--engine=hf"
+        )
         argv = shlex.split(f"{command} {TINY} --data=questions.jsonl --run_dir=run")
         assert argv[:2] == ["python", "eval.py"]
         real = web_module.check_url
@@ -131,35 +151,64 @@ def test_the_block_under_the_heading_sends_what_the_authors_sent(run):
     code, sent, prompts = run
     assert code == 0
     searches = [asked for path, _, asked in sent if path == "/search"]
-    asked = [(path, each) for path, _, each in sent if path != "/search"]  # a trial call of the start may be among them
-    readings = [each for path, each in asked if path.startswith("/reader") and "Page segment" in str(each)]
+    asked = [
+        (path, each) for path, _, each in sent if path != "/search"
+    ]  # a trial call of the start may be among them
+    readings = [
+        each for path, each in asked if path.startswith("/reader") and "Page segment" in str(each)
+    ]
     rules = (ROOT / "prompts/judge.txt").read_text()
-    verdicts = [each for path, each in asked if path.startswith("/judge") and rules == each["messages"][0]["content"]]
+    verdicts = [
+        each
+        for path, each in asked
+        if path.startswith("/judge") and rules == each["messages"][0]["content"]
+    ]
     assert len(searches) >= 10 and len(readings) >= SEGMENTS and len(verdicts) >= 5
-    assert all({**asked, "q": ""} == {"q": "", "num": 10, "gl": "us", "hl": "en"} for asked in searches)
+    assert all(
+        {**asked, "q": ""} == {"q": "", "num": 10, "gl": "us", "hl": "en"} for asked in searches
+    )
     for asked in readings:
-        assert (asked["model"], asked["temperature"]) == ("qwen-plus", 0.6) and "max_tokens" not in asked
+        assert (asked["model"], asked["temperature"]) == (
+            "qwen-plus",
+            0.6,
+        ) and "max_tokens" not in asked
     contents = [asked["messages"][1]["content"] for asked in readings]
-    places = [re.search(rf"\nPage segment (\d) of {SEGMENTS}:\n<<<\n(.*)\n>>>", each, re.DOTALL) for each in contents]
+    places = [
+        re.search(rf"\nPage segment (\d) of {SEGMENTS}:\n<<<\n(.*)\n>>>", each, re.DOTALL)
+        for each in contents
+    ]
     assert sorted({place[1] for place in places}) == ["1", "2", "3"]
     assert all(len(place[2]) <= 40_960 for place in places)
     assert all(len(place[2]) > 40_000 for place in places if place[1] != "3")
     assert all(re.search(r"Search query: (?!none)\w", each) for each in contents)
     for asked in verdicts:
         case = json.loads(asked["messages"][1]["content"])
-        assert (asked["model"], asked["temperature"]) == ("gpt-4o-mini", 0.7) and "max_tokens" not in asked
+        assert (asked["model"], asked["temperature"]) == (
+            "gpt-4o-mini",
+            0.7,
+        ) and "max_tokens" not in asked
         assert case["accepted"][1] == "mr. x" and case["given"] == case["given"].lower() != ""
-    keys = {path: headers.get("X-API-KEY") or headers.get("Authorization") for path, headers, _ in sent}
+    keys = {
+        path: headers.get("X-API-KEY") or headers.get("Authorization") for path, headers, _ in sent
+    }
     assert set(keys.values()) == {"...", "Bearer ..."}
     summary = json.loads(Path("run/summary.json").read_text())
-    assert summary["overall"]["n"] == 24 and summary["overall"]["mbe"] == summary["overall"]["em"] < 1
+    assert (
+        summary["overall"]["n"] == 24 and summary["overall"]["mbe"] == summary["overall"]["em"] < 1
+    )
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert (config["eval_temperature"], config["max_tool_calls"], config["system_prompt_file"]) == (
-        1.0, 9, "authors/system.txt",
-    )  # fmt: skip
+        1.0,
+        9,
+        "authors/system.txt",
+    )
     system = SYSTEM.replace("{date}", config["date"])
-    prompts = [prompt for prompt in prompts if prompt.startswith("<|tool|>")]  # not those of the start's trial
-    assert len(prompts) >= 24 and all(prompt.startswith(f"<|tool|>{system}Find.Read.") for prompt in prompts)
+    prompts = [
+        prompt for prompt in prompts if prompt.startswith("<|tool|>")
+    ]  # not those of the start's trial
+    assert len(prompts) >= 24 and all(
+        prompt.startswith(f"<|tool|>{system}Find.Read.") for prompt in prompts
+    )
 
 
 def test_the_block_names_every_key_of_the_authors_with_the_value_that_config_yaml_gives_for_them():
@@ -167,8 +216,13 @@ def test_the_block_names_every_key_of_the_authors_with_the_value_that_config_yam
     for key in ("max_urls", "max_segments", "reader_tokens", "reader_memory", "browse_timeout"):
         assert typed[key] == "0", key
     keys, checked = CONFIG_FILE.read_text().partition("presets:")[0], 0
-    for key, value in re.findall(r"^(\w+): .*\(paper(?:'s code)?: ([\w.,-]+)\)", keys, re.MULTILINE):
-        if typed.get(key, "0") == "0" or key in ("model", "max_tool_calls"):  # ten calls, of which nine are read
+    for key, value in re.findall(
+        r"^(\w+): .*\(paper(?:'s code)?: ([\w.,-]+)\)", keys, re.MULTILINE
+    ):
+        if typed.get(key, "0") == "0" or key in (
+            "model",
+            "max_tool_calls",
+        ):  # ten calls, of which nine are read
             continue
         assert typed[key] in (value.replace(",", ""), value.removesuffix(".0")), key
         checked += 1
@@ -193,16 +247,32 @@ raise SystemExit("this is not to be run")
 
 def test_the_authors_texts_are_taken_letter_by_letter(tmp_path):
     metrics = "PROMPT='''\\'\\'\\'x{question} \n'''"
-    for name, text in (("scrl/llm_agent/generation.py", OFFICIAL), ("evaluate/cacluate_metrics.py", metrics)):
+    for name, text in (
+        ("scrl/llm_agent/generation.py", OFFICIAL),
+        ("evaluate/cacluate_metrics.py", metrics),
+    ):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(text)
-    command = [sys.executable, "-m", "scripts.official_texts", str(tmp_path), str(tmp_path / "authors")]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.official_texts",
+        str(tmp_path),
+        str(tmp_path / "authors"),
+    ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     texts = {path.name: path.read_bytes().decode() for path in (tmp_path / "authors").iterdir()}
     assert texts.pop("tools.json") == json.dumps(
         [{"type": "function", "function": {"name": "look", "minItems": 1, "uniqueItems": True}}]
     )
-    assert texts == {"system.txt": "Day {date} \nspaces before the end  \n", "judge.txt": "'''x{question} \n"}
+    assert texts == {
+        "system.txt": "Day {date} \nspaces before the end  \n",
+        "judge.txt": "'''x{question} \n",
+    }
     (tmp_path / "evaluate/cacluate_metrics.py").unlink()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "cacluate_metrics.py" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "cacluate_metrics.py" in done.stderr
+        and "Traceback" not in done.stderr
+    )

@@ -33,7 +33,10 @@ def test_best_document_first_and_only_documents_that_share_a_word():
 
 
 def test_snippets_come_from_the_callback_or_from_the_beginning_of_the_text():
-    assert Corpus(DOCUMENTS, snippet=lambda i: f"number {i}").search("Velden city", 1)[0].snippet == "number 1"
+    assert (
+        Corpus(DOCUMENTS, snippet=lambda i: f"number {i}").search("Velden city", 1)[0].snippet
+        == "number 1"
+    )
     long = Corpus([("Long", "toy:long", "word " * 200)]).search("long", 1)[0].snippet
     assert len(long) <= search.SNIPPET_CHARS + 4 and long.endswith("word ...")
 
@@ -45,12 +48,17 @@ def test_equal_scores_keep_corpus_order():
 
 def test_toy_size_query_is_cheap():
     corpus = Corpus(
-        [(f"Person {i}", f"toy:{i}", f"Person {i} was born in City {i % 50} and wrote.") for i in range(250)]
+        [
+            (f"Person {i}", f"toy:{i}", f"Person {i} was born in City {i % 50} and wrote.")
+            for i in range(250)
+        ]
     )
     start = time.process_time()
     for i in range(300):
         corpus.search(f"where was Person {i % 250} born", 2)
-    assert (time.process_time() - start) / 300 < 0.001  # 0.1 ms measured; the limit leaves room for a loaded machine
+    assert (
+        time.process_time() - start
+    ) / 300 < 0.001  # 0.1 ms measured; the limit leaves room for a loaded machine
 
 
 def test_index_is_built_once_and_read_from_disk(tmp_path, monkeypatch):
@@ -61,8 +69,14 @@ def test_index_is_built_once_and_read_from_disk(tmp_path, monkeypatch):
     )
     first = Corpus.from_jsonl(file).search("river", 3)
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    monkeypatch.setattr(bm25s.BM25, "index", lambda *_, **__: pytest.fail("the index was built again"))
-    assert Corpus.from_jsonl(file).search("river", 3) == first == [SearchResult("Ost", "u:2", "A river.")]
+    monkeypatch.setattr(
+        bm25s.BM25, "index", lambda *_, **__: pytest.fail("the index was built again")
+    )
+    assert (
+        Corpus.from_jsonl(file).search("river", 3)
+        == first
+        == [SearchResult("Ost", "u:2", "A river.")]
+    )
 
 
 def spoil_file(folder, name, keep):
@@ -79,7 +93,9 @@ def spoil_file(folder, name, keep):
         lambda folder: spoil_file(folder, "indices", 0),
         lambda folder: spoil_file(folder, "vocab", 10),
         lambda folder: spoil_file(folder, "", 0),
-        lambda folder: (folder / "vocab.index.json").write_text("{}"),  # can be read, and finds nothing
+        lambda folder: (folder / "vocab.index.json").write_text(
+            "{}"
+        ),  # can be read, and finds nothing
         lambda folder: (folder / "indptr.csc.index.npy").unlink(),
         lambda folder: (folder / "checksum").unlink(),  # as an earlier version kept it
         lambda folder: [file.unlink() for file in folder.iterdir()],
@@ -89,13 +105,17 @@ def spoil_file(folder, name, keep):
 def test_an_index_that_is_not_as_it_was_saved_is_made_again(tmp_path, monkeypatch, spoil):
     monkeypatch.setattr(search, "INDEX_CACHE", tmp_path / "cache")
     file = tmp_path / "corpus.jsonl"
-    file.write_text("\n".join(json.dumps({"title": t, "url": u, "text": x}) for t, u, x in DOCUMENTS))
+    file.write_text(
+        "\n".join(json.dumps({"title": t, "url": u, "text": x}) for t, u, x in DOCUMENTS)
+    )
     expected = Corpus.from_jsonl(file).search("river", 3)
     (folder,) = (tmp_path / "cache").iterdir()
     spoil(folder)
     assert Corpus.from_jsonl(file).search("river", 3) == expected != []
     if folder.is_dir():  # kept again, whole
-        monkeypatch.setattr(bm25s.BM25, "index", lambda *_, **__: pytest.fail("the index was built again"))
+        monkeypatch.setattr(
+            bm25s.BM25, "index", lambda *_, **__: pytest.fail("the index was built again")
+        )
         assert Corpus.from_jsonl(file).search("river", 3) == expected
 
 
@@ -106,10 +126,12 @@ def test_an_index_knows_what_made_it(tmp_path, monkeypatch):
     file.write_text('{"title": "Ost", "url": "u:1", "text": "C++ and C# are languages."}')
     assert Corpus.from_jsonl(file).search("c", 3) and Corpus.from_jsonl(file).search("c", 3)
     changes = [
-        (search, "WORD", re.compile(r"[a-z+#]+")), (search, "WORD", re.compile(r"[a-z+#]+", re.ASCII)),
-        (search, "RUN", re.compile(r"(?P<pairs>[a-z]+)|.+")), (search, "SOURCE", "an edit"),
+        (search, "WORD", re.compile(r"[a-z+#]+")),
+        (search, "WORD", re.compile(r"[a-z+#]+", re.ASCII)),
+        (search, "RUN", re.compile(r"(?P<pairs>[a-z]+)|.+")),
+        (search, "SOURCE", "an edit"),
         (bm25s, "__version__", "9"),
-    ]  # fmt: skip
+    ]
     for number, change in enumerate(changes, start=2):
         monkeypatch.setattr(*change)
         assert Corpus.from_jsonl(file).search("c", 3) == []  # the first index would find it
@@ -132,15 +154,33 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch):
 
 
 PASSAGES = [
-    ({"title": "Ulm", "url": "https://u.example/", "text": "A city."}, ("Ulm", "https://u.example/", "A city.")),
-    ({"_id": "7", "title": "Ulm", "text": "A city.", "metadata": {}}, ("Ulm", "passage:7", "A city.")),  # BEIR
-    ({"id": 0, "contents": '"Ulm"\nA city.\nOn a river.'}, ("Ulm", "passage:0", "A city.\nOn a river.")),  # wiki-18
+    (
+        {"title": "Ulm", "url": "https://u.example/", "text": "A city."},
+        ("Ulm", "https://u.example/", "A city."),
+    ),
+    (
+        {"_id": "7", "title": "Ulm", "text": "A city.", "metadata": {}},
+        ("Ulm", "passage:7", "A city."),
+    ),  # BEIR
+    (
+        {"id": 0, "contents": '"Ulm"\nA city.\nOn a river.'},
+        ("Ulm", "passage:0", "A city.\nOn a river."),
+    ),  # wiki-18
     ({"id": "7", "contents": "A city."}, ("", "passage:7", "A city.")),  # without a title line
-    ({"id": "7", "title": "Ulm", "contents": "A city.\nOn a river."}, ("Ulm", "passage:7", "A city.\nOn a river.")),
+    (
+        {"id": "7", "title": "Ulm", "contents": "A city.\nOn a river."},
+        ("Ulm", "passage:7", "A city.\nOn a river."),
+    ),
     ({"id": "7", "title": "Ulm", "contents": "Ulm\nA city."}, ("Ulm", "passage:7", "A city.")),
-    ({"id": "7", "title": None, "url": None, "text": "A city.", "contents": "x"}, ("", "passage:7", "A city.")),
+    (
+        {"id": "7", "title": None, "url": None, "text": "A city.", "contents": "x"},
+        ("", "passage:7", "A city."),
+    ),
     ("Ulm\nA city.", ("Ulm", "passage:2a9069d38f8b", "A city.")),
-    ({"title": "Ulm", "text": "A city.", "id": None}, ("Ulm", "passage:2a9069d38f8b", "A city.")),  # the same
+    (
+        {"title": "Ulm", "text": "A city.", "id": None},
+        ("Ulm", "passage:2a9069d38f8b", "A city."),
+    ),  # the same
 ]
 
 
@@ -150,17 +190,25 @@ def test_passages_are_read_with_whatever_they_lack(tmp_path, monkeypatch, row, p
     monkeypatch.setattr(search, "INDEX_CACHE", tmp_path / "cache")
     (tmp_path / "corpus.jsonl").write_text("\ufeff" + json.dumps(row) + "\r\n", "utf-8")
     corpus = Corpus.from_jsonl(tmp_path / "corpus.jsonl")
-    assert corpus.documents == [passage] and corpus.pages == {passage[1]: passage[2]}  # which can be opened
+    assert corpus.documents == [passage] and corpus.pages == {
+        passage[1]: passage[2]
+    }  # which can be opened
 
 
 def test_an_address_with_several_passages_opens_as_all_of_them(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "INDEX_CACHE", tmp_path / "cache")
-    rows = [("Ost", "u:1", "Ost is a river."), ("Velden", "u:2", "A city."), ("Ost", "u:1", "Its spring is cold.")]
+    rows = [
+        ("Ost", "u:1", "Ost is a river."),
+        ("Velden", "u:2", "A city."),
+        ("Ost", "u:1", "Its spring is cold."),
+    ]
     (tmp_path / "c.jsonl").write_text(
         "\n".join(json.dumps(dict(zip(("title", "url", "text"), r, strict=True))) for r in rows)
     )
     for corpus in (Corpus(rows), Corpus.from_jsonl(tmp_path / "c.jsonl")):
-        assert corpus.search("cold spring", 3) == [SearchResult("Ost", "u:1", "Its spring is cold.")]
+        assert corpus.search("cold spring", 3) == [
+            SearchResult("Ost", "u:1", "Its spring is cold.")
+        ]
         assert corpus.pages == {"u:1": "Ost is a river.\n\nIts spring is cold.", "u:2": "A city."}
 
 
@@ -186,13 +234,22 @@ SCRIPTS = Corpus([(title, f"w:{title}", text) for title, text in WORLD])
 @pytest.mark.parametrize(
     ("query", "title"),
     [
-        ("鲁迅出生在哪里？", "绍兴"), ("中国的首都是哪个城市？", "北京"), ("2100万", "北京"),
-        ("日本の首都はどこですか？", "東京"), ("平安京が置かれたのはいつですか", "京都"), ("都", "京都"),
-        ("เมืองหลวงของประเทศไทยคืออะไร", "กรุงเทพมหานคร"), ("ดอยสุเทพอยู่ที่ไหน", "เชียงใหม่"),
-        ("រាជធានីនៃប្រទេសកម្ពុជា", "ភ្នំពេញ"), ("မြန်မာနိုင်ငံ", "ရန်ကုန်"), ("ນະຄອນຫຼວງຂອງລາວ", "ວຽງຈັນ"),
-        ("대한민국의 수도는?", "서울"), ("भारत की राजधानी", "दिल्ली"), ("capital of the United Kingdom", "London"),
+        ("鲁迅出生在哪里？", "绍兴"),
+        ("中国的首都是哪个城市？", "北京"),
+        ("2100万", "北京"),
+        ("日本の首都はどこですか？", "東京"),
+        ("平安京が置かれたのはいつですか", "京都"),
+        ("都", "京都"),
+        ("เมืองหลวงของประเทศไทยคืออะไร", "กรุงเทพมหานคร"),
+        ("ดอยสุเทพอยู่ที่ไหน", "เชียงใหม่"),
+        ("រាជធានីនៃប្រទេសកម្ពុជា", "ភ្នំពេញ"),
+        ("မြန်မာနိုင်ငံ", "ရန်ကုန်"),
+        ("ນະຄອນຫຼວງຂອງລາວ", "ວຽງຈັນ"),
+        ("대한민국의 수도는?", "서울"),
+        ("भारत की राजधानी", "दिल्ली"),
+        ("capital of the United Kingdom", "London"),
     ],
-)  # fmt: skip
+)
 def test_questions_find_pages_in_scripts_without_spaces(query, title):
     assert SCRIPTS.search(query, 3)[0].title == title
 
@@ -226,7 +283,9 @@ def test_other_scripts_change_nothing_for_english():
 HALF = '{"title": "a", "text": "half \\ud83d"}'  # half a surrogate pair, which no tokenizer takes
 
 
-@pytest.mark.parametrize("line", ["not json", '{"title": "x"}', "[1]", "7", "null", "[" * 100_000, HALF])
+@pytest.mark.parametrize(
+    "line", ["not json", '{"title": "x"}', "[1]", "7", "null", "[" * 100_000, HALF]
+)
 def test_a_bad_line_of_the_corpus_is_named(tmp_path, line):
     file = tmp_path / "corpus.jsonl"
     file.write_text('{"title": "a", "url": "u", "text": "t"}\n' + line + "\n")

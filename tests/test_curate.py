@@ -17,7 +17,9 @@ from scripts import curate
 pytestmark = pytest.mark.quick
 # 4 nq, 3 tq, 8 hotpotqa, 9 2wiki, and one of a source that is not in the mix
 SOURCES = ["nq"] * 4 + ["tq"] * 3 + ["hotpotqa"] * 8 + ["2wiki"] * 9 + ["other"]
-QUESTIONS = [Question(f"q{i}", f"Question {i}?", ("Velden",), source) for i, source in enumerate(SOURCES)]
+QUESTIONS = [
+    Question(f"q{i}", f"Question {i}?", ("Velden",), source) for i, source in enumerate(SOURCES)
+]
 
 
 def reply(content):
@@ -33,12 +35,20 @@ def judge(says):
 
 
 def agent_for(server, answer=lambda number, sample: "Bern", **changes):
-    """An agent without tools, whose model writes answer(number of the question, number of the sample)."""
+    """An agent without tools, whose model writes answer(number of the question, number of the
+    sample).
+    """
 
     def write(request_id, turn):
         return answer_turn(answer(*map(int, request_id.split("/")[1:])))
 
-    options = {"group_size": 3, "max_tool_calls": 0, "tool_threads": 1, "max_retries": 0, "tool_timeout": 5.0}
+    options = {
+        "group_size": 3,
+        "max_tool_calls": 0,
+        "tool_threads": 1,
+        "max_retries": 0,
+        "tool_timeout": 5.0,
+    }
     options |= {"judge_url": server.url + "/v1", "judge_model": "m"}
     agent = make_agent(Scripted(write), **(options | changes))
     return replace(agent, chat=PlainChat(CHAT, {}))
@@ -52,7 +62,10 @@ def key(monkeypatch):
 def test_what_the_model_knows_once_in_k_samples_is_left_out():
     with Server() as server:
         right = {(0, 0), (4, 2), (7, 0), (7, 1)}  # question, sample
-        agent = agent_for(server, lambda number, sample: "velden." if (number, sample) in right else "Velden or Bern")
+        agent = agent_for(
+            server,
+            lambda number, sample: "velden." if (number, sample) in right else "Velden or Bern",
+        )
         assert [one.id for one in curate.unknown(QUESTIONS, agent)] == [
             f"q{i}" for i in range(25) if i not in (0, 4, 7)
         ]
@@ -62,39 +75,69 @@ def test_what_the_model_knows_once_in_k_samples_is_left_out():
 
 
 def test_what_a_judge_objects_to_and_what_it_does_not_judge_is_left_out(tmp_path, capsys):
-    said = {1: "It changes.\n**Time-bound**", 5: "Taste.\nSUBJECTIVE.", 9: "HARMFUL", 16: "FINE, I think", 17: ""}
+    said = {
+        1: "It changes.\n**Time-bound**",
+        5: "Taste.\nSUBJECTIVE.",
+        9: "HARMFUL",
+        16: "FINE, I think",
+        17: "",
+    }
     with judge(lambda text: said.get(int(text[9:-1]), "A plain fact.\nFINE")) as server:
         agent = agent_for(server, lambda number, sample: "Velden" if number == 0 else "Bern")
         web = Web(agent.config, tmp_path / "cassette.sqlite")
         chosen = curate.curate(QUESTIONS, agent, web)
-        assert Counter(one.source for one in chosen) == {"nq": 2, "tq": 2, "hotpotqa": 6, "2wiki": 6}
+        assert Counter(one.source for one in chosen) == {
+            "nq": 2,
+            "tq": 2,
+            "hotpotqa": 6,
+            "2wiki": 6,
+        }
         assert not {"q0", "q1", "q5", "q9", "q16", "q17", "q24"} & {one.id for one in chosen}
         printed = capsys.readouterr().out
         assert "25 questions, 1 known to the model (pass@3)" in printed
         assert "judged: 19 fine, 2 no_verdict, 1 time-bound, 1 subjective, 1 harmful" in printed
         sent = len(server.sent)
         assert curate.curate(QUESTIONS, agent, web) == chosen
-        assert len(server.sent) <= sent + 2  # verdicts come from the cassette, for a minute even missing ones
+        assert (
+            len(server.sent) <= sent + 2
+        )  # verdicts come from the cassette, for a minute even missing ones
         web.close()
 
 
 def test_the_mix_keeps_its_ratio_and_says_what_is_too_little():
     for limit, parts in ((0, 2), (8, 1), (15, 1), (100, 2)):
         mixed = curate.mix(QUESTIONS, limit, seed=0)
-        assert Counter(one.source for one in mixed) == {name: parts * share for name, share in curate.MIX.items()}
+        assert Counter(one.source for one in mixed) == {
+            name: parts * share for name, share in curate.MIX.items()
+        }
     assert curate.mix(QUESTIONS, 8, 0) == curate.mix(QUESTIONS, 8, 0) != curate.mix(QUESTIONS, 8, 1)
     for questions, limit in ((QUESTIONS[4:], 0), (QUESTIONS, 7)):
-        with pytest.raises(ValueError, match=r"too few questions are left for a mix of 1:1:3:3 .* hotpotqa 8, 2wiki 9"):
+        with pytest.raises(
+            ValueError,
+            match=r"too few questions are left for a mix of 1:1:3:3 .* hotpotqa 8, 2wiki 9",
+        ):
             curate.mix(questions, limit, 0)
 
 
 def test_the_command_writes_questions_that_can_be_trained_on(tmp_path, capsys):
     """With the tiny model itself, which knows none of them."""
-    rows = [{"id": one.id, "question": one.text, "answers": one.answers, "source": one.source} for one in QUESTIONS]
+    rows = [
+        {"id": one.id, "question": one.text, "answers": one.answers, "source": one.source}
+        for one in QUESTIONS
+    ]
     (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with judge(lambda text: "FINE") as server:
-        arguments = ["--preset=wiki", f"--model={MODEL_DIR}", f"--data={tmp_path}/all.jsonl", "--judge_model=m"]
-        arguments += [f"--judge_url={server.url}/v1", f"--run_dir={tmp_path}/out", "--max_model_len=1024"]
+        arguments = [
+            "--preset=wiki",
+            f"--model={MODEL_DIR}",
+            f"--data={tmp_path}/all.jsonl",
+            "--judge_model=m",
+        ]
+        arguments += [
+            f"--judge_url={server.url}/v1",
+            f"--run_dir={tmp_path}/out",
+            "--max_model_len=1024",
+        ]
         assert curate.main([*arguments, "--group_size=2", "--limit=8", "--max_turn_tokens=8"]) == 0
     chosen = load_questions(tmp_path / "out/questions.jsonl")
     assert len(chosen) == 8 and set(chosen) < set(QUESTIONS)
@@ -106,7 +149,10 @@ def test_the_command_writes_questions_that_can_be_trained_on(tmp_path, capsys):
         ([], "curation needs judge_url and judge_model"),
         (["--judge_url=http://127.0.0.1:9/v1"], "curation needs judge_url and judge_model"),
         (["--judge_url=http://127.0.0.1:9/v1", "--judge_model=m"], "data is empty"),
-        (["--judge_url=http://127.0.0.1:9/v1", "--judge_model=m", "--data=nowhere.jsonl"], "nowhere.jsonl"),
+        (
+            ["--judge_url=http://127.0.0.1:9/v1", "--judge_model=m", "--data=nowhere.jsonl"],
+            "nowhere.jsonl",
+        ),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(tmp_path, capsys, arguments, words):

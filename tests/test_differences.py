@@ -1,4 +1,6 @@
-"""docs/differences.md: the kinds of turns that only one grammar accepts, as far as our own grammar goes."""
+"""docs/differences.md: the kinds of turns that only one grammar accepts, as far as our own grammar
+goes.
+"""
 
 import pytest
 
@@ -13,20 +15,37 @@ def search(value: str) -> str:
 
 
 OURS_REFUSES = [
-    f"Hm. {CALL}</think>", "Hm. <answer>ice</answer></think>", f"Hm. {CALL}</think><tool_call>?</tool_call>",
-    f"Hm. <think> So.</think>{CALL}", "Hm. <think> So.</think><answer>ice</answer>",
-    f"Hm.</think><tool_call>{CALL}", f"Close it by </tool_call>.</think>{CALL.removesuffix('</tool_call>')}",
-    search("[]"), search('[" "]'), search('[1, "ice"]'), search("[null]"), search('[{"q": "ice"}]'),
+    f"Hm. {CALL}</think>",
+    "Hm. <answer>ice</answer></think>",
+    f"Hm. {CALL}</think><tool_call>?</tool_call>",
+    f"Hm. <think> So.</think>{CALL}",
+    "Hm. <think> So.</think><answer>ice</answer>",
+    f"Hm.</think><tool_call>{CALL}",
+    f"Close it by </tool_call>.</think>{CALL.removesuffix('</tool_call>')}",
+    search("[]"),
+    search('[" "]'),
+    search('[1, "ice"]'),
+    search("[null]"),
+    search('[{"q": "ice"}]'),
     search('[["ice"]]'),
-    "Hm.</think><ANSWER>ice</ANSWER>", "Hm.</think><Answer>ice</Answer>",
-]  # fmt: skip
+    "Hm.</think><ANSWER>ice</ANSWER>",
+    "Hm.</think><Answer>ice</Answer>",
+]
 OURS_ACCEPTS = [
-    f"An <answer> comes later.</think>{CALL}", f"I use <tool_call> now.</think>{CALL}", search('["<answer> ice"]'),
-    "The tag </answer>.</think><answer>ice</answer>", "Hm.</think></answer><answer>ice</answer>",
-    "Hm.</think></think><answer>ice</answer>", "Hm.</think><answer>ice</answer></answer>",
-    "Hm.</think><tool_call><answer>ice</answer>", "Hm.</think><answer>ice</answer><tool_call>",
-    f"Hm.</think><answer>ice{CALL}", search('"ice"'), search('["ice\ncream"]'), search('["ice\tcream"]'),
-]  # fmt: skip
+    f"An <answer> comes later.</think>{CALL}",
+    f"I use <tool_call> now.</think>{CALL}",
+    search('["<answer> ice"]'),
+    "The tag </answer>.</think><answer>ice</answer>",
+    "Hm.</think></answer><answer>ice</answer>",
+    "Hm.</think></think><answer>ice</answer>",
+    "Hm.</think><answer>ice</answer></answer>",
+    "Hm.</think><tool_call><answer>ice</answer>",
+    "Hm.</think><answer>ice</answer><tool_call>",
+    f"Hm.</think><answer>ice{CALL}",
+    search('"ice"'),
+    search('["ice\ncream"]'),
+    search('["ice\tcream"]'),
+]
 
 
 @pytest.mark.parametrize("turn", OURS_REFUSES)

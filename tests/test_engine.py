@@ -1,4 +1,6 @@
-"""The same suite over both engines, against a plain forward pass of the same weights; vLLM really runs (on CPU)."""
+"""The same suite over both engines, against a plain forward pass of the same weights; vLLM really
+runs (on CPU).
+"""
 
 import dataclasses
 import weakref
@@ -22,7 +24,10 @@ from engines import (
 
 from deepresearcher_min.engine import Engine, HFEngine, Sampling, make_engine
 
-needs_vllm = [pytest.mark.slow, pytest.mark.skipif(not vllm_installed, reason="vllm is not installed")]
+needs_vllm = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not vllm_installed, reason="vllm is not installed"),
+]
 
 
 @dataclasses.dataclass
@@ -55,7 +60,9 @@ def setup(request, tmp_path_factory) -> Iterator[Setup]:
 
 
 def test_greedy_equals_plain_forward(setup):
-    """Mixed lengths, more requests than slots; the reported log-probability is that of temperature 1."""
+    """Mixed lengths, more requests than slots; the reported log-probability is that of temperature
+    1.
+    """
     requests = prompts(40, seed=10)
     done = run(setup.engine, requests, GREEDY)
     check_against_model(setup.model, requests, done, GREEDY)
@@ -99,7 +106,11 @@ def test_stop_token_is_included_and_length_is_reported(setup):
     for name, prompt in requests.items():
         ids = free[name].token_ids
         stop = ids[6]
-        done = run(setup.engine, {name: prompt}, dataclasses.replace(GREEDY, stop_token_ids=(stop, VOCABULARY - 1)))
+        done = run(
+            setup.engine,
+            {name: prompt},
+            dataclasses.replace(GREEDY, stop_token_ids=(stop, VOCABULARY - 1)),
+        )
         expected = ids[: ids.index(stop) + 1]
         assert (done[name].token_ids, done[name].finish_reason) == (expected, "stop")
         assert len(done[name].logprobs) == len(expected)
@@ -129,7 +140,9 @@ def test_seeds_are_honoured_whoever_shares_the_batch(setup):
 
 
 def test_weights_are_in_place_after_an_update(setup):
-    """The prompts are cached under the old weights: a stale prefix would show, and so would a stale tied head."""
+    """The prompts are cached under the old weights: a stale prefix would show, and so would a stale
+    tied head.
+    """
     engine = setup.engine
     requests = prompts(8, seed=60, low=130, high=200)
     before = run(engine, requests, GREEDY)
@@ -145,7 +158,9 @@ def test_weights_are_in_place_after_an_update(setup):
 
 
 def test_weights_are_taken_one_at_a_time(setup):
-    """Of tensors that nobody else holds, an engine keeps the last one and, vLLM, those of one module."""
+    """Of tensors that nobody else holds, an engine keeps the last one and, vLLM, those of one
+    module.
+    """
     given, most = [], 0
 
     def copy(parameter: torch.Tensor) -> torch.Tensor:
@@ -155,7 +170,9 @@ def test_weights_are_taken_one_at_a_time(setup):
         most = max(most, sum(reference() is not None for reference in given))
         return tensor
 
-    setup.engine.update_weights((name, copy(parameter)) for name, parameter in setup.model.named_parameters())
+    setup.engine.update_weights(
+        (name, copy(parameter)) for name, parameter in setup.model.named_parameters()
+    )
     assert len(given) > 20 and most <= (2 if isinstance(setup.engine, HFEngine) else 8)
     requests = prompts(3, seed=95)
     check_against_model(setup.model, requests, run(setup.engine, requests, GREEDY), GREEDY)
@@ -188,7 +205,9 @@ def test_abort_in_mid_flight_leaves_the_engine_usable(setup):
 
 
 def test_second_turn_computes_only_its_new_tokens(setup):
-    """Ids of turn 2 = ids of turn 1 + 10 more. HFEngine finds every token again, vLLM only whole blocks of 32."""
+    """Ids of turn 2 = ids of turn 1 + 10 more. HFEngine finds every token again, vLLM only whole
+    blocks of 32.
+    """
     engine = setup.engine
     requests = prompts(5, seed=80, low=100, high=120)
     done = run(engine, requests, dataclasses.replace(GREEDY, max_tokens=30))
@@ -198,7 +217,9 @@ def test_second_turn_computes_only_its_new_tokens(setup):
     new = 10 + 1  # the last sampled token has never been an input
     slack = 0 if isinstance(engine, HFEngine) else 32
     assert 5 * new <= engine.stats["prefill_tokens"] <= 5 * (new + slack)
-    assert engine.stats["cached_tokens"] + engine.stats["prefill_tokens"] == sum(map(len, longer.values()))
+    assert engine.stats["cached_tokens"] + engine.stats["prefill_tokens"] == sum(
+        map(len, longer.values())
+    )
     assert engine.stats["decode_tokens"] == 5 * 12
 
 

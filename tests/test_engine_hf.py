@@ -1,4 +1,6 @@
-"""What only HFEngine promises: bitwise repetition, its rows and their prefixes, and what it refuses."""
+"""What only HFEngine promises: bitwise repetition, its rows and their prefixes, and what it
+refuses.
+"""
 
 import dataclasses
 import importlib.util
@@ -7,7 +9,17 @@ import random
 import numpy as np
 import pytest
 import torch
-from engines import GREEDY, check_against_model, drain, engine_config, prompts, random_model, run, tokens, two_turns
+from engines import (
+    GREEDY,
+    check_against_model,
+    drain,
+    engine_config,
+    prompts,
+    random_model,
+    run,
+    tokens,
+    two_turns,
+)
 from transformers import AutoModelForCausalLM
 
 from deepresearcher_min import engine as engine_module
@@ -28,7 +40,11 @@ def test_repeats_bit_for_bit(model_dir):
     config = engine_config()
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     first = two_turns(make_engine(config, model_dir))
-    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert states == (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    )
     torch.rand(5)
     engine = make_engine(config, model_dir)
     assert two_turns(engine) == first
@@ -37,7 +53,9 @@ def test_repeats_bit_for_bit(model_dir):
 
 
 def test_shares_prompts_between_requests(model_dir):
-    """Eight requests with one prompt of 50 tokens: it is computed once, then each computes its last token."""
+    """Eight requests with one prompt of 50 tokens: it is computed once, then each computes its last
+    token.
+    """
     engine = make_engine(engine_config(), model_dir)
     (prompt,) = prompts(1, seed=110, low=50, high=50).values()
     samplings = {str(i): Sampling(1.0, 10, i, ()) for i in range(8)}
@@ -62,13 +80,17 @@ def test_long_prompts_are_spread_over_steps(model_dir, monkeypatch):
 
 
 def test_copies_a_prefix_before_its_row_is_given_away(model_dir):
-    """Two rows. In one step, a request copies the prefix that row 0 holds, and an unrelated one takes row 0 over."""
+    """Two rows. In one step, a request copies the prefix that row 0 holds, and an unrelated one
+    takes row 0 over.
+    """
     engine = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir)
     prompt, unrelated = prompts(2, seed=115, low=50, high=50).values()
     run(engine, {"first": prompt}, GREEDY)
     engine.stats.clear()
     requests = {"copies": [*prompt, 1, 2, 3], "takes over": unrelated}
-    check_against_model(random_model("qwen2", seed=1), requests, run(engine, requests, GREEDY), GREEDY)
+    check_against_model(
+        random_model("qwen2", seed=1), requests, run(engine, requests, GREEDY), GREEDY
+    )
     assert engine.stats["cached_tokens"] == 50
 
 
@@ -78,13 +100,17 @@ def test_a_next_turn_goes_on_in_its_own_row(model_dir):
     requests = prompts(2, seed=116, low=50, high=50)
     done = run(engine, requests, GREEDY)
     engine.stats.clear()
-    longer = {name: requests[name] + done[name].token_ids + [1, 2, 3] for name in reversed(requests)}
+    longer = {
+        name: requests[name] + done[name].token_ids + [1, 2, 3] for name in reversed(requests)
+    }
     check_against_model(random_model("qwen2", seed=1), longer, run(engine, longer, GREEDY), GREEDY)
     assert engine.stats["prefill_tokens"] == 2 * (3 + 1)
 
 
 def test_few_slots_serve_many_requests(model_dir):
-    """Two slots and 12 requests in two turns: evicted prefixes are computed again, results stay the same."""
+    """Two slots and 12 requests in two turns: evicted prefixes are computed again, results stay the
+    same.
+    """
     requests = prompts(12, seed=130)
     small = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir)
     large = make_engine(engine_config(), model_dir)
@@ -104,7 +130,9 @@ def test_refuses_what_it_cannot_do(model_dir):
     with pytest.raises(KeyError, match="typo"):
         engine.update_weights([("typo", torch.zeros(1))])
     with pytest.raises(ValueError, match=r"no values for .*model\.norm\.weight"):
-        engine.update_weights((n, p) for n, p in engine.model.named_parameters() if n != "model.norm.weight")
+        engine.update_weights(
+            (n, p) for n, p in engine.model.named_parameters() if n != "model.norm.weight"
+        )
 
 
 def test_missing_vllm_is_said_clearly(model_dir, monkeypatch):

@@ -1,4 +1,6 @@
-"""eval.py from start to end: stopping and resuming, the baselines, one typed question, what it refuses."""
+"""eval.py from start to end: stopping and resuming, the baselines, one typed question, what it
+refuses.
+"""
 
 import io
 import json
@@ -62,14 +64,18 @@ def test_stopped_evaluations_repeat_and_lose_nothing(whole, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_killed_and_resumed(whole, tmp_path):
-    """kill -9 in the middle, twice, and then to the end: every question once, and the answers of one go."""
+    """kill -9 in the middle, twice, and then to the end: every question once, and the answers of
+    one go.
+    """
     folder, path = tmp_path / "eval", tmp_path / "eval/trajectories/eval.jsonl"
     command = [sys.executable, str(ROOT / "eval.py")]
     first = [*TOY, f"--run_dir={folder}", "--max_in_flight=1"]
     for arguments, enough in ((first, 2), ([f"--resume={folder}"], 5)):
         process = subprocess.Popen([*command, *arguments], cwd=ROOT, start_new_session=True)
         limit = time.monotonic() + 300
-        while time.monotonic() < limit and not (path.exists() and path.read_bytes().count(b"\n") >= enough):
+        while time.monotonic() < limit and not (
+            path.exists() and path.read_bytes().count(b"\n") >= enough
+        ):
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -89,7 +95,12 @@ def test_progress_and_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     real = evaluation.measures
     monkeypatch.setattr(evaluation, "measures", lambda one: {**real(one), "usd": 0.25})
-    assert evaluation.main([*TOY, f"--run_dir={tmp_path / 'eval'}", "--max_cost=0.75", "--max_in_flight=1"]) == 3
+    assert (
+        evaluation.main(
+            [*TOY, f"--run_dir={tmp_path / 'eval'}", "--max_cost=0.75", "--max_in_flight=1"]
+        )
+        == 3
+    )
     shown = re.findall(r"agent: +\d+%.*? (\d)/8 .*?F1 ([\d.]+), \$([\d.]+)", terminal.getvalue())
     assert shown[-1][0] == "3" and shown[-1][2] == "0.75" and 0 <= float(shown[-1][1]) <= 1
     assert len(rows_of(tmp_path / "eval")) == 3
@@ -117,7 +128,11 @@ def test_one_question_with_its_sources(capsys):
     question = task.held_out[0]
     assert evaluation.main([*TOY, f"--question={question.text}"]) == 0
     said = capsys.readouterr().out
-    assert "--- turn 1: search" in said and f"Gold: {question.answers[0]}" in said and "reward " in said
+    assert (
+        "--- turn 1: search" in said
+        and f"Gold: {question.answers[0]}" in said
+        and "reward " in said
+    )
     assert re.search(r"Sources:\n  https://toy\.example/\w+", said)
 
 
@@ -134,7 +149,10 @@ def test_baselines_use_no_tools(method, tmp_path, monkeypatch):
         "prompt_ids",
         lambda self, text: prompts.append(self.tokenizer.decode(ids := real(self, text))) or ids,
     )
-    assert evaluation.main([*TOY, f"--method={method}", f"--run_dir={tmp_path / 'eval'}", "--limit=2"]) == 0
+    assert (
+        evaluation.main([*TOY, f"--method={method}", f"--run_dir={tmp_path / 'eval'}", "--limit=2"])
+        == 0
+    )
     rows = rows_of(tmp_path / "eval")
     assert len(rows) == len(prompts) == 4
     assert {row["cost"].get("searches", 0) for row in rows} == {int(method == "rag")}
@@ -150,7 +168,9 @@ def test_the_baselines_prompt_as_the_real_template_shows_it(tmp_path):
 
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "qwen2.5-tokenizer")
     rules = (ROOT / "prompts/baseline.txt").read_text()
-    chat = evaluation.PlainChat(ChatFormat(tokenizer, "2026-01-02", rules), {"Who?": "<|im_end|> [{'title': 'T'}]"})
+    chat = evaluation.PlainChat(
+        ChatFormat(tokenizer, "2026-01-02", rules), {"Who?": "<|im_end|> [{'title': 'T'}]"}
+    )
     text = tokenizer.decode(chat.prompt_ids("Who?"))
     assert text == (
         f"<|im_start|>system\n{rules.replace('{date}', '2026-01-02')}<|im_end|>\n<|im_start|>user\nWho?\n\n"

@@ -31,7 +31,10 @@ def rows_of(folder):
 
 
 def said(rows):
-    return {(row["index"], row["id"]): (row["token_ids"], row["logprobs"], row["answer"]) for row in rows}
+    return {
+        (row["index"], row["id"]): (row["token_ids"], row["logprobs"], row["answer"])
+        for row in rows
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +56,13 @@ def test_the_first_run_is_the_single_run_and_the_others_are_their_own(three, tmp
     assert len(summary["runs"]) == 3 and summary["runs"][0] == alone["overall"] == alone["runs"][0]
     assert summary["overall"]["n"] == 4 and not any("std" in name for name in alone["overall"])
     for name in ("f1", "em", "calls", "searches"):
-        assert summary["overall"][name] == pytest.approx(sum(run[name] for run in summary["runs"]) / 3)
+        assert summary["overall"][name] == pytest.approx(
+            sum(run[name] for run in summary["runs"]) / 3
+        )
     names = [row[0] for row in summary["table"]]
-    assert {"pass@k", "F1, deviation over runs", "F1 of the majority", "EM of the majority"} <= set(names)
+    assert {"pass@k", "F1, deviation over runs", "F1 of the majority", "EM of the majority"} <= set(
+        names
+    )
     caption = " ".join(summary["caption"].split())
     assert "Means over 3 runs" in caption and "searches and pages are shared" in caption
     assert "runs" not in alone["caption"] and "pass@k" not in [row[0] for row in alone["table"]]
@@ -83,14 +90,19 @@ def test_stopped_in_the_second_run_it_goes_on_and_asks_nothing_twice(method, tmp
     assert Counter(row["index"] for row in rows_of(folder)) == {0: 4, 1: 2}
     monkeypatch.setattr(report, "write_trajectories", real)
     assert evaluation.main([f"--resume={folder}"]) == 0
-    tokens = [{key: ids for key, (ids, _, _) in said(rows_of(each)).items()} for each in (folder, whole)]
+    tokens = [
+        {key: ids for key, (ids, _, _) in said(rows_of(each)).items()} for each in (folder, whole)
+    ]
     assert tokens[0] == tokens[1] and len(rows_of(folder)) == len(tokens[0]) == 8
     if method == "rag":
         assert all(row["cost"]["searches"] == 1 for row in rows_of(folder))
 
 
 def test_runs_that_would_be_the_same_are_refused(capsys, three):
-    for arguments in (["--preset=toy", "--model=toy", "--repeats=2"], [f"--resume={three}", "--eval_temperature=0"]):
+    for arguments in (
+        ["--preset=toy", "--model=toy", "--repeats=2"],
+        [f"--resume={three}", "--eval_temperature=0"],
+    ):
         assert evaluation.main(arguments) == 2
         said = capsys.readouterr().err
         assert "repeats=" in said and "eval_temperature=0" in said and said.count("\n") == 1
@@ -100,9 +112,23 @@ def test_runs_that_would_be_the_same_are_refused(capsys, three):
 
 @pytest.mark.slow
 def test_two_ranks_share_every_run(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "eval.py", *TOY, "--repeats=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "eval.py",
+        *TOY,
+        "--repeats=2",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, f"--run_dir={tmp_path / 'eval'}"], cwd=ROOT, env=environment, check=True, timeout=300)
+    subprocess.run(
+        [*command, f"--run_dir={tmp_path / 'eval'}"],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        timeout=300,
+    )
     keys = [(row["index"], row["id"]) for row in rows_of(tmp_path / "eval")]
     assert len(keys) == len(set(keys)) == 8
     assert len(list((tmp_path / "eval/trajectories").glob("eval-rank*.jsonl"))) == 2
@@ -113,7 +139,9 @@ def test_two_ranks_share_every_run(tmp_path):
 
 def test_each_run_has_replies_of_its_own_and_old_recordings_stay_valid(tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", "secret")
-    with Server({"/v1/chat/completions": lambda n: reply(["CORRECT", "INCORRECT"][n % 2])}) as server:
+    with Server(
+        {"/v1/chat/completions": lambda n: reply(["CORRECT", "INCORRECT"][n % 2])}
+    ) as server:
         config, web = judging(server, tmp_path)
         one = answered("nq", 1, "Augusta Ada King")
         verdicts = []
@@ -142,7 +170,12 @@ def test_the_judges_tokens_are_paid_and_end_the_judging(tmp_path, monkeypatch, c
     report.write_trajectories(tmp_path / "trajectories/eval.jsonl", 0, groups, lambda one: "why")
     task = evaluation.Task("", [], [one.question for one in results])
     with Server({"/v1/chat/completions": (200, {}, full)}) as server:
-        options = [f"--run_dir={tmp_path}", f"--judge_url={server.url}/v1", "--judge_model=j", "--tool_threads=0"]
+        options = [
+            f"--run_dir={tmp_path}",
+            f"--judge_url={server.url}/v1",
+            "--judge_model=j",
+            "--tool_threads=0",
+        ]
         options += ["--price_judge_token=0.001", "--preset=toy"]
         for _ in range(2):  # what was paid is remembered, so a second try asks nothing
             with pytest.raises(RunStopped, match="max_cost"):
@@ -151,7 +184,10 @@ def test_the_judges_tokens_are_paid_and_end_the_judging(tmp_path, monkeypatch, c
         evaluation.conclude(load_config([*options, "--max_cost=9"]), task, 0.0)
         assert server.requests["/v1/chat/completions"] == 5
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["usd"] == pytest.approx(0.5) == summary["overall"]["usd"] and summary["overall"]["mbe"] == 1
+    assert (
+        summary["usd"] == pytest.approx(0.5) == summary["overall"]["usd"]
+        and summary["overall"]["mbe"] == 1
+    )
     assert "$0.50. Every trajectory" in capsys.readouterr().out
 
 
@@ -165,8 +201,13 @@ def test_scores_of_three_runs_by_hand():
         ["ada lovelace!", "Ada", "Ada Lovelace"],  # EM 1 0 1
         ["Grace Hopper", "Grace.", ""],  # EM 0 0
     ]
-    runs = [[answered("nq", q, texts[q], "answer" if texts[q] is not None else "malformed") for q in range(3)]
-            for texts in given]  # fmt: skip
+    runs = [
+        [
+            answered("nq", q, texts[q], "answer" if texts[q] is not None else "malformed")
+            for q in range(3)
+        ]
+        for texts in given
+    ]
     runs[2].pop()
     config = load_config(["--repeats=3"])
     scores, each = scores_over_runs(runs, [{}, {}, {}], config)
@@ -185,7 +226,9 @@ def test_scores_of_three_runs_by_hand():
 
 
 def test_the_earliest_of_equally_common_answers_is_the_majoritys():
-    runs = [[answered("nq", 1, text)] for text in ("Grace", "Ada Lovelace", "ada lovelace", "GRACE!")]
+    runs = [
+        [answered("nq", 1, text)] for text in ("Grace", "Ada Lovelace", "ada lovelace", "GRACE!")
+    ]
     config = load_config(["--repeats=4"])
     assert scores_over_runs(runs, [{}] * 4, config)[0]["majority_em"] == 0
     assert scores_over_runs(runs[1:] + runs[:1], [{}] * 4, config)[0]["majority_em"] == 1

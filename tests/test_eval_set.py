@@ -17,7 +17,9 @@ SHARED = Path(__file__).parents[2] / "shared/data"
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """A loopback server in the place of the repository, an empty cache, and a small file with its checksum."""
+    """A loopback server in the place of the repository, an empty cache, and a small file with its
+    checksum.
+    """
     body = b"PAR1 small but real" * 1000
     with Server({"/file": (200, {"Content-Type": "application/octet-stream"}, body)}) as server:
         monkeypatch.setattr(evaluation, "INDEX_CACHE", tmp_path / "cache")
@@ -84,7 +86,10 @@ def test_a_failed_download_is_one_clear_error(published, monkeypatch, path, word
 @pytest.mark.quick
 def test_another_file_is_refused_and_a_dead_server_named(published, monkeypatch, capsys):
     published.pages["/file"] = (200, {}, b"another file")
-    with pytest.raises(ConfigError, match=f"another file: sha256 {hashlib.sha256(b'another file').hexdigest()}, not"):
+    with pytest.raises(
+        ConfigError,
+        match=f"another file: sha256 {hashlib.sha256(b'another file').hexdigest()}, not",
+    ):
         evaluation.test_set(CONFIG)
     published.http.server_close()
     monkeypatch.setattr(evaluation, "TEST_SET_URL", "http://127.0.0.1:9/file")
@@ -92,7 +97,8 @@ def test_another_file_is_refused_and_a_dead_server_named(published, monkeypatch,
     assert evaluation.main(arguments) == 2  # as a user sees it
     said = capsys.readouterr().err
     assert (
-        said.startswith("eval.py: the official test set: The connection to the server failed") and said.count("\n") == 1
+        said.startswith("eval.py: the official test set: The connection to the server failed")
+        and said.count("\n") == 1
     )
 
 
@@ -105,14 +111,23 @@ def test_the_checksum_is_that_of_the_official_file(tmp_path, monkeypatch):
         monkeypatch.setattr(evaluation, "TEST_SET_URL", server.url + "/test.parquet")
         questions = load_questions(evaluation.test_set(CONFIG))
     assert Counter(question.source for question in questions) == {
-        "nq": 512, "tq": 512, "hotpotqa": 512, "2wiki": 512, "musique": 512, "popqa": 512, "Bamboogle": 125,
-    }  # fmt: skip
+        "nq": 512,
+        "tq": 512,
+        "hotpotqa": 512,
+        "2wiki": 512,
+        "musique": 512,
+        "popqa": 512,
+        "Bamboogle": 125,
+    }
 
 
 @pytest.mark.quick
 def test_the_engine_has_the_card_for_itself(two_steps):
     base = ["--model=nowhere", "--dtype=float32", "--search=wikipedia"]
-    for arguments in (base, [f"--model={two_steps}"]):  # a run's own config shared the card with an optimizer
+    for arguments in (
+        base,
+        [f"--model={two_steps}"],
+    ):  # a run's own config shared the card with an optimizer
         assert evaluation.resolve(arguments).engine_memory == 0.9
         assert evaluation.resolve([*arguments, "--engine_memory=0.5"]).engine_memory == 0.5
     assert load_config(["--preset=paper"]).engine_memory == 0.6

@@ -1,6 +1,8 @@
-"""A model of the hub is fetched once, with a bar; a hub that is dead, silent or lacks it is one clear line.
+"""A model of the hub is fetched once, with a bar; a hub that is dead, silent or lacks it is one
+clear line.
 
-The real client of the hub against a server on loopback, which speaks as much of its protocol as the client asks for.
+The real client of the hub against a server on loopback, which speaks as much of its protocol as the
+client asks for.
 """
 
 import hashlib
@@ -22,11 +24,15 @@ FETCH = "import sys; from deepresearcher_min.run import *; fetch_model(sys.argv[
 
 
 def fetch(url, cache, model="maker/model", seconds=60, **environment):
-    """fetch_model in a process of its own, since the hub's client reads its address when it is imported."""
+    """fetch_model in a process of its own, since the hub's client reads its address when it is
+    imported.
+    """
     command = [sys.executable, "-c", f"{FETCH}; print('fetched')", model]
     environment = {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"} | environment
     environment = {**os.environ, **environment}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+    )
     return done.stdout, done.stderr
 
 
@@ -40,10 +46,17 @@ def head(handler):
 def hub(monkeypatch):
     """A hub with one model: a config, weights, and a file that nobody needs."""
     monkeypatch.setattr(Handler, "do_HEAD", head, raising=False)
-    files = {"config.json": b"{}", "model.safetensors": b"w" * 300_000, "extra/pytorch_model.bin": b"never"}
+    files = {
+        "config.json": b"{}",
+        "model.safetensors": b"w" * 300_000,
+        "extra/pytorch_model.bin": b"never",
+    }
     oids = {name: hashlib.sha1(body).hexdigest() for name, body in files.items()}
     info = {"id": "maker/model", "sha": SHA, "siblings": [{"rfilename": name} for name in files]}
-    tree = [{"type": "file", "path": name, "size": len(body), "oid": oids[name]} for name, body in files.items()]
+    tree = [
+        {"type": "file", "path": name, "size": len(body), "oid": oids[name]}
+        for name, body in files.items()
+    ]
     as_json = {"Content-Type": "application/json"}
     pages = {
         "/api/models/maker/model": (200, as_json, info),
@@ -51,7 +64,11 @@ def hub(monkeypatch):
     }
     pages[f"/api/models/maker/model/tree/{SHA}"] = (200, as_json, tree)
     for name, body in files.items():
-        headers = {"ETag": f'"{oids[name]}"', "X-Repo-Commit": SHA, "Content-Type": "application/octet-stream"}
+        headers = {
+            "ETag": f'"{oids[name]}"',
+            "X-Repo-Commit": SHA,
+            "Content-Type": "application/octet-stream",
+        }
         pages[f"/maker/model/resolve/{SHA}/{name}"] = (200, headers, body)
     with Server(pages) as server:
         yield server
@@ -61,12 +78,17 @@ def hub(monkeypatch):
 def test_a_model_is_fetched_once_with_a_bar(hub, tmp_path):
     said, shown = fetch(hub.url, tmp_path)
     assert said == "fetched\n" and re.search(r"\d+%\|.*\d/\d", shown)
-    assert (tmp_path / f"hub/models--maker--model/snapshots/{SHA}/model.safetensors").stat().st_size == 300_000
+    assert (
+        tmp_path / f"hub/models--maker--model/snapshots/{SHA}/model.safetensors"
+    ).stat().st_size == 300_000
     assert not any("bin" in path for path in hub.requests)
     sent = [path for path, _, _ in hub.sent if "resolve" in path]
     assert fetch(hub.url, tmp_path)[0] == "fetched\n"
     assert [path for path, _, _ in hub.sent if "resolve" in path] == sent  # nothing is sent again
-    for options in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):  # what is there needs no hub
+    for options in (
+        {"HF_HUB_OFFLINE": "1"},
+        {"HF_ENDPOINT": "http://127.0.0.1:9"},
+    ):  # what is there needs no hub
         assert fetch(hub.url, tmp_path, **options)[0] == "fetched\n"
 
 

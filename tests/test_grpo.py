@@ -38,13 +38,25 @@ def test_advantages_worked_by_hand():
     # mean 2.5, unbiased variance (2.25 + 0.25 + 0.25 + 2.25) / 3 = 5/3
     std = math.sqrt(5 / 3) + 1e-6
     given_rewards = np.array([1.0, 2.0, 3.0, 4.0])
-    assert group_advantages(given_rewards).tolist() == pytest.approx([x / std for x in (-1.5, -0.5, 0.5, 1.5)])
+    assert group_advantages(given_rewards).tolist() == pytest.approx(
+        [x / std for x in (-1.5, -0.5, 0.5, 1.5)]
+    )
     assert given_rewards.tolist() == [1.0, 2.0, 3.0, 4.0]
-    assert group_advantages([1.0, 2.0, 3.0, 4.0], normalize_std=False).tolist() == [-1.5, -0.5, 0.5, 1.5]
+    assert group_advantages([1.0, 2.0, 3.0, 4.0], normalize_std=False).tolist() == [
+        -1.5,
+        -0.5,
+        0.5,
+        1.5,
+    ]
 
 
 @settings(deadline=None)  # another process may hold the core
-@given(st.floats(-1e3, 1e3), st.integers(1, 20), st.booleans(), st.sampled_from([torch.float32, torch.float64]))
+@given(
+    st.floats(-1e3, 1e3),
+    st.integers(1, 20),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float64]),
+)
 def test_equal_rewards_give_exactly_zero(value, count, normalize, dtype):
     advantages = group_advantages(torch.full((count,), value, dtype=dtype), normalize)
     assert advantages.dtype == dtype
@@ -58,14 +70,19 @@ def test_float_arithmetic_alone_would_not_give_zero():
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(-100, 100), min_size=2, max_size=16).filter(lambda r: len(set(r)) > 1), st.randoms())
+@given(
+    st.lists(st.integers(-100, 100), min_size=2, max_size=16).filter(lambda r: len(set(r)) > 1),
+    st.randoms(),
+)
 def test_advantages_are_centred_keep_the_order_and_follow_permutations(rewards, random):
     advantages = group_advantages([float(r) for r in rewards])
     assert abs(float(advantages.sum())) < 1e-4
     assert np.argmax(rewards) == int(advantages.argmax())
     order = list(range(len(rewards)))
     random.shuffle(order)
-    assert torch.allclose(group_advantages([float(rewards[i]) for i in order]), advantages[order], atol=1e-6)
+    assert torch.allclose(
+        group_advantages([float(rewards[i]) for i in order]), advantages[order], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -91,7 +108,9 @@ def test_rewards_must_be_finite(bad):
 )
 def test_both_clip_sides(ratio, advantage, loss, gradient):
     new = tensor(math.log(ratio)).requires_grad_()
-    losses, sums = token_losses(new, tensor(0.0), tensor(0.0), None, tensor(advantage), tensor(0.0), **CLIP)
+    losses, sums = token_losses(
+        new, tensor(0.0), tensor(0.0), None, tensor(advantage), tensor(0.0), **CLIP
+    )
     losses.sum().backward()
     assert losses.item() == pytest.approx(loss)
     assert new.grad.item() == pytest.approx(gradient)
@@ -99,7 +118,11 @@ def test_both_clip_sides(ratio, advantage, loss, gradient):
 
 
 @pytest.mark.parametrize(
-    ("difference", "value", "gradient"),  # ref - new; k3; its derivative with regard to new, 1 - exp(difference)
+    (
+        "difference",
+        "value",
+        "gradient",
+    ),  # ref - new; k3; its derivative with regard to new, 1 - exp(difference)
     [
         (0.0, 0.0, 0.0),
         (math.log(2), 1 - math.log(2), -1.0),
@@ -120,25 +143,36 @@ def test_k3_and_its_clamp(difference, value, gradient):
 
 
 @pytest.mark.parametrize(
-    ("cap", "weight", "capped"), [(2.0, (2.0, 1.5, 0.25), 1), (0.0, (1.0, 1.0, 1.0), 0), (9.0, (3.0, 1.5, 0.25), 0)]
+    ("cap", "weight", "capped"),
+    [(2.0, (2.0, 1.5, 0.25), 1), (0.0, (1.0, 1.0, 1.0), 0), (9.0, (3.0, 1.5, 0.25), 0)],
 )
 def test_importance_weight_and_its_cap(cap, weight, capped):
     old = tensor(-1.0, -1.0, -1.0)
     rollout = old - tensor(math.log(3), math.log(1.5), math.log(0.25))
     new = old.clone().requires_grad_()
-    losses, sums = token_losses(new, old, rollout, None, torch.ones(3), torch.zeros(3), **CLIP, importance_cap=cap)
+    losses, sums = token_losses(
+        new, old, rollout, None, torch.ones(3), torch.zeros(3), **CLIP, importance_cap=cap
+    )
     losses.sum().backward()
     assert losses.tolist() == pytest.approx([-w for w in weight])
-    assert new.grad.tolist() == pytest.approx([-w for w in weight])  # the weight itself carries no gradient
+    assert new.grad.tolist() == pytest.approx(
+        [-w for w in weight]
+    )  # the weight itself carries no gradient
     assert sums["capped_fraction"] == capped
 
 
 def test_an_overflowing_ratio_or_weight_gives_no_nan():
     new = torch.zeros(2, requires_grad=True)
     losses, _ = token_losses(
-        new, torch.full((2,), -200.0), torch.full((2,), -400.0), None, tensor(1.0, -1.0), torch.zeros(2), **CLIP,
+        new,
+        torch.full((2,), -200.0),
+        torch.full((2,), -400.0),
+        None,
+        tensor(1.0, -1.0),
+        torch.zeros(2),
+        **CLIP,
         importance_cap=2.0,
-    )  # fmt: skip
+    )
     losses.sum().backward()
     assert torch.isfinite(losses).all()
     assert torch.isfinite(new.grad).all()
@@ -155,12 +189,18 @@ def test_all_terms_together_and_metrics_are_sums():
         rho = math.exp(new[i] - old[i])
         policy = min(rho * advantages[i], min(max(rho, 0.8), 1.28) * advantages[i])
         d = float(ref[i] - new[i])
-        expected = -min(math.exp(old[i] - rollout[i]), 1.2) * policy + 0.1 * (math.exp(d) - d - 1) - 0.01 * entropy[i]
+        expected = (
+            -min(math.exp(old[i] - rollout[i]), 1.2) * policy
+            + 0.1 * (math.exp(d) - d - 1)
+            - 0.01 * entropy[i]
+        )
         assert losses[i].item() == pytest.approx(float(expected))
     assert sums["tokens"] == 50
     assert sums["mismatch"].item() == pytest.approx((old - rollout).abs().sum().item())
     parts = [
-        token_losses(*(x[part] for x in (new, old, rollout, ref, advantages, entropy)), **options)[1]
+        token_losses(*(x[part] for x in (new, old, rollout, ref, advantages, entropy)), **options)[
+            1
+        ]
         for part in (slice(0, 7), slice(7, 50))
     ]
     for name, value in sums.items():
@@ -183,7 +223,9 @@ def test_head_gradient_written_out_equals_autograd(chunk, temperature, entropy_c
     torch.manual_seed(0)
     hidden, weight = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (10, 30))
     targets = torch.randint(0, 30, (10,))
-    expected, new_expected, entropy_expected = head_reference(hidden, weight, targets, temperature, entropy_coef)
+    expected, new_expected, entropy_expected = head_reference(
+        hidden, weight, targets, temperature, entropy_coef
+    )
     expected_gradients = torch.autograd.grad(2 * expected, (hidden, weight))
     seen = []
 
@@ -198,8 +240,12 @@ def test_head_gradient_written_out_equals_autograd(chunk, temperature, entropy_c
     torch.testing.assert_close(torch.cat([new for new, _ in seen]), new_expected.detach())
     torch.testing.assert_close(logprobs, new_expected.detach())
     with torch.no_grad():
-        assert torch.equal(HeadLoss.apply(hidden / temperature, weight, targets, chunk, None)[1], logprobs)
-    torch.testing.assert_close(torch.cat([entropy for _, entropy in seen]), entropy_expected.detach())
+        assert torch.equal(
+            HeadLoss.apply(hidden / temperature, weight, targets, chunk, None)[1], logprobs
+        )
+    torch.testing.assert_close(
+        torch.cat([entropy for _, entropy in seen]), entropy_expected.detach()
+    )
     torch.testing.assert_close(hidden.grad, expected_gradients[0])
     torch.testing.assert_close(weight.grad, expected_gradients[1])
 
@@ -209,7 +255,11 @@ def test_two_tensors_of_chunk_times_vocabulary_exist_at_a_time():
     alive = []
 
     def loss(new, entropy, part):
-        alive.append(sum(type(thing) is torch.Tensor and thing.shape == (4, 33) for thing in gc.get_objects()))
+        alive.append(
+            sum(
+                type(thing) is torch.Tensor and thing.shape == (4, 33) for thing in gc.get_objects()
+            )
+        )
         return new.sum()
 
     HeadLoss.apply(hidden, weight, torch.zeros(12, dtype=torch.int64), 4, loss)
@@ -219,7 +269,9 @@ def test_two_tensors_of_chunk_times_vocabulary_exist_at_a_time():
 def test_head_with_nothing_to_train_gives_zero_gradients():
     hidden = torch.zeros(0, 8, requires_grad=True)
     weight = torch.randn(30, 8, requires_grad=True)
-    HeadLoss.apply(hidden, weight, torch.zeros(0, dtype=torch.int64), 4, lambda *_: 1 / 0)[0].backward()
+    HeadLoss.apply(hidden, weight, torch.zeros(0, dtype=torch.int64), 4, lambda *_: 1 / 0)[
+        0
+    ].backward()
     assert hidden.grad.shape == (0, 8)
     assert weight.grad.eq(0).all()
 
@@ -240,7 +292,8 @@ def test_pack_worked_by_hand():
     assert batch.lengths == (5, 1)
     assert batch.token_ids_T.tolist() == [10, 11, 12, 13, 14, 40]
     assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 0]
-    # Token i is predicted at i-1: 12 at 1, 14 at 3, 15 at 4; 41 at 0 of the second, which starts at 5.
+    # Token i is predicted at i-1: 12 at 1, 14 at 3, 15 at 4; 41 at 0 of the second, which starts at
+    # 5.
     assert batch.predict_S.tolist() == [1, 3, 4, 5]
     assert batch.targets_S.tolist() == [12, 14, 15, 41]
     assert batch.rollout_S.tolist() == pytest.approx([-0.12, -0.14, -0.15, -0.41])
@@ -254,15 +307,19 @@ def test_pack_of_a_group_worked_by_hand():
     rows = [
         TrainingRow("a", np.array([7, 8, 20, 9, 30]), sampled, logprobs, 1.0, "q"),
         TrainingRow("alone", np.array([7, 8, 5]), np.array([2]), np.array([-1.0]), 0.5, "other"),
-        TrainingRow("b", np.array([7, 8, 20, 9, 31]), sampled, logprobs, -1.0, "q"),  # all its inputs are a's, too
+        TrainingRow(
+            "b", np.array([7, 8, 20, 9, 31]), sampled, logprobs, -1.0, "q"
+        ),  # all its inputs are a's, too
         TrainingRow("c", np.array([7, 8, 21, 9, 30]), sampled, logprobs, 0.0, "q"),
     ]
     batch = pack(rows)
-    # The group's inputs have 7, 8 in common; then come the rests of a, b and c, then the row that stands alone.
+    # The group's inputs have 7, 8 in common; then come the rests of a, b and c, then the row that
+    # stands alone.
     assert batch.token_ids_T.tolist() == [7, 8, 20, 9, 20, 9, 21, 9, 7, 8]
     assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 2, 3, 2, 3, 0, 1]
     assert (batch.lengths, batch.prefix_of) == ((2, 2, 2, 2, 2), {1: 0, 2: 0, 3: 0})
-    # The first sampled token of a, b and c is predicted at the same place, the last one of the prefix.
+    # The first sampled token of a, b and c is predicted at the same place, the last one of the
+    # prefix.
     assert batch.predict_S.tolist() == [1, 3, 1, 5, 1, 7, 9]
     assert batch.targets_S.tolist() == [20, 30, 20, 31, 21, 30, 5]
     assert batch.names_S.tolist() == ["a", "a", "b", "b", "c", "c", "alone"]
@@ -289,20 +346,28 @@ def test_plan_covers_everything_once_within_budget_and_balanced(lengths, budget,
     plan = plan_microbatches(lengths, budget, world_size, hidden_size=16)
     assert len({len(batches) for batches in plan}) == 1  # every rank takes part in every collective
     assert len(plan[0]) >= 1
-    assert sorted(i for batches in plan for batch in batches for i in batch) == list(range(len(lengths)))
+    assert sorted(i for batches in plan for batch in batches for i in batch) == list(
+        range(len(lengths))
+    )
     for batches in plan:
         for batch in batches:
             assert len(batch) <= 1 or sum(lengths[i] for i in batch) <= budget
         ordered = [lengths[i] for batch in batches for i in batch]
         assert ordered == sorted(ordered, reverse=True)
-    work = [sum(lengths[i] + lengths[i] ** 2 / 192 for batch in batches for i in batch) for batches in plan]
+    work = [
+        sum(lengths[i] + lengths[i] ** 2 / 192 for batch in batches for i in batch)
+        for batches in plan
+    ]
     heaviest = max((length + length**2 / 192 for length in lengths), default=0)
     assert max(work) - min(work) <= heaviest + 1e-6
 
 
 @settings(deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 60), st.lists(st.integers(0, 90), min_size=1, max_size=8)), max_size=9),
+    st.lists(
+        st.tuples(st.integers(0, 60), st.lists(st.integers(0, 90), min_size=1, max_size=8)),
+        max_size=9,
+    ),
     st.integers(1, 1000),
     st.integers(1, 5),
 )
@@ -315,14 +380,24 @@ def test_plan_of_families_covers_everything_within_the_budget(drawn, budget, wor
     family = {i: n for n, (_, indices) in enumerate(families) for i in indices}
     plan = plan_microbatches(lengths, budget, world_size, 16, families)
     assert len({len(batches) for batches in plan}) == 1
-    assert sorted(i for batches in plan for batch in batches for i in batch) == list(range(len(lengths)))
+    assert sorted(i for batches in plan for batch in batches for i in batch) == list(
+        range(len(lengths))
+    )
     for batch in (batch for batches in plan for batch in batches):
         once = {family[i]: prefix[i] for i in batch}
-        assert len(batch) <= 1 or sum(lengths[i] - prefix[i] for i in batch) + sum(once.values()) <= budget
+        assert (
+            len(batch) <= 1
+            or sum(lengths[i] - prefix[i] for i in batch) + sum(once.values()) <= budget
+        )
 
 
 def test_plan_keeps_families_together_unless_ranks_would_be_idle():
-    four = [(100, [0, 1, 2, 3]), (100, [4, 5, 6, 7]), (100, [8, 9, 10, 11]), (100, [12, 13, 14, 15])]
+    four = [
+        (100, [0, 1, 2, 3]),
+        (100, [4, 5, 6, 7]),
+        (100, [8, 9, 10, 11]),
+        (100, [12, 13, 14, 15]),
+    ]
     plan = plan_microbatches([150] * 16, 600, 2, 64, four)
     assert sorted(sorted(batch) for batches in plan for batch in batches) == [
         sorted(a + b) for a, b in ((four[0][1], four[2][1]), (four[1][1], four[3][1]))
@@ -332,8 +407,12 @@ def test_plan_keeps_families_together_unless_ranks_would_be_idle():
 
 
 def test_plan_counts_attention_as_quadratic():
-    # Work 2,400 against 5 x 533: by tokens alone (1,200 against 5 x 400) the first rank would get one of the short.
+    # Work 2,400 against 5 x 533: by tokens alone (1,200 against 5 x 400) the first rank would get
+    # one of the short.
     plan = plan_microbatches([1200, 400, 400, 400, 400, 400], 10_000, 2, hidden_size=100)
-    work = [sum(n + n * n / 1200 for n in ([1200, 400, 400, 400, 400, 400][i] for i in batches[0])) for batches in plan]
+    work = [
+        sum(n + n * n / 1200 for n in ([1200, 400, 400, 400, 400, 400][i] for i in batches[0]))
+        for batches in plan
+    ]
     assert plan[0] == [[0]]
     assert work == pytest.approx([2400, 5 * (400 + 400**2 / 1200)])

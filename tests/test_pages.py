@@ -1,4 +1,6 @@
-"""browse.py: from the bytes of a page to its text, encodings, hostile pages, and parsers in child processes."""
+"""browse.py: from the bytes of a page to its text, encodings, hostile pages, and parsers in child
+processes.
+"""
 
 import io
 import json
@@ -22,9 +24,23 @@ from deepresearcher_min.web import WebFailure
 
 pytestmark = pytest.mark.quick
 HTML = "text/html; charset=utf-8"
-TOWNS = ("Velden", "Marn", "Sool", "Tarn", "Oberau", "Kell", "Brae", "Lund", "Hove", "Esk", "Dorn", "Wick")
+TOWNS = (
+    "Velden",
+    "Marn",
+    "Sool",
+    "Tarn",
+    "Oberau",
+    "Kell",
+    "Brae",
+    "Lund",
+    "Hove",
+    "Esk",
+    "Dorn",
+    "Wick",
+)
 ARTICLE = "".join(
-    f"<p>The river Ost rises in the hills and passes the town of {town} on its way.</p>" for town in TOWNS
+    f"<p>The river Ost rises in the hills and passes the town of {town} on its way.</p>"
+    for town in TOWNS
 )
 
 
@@ -33,18 +49,23 @@ def page(content, head=""):
 
 
 def test_main_content_is_kept_legible_and_the_frame_around_it_is_left_out():
-    table = "<table><tr><th>Town</th><th>People</th></tr><tr><td>Marn</td><td>4,100</td></tr></table>"
-    content = (
-        f"<nav><a href=/a>Shop now</a></nav><article><h1>The Ost</h1>{ARTICLE}<ul><li>one</li><li>two</li></ul>{table}"
+    table = (
+        "<table><tr><th>Town</th><th>People</th></tr><tr><td>Marn</td><td>4,100</td></tr></table>"
     )
+    content = f"<nav><a href=/a>Shop now</a></nav><article><h1>The Ost</h1>{ARTICLE}<ul><li>one</li><li>two</li></ul>{table}"
     text = main_text(
-        page(content + "</article><footer>All rights reserved</footer><script>evil()</script>").encode(), HTML
+        page(
+            content + "</article><footer>All rights reserved</footer><script>evil()</script>"
+        ).encode(),
+        HTML,
     )
     assert "The Ost\n" in text and "- one\n- two" in text and re.search(r"Marn \| 4,100", text)
     assert not re.search("Shop now|rights reserved|evil", text)
 
 
-SENTENCE = "The <i>Ost</i> is a <b>river</b> in <a href='/v'>Velden</a>, <em>he</em> <code>wrote</code>."
+SENTENCE = (
+    "The <i>Ost</i> is a <b>river</b> in <a href='/v'>Velden</a>, <em>he</em> <code>wrote</code>."
+)
 SHORT = (
     "The river Ost rises in the hills above Velden and flows past the towns of Marn and Sool before it meets the "
     "Tarn near Kell, where <a href=/m>merchants</a> held the first <b>market</b> in 1750, as they still do in spring."
@@ -57,28 +78,46 @@ SHORT = (
 def test_inline_elements_break_no_line_and_each_block_is_one(around, block, number):
     blocks = "".join(f"<{block}>{SENTENCE}</{block.partition('>')[0]}>" for _ in range(number))
     lines = main_text(page(f"<{around}>{blocks}</{around}>").encode(), HTML).split("\n")
-    assert [line.strip("-| ") for line in lines] == ["The Ost is a river in Velden, he wrote."] * number
+    assert [line.strip("-| ") for line in lines] == [
+        "The Ost is a river in Velden, he wrote."
+    ] * number
 
 
 def test_a_short_page_whose_content_is_links_keeps_them():
     towns = "".join(f"<li><a href=/{town}>{town}</a></li>" for town in TOWNS)
-    text = main_text(page(f"<h1>Towns on the Ost</h1><div>From the source:</div><ul>{towns}</ul>").encode(), HTML)
-    assert text.split("\n") == ["Towns on the Ost", "From the source:", *(f"- {town}" for town in TOWNS)]
+    text = main_text(
+        page(f"<h1>Towns on the Ost</h1><div>From the source:</div><ul>{towns}</ul>").encode(), HTML
+    )
+    assert text.split("\n") == [
+        "Towns on the Ost",
+        "From the source:",
+        *(f"- {town}" for town in TOWNS),
+    ]
 
 
 def test_text_that_a_page_holds_as_data_is_not_replaced_by_the_frame():
-    data = {"@type": "Article", "articleBody": "The Ost rises in the hills and passes Velden on its way. " * 20}
+    data = {
+        "@type": "Article",
+        "articleBody": "The Ost rises in the hills and passes Velden on its way. " * 20,
+    }
     script = f"<script type='application/ld+json'>{json.dumps(data)}</script>"
-    text = main_text(page("<div>Loading</div><div>Sign in to read more of our articles.</div>", script).encode(), HTML)
+    text = main_text(
+        page("<div>Loading</div><div>Sign in to read more of our articles.</div>", script).encode(),
+        HTML,
+    )
     assert text == data["articleBody"].strip()
 
 
-@pytest.mark.parametrize("entry", ["<li><a href=/{0}>Entry {0}</a>", "<div><a href=/{0}>Entry {0}</a></div>"])
+@pytest.mark.parametrize(
+    "entry", ["<li><a href=/{0}>Entry {0}</a>", "<div><a href=/{0}>Entry {0}</a></div>"]
+)
 @pytest.mark.parametrize("block", ["p", "div", "main", "span", "article"])
 def test_a_short_article_between_two_menus_is_given_without_them(entry, block):
     menu = "<div>" + "".join(entry.format(number) for number in range(400)) + "</div>"
     notice = "<div>We use cookies to remember what you like, and so do those who advertise on our pages.</div>"
-    with_notice = main_text(page(f"{menu}<article><p>{SHORT}</p></article>{menu}{notice * 6}").encode(), HTML)
+    with_notice = main_text(
+        page(f"{menu}<article><p>{SHORT}</p></article>{menu}{notice * 6}").encode(), HTML
+    )
     assert with_notice == re.sub("<[^>]*>", "", SHORT)
     text = main_text(page(f"{menu}<{block}>{SHORT}</{block}>{menu}").encode(), HTML)
     assert text == re.sub("<[^>]*>", "", SHORT)
@@ -95,13 +134,19 @@ def test_a_short_article_between_two_menus_is_given_without_them(entry, block):
         ("in 1850<sup>[4]</sup><SUP>[5]</SUP>", "in 1850 [4] [5]"),
         ("in 12<sup class=r><a href='#n4'><b>4</b></a></sup>", "in 12 [4]"),
         ("of it.<sup>*</sup> Kell<sup>1,2</sup>", "of it. [*] Kell [1,2]"),
-        ("the 1<sup>st</sup>, 20<sup>th</sup>, XIX<sup>e</sup>, N<sup>o</sup> 7", "the 1st, 20th, XIXe, No 7"),
+        (
+            "the 1<sup>st</sup>, 20<sup>th</sup>, XIX<sup>e</sup>, N<sup>o</sup> 7",
+            "the 1st, 20th, XIXe, No 7",
+        ),
         ("3<sup>1</sup>/<sub>2</sub> miles", "3 1/2 miles"),
         ("of $19<sup>4</sup>, $5<sup><a href=#n>12</a></sup>", "of $19 [4], $5 [12]"),
         ("by 1.5<sup>2</sup>, Na<sup>+</sup>", "by 1.5^2, Na^+"),
         ("H<sub>2</sub>O, SO<sub>4</sub><sup>2-</sup>", "H2O, SO4^2-"),
         ("He said <q>yes</q>, <del>twice</del> <ins>once</ins>.", 'He said "yes", ~~twice~~ once.'),
-        ("born on <time datetime=1850-05-04>4 May 1850</time> in Kell", "born on 4 May 1850 in Kell"),
+        (
+            "born on <time datetime=1850-05-04>4 May 1850</time> in Kell",
+            "born on 4 May 1850 in Kell",
+        ),
         ("<ruby>東京<rp>(</rp><rt>とうきょう</rt><rp>)</rp></ruby>", "東京(とうきょう)"),
         ("Donau&shy;dampf<wbr>schiff un<b>believ</b>able", "Donaudampfschiff unbelievable"),
     ],
@@ -110,12 +155,16 @@ def test_a_short_article_between_two_menus_is_given_without_them(entry, block):
 @pytest.mark.parametrize("block", ["p", "ul><li"])
 def test_mark_up_that_carries_meaning_is_put_into_characters(block, around, mark_up, text):
     content = f"<article>{around}<{block}>{mark_up}</{block.partition('>')[0]}>{around}</article>"
-    assert text in [line.lstrip("- ") for line in main_text(page(content).encode(), HTML).split("\n")]
+    assert text in [
+        line.lstrip("- ") for line in main_text(page(content).encode(), HTML).split("\n")
+    ]
 
 
 def test_where_the_extractor_loses_the_page_all_its_text_is_kept():
     formulas = "".join(f"<x-formula><x-row>x = {i}</x-row></x-formula>" for i in range(200))
-    sentences = "".join(f"<p>Sentence {i} says how such a formula is to be written in a page.</p>" for i in range(4))
+    sentences = "".join(
+        f"<p>Sentence {i} says how such a formula is to be written in a page.</p>" for i in range(4)
+    )
     text = main_text(page(f"<nav>Menu</nav>{sentences}{formulas}").encode(), HTML)
     assert "x = 39" in text and "Menu" not in text
 
@@ -126,7 +175,11 @@ def test_where_the_extractor_loses_the_page_all_its_text_is_kept():
         ("Grüße".encode(), "text/html", "Grüße"),
         ("Grüße €".encode("cp1252"), "text/html; charset=ISO-8859-1", "Grüße €"),
         ("Grüße".encode("cp1252"), "text/html", "Grüße"),
-        (b'<meta charset="windows-1251">' + "Река".encode("cp1251"), "text/html", '<meta charset="windows-1251">Река'),
+        (
+            b'<meta charset="windows-1251">' + "Река".encode("cp1251"),
+            "text/html",
+            '<meta charset="windows-1251">Река',
+        ),
         (b'<meta charset="utf-16">' + "Река".encode(), "text/html", '<meta charset="utf-16">Река'),
         ("川".encode("cp932"), "text/html; charset=Shift_JIS", "川"),
         ("河".encode("gb18030"), 'text/html; charset="gb2312"', "河"),
@@ -168,28 +221,41 @@ def test_a_page_is_read_in_its_encoding_wherever_that_is_said_or_not_said_at_all
         return main_text(content.encode(encoding or PYTHON.get(label, label)), content_type)
 
     paragraphs = f"<p>{sentence}</p>" * 12
-    late = "<script>" + "/* < */" * 400 + f"</script><meta http-equiv=a content='text/html; charset={label}'>"
+    late = (
+        "<script>"
+        + "/* < */" * 400
+        + f"</script><meta http-equiv=a content='text/html; charset={label}'>"
+    )
     hidden = f"<!-- <meta charset=utf-8> --><meta charset='{label}'>"
     assert sentence in read(page(paragraphs)), "not declared"
     assert sentence in read(sentence * 4, "text/plain"), "not declared"
     assert sentence in read(page(paragraphs), "text/html; charset=x-unknown")
     assert sentence in read(page(paragraphs), "text/html; charset=utf-8"), "declared wrongly"
-    assert label == "windows-1250" or sentence in read(page(paragraphs), "text/html; charset=iso-8859-1")
+    assert label == "windows-1250" or sentence in read(
+        page(paragraphs), "text/html; charset=iso-8859-1"
+    )
     assert sentence in read(page(sentence), f"text/html; charset={label}")
     assert sentence in read(page(sentence, late))
     assert sentence in read(page(sentence, hidden))
     assert sentence in read(page(sentence, f"<meta charset={label}>"), "text/html; charset=utf-8")
-    assert sentence in read(f"<?xml version='1.0' encoding='{label}'?>" + page(sentence), "application/xhtml+xml")
+    assert sentence in read(
+        f"<?xml version='1.0' encoding='{label}'?>" + page(sentence), "application/xhtml+xml"
+    )
     # What is valid UTF-8 is UTF-8, and so is what has one broken byte in it.
     assert sentence in read(page(sentence, f"<meta charset={label}>"), encoding="utf-8")
     assert sentence in read(page(sentence), f"text/html; charset={label}", "utf-8")
-    assert sentence in main_text(page(paragraphs, f"<meta charset={label}>").encode() + b"\xe4<p>", "text/html")
+    assert sentence in main_text(
+        page(paragraphs, f"<meta charset={label}>").encode() + b"\xe4<p>", "text/html"
+    )
 
 
 @pytest.mark.parametrize("label", list(SCRIPTS)[:5])
 def test_bytes_too_few_to_be_judged_are_no_text_rather_than_a_wrong_one(label):
     body = SCRIPTS[label][:8].encode(PYTHON.get(label, label))
-    assert parse(b"<p>" + body, "text/html") == ("", "The page's characters are in an unknown encoding.")
+    assert parse(b"<p>" + body, "text/html") == (
+        "",
+        "The page's characters are in an unknown encoding.",
+    )
     assert parse(b"<p>Only ASCII.", "text/html") == ("Only ASCII.", "")
     assert parse("<p>Grüße aus Köln.".encode("cp1252"), "text/html") == ("Grüße aus Köln.", "")
 
@@ -209,9 +275,13 @@ def pdf(text):
         places.append(len(out))
         out += b"%d 0 obj%s endobj\n" % (number, body)
     rows = b"".join(b"%010d 00000 n \n" % place for place in places)
-    return out + b"xref\n0 6\n0000000000 65535 f \n%strailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % (
-        rows,
-        len(out),
+    return (
+        out
+        + b"xref\n0 6\n0000000000 65535 f \n%strailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF"
+        % (
+            rows,
+            len(out),
+        )
     )
 
 
@@ -242,7 +312,9 @@ def pdf_of_three(**encryption):
 KIDS = rb"(/Kids \[ \d+ 0 R )\d+"  # the reference to the second page follows
 BROKEN_PAGES = {
     "content": lambda file: file.replace(b"12 Tf 72 720 Td (Page 1", b"zz Tf [ << 720 Td (Page 1"),
-    "compression": lambda file: file.replace(b"stream\nBT /F1 12 Tf 72 720 Td (Page 1", b"stream\nBT ] >> (Page 1"),
+    "compression": lambda file: file.replace(
+        b"stream\nBT /F1 12 Tf 72 720 Td (Page 1", b"stream\nBT ] >> (Page 1"
+    ),
     "missing": lambda file: re.sub(KIDS, rb"\g<1>99", file),
     "no page": lambda file: re.sub(KIDS, rb"\g<1>1", file),
 }
@@ -253,7 +325,11 @@ def test_a_broken_page_of_a_pdf_costs_only_itself(name):
     whole = pdf_of_three()
     broken = BROKEN_PAGES[name](whole)
     text = main_text(broken, "application/pdf")
-    assert broken != whole and "Page 0 tells of the Ost." in text and "Page 2 tells of the Ost." in text
+    assert (
+        broken != whole
+        and "Page 0 tells of the Ost." in text
+        and "Page 2 tells of the Ost." in text
+    )
 
 
 @pytest.mark.parametrize("cut", ["startxref", "trailer", "xref", "endobj"])
@@ -266,19 +342,29 @@ def test_a_pdf_without_its_end_gives_what_can_be_read(cut):
 @pytest.mark.parametrize("algorithm", ["RC4-40", "RC4-128", "AES-128", "AES-256-R5", "AES-256"])
 def test_an_encrypted_pdf_is_read_if_it_opens_without_a_password(algorithm):
     free = pdf_of_three(user_password="", owner_password="no printing", algorithm=algorithm)
-    assert [f"Page {number}" in main_text(free, "application/pdf") for number in range(3)] == [True] * 3
+    assert [f"Page {number}" in main_text(free, "application/pdf") for number in range(3)] == [
+        True
+    ] * 3
     locked = pdf_of_three(user_password="secret", owner_password="other", algorithm=algorithm)
-    assert main_text(locked, "application/pdf") == "" and "password" in parse(locked, "application/pdf")[1]
+    assert (
+        main_text(locked, "application/pdf") == ""
+        and "password" in parse(locked, "application/pdf")[1]
+    )
 
 
 def test_parsers_say_why_a_page_cannot_be_read():
     own = Parsers(1)
     locked = pdf_of_three(user_password="secret", algorithm="AES-256")
     unknown = bytes(range(128, 256)) * 3
-    for body, content_type, words in ((locked, "application/pdf", "password"), (unknown, "text/plain", "encoding")):
+    for body, content_type, words in (
+        (locked, "application/pdf", "password"),
+        (unknown, "text/plain", "encoding"),
+    ):
         with pytest.raises(WebFailure, match=f"unreadable.*{words}"):
             own.text(body, content_type, time.monotonic() + 30)
-    assert own.text(pdf("The Ost."), "application/pdf", time.monotonic() + 30) == "The Ost."  # by the same child
+    assert (
+        own.text(pdf("The Ost."), "application/pdf", time.monotonic() + 30) == "The Ost."
+    )  # by the same child
     own.idle.get().communicate()
 
 
@@ -316,7 +402,17 @@ def mutated(body, rng):
         start, length = rng.randrange(len(body)), rng.choice((1, 3, 40, 2000))
         piece = bytes(body[start : start + length])
         new = rng.choice(
-            (b"", piece * 2, bytes(rng.randbytes(4)), b"<", b"</div>", b"<table><tr>", b'"', b"&#x", b"<!--")
+            (
+                b"",
+                piece * 2,
+                bytes(rng.randbytes(4)),
+                b"<",
+                b"</div>",
+                b"<table><tr>",
+                b'"',
+                b"&#x",
+                b"<!--",
+            )
         )
         body[start : start + length] = new or b"x"
     return bytes(body)
@@ -325,19 +421,32 @@ def mutated(body, rng):
 def fuzz(pages, number):
     rng = random.Random(0)
     for _ in range(number):
-        text = main_text(mutated(rng.choice(pages), rng), rng.choice(("text/html", "", "text/html; charset=utf-8")))
+        text = main_text(
+            mutated(rng.choice(pages), rng),
+            rng.choice(("text/html", "", "text/html; charset=utf-8")),
+        )
         assert isinstance(text, str) and text.encode() is not None
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=300), st.sampled_from(["", "text/html", "text/plain", "text/html; charset=utf-16", "x/pdf"]))
+@given(
+    st.binary(max_size=300),
+    st.sampled_from(["", "text/html", "text/plain", "text/html; charset=utf-16", "x/pdf"]),
+)
 def test_any_bytes_give_text_or_a_reason(body, content_type):
     text, reason = parse(body, content_type)
-    assert main_text(body, content_type) == text and text.encode() is not None and not (text and reason)
+    assert (
+        main_text(body, content_type) == text
+        and text.encode() is not None
+        and not (text and reason)
+    )
 
 
 def test_mutated_pages():
-    fuzz([page(f"<nav>menu</nav><article><h1>Ost</h1>{ARTICLE}</article>").encode(), pdf("text")], 100)
+    fuzz(
+        [page(f"<nav>menu</nav><article><h1>Ost</h1>{ARTICLE}</article>").encode(), pdf("text")],
+        100,
+    )
 
 
 # --- real pages
@@ -376,7 +485,10 @@ def test_a_parser_that_takes_too_long_or_dies_is_replaced():
     own = Parsers(1)
     body = page(ARTICLE).encode()
     assert "Velden" in own.text(body, HTML, time.monotonic() + 30)
-    heavy = b"<html><body>" + b"<p>Some words that are <a href=b>long</a> enough to be read by it.</p>" * 50_000
+    heavy = (
+        b"<html><body>"
+        + b"<p>Some words that are <a href=b>long</a> enough to be read by it.</p>" * 50_000
+    )
     start = time.monotonic()
     with pytest.raises(WebFailure, match="unreadable"):
         own.text(heavy, HTML, start + 0.2)
@@ -386,7 +498,9 @@ def test_a_parser_that_takes_too_long_or_dies_is_replaced():
     child.kill()
     child.wait()
     own.idle.put(child)
-    assert "Velden" in own.text(body, HTML, time.monotonic() + 30)  # one that died meanwhile harms no page
+    assert "Velden" in own.text(
+        body, HTML, time.monotonic() + 30
+    )  # one that died meanwhile harms no page
     held = own.idle.get()
     with pytest.raises(WebFailure, match="timeout"):
         own.text(body, HTML, time.monotonic() + 0.1)
@@ -403,7 +517,11 @@ def test_many_threads_that_need_a_parser_at_once_start_no_more_than_there_may_be
     monkeypatch.setattr(browse_module, "Popen", counted)
     own = Parsers(2)
     with ThreadPoolExecutor(8) as threads:
-        texts = list(threads.map(lambda i: own.text(b"page %d" % i, "text/plain", time.monotonic() + 60), range(16)))
+        texts = list(
+            threads.map(
+                lambda i: own.text(b"page %d" % i, "text/plain", time.monotonic() + 60), range(16)
+            )
+        )
     assert texts == [f"page {i}" for i in range(16)] and 1 <= len(started) <= 2
     for child in started:
         child.communicate()

@@ -1,4 +1,6 @@
-"""policy.py against an independent float64 reference, over packings, chunk sizes, updates and broken input."""
+"""policy.py against an independent float64 reference, over packings, chunk sizes, updates and
+broken input.
+"""
 
 import dataclasses
 import json
@@ -41,7 +43,9 @@ pytestmark = pytest.mark.quick
 @pytest.fixture(scope="module", params=MODELS)
 def expected_at_1_3(models, request):
     """A model's name, and what an update at temperature 1.3 must do to it."""
-    return request.param, *reference_update(models / request.param, make_groups(), config(temperature=1.3))
+    return request.param, *reference_update(
+        models / request.param, make_groups(), config(temperature=1.3)
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,7 +57,9 @@ def test_gradient_equals_the_reference_for_any_packing(
 ):
     name, *expected = expected_at_1_3
     options = {"microbatch_tokens": microbatch_tokens, "logprob_chunk": logprob_chunk}
-    policy = make_policy(models, name, **options, gradient_checkpointing=gradient_checkpointing, temperature=1.3)
+    policy = make_policy(
+        models, name, **options, gradient_checkpointing=gradient_checkpointing, temperature=1.3
+    )
     assert expected[0].norm() > 0.01
     check_against_reference(*change(policy, make_groups()), *expected)
 
@@ -66,7 +72,9 @@ def test_several_updates_use_the_logprobs_before_the_first(models, updates):
     moved, metrics = change(policy, groups)
     check_against_reference(moved, metrics, *expected)
     assert metrics["updates"] == updates
-    assert (metrics["clip_fraction"] > 0.02) == (updates > 1)  # the first update cannot clip, later ones do here
+    assert (metrics["clip_fraction"] > 0.02) == (
+        updates > 1
+    )  # the first update cannot clip, later ones do here
 
 
 @settings(deadline=None, max_examples=6, phases=[Phase.generate])
@@ -104,7 +112,9 @@ def test_sharing_prefixes_changes_no_gradient(models, tree, microbatch_tokens, s
 
 def test_trajectories_that_are_all_the_same_are_computed_once(models):
     group = make_groups(1, 1)[0]
-    same = Group(group.question, list(group.trajectories) * 4, [1.0, 0.0, 0.5, 0.0], [1.0, -0.5, 0.25, 0.5])
+    same = Group(
+        group.question, list(group.trajectories) * 4, [1.0, 0.0, 0.5, 0.0], [1.0, -0.5, 0.25, 0.5]
+    )
     rows = training_rows(same)
     policy = make_policy(models)
     (batch,) = policy.plan(rows)
@@ -118,9 +128,13 @@ def test_a_shared_prompt_is_computed_once(models):
     rows = training_rows(group)
     batch = pack(rows)
     length = min(len(row.token_ids) - 1 for row in rows)
-    shared = next(n for n in range(length, 0, -1) if len({tuple(row.token_ids[:n]) for row in rows}) == 1)
+    shared = next(
+        n for n in range(length, 0, -1) if len({tuple(row.token_ids[:n]) for row in rows}) == 1
+    )
     assert len(batch.token_ids_T) == sum(len(row.token_ids) - 1 for row in rows) - 3 * shared
-    (planned,) = make_policy(models, microbatch_tokens=len(batch.token_ids_T)).plan(rows)  # fits into the budget
+    (planned,) = make_policy(models, microbatch_tokens=len(batch.token_ids_T)).plan(
+        rows
+    )  # fits into the budget
     assert sorted(planned.lengths) == sorted(batch.lengths)
 
 
@@ -144,12 +158,20 @@ def test_order_of_trajectories_and_junk_behind_the_last_sampled_token_do_not_mat
     shuffled = []
     for group in reversed(groups):
         order = np.random.default_rng(0).permutation(len(group.trajectories))
-        junk = [dataclasses.replace(
-            t, token_ids=np.append(t.token_ids, [5, 7]), sampled_mask=np.append(t.sampled_mask, [False, False]),
-            logprobs=np.append(t.logprobs, [np.nan, np.nan]),
-        ) for t in group.trajectories]  # fmt: skip
+        junk = [
+            dataclasses.replace(
+                t,
+                token_ids=np.append(t.token_ids, [5, 7]),
+                sampled_mask=np.append(t.sampled_mask, [False, False]),
+                logprobs=np.append(t.logprobs, [np.nan, np.nan]),
+            )
+            for t in group.trajectories
+        ]
         shuffled.append(
-            Group(group.question, *([x[i] for i in order] for x in (junk, group.rewards, group.advantages)))
+            Group(
+                group.question,
+                *([x[i] for i in order] for x in (junk, group.rewards, group.advantages)),
+            )
         )
     moved, _ = change(make_policy(models), shuffled)
     assert relative(moved, expected) < 1e-10
@@ -157,7 +179,9 @@ def test_order_of_trajectories_and_junk_behind_the_last_sampled_token_do_not_mat
 
 def test_the_end_of_turn_token_is_trained(models):
     question, mask = Question("q", "text", ("gold",)), [False, False, False, True]
-    one = Trajectory(question, [1, 2, 3, END], mask, np.where(mask, -1.0, np.nan), (), "x", "answer")
+    one = Trajectory(
+        question, [1, 2, 3, END], mask, np.where(mask, -1.0, np.nan), (), "x", "answer"
+    )
     policy = make_policy(models, lr=0.1, kl_coef=0.0, entropy_coef=0.0)
     before = logprobs(policy, [one])[0]
     metrics = policy.update([Group(question, [one], [1.0], [1.0])])
@@ -167,7 +191,10 @@ def test_the_end_of_turn_token_is_trained(models):
 
 def test_equal_rewards_change_nothing_and_stay_in_n(models):
     groups = make_groups(3)
-    tied = [Group(g.question, g.trajectories, [0.5] * 4, group_advantages([0.5] * 4).tolist()) for g in groups]
+    tied = [
+        Group(g.question, g.trajectories, [0.5] * 4, group_advantages([0.5] * 4).tolist())
+        for g in groups
+    ]
     options = {"kl_coef": 0.0, "entropy_coef": 0.0}
     moved, metrics = change(make_policy(models, **options), tied)
     assert moved.eq(0).all()
@@ -179,7 +206,9 @@ def test_equal_rewards_change_nothing_and_stay_in_n(models):
     moved, metrics = change(policy, mixed)
     assert relative(moved, expected) < 1e-6
     assert metrics["loss"] == pytest.approx(expected_metrics["loss"])
-    assert metrics["trained_tokens"] == sum(t.sampled_mask.sum() for g in mixed for t in g.trajectories)
+    assert metrics["trained_tokens"] == sum(
+        t.sampled_mask.sum() for g in mixed for t in g.trajectories
+    )
     # With a KL term they are trained, as soon as the policy has left the start model.
     policy = make_policy(models)
     policy.update(groups)
@@ -191,7 +220,9 @@ def test_no_reference_model_and_no_extra_pass_without_kl(models, monkeypatch):
     passes = []
     forward = policy_module.TokenScorer.forward
     monkeypatch.setattr(
-        policy_module.TokenScorer, "forward", lambda self, *args: (passes.append(self), forward(self, *args))[1]
+        policy_module.TokenScorer,
+        "forward",
+        lambda self, *args: (passes.append(self), forward(self, *args))[1],
     )
     policy = make_policy(models, kl_coef=0.0, microbatch_tokens=10**6)
     assert policy.reference is None
@@ -207,7 +238,9 @@ def test_no_attention_mask_is_built(models):
     masks = []
     policy = make_policy(models)
     for layer in policy.model.base_model.layers:
-        layer.register_forward_pre_hook(lambda _, __, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda _, __, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
     policy.update(make_groups())
     assert masks
     assert all(mask is None for mask in masks)
@@ -218,8 +251,12 @@ def test_no_attention_mask_is_built(models):
 
 def test_one_step_makes_a_rewarded_trajectory_likelier_and_its_rival_unlikelier(models):
     group = make_groups(1, 2)[0]
-    group = Group(group.question, group.trajectories, [1.0, 0.0], group_advantages([1.0, 0.0]).tolist())
-    policy = Policy(config(lr=1e-3, dtype="float32", importance_cap=0.0), str(models / "qwen2"), Ranks())
+    group = Group(
+        group.question, group.trajectories, [1.0, 0.0], group_advantages([1.0, 0.0]).tolist()
+    )
+    policy = Policy(
+        config(lr=1e-3, dtype="float32", importance_cap=0.0), str(models / "qwen2"), Ranks()
+    )
     before = [values.sum() for values in logprobs(policy, group.trajectories)]
     policy.update([group])
     after = [values.sum() for values in logprobs(policy, group.trajectories)]
@@ -237,20 +274,28 @@ def test_clipping_and_warmup_bound_the_step(models):
     policy = make_policy(models, max_grad_norm=0.01, lr_warmup=4, lr=0.5)
     steps = [change(policy, groups) for _ in range(6)]
     assert [m["lr"] for _, m in steps] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
-    assert [float(moved.norm()) for moved, _ in steps] == pytest.approx([0.01 * m["lr"] for _, m in steps], rel=1e-2)
+    assert [float(moved.norm()) for moved, _ in steps] == pytest.approx(
+        [0.01 * m["lr"] for _, m in steps], rel=1e-2
+    )
 
 
 def test_the_learning_rate_decays_to_zero_over_the_steps(models):
     policy = make_policy(models, lr=0.5, lr_warmup=2, lr_decay=True, steps=4)
     rates = [policy.update(make_groups(2))["lr"] for _ in range(5)]
-    assert rates == pytest.approx([0.25, 0.375, 0.25, 0.125, 0.0])  # warm-up 1/2, 1 times decay 4/4, 3/4, 2/4, 1/4, 0
+    assert rates == pytest.approx(
+        [0.25, 0.375, 0.25, 0.125, 0.0]
+    )  # warm-up 1/2, 1 times decay 4/4, 3/4, 2/4, 1/4, 0
 
 
 def test_inputs_stay_as_they_were(models):
     groups = make_groups()
-    before = json.dumps([[t.to_json() for t in g.trajectories] + [list(g.rewards), g.advantages] for g in groups])
+    before = json.dumps(
+        [[t.to_json() for t in g.trajectories] + [list(g.rewards), g.advantages] for g in groups]
+    )
     make_policy(models, updates_per_rollout=2).update(groups)
-    after = json.dumps([[t.to_json() for t in g.trajectories] + [list(g.rewards), g.advantages] for g in groups])
+    after = json.dumps(
+        [[t.to_json() for t in g.trajectories] + [list(g.rewards), g.advantages] for g in groups]
+    )
     assert after == before
 
 
@@ -282,17 +327,26 @@ def test_bad_rewards_stop_before_the_weights_move(models, bad):
 
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("backward", "what"), [(False, "log-probability nan"), (True, "gradient norm (nan|inf)")])
+@pytest.mark.parametrize(
+    ("backward", "what"), [(False, "log-probability nan"), (True, "gradient norm (nan|inf)")]
+)
 def test_bad_logprobs_and_gradients_name_their_trajectory(models, backward, what, bad, updates):
     groups = make_groups()
     victim = groups[1 if updates == 2 else 3]
     ids = victim.trajectories[2].token_ids.copy()
     ids[0] = 59
     groups = [
-        Group(g.question, [dataclasses.replace(t, token_ids=np.where(t.token_ids == 59, 58, t.token_ids))
-                           for t in g.trajectories], g.rewards, g.advantages)
+        Group(
+            g.question,
+            [
+                dataclasses.replace(t, token_ids=np.where(t.token_ids == 59, 58, t.token_ids))
+                for t in g.trajectories
+            ],
+            g.rewards,
+            g.advantages,
+        )
         for g in groups
-    ]  # fmt: skip
+    ]
     index = groups.index(next(g for g in groups if g.question == victim.question))
     broken = list(groups[index].trajectories)
     broken[2] = dataclasses.replace(broken[2], token_ids=ids)

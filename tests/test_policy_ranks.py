@@ -1,4 +1,6 @@
-"""Checkpoints of policy.py, and several ranks. Run by torchrun, this file is also their worker (`work_as_rank`)."""
+"""Checkpoints of policy.py, and several ranks. Run by torchrun, this file is also their worker
+(`work_as_rank`).
+"""
 
 import json
 import os
@@ -46,7 +48,9 @@ def test_a_loaded_policy_continues_bit_for_bit(models, tmp_path, steps_before):
     for step in range(steps_before):
         plain.update(groups[step])  # never saved: saving must not change the run either
     for step in range(steps_before, 4):
-        assert loaded.update(groups[step]) == policy.update(groups[step]) == plain.update(groups[step])
+        assert (
+            loaded.update(groups[step]) == policy.update(groups[step]) == plain.update(groups[step])
+        )
     for (name, tensor), other, third in zip(
         weights(policy).items(), weights(loaded).values(), weights(plain).values(), strict=True
     ):
@@ -70,7 +74,9 @@ def test_export_loads_as_a_plain_model(models, tmp_path, name, dtype):
     for key, tensor in weights(policy).items():
         assert tensor.equal(exported[key]), key
     start = dict(AutoModelForCausalLM.from_pretrained(models / name).named_parameters())
-    assert any(not tensor.to(start[key].dtype).equal(start[key]) for key, tensor in exported.items())
+    assert any(
+        not tensor.to(start[key].dtype).equal(start[key]) for key, tensor in exported.items()
+    )
     assert (tmp_path / "out/tokenizer.json").exists()
 
 
@@ -89,29 +95,48 @@ def work_as_rank(models: Path, out: Path, shares: str) -> None:
         policy.update(ranks.deal(groups))
     start = sum(counts[:rank])
     moved, metrics = change(policy, groups[start : start + counts[rank]])
-    options = {"updates_per_rollout": 2, "lr": 0.3, "gradient_checkpointing": True, "offload_optimizer": world_size > 1}
+    options = {
+        "updates_per_rollout": 2,
+        "lr": 0.3,
+        "gradient_checkpointing": True,
+        "offload_optimizer": world_size > 1,
+    }
     policy = make_policy(models, "llama", ranks, **options)
     dealt, _ = change(policy, ranks.deal(groups))
     policy = adam_policy(models, ranks)
     policy.load(out / "state1")
     loaded = weights(policy)
     policy.save(out / "again")
-    whole: list[weakref.ref] = []  # the weights as the engine gets them, gathered: never two at once
+    whole: list[
+        weakref.ref
+    ] = []  # the weights as the engine gets them, gathered: never two at once
     for _, tensor in policy.named_weights():
         whole.append(weakref.ref(tensor))
         assert sum(each() is not None for each in whole) == 1
     if rank == 0:
-        torch.save({"moved": moved, "metrics": metrics, "dealt": dealt, "loaded": loaded}, out / "result.pt")
+        torch.save(
+            {"moved": moved, "metrics": metrics, "dealt": dealt, "loaded": loaded},
+            out / "result.pt",
+        )
     ranks.stop()
 
 
 def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+    ]
     return subprocess.run(
         [*launcher, __file__, *arguments],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 @pytest.mark.slow
@@ -126,7 +151,9 @@ def test_gradient_and_checkpoints_do_not_depend_on_the_ranks(models, tmp_path, s
     result = torch.load(tmp_path / "result.pt")
     expected = reference_update(models / "llama", groups, config())
     check_against_reference(result["moved"], result["metrics"], *expected)
-    two_updates, _ = reference_update(models / "llama", groups, config(updates_per_rollout=2, lr=0.3))
+    two_updates, _ = reference_update(
+        models / "llama", groups, config(updates_per_rollout=2, lr=0.3)
+    )
     assert relative(result["dealt"], two_updates) < 1e-6
     for name, tensor in weights(single).items():  # saved by one rank, loaded by several
         assert tensor.equal(result["loaded"][name]), name
@@ -139,7 +166,9 @@ def test_gradient_and_checkpoints_do_not_depend_on_the_ranks(models, tmp_path, s
 def test_a_rank_with_bad_numbers_ends_the_job_with_their_name(models, tmp_path):
     done = torchrun(2, str(models), str(tmp_path), json.dumps("nan on the last rank"))
     assert done.returncode != 0
-    assert re.search(r"FloatingPointError: question 'q\d', trajectory \d: log-probability nan", done.stderr)
+    assert re.search(
+        r"FloatingPointError: question 'q\d', trajectory \d: log-probability nan", done.stderr
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The protocol: grammar of a turn, token-exact observations for real tokenizers, harmless foreign text."""
+"""The protocol: grammar of a turn, token-exact observations for real tokenizers, harmless foreign
+text.
+"""
 
 import ast
 import hashlib
@@ -51,8 +53,14 @@ def toy() -> ChatFormat:
         ("x </think><answer>Oslo</answer> and more", Answer("Oslo")),
         (f"<think>x</think>{CALL}", Call("search", ("a", "b"))),
         (f"<think>x</think>{CALL}<answer>y</answer>", Answer("y")),  # an answer wins over a call
-        (f"<think>x</think>{CALL}{CALL.replace('a', 'z')}", Call("search", ("a", "b"))),  # the first pair counts
-        ("<think>a <answer>no</answer> </think><answer>yes</answer>", Answer("yes")),  # thoughts do not answer
+        (
+            f"<think>x</think>{CALL}{CALL.replace('a', 'z')}",
+            Call("search", ("a", "b")),
+        ),  # the first pair counts
+        (
+            "<think>a <answer>no</answer> </think><answer>yes</answer>",
+            Answer("yes"),
+        ),  # thoughts do not answer
         ("<think>x</think><answer></answer>", Answer("")),
         (
             '<think>x</think><tool_call>\n{"name":"browse_webpage","arguments":{"url_list":["http://a"]}}\n</tool_call>',
@@ -128,44 +136,96 @@ def test_calls_in_other_dress(call):
 @pytest.mark.parametrize(
     "call",
     [
-        '{"name": "web_search", "arguments": "Ulm"}', '{"name": "web_search", "arguments": "[1]"}',
-        '{"name": "web_search"}', '{"name": "web_search", "arguments": {"query": {"a": 1}}}',
-        '{"name": "web_search", "arguments": {"query": null}}', '{"function": {"name": ["web_search"]}}', "null", "7",
-        '{"name": "web_search", "arguments": {"query": ["a", ["b"]]}}', "```json\n```", '"web_search"', "[[]]",
-        "<function=web_search></function>", "<function=web_search><parameter=query>a</function>", "<function=>",
-        "<function=web_search><parameter=queries>a</parameter></function>", "web_search(query=['a'])", "<arg_key>",
-        "<function=rm><parameter=query>a</parameter></function>", "web_search<arg_key>query</arg_key>",
+        '{"name": "web_search", "arguments": "Ulm"}',
+        '{"name": "web_search", "arguments": "[1]"}',
+        '{"name": "web_search"}',
+        '{"name": "web_search", "arguments": {"query": {"a": 1}}}',
+        '{"name": "web_search", "arguments": {"query": null}}',
+        '{"function": {"name": ["web_search"]}}',
+        "null",
+        "7",
+        '{"name": "web_search", "arguments": {"query": ["a", ["b"]]}}',
+        "```json\n```",
+        '"web_search"',
+        "[[]]",
+        "<function=web_search></function>",
+        "<function=web_search><parameter=query>a</function>",
+        "<function=>",
+        "<function=web_search><parameter=queries>a</parameter></function>",
+        "web_search(query=['a'])",
+        "<arg_key>",
+        "<function=rm><parameter=query>a</parameter></function>",
+        "web_search<arg_key>query</arg_key>",
         '<function=web_search><parameter=query>["a", "b"</parameter></function>',
         "<function=web_search><parameter=query>['a', f()]</parameter></function>",
         "<function=web_search><parameter=query>\n \n</parameter></function>",
         "<function=web_search><parameter=query>['" + "[" * 9999 + "</parameter></function>",
         "<function=web_search><parameter=query>[''," + "-" * 9999 + "1]</parameter></function>",
     ],
-)  # fmt: skip
+)
 def test_calls_that_stay_malformed_say_why(call):
     found = parse_turn(f"x</think><tool_call>{call}</tool_call>")
     assert isinstance(found, Malformed) and re.search("the tool call|is empty", found.reason)
 
 
 PARTS = [
-    "<function=", "web_search", ">", "</function>", "<parameter=", "query", "</parameter>", "<arg_key>", "</arg_key>",
-    "<arg_value>", "</arg_value>", "```json\n", "```", '{"name": "web_search", ', '"arguments": ', '"parameters": ',
-    "{", "}", "[", "]", '"', "'", "\\", ",", ":", "-", "(", "\n", "\0", "\ud800", "1", "\u2028",
-]  # fmt: skip
+    "<function=",
+    "web_search",
+    ">",
+    "</function>",
+    "<parameter=",
+    "query",
+    "</parameter>",
+    "<arg_key>",
+    "</arg_key>",
+    "<arg_value>",
+    "</arg_value>",
+    "```json\n",
+    "```",
+    '{"name": "web_search", ',
+    '"arguments": ',
+    '"parameters": ',
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    "'",
+    "\\",
+    ",",
+    ":",
+    "-",
+    "(",
+    "\n",
+    "\0",
+    "\ud800",
+    "1",
+    "\u2028",
+]
 
 
 @given(st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=30).map("".join))
 def test_any_call_is_read_as_some_action(text):
-    assert isinstance(parse_turn(f"x</think><tool_call>{text}</tool_call>"), Call | Answer | Malformed)
+    assert isinstance(
+        parse_turn(f"x</think><tool_call>{text}</tool_call>"), Call | Answer | Malformed
+    )
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "", "<think>", "just words", "<think>never closed <answer>x</answer>", "<think>x</think>",
-        "<answer>x</answer></think>", "<think>x</think><answer>open", "<think>x</think>answer</answer>",
-        "<think>a<think>b</think><answer>x</answer>", "<think>x</think><tool_call>not json</tool_call>",
-        "<think>x</think><tool_call>" + "[" * 100_000 + "</tool_call>", "<think>x</think><tool_call>[]</tool_call>",
+        "",
+        "<think>",
+        "just words",
+        "<think>never closed <answer>x</answer>",
+        "<think>x</think>",
+        "<answer>x</answer></think>",
+        "<think>x</think><answer>open",
+        "<think>x</think>answer</answer>",
+        "<think>a<think>b</think><answer>x</answer>",
+        "<think>x</think><tool_call>not json</tool_call>",
+        "<think>x</think><tool_call>" + "[" * 100_000 + "</tool_call>",
+        "<think>x</think><tool_call>[]</tool_call>",
         '<think>x</think><tool_call>{"name":"rm","arguments":{}}</tool_call>',
         '<think>x</think><tool_call>{"name":["web_search"],"arguments":{"query":["a"]}}</tool_call>',
         '<think>x</think><tool_call>{"name":"web_search","arguments":["a"]}</tool_call>',
@@ -174,7 +234,7 @@ def test_any_call_is_read_as_some_action(text):
         '<think>x</think><tool_call>{"name":"web_search","arguments":{"query":[1]}}</tool_call>',
         '<think>x</think><tool_call>{"name":"web_search","arguments":{"url_list":["a"]}}</tool_call>',
     ],
-)  # fmt: skip
+)
 def test_turns_that_are_malformed(text):
     assert isinstance(parse_turn(text), Malformed)
 
@@ -185,7 +245,11 @@ def test_any_text_is_read_as_some_action(text):
 
 
 def test_an_observation_is_the_repr_with_keys_in_alphabetical_order():
-    entries = [Entry("q", (search_item("It's here", "T", "http://u"), search_item("two", "T2", "http://v")))]
+    entries = [
+        Entry(
+            "q", (search_item("It's here", "T", "http://u"), search_item("two", "T2", "http://v"))
+        )
+    ]
     text = render("search", entries)
     assert text.startswith(
         "[{'search_query': 'q', 'web_page_info_list': [{'quick_summary': \"It's here\", 'title': 'T'"
@@ -199,7 +263,9 @@ def test_an_observation_is_the_repr_with_keys_in_alphabetical_order():
 def conversation(
     chat: ChatFormat, turns: list[str], observations: list[str], question: str = "Who?"
 ) -> tuple[list[int], str]:
-    """The ids that a rollout would append for a model that writes `turns`, and the template's own rendering."""
+    """The ids that a rollout would append for a model that writes `turns`, and the template's own
+    rendering.
+    """
     tokenizer = chat.tokenizer
     ids = chat.prompt_ids(question)
     messages = [{"role": "system", "content": chat.system}, {"role": "user", "content": question}]
@@ -208,27 +274,45 @@ def conversation(
         ids += chat.observation_ids(observation)
         messages += [{"role": "assistant", "content": "<think>" + turn}]
         messages += [{"role": "tool", "content": chat.defuse(observation)}]
-    return ids, tokenizer.apply_chat_template(messages, tools=schemas(), add_generation_prompt=True, tokenize=False)
+    return ids, tokenizer.apply_chat_template(
+        messages, tools=schemas(), add_generation_prompt=True, tokenize=False
+    )
 
 
 TEXTS = [
     "[{'search_query': 'a', 'web_page_info_list': []}]",
-    "]\n", "\n\n", "", " ", "x", "漢字 and emoji 🦊🏽 and \u200b\ufeff", "a\tb\r\nc", "'" * 7, "\\n\\n",
+    "]\n",
+    "\n\n",
+    "",
+    " ",
+    "x",
+    "漢字 and emoji 🦊🏽 and \u200b\ufeff",
+    "a\tb\r\nc",
+    "'" * 7,
+    "\\n\\n",
     "0123456789" * 9,
-    "<tool_call>\n{}</tool_call>", "<|im_end|>\n<|im_start|>assistant\n", "</tool_response>", "<think></think>",
-    "<|fim_prefix|><|vision_start|><|endoftext|>", "<answer>wrong</answer>",
-]  # fmt: skip
+    "<tool_call>\n{}</tool_call>",
+    "<|im_end|>\n<|im_start|>assistant\n",
+    "</tool_response>",
+    "<think></think>",
+    "<|fim_prefix|><|vision_start|><|endoftext|>",
+    "<answer>wrong</answer>",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_appended_ids_equal_the_templates_rendering_token_for_token(qwen, text):
-    ids, rendered = conversation(qwen, [" I look.\n</think>\n<tool_call>{}</tool_call>"] * 2, [text, "plain words"])
+    ids, rendered = conversation(
+        qwen, [" I look.\n</think>\n<tool_call>{}</tool_call>"] * 2, [text, "plain words"]
+    )
     assert qwen.tokenizer.decode(ids) == rendered + "<think>"
     assert ids == qwen.tokenizer.encode(rendered + "<think>")
 
 
 def test_the_published_protocol_has_the_ids_that_it_has_always_had(qwen):
-    """Qwen2.5's prompts and observations, as they were before other families' templates were looked at."""
+    """Qwen2.5's prompts and observations, as they were before other families' templates were looked
+    at.
+    """
 
     def digest(ids: list[list[int]]) -> str:
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
@@ -237,7 +321,9 @@ def test_the_published_protocol_has_the_ids_that_it_has_always_had(qwen):
     notes = [{"role": "system", "content": "Take notes."}, {"role": "user", "content": "<think> a"}]
     assert digest([qwen.prompt_ids(question) for question in questions]) == "76e24ec3cf33714f"
     assert digest([qwen.observation_ids(text) for text in TEXTS]) == "0258884f49c9d790"
-    assert digest([qwen.message_ids(notes)]) == "7da3154249f17db8" and qwen.end_ids == (qwen.end_of_turn_id,)
+    assert digest([qwen.message_ids(notes)]) == "7da3154249f17db8" and qwen.end_ids == (
+        qwen.end_of_turn_id,
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -247,7 +333,11 @@ def test_foreign_text_becomes_neither_special_tokens_nor_tags(qwen, text):
     ids = qwen.observation_ids(text)
     added = set(qwen.tokenizer.added_tokens_decoder)
     assert sum(i in added for i in ids) == sum(i in added for i in plain)  # only the frame's own
-    inside = qwen.tokenizer.decode(ids).partition("<tool_response>\n")[2].rpartition("\n</tool_response>")[0]
+    inside = (
+        qwen.tokenizer.decode(ids)
+        .partition("<tool_response>\n")[2]
+        .rpartition("\n</tool_response>")[0]
+    )
     for tag in ("<think>", "</think>", "<tool_call>", "<answer>", "</tool_response>", "<|im_end|>"):
         assert tag not in inside
 
@@ -262,16 +352,30 @@ def test_the_toy_tokenizer_loses_nothing_of_the_toy_web(toy):
 
 
 def test_the_toys_appended_ids_equal_its_templates_rendering(toy):
-    turn = "I need the mayor." + toy_tokenizer.CALL_SEARCH + toyworld.NAMES["city"][0] + toy_tokenizer.CALL_END
-    observation = render("search", [Entry(toyworld.NAMES["city"][0], (search_item("The mayor is a person.", "city"),))])
-    ids, rendered = conversation(toy, [turn, turn], [observation, observation], "What is the mayor?")
+    turn = (
+        "I need the mayor."
+        + toy_tokenizer.CALL_SEARCH
+        + toyworld.NAMES["city"][0]
+        + toy_tokenizer.CALL_END
+    )
+    observation = render(
+        "search",
+        [Entry(toyworld.NAMES["city"][0], (search_item("The mayor is a person.", "city"),))],
+    )
+    ids, rendered = conversation(
+        toy, [turn, turn], [observation, observation], "What is the mayor?"
+    )
     assert toy.tokenizer.decode(ids) == rendered + "<think>"
     assert ids == toy.tokenizer.encode(rendered + "<think>")
 
 
 def test_an_observation_keeps_to_its_budget_by_dropping_whole_results(qwen):
     entries = [
-        Entry(f"query {i}", tuple(search_item(f"{i} {j} " + "word " * 40, "T", "u") for j in range(10))) for i in "ab"
+        Entry(
+            f"query {i}",
+            tuple(search_item(f"{i} {j} " + "word " * 40, "T", "u") for j in range(10)),
+        )
+        for i in "ab"
     ]
     full = qwen.fit("search", entries, 10_000)
     assert full[2] == 0
@@ -280,7 +384,9 @@ def test_an_observation_keeps_to_its_budget_by_dropping_whole_results(qwen):
         text, ids, dropped = qwen.fit("search", entries, budget)
         assert len(ids) <= budget and ids == qwen.observation_ids(text) and dropped > 0
         kept = [len(part["web_page_info_list"]) for part in ast.literal_eval(text)]
-        assert sum(kept) == 20 - dropped and max(kept) - min(kept) <= 1  # the best of each query first
+        assert (
+            sum(kept) == 20 - dropped and max(kept) - min(kept) <= 1
+        )  # the best of each query first
         assert qwen.fit("search", entries, len(ids))[2] == dropped  # not one more would fit
         sizes.append(sum(kept))
     assert sizes == sorted(sizes, reverse=True)

@@ -1,4 +1,6 @@
-"""Every command of README and docs runs: as it stands, made short, or, without GPUs or keys, up to its clear error."""
+"""Every command of README and docs runs: as it stands, made short, or, without GPUs or keys, up to
+its clear error.
+"""
 
 import importlib
 import os
@@ -16,26 +18,58 @@ DATA = ROOT.parent / "shared" / "data"
 NEEDS = ("SERPER_API_KEY is not set", "there is no CUDA GPU")
 SHORT = " --steps=1 --questions_per_step=2 --group_size=2 --eval_questions=4"
 SAID = {  # README's line -> what is added here, the exit code, and what must be said
-    "pip install -r requirements-cpu.txt && torchrun train.py": (SHORT, 0, ("F1 on 4 held-out questions went from",)),
-    'python eval.py --question="What is the mayor of the birthplace of Tugos Muvak?"': ("", 0, ("Answer: ",)),
+    "pip install -r requirements-cpu.txt && torchrun train.py": (
+        SHORT,
+        0,
+        ("F1 on 4 held-out questions went from",),
+    ),
+    'python eval.py --question="What is the mayor of the birthplace of Tugos Muvak?"': (
+        "",
+        0,
+        ("Answer: ",),
+    ),
     "pip install -r requirements-dev.txt && pip uninstall -y torchvision torchaudio torchcodec && pytest": (
-        " --collect-only -q", 0, ("test_readme.py",),
+        " --collect-only -q",
+        0,
+        ("test_readme.py",),
     ),
     "python train.py --preset=wiki --model=DIR --corpus=corpus.jsonl --data=questions.jsonl "
-    "--system_prompt_file=prompts/few_shot.txt": (SHORT + " --max_turn_tokens=16", 0, ("F1 on 4 held-out questions",)),
+    "--system_prompt_file=prompts/few_shot.txt": (
+        SHORT + " --max_turn_tokens=16",
+        0,
+        ("F1 on 4 held-out questions",),
+    ),
     "python eval.py --model=DIR --data=dev.parquet --search=local --corpus=corpus.jsonl --limit=20": (
-        " --limit=1 --max_turn_tokens=16", 0, ("hotpotqa",),
+        " --limit=1 --max_turn_tokens=16",
+        0,
+        ("hotpotqa",),
     ),
     "pip install -r requirements.txt && export SERPER_API_KEY=...": (None, 0, ()),
-    "python train.py --preset=paper --model=Qwen/Qwen2.5-1.5B-Instruct --data=train.parquet": ("", 2, NEEDS),
+    "python train.py --preset=paper --model=Qwen/Qwen2.5-1.5B-Instruct --data=train.parquet": (
+        "",
+        2,
+        NEEDS,
+    ),
     "torchrun --nproc_per_node=8 train.py --preset=paper --data=train.parquet": ("", 1, NEEDS),
     "torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --master_port=29500 --nproc_per_node=8 train.py "
-    "--preset=paper --data=train.parquet --run_dir=/shared/run1 --cassette=/tmp/web.sqlite": ("", 1, NEEDS),
+    "--preset=paper --data=train.parquet --run_dir=/shared/run1 --cassette=/tmp/web.sqlite": (
+        "",
+        1,
+        NEEDS,
+    ),
     "export SERPER_API_KEY=... && python eval.py --model=GAIR/DeepResearcher-7b": ("", 2, NEEDS),
     "torchrun --nproc_per_node=N eval.py --model=GAIR/DeepResearcher-7b": ("", 1, NEEDS),
-    "python eval.py --model=DIR --data=FILE --cassette=web.sqlite --cassette_mode=record": ("", 2, NEEDS),
-    "python eval.py --model=DIR --data=FILE --cassette=web.sqlite --cassette_mode=replay": ("", 2, NEEDS[1:]),
-}  # fmt: skip
+    "python eval.py --model=DIR --data=FILE --cassette=web.sqlite --cassette_mode=record": (
+        "",
+        2,
+        NEEDS,
+    ),
+    "python eval.py --model=DIR --data=FILE --cassette=web.sqlite --cassette_mode=replay": (
+        "",
+        2,
+        NEEDS[1:],
+    ),
+}
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,7 +77,9 @@ TEXTS = {page.name: page.read_text() for page in PAGES}
 
 
 def readme_commands() -> list[str]:
-    texts = [text for name, text in TEXTS.items() if name != "checkpoint.md"]  # tests/test_checkpoint.py runs its block
+    texts = [
+        text for name, text in TEXTS.items() if name != "checkpoint.md"
+    ]  # tests/test_checkpoint.py runs its block
     blocks = [block for text in texts for block in text.split("```bash\n")[1:]]
     return [line for block in blocks for line in block.split("```")[0].splitlines() if line.strip()]
 
@@ -57,10 +93,14 @@ def test_every_command_of_readme_is_here():
 def test_every_name_in_readme_exists():
     names = re.findall(r"`([a-z]+)\.([A-Za-z_]\w*)", "".join(TEXTS.values()))
     modules = {path.stem for path in (ROOT / "deepresearcher_min").glob("*.py")}
-    found = [(module, name) for module, name in names if module in modules and name not in ("py", "html")]
+    found = [
+        (module, name) for module, name in names if module in modules and name not in ("py", "html")
+    ]
     assert len(found) > 10
     for module, name in found:
-        assert hasattr(importlib.import_module(f"deepresearcher_min.{module}"), name), f"{module}.{name}"
+        assert hasattr(importlib.import_module(f"deepresearcher_min.{module}"), name), (
+            f"{module}.{name}"
+        )
 
 
 @pytest.mark.quick
@@ -83,7 +123,9 @@ def test_keys_named_in_the_ledger_exist():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with what README's placeholders name: a small model with random weights, real questions and pages."""
+    """A folder with what README's placeholders name: a small model with random weights, real
+    questions and pages.
+    """
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -92,7 +134,12 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     tokenizer = AutoTokenizer.from_pretrained(DATA / "qwen2.5-tokenizer")
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     size["num_key_value_heads"] = 2
     Qwen2ForCausalLM(Qwen2Config(vocab_size=151_936, **size)).save_pretrained(folder / "DIR")
     tokenizer.save_pretrained(folder / "DIR")
@@ -115,19 +162,35 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [line for line, (added, _, _) in SAID.items() if added is not None])
+@pytest.mark.parametrize(
+    "line", [line for line, (added, _, _) in SAID.items() if added is not None]
+)
 def test_a_command_of_readme_does_what_readme_says(line, folder):
     added, code, words = SAID[line]
     command = line.rpartition(" && ")[2] + added  # installed it is: this test runs
-    for placeholder, value in {"=FILE": "=questions.jsonl", "HOST0": "127.0.0.1", "/shared/run1": "runs/two"}.items():
+    for placeholder, value in {
+        "=FILE": "=questions.jsonl",
+        "HOST0": "127.0.0.1",
+        "/shared/run1": "runs/two",
+    }.items():
         command = command.replace(placeholder, value)
     command = (
-        command.replace("--nnodes=2", "--nnodes=1").replace("per_node=8", "per_node=2").replace("=N ", "=2 ")
+        command.replace("--nnodes=2", "--nnodes=1")
+        .replace("per_node=8", "per_node=2")
+        .replace("=N ", "=2 ")
     )  # one machine, two cores
     bin_first = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": bin_first, "HF_HUB_OFFLINE": "1"}
     environment.pop("SERPER_API_KEY", None)
-    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     said = done.stdout + done.stderr
     assert done.returncode == code, said
     assert all(word in said for word in words), said

@@ -1,4 +1,6 @@
-"""A recorded evaluation on a live web (of loopback servers), replayed without any server: the same trajectories."""
+"""A recorded evaluation on a live web (of loopback servers), replayed without any server: the same
+trajectories.
+"""
 
 from collections import Counter
 from dataclasses import replace
@@ -36,7 +38,11 @@ class ToyOnline(Server):
     def results(self, path):
         query = parse_qs(urlsplit(path).query)["q"][0]
         found = self.world.corpus.search(query, 2)
-        return 200, {}, {"results": [{"title": r.title, "url": r.url, "content": r.snippet} for r in found]}
+        return (
+            200,
+            {},
+            {"results": [{"title": r.title, "url": r.url, "content": r.snippet} for r in found]},
+        )
 
 
 def evaluation(config, cassette, questions):
@@ -44,7 +50,12 @@ def evaluation(config, cassette, questions):
     web = Web(config, cassette)
     chat = ChatFormat(AutoTokenizer.from_pretrained(toyworld.MODEL_DIR), date="2026-01-01")
     engine, tools = HFEngine(config, str(toyworld.MODEL_DIR)), Tools(config, chat, None, web)
-    done = evaluate(questions, Agent(config, engine, tools, chat), Ranks(0, 1, torch.device("cpu")), lambda _: None)
+    done = evaluate(
+        questions,
+        Agent(config, engine, tools, chat),
+        Ranks(0, 1, torch.device("cpu")),
+        lambda _: None,
+    )
     tools.close()
     web.close()
     counts = sum((Counter(trajectory.cost) for trajectory in done), Counter())
@@ -55,7 +66,11 @@ def test_a_recorded_evaluation_repeats_exactly_without_the_web(tmp_path, monkeyp
     world = toyworld.World("held out", 0)
     questions = world.questions(24, 0)
     config = replace(
-        load_config(["--preset=toy"]), search="searxng", cassette_mode="record", max_retries=0, eval_temperature=1.0
+        load_config(["--preset=toy"]),
+        search="searxng",
+        cassette_mode="record",
+        max_retries=0,
+        eval_temperature=1.0,
     )
     with ToyOnline(world) as server:
         monkeypatch.setitem(server.pages, "/search", lambda _: server.results(server.sent[-1][0]))
@@ -69,7 +84,11 @@ def test_a_recorded_evaluation_repeats_exactly_without_the_web(tmp_path, monkeyp
         assert counts["searches"] >= 10 and counts["pages"] >= 4 and counts["requests"] > 0
         assert counts["requests"] == sum(server.requests.values())
     monkeypatch.setattr(web_module.socket, "create_connection", None)
-    monkeypatch.setattr(web_module, "check_url", lambda *_: pytest.fail("a replay opened a connection"))
-    replayed, counts = evaluation(replace(config, cassette_mode="replay"), tmp_path / "cassette.sqlite", questions)
+    monkeypatch.setattr(
+        web_module, "check_url", lambda *_: pytest.fail("a replay opened a connection")
+    )
+    replayed, counts = evaluation(
+        replace(config, cassette_mode="replay"), tmp_path / "cassette.sqlite", questions
+    )
     assert replayed == recorded
     assert counts["requests"] == counts["fail_search_replay_miss"] == 0 and counts["cache_hits"] > 0

@@ -10,10 +10,22 @@ from deepresearcher_min import report
 from deepresearcher_min.trajectory import Question, Trajectory, Turn
 
 METRICS = {
-    "step": 12, "steps": 200, "reward": 0.414, "f1": 0.45, "bad_format": 0.03, "tied": 0.12, "calls": 3.4,
-    "failed": 0.03, "tokens": 2104, "kl": 0.002, "mismatch": 0.0003, "grad_norm": 0.37,
-    "roll_s": 41.0, "update_s": 22.0, "usd": 0.84,
-}  # fmt: skip
+    "step": 12,
+    "steps": 200,
+    "reward": 0.414,
+    "f1": 0.45,
+    "bad_format": 0.03,
+    "tied": 0.12,
+    "calls": 3.4,
+    "failed": 0.03,
+    "tokens": 2104,
+    "kl": 0.002,
+    "mismatch": 0.0003,
+    "grad_norm": 0.37,
+    "roll_s": 41.0,
+    "update_s": 22.0,
+    "usd": 0.84,
+}
 
 
 @pytest.mark.quick
@@ -26,7 +38,15 @@ def test_step_line_worked_example():
 
 @pytest.mark.quick
 def test_step_lines_align_and_missing_values_are_dashes():
-    other = METRICS | {"step": 3, "reward": -1.0, "f1": 1.0, "bad_format": 1.0, "tied": 0.0, "calls": 10.0, "usd": 12.5}
+    other = METRICS | {
+        "step": 3,
+        "reward": -1.0,
+        "f1": 1.0,
+        "bad_format": 1.0,
+        "tied": 0.0,
+        "calls": 10.0,
+        "usd": 12.5,
+    }
     bare = {"step": 199, "steps": 200, "reward": float("nan"), "tokens": 142.4}
     lines = [report.step_line(each) for each in (METRICS, other, bare)]
     bars = [[i for i, c in enumerate(line) if c == "|"] for line in lines]
@@ -43,16 +63,28 @@ def test_the_table_before_and_after_has_the_rows_that_exist():
     text = report.text_table(report.score_rows({"before": before, "after": after}))
     lines = text.splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == [
-        "F1", "F1, 2-hop questions", "tool calls", "format errors", "takes the second hop",
-    ]  # fmt: skip
-    assert lines[2].split() == ["F1", "0.260", "0.991"] and lines[-1].split()[-2:] == ["-", "100.0%"]
+        "F1",
+        "F1, 2-hop questions",
+        "tool calls",
+        "format errors",
+        "takes the second hop",
+    ]
+    assert lines[2].split() == ["F1", "0.260", "0.991"] and lines[-1].split()[-2:] == [
+        "-",
+        "100.0%",
+    ]
     assert "EM" not in text and len({len(line) for line in lines}) == 1
 
 
 @pytest.mark.quick
 def test_table_of_sources_as_text_and_markdown():
-    sources = {"nq": {"n": 512, "f1": 0.396, "em": 0.3}, "Bamboogle\x1b[31m": {"n": 125, "f1": 0.71, "mbe": 0.6}}
-    rows = report.score_rows({**sources, "all": {"n": 637, "f1": 0.4576, "f1_interval": [0.4, 0.511], "em": None}})
+    sources = {
+        "nq": {"n": 512, "f1": 0.396, "em": 0.3},
+        "Bamboogle\x1b[31m": {"n": 125, "f1": 0.71, "mbe": 0.6},
+    }
+    rows = report.score_rows(
+        {**sources, "all": {"n": 637, "f1": 0.4576, "f1_interval": [0.4, 0.511], "em": None}}
+    )
     assert rows[1:] == [
         ["questions", "512", "125", "637"],
         ["F1", "0.396", "0.710", "0.458"],
@@ -70,7 +102,10 @@ def test_table_of_sources_as_text_and_markdown():
 @pytest.mark.quick
 @pytest.mark.parametrize("rows", [0, 1, 30])
 def test_curve_png_is_a_picture(tmp_path, rows):
-    metrics = [{"step": i + 1, "f1": i / 30, "reward": None, "calls": 2.0, "bad_format": 0.0} for i in range(rows)]
+    metrics = [
+        {"step": i + 1, "f1": i / 30, "reward": None, "calls": 2.0, "bad_format": 0.0}
+        for i in range(rows)
+    ]
     report.curve_png(metrics, tmp_path / "curve.png", {"f1": 0.2}, {"f1": 0.9} if rows else {})
     assert (tmp_path / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -81,7 +116,9 @@ WORDS = ("plans", "cross-checks", "reflects", "admits")
 
 
 def acted(case):
-    """A trajectory from the short form of behaviour_cases.yaml; the calls hold words that must not count."""
+    """A trajectory from the short form of behaviour_cases.yaml; the calls hold words that must not
+    count.
+    """
     turns = []
     for ((kind, text),) in map(dict.items, case["turns"]):
         thought, _, answer = text.partition(" => ")
@@ -95,11 +132,21 @@ def acted(case):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(("part", "right", "false_alarms"), [("fitted", 48, 0), ("held_out", 43, 0)])
+@pytest.mark.parametrize(
+    ("part", "right", "false_alarms"), [("fitted", 48, 0), ("held_out", 43, 0)]
+)
 def test_behaviours_on_hand_labelled_trajectories(part, right, false_alarms):
-    """12 trajectories x 4 behaviours: all of those fitted; 43 of 48 held out, where 8 of 13 shown are found."""
+    """12 trajectories x 4 behaviours: all of those fitted; 43 of 48 held out, where 8 of 13 shown
+    are found.
+    """
     cases = yaml.safe_load(Path(__file__).with_name("behaviour_cases.yaml").read_text())[part]
-    decisions = [(name in case["shows"], name in report.behaviours(acted(case))) for case in cases for name in WORDS]
-    print(f"{part}: {sum(map(lambda pair: pair[0] == pair[1], decisions))} of {len(decisions)} right")
+    decisions = [
+        (name in case["shows"], name in report.behaviours(acted(case)))
+        for case in cases
+        for name in WORDS
+    ]
+    print(
+        f"{part}: {sum(map(lambda pair: pair[0] == pair[1], decisions))} of {len(decisions)} right"
+    )
     assert sum(shown == found for shown, found in decisions) == right
     assert sum(found and not shown for shown, found in decisions) == false_alarms

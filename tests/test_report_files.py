@@ -35,14 +35,22 @@ def test_metrics_survive_a_kill_at_every_byte(tmp_path):
         complete = whole[:size].count(b"\n") + (size > 0 and whole[size : size + 1] == b"\n")
         assert again == rows[: min(complete, 2)]
         report.append_json_line(path, {"step": 2, "f1": 1.0})
-        assert list(report.read_json_lines(path)) == [*rows[: min(complete, 2)], {"step": 2, "f1": 1.0}]
+        assert list(report.read_json_lines(path)) == [
+            *rows[: min(complete, 2)],
+            {"step": 2, "f1": 1.0},
+        ]
 
 
 @pytest.mark.quick
 def test_metrics_hold_no_nan_and_take_array_numbers(tmp_path):
     path = tmp_path / "new" / "metrics.jsonl"
     assert report.resume_metrics(path, step=0) == []
-    row = {"step": np.int64(1), "kl": float("nan"), "grad_norm": np.float32(0.5), "inner": [math.inf]}
+    row = {
+        "step": np.int64(1),
+        "kl": float("nan"),
+        "grad_norm": np.float32(0.5),
+        "inner": [math.inf],
+    }
     report.append_json_line(path, row)
     assert path.read_text() == '{"step": 1, "kl": null, "grad_norm": 0.5, "inner": [null]}\n'
 
@@ -51,19 +59,37 @@ def test_metrics_hold_no_nan_and_take_array_numbers(tmp_path):
 def test_trajectory_lines_worked_by_hand(tmp_path):
     question = Question("q", "Who?", ("her",), "nq")
     nan = math.nan
-    turns = (Turn((1, 3), (3, 4), "<think>a", "search", "[]"), Turn((4, 5), (5, 5), "<think>b", "answer"))
+    turns = (
+        Turn((1, 3), (3, 4), "<think>a", "search", "[]"),
+        Turn((4, 5), (5, 5), "<think>b", "answer"),
+    )
     logprobs = [nan, -0.2, -0.4, nan, -1.0]
-    one = Trajectory(question, [5, 6, 7, 8, 9], [0, 1, 1, 0, 1], logprobs, turns, "her", "answer", {"searches": 1})
+    one = Trajectory(
+        question,
+        [5, 6, 7, 8, 9],
+        [0, 1, 1, 0, 1],
+        logprobs,
+        turns,
+        "her",
+        "answer",
+        {"searches": 1},
+    )
     before = copy.deepcopy(vars(one.turns[0]))
     path = tmp_path / "trajectories" / "step.jsonl"
     report.write_trajectories(path, 7, [Group(question, [one], [1.0], [nan])], explain)
     (row,) = report.read_json_lines(path)
     assert {key: row[key] for key in ("step", "index", "reward", "advantage", "why")} == {
-        "step": 7, "index": 0, "reward": 1.0, "advantage": None, "why": "because answer",
-    }  # fmt: skip
+        "step": 7,
+        "index": 0,
+        "reward": 1.0,
+        "advantage": None,
+        "why": "because answer",
+    }
     assert [turn["logprob"] for turn in row["turns"]] == pytest.approx([-0.3, -1.0])
     assert row["behaviours"] == []
-    assert {key: value for key, value in one.to_json().items() if key != "turns"}.items() <= row.items()
+    assert {
+        key: value for key, value in one.to_json().items() if key != "turns"
+    }.items() <= row.items()
     assert vars(one.turns[0]) == before  # the input is as it was
 
 
@@ -96,7 +122,11 @@ def test_readable_tells_the_whole_story_without_control_characters():
     text = report.readable(one, "reward 0.5: against 'Liverpool'")
     assert "Where?" in text and "Liverpool | L'pool" in text and "He lived there." in text
     assert text.endswith("reward 0.5: against 'Liverpool'") and "Gold" not in report.readable(one)
-    assert "--- turn 2: browse" in text and "<think> Known. </think>" in text and "--- end: answer" in text
+    assert (
+        "--- turn 2: browse" in text
+        and "<think> Known. </think>" in text
+        and "--- end: answer" in text
+    )
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
     text.encode()  # UTF-8 can hold it
 
@@ -107,7 +137,9 @@ def test_write_readable_picks_best_and_worst(tmp_path):
     rewards = [reward for each in groups for reward in each.rewards]
     report.write_readable(tmp_path / "step.txt", groups, explain)
     text = (tmp_path / "step.txt").read_text()
-    found = [float(value) for value in re.findall(r"est reward: (-?[\d.]+), advantage [+-]\d", text)]
+    found = [
+        float(value) for value in re.findall(r"est reward: (-?[\d.]+), advantage [+-]\d", text)
+    ]
     assert found == [max(rewards), min(rewards)] and text.count("because ") == 2
     report.write_readable(tmp_path / "empty.txt", [], explain)
     assert (tmp_path / "empty.txt").read_text() == ""
@@ -120,19 +152,33 @@ def test_write_readable_picks_best_and_worst(tmp_path):
 def test_page_holds_the_run_and_nothing_from_outside(tmp_path):
     text = report.write_html(write_run(tmp_path)).read_text()
     data = page_data(tmp_path / "report.html")
-    assert len(data["trajectories"]) == 6 * 4 * 4 + 4 and data["note"] == "100 trajectories from 7 of 7 files"
-    assert data["compared"] == [["", "before", "after"], ["F1", "0.260", "0.990"], ["EM", "0.200", "0.980"]]
+    assert (
+        len(data["trajectories"]) == 6 * 4 * 4 + 4
+        and data["note"] == "100 trajectories from 7 of 7 files"
+    )
+    assert data["compared"] == [
+        ["", "before", "after"],
+        ["F1", "0.260", "0.990"],
+        ["EM", "0.200", "0.980"],
+    ]
     assert data["config"]["lr"] == 0.0004 and data["metrics"][1]["step"] == 1
     turn = data["trajectories"][0]["turns"][0]
-    assert turn["observation"][0]["web_page_info_list"][0]["title"] == "Ray Lake"  # unfolded for the page
+    assert (
+        turn["observation"][0]["web_page_info_list"][0]["title"] == "Ray Lake"
+    )  # unfolded for the page
     assert "token_ids" not in data["trajectories"][0] and data["trajectories"][0]["tokens"] > 40
     script = text.split("<script>")[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f"default-src 'none'; base-uri 'none'; form-action 'none'; script-src 'sha256-{digest}'" in text
+    assert (
+        f"default-src 'none'; base-uri 'none'; form-action 'none'; script-src 'sha256-{digest}'"
+        in text
+    )
     markup = text.replace(script, "").split('id="data">')[0]
     assert not re.search(r"(src|href)=|url\(|@import|https?:", markup)
     code = re.sub(r"//.*", "", script)
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|\.href|\.src|fetch|import", code)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|\.href|\.src|fetch|import", code
+    )
 
 
 @pytest.mark.quick
@@ -140,9 +186,16 @@ def test_page_holds_the_run_and_nothing_from_outside(tmp_path):
 def test_real_tool_payloads_unfold(tmp_path):
     files = (("search", "data_search.json"), ("browse", "data_read.json"))
     contents = [json.loads((PAYLOADS / name).read_text())[0]["content"] for _, name in files]
-    script = [(kind, "<think> x", repr(content)) for (kind, _), content in zip(files, contents, strict=True)]
+    script = [
+        (kind, "<think> x", repr(content))
+        for (kind, _), content in zip(files, contents, strict=True)
+    ]
     question = Question("ray", "What happened to Ray Lake?", ("suicide",), "nq")
-    one = build(question, [*script, ("answer", "<think> y </think><answer> suicide </answer>", "")], "suicide")
+    one = build(
+        question,
+        [*script, ("answer", "<think> y </think><answer> suicide </answer>", "")],
+        "suicide",
+    )
     report.write_trajectories(
         tmp_path / "trajectories" / "eval.jsonl", 0, [Group(question, [one], [1.0], [0.0])], explain
     )
@@ -154,7 +207,9 @@ def test_real_tool_payloads_unfold(tmp_path):
 def test_page_of_an_evaluation_and_of_a_run_that_was_stopped(tmp_path):
     (tmp_path / "a").mkdir()
     assert page_data(report.write_html(tmp_path / "a"))["trajectories"] == []
-    (tmp_path / "a" / "summary.json").write_text(json.dumps({"table": [["", "nq"], ["F1", "0.500"]]}))
+    (tmp_path / "a" / "summary.json").write_text(
+        json.dumps({"table": [["", "nq"], ["F1", "0.500"]]})
+    )
     data = page_data(report.write_html(tmp_path / "a"))
     assert data["summary"]["table"][1] == ["F1", "0.500"] and data["compared"] == []
 
@@ -179,11 +234,17 @@ def test_a_full_page_keeps_evaluations_and_the_last_steps(tmp_path, monkeypatch)
 @pytest.mark.quick
 def test_a_full_page_keeps_observations_by_question(tmp_path, monkeypatch):
     questions = [Question(f"q{number}", "Where?", ("Liverpool",), "nq") for number in range(10, 18)]
-    groups = [Group(each, [researcher(each, "Liverpool")] * 2, [1.0] * 2, [0.0] * 2) for each in questions]
+    groups = [
+        Group(each, [researcher(each, "Liverpool")] * 2, [1.0] * 2, [0.0] * 2) for each in questions
+    ]
     for step in (1, 2):
-        report.write_trajectories(tmp_path / "trajectories" / f"step-{step:06d}.jsonl", step, groups, explain)
+        report.write_trajectories(
+            tmp_path / "trajectories" / f"step-{step:06d}.jsonl", step, groups, explain
+        )
     turns = [turn for each in groups for one in each.trajectories for turn in one.turns]
-    monkeypatch.setattr(report, "MAX_PAGE_TEXT", sum(len(turn.text + turn.observation) for turn in turns))
+    monkeypatch.setattr(
+        report, "MAX_PAGE_TEXT", sum(len(turn.text + turn.observation) for turn in turns)
+    )
     monkeypatch.setattr(report, "MAX_TURN", 10)
     data = page_data(report.write_html(tmp_path))
     cut = [row for row in data["trajectories"] if row["turns"][0]["observation"] is None]

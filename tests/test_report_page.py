@@ -13,14 +13,28 @@ from run_folder import build, explain, page_data, researcher, write_run
 from deepresearcher_min import report
 from deepresearcher_min.trajectory import Group, Question
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 
 
 def browse(path, folder, *arguments):
     """Open a file in headless Chromium; returns the DOM after its scripts ran."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
-    command += [f"--user-data-dir={folder}", "--virtual-time-budget=3000", *arguments, path.resolve().as_uri()]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--dump-dom",
+    ]
+    command += [
+        f"--user-data-dir={folder}",
+        "--virtual-time-budget=3000",
+        *arguments,
+        path.resolve().as_uri(),
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
 
 
@@ -55,7 +69,10 @@ def hostile_run(folder, url):
     (folder / "trajectories").mkdir(parents=True)
     for number, attack in enumerate(attacks(url)):
         question = Question(f"q{attack}", attack, (attack, "gold"), attack)
-        strange = [("browse", f"<think>{attack}</think>{attack}", attack), ("answer", attack, repr([{"new": attack}]))]
+        strange = [
+            ("browse", f"<think>{attack}</think>{attack}", attack),
+            ("answer", attack, repr([{"new": attack}])),
+        ]
         trajectories = [
             researcher(question, attack, title=attack, note=attack),
             build(question, strange, None, "malformed"),
@@ -63,8 +80,12 @@ def hostile_run(folder, url):
         groups = [Group(question, trajectories, [1.0, -1.0], [1.0, -1.0])]
         path = folder / "trajectories" / f"step-{number:06d}.jsonl"
         report.write_trajectories(path, number, groups, lambda one: one.question.text)
-    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "f1": 0.5, "reward": 0.5, "note": attacks(url)}))
-    (folder / "config.yaml").write_text(json.dumps({"model": "".join(attacks(url)[:6]), "search": attacks(url)[2]}))
+    (folder / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "f1": 0.5, "reward": 0.5, "note": attacks(url)})
+    )
+    (folder / "config.yaml").write_text(
+        json.dumps({"model": "".join(attacks(url)[:6]), "search": attacks(url)[2]})
+    )
     scores = {attack: {"n": 1, "f1": 0.5} for attack in attacks(url)}
     table = report.score_rows(scores)
     (folder / "summary.json").write_text(
@@ -94,12 +115,17 @@ document.querySelectorAll('.list button').forEach(button => {
 def test_hostile_text_stays_text(tmp_path, listener):
     url, asked = listener
     path = report.write_html(hostile_run(tmp_path / "run", url))
-    # As it is, and then every trajectory and fold opened without a policy: text nodes alone must be enough.
+    # As it is, and then every trajectory and fold opened without a policy: text nodes alone must be
+    # enough.
     for page in (path, unguarded(path, OPEN_ALL)):
         dom = browse(page, tmp_path / "profile")
         assert "<title>run</title>" in dom and " owned=" not in dom
         shown = visible(dom)
-        assert "&lt;img src=" in shown and "__DATA__ __POLICY__" in shown and "<h2>Configuration</h2>" in shown
+        assert (
+            "&lt;img src=" in shown
+            and "__DATA__ __POLICY__" in shown
+            and "<h2>Configuration</h2>" in shown
+        )
         assert not re.search(r"<(img|iframe|link|base|form|meta http-equiv=.?refresh)", shown)
     assert not asked
 
@@ -160,7 +186,11 @@ out.id = "said"; out.textContent = lines.join("\n"); document.body.append(out);
 def interact(folder):
     """What a test's script sees when it uses the page's filters."""
     dom = browse(unguarded(report.write_html(folder), INTERACT), folder / "profile")
-    said = re.search(r'<pre id="said">(.*?)</pre>', dom, re.DOTALL)[1].replace("&lt;", "<").replace("&gt;", ">")
+    said = (
+        re.search(r'<pre id="said">(.*?)</pre>', dom, re.DOTALL)[1]
+        .replace("&lt;", "<")
+        .replace("&gt;", ">")
+    )
     return dict(line.split(" | ", 1) for line in said.splitlines())
 
 
@@ -179,18 +209,28 @@ def test_filters_order_and_hover(tmp_path):
     assert said["stop"] == count(lambda row: row["stop_reason"] == "malformed")
     assert said["reward"] == count(lambda row: row["reward"] < 0)
     assert (
-        said["behaviour"] == count(lambda row: row["id"] == "q3") == count(lambda row: row["behaviours"] == ["plans"])
+        said["behaviour"]
+        == count(lambda row: row["id"] == "q3")
+        == count(lambda row: row["behaviours"] == ["plans"])
     )
     assert said["lowest"] == "−1.00" and said["highest"] == "1.00"
     assert said["words"] == count(lambda row: row["id"] == "q3") and said["nothing"] == "0 of 100"
     second = [row for row in rows if row["file"] == "step-000002"]
     second = sorted(second, key=lambda row: -row["reward"])[1]
     titles = said["titles"].split(" / ")
-    assert [title.split(",")[0] for title in titles[:4]] == ["Prompt", "<think>", "Turn 1: search", "Observation"]
+    assert [title.split(",")[0] for title in titles[:4]] == [
+        "Prompt",
+        "<think>",
+        "Turn 1: search",
+        "Observation",
+    ]
     advantage = f"{second['advantage']:+.3f}".replace("-", "−")
     logprob = f"{second['turns'][0]['logprob']:.4f}".replace("-", "−")
     assert f"advantage of each of these tokens: {advantage}" in titles[2]
-    assert f"mean log-probability: {logprob}" in titles[2] and "mismatch of engine and policy in this step" in titles[2]
+    assert (
+        f"mean log-probability: {logprob}" in titles[2]
+        and "mismatch of engine and policy in this step" in titles[2]
+    )
     assert said["folds"] == "2 | true"
 
 
@@ -202,10 +242,16 @@ def test_4096_trajectories_stay_usable(tmp_path):
     for step in range(1, 6):
         groups = []
         for n in range(128):
-            question = Question(f"q{n}", f"Where was number {n} born?", ("Liverpool",), f"{n % 2 + 1}wiki")
-            trajectories = [researcher(question, "Liverpool", note=note, stop_reason=stop) for stop in stops]
+            question = Question(
+                f"q{n}", f"Where was number {n} born?", ("Liverpool",), f"{n % 2 + 1}wiki"
+            )
+            trajectories = [
+                researcher(question, "Liverpool", note=note, stop_reason=stop) for stop in stops
+            ]
             groups.append(Group(question, trajectories, [1.0, -1.0] * 4, [1.0, -1.0] * 4))
-        report.write_trajectories(tmp_path / "trajectories" / f"step-{step:06d}.jsonl", step, groups, explain)
+        report.write_trajectories(
+            tmp_path / "trajectories" / f"step-{step:06d}.jsonl", step, groups, explain
+        )
     start = time.perf_counter()
     path = report.write_html(tmp_path)
     written = time.perf_counter() - start

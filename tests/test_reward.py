@@ -1,4 +1,6 @@
-"""reward.py against the published scorer's outputs, numbers worked by hand, and the meaning of every stop reason."""
+"""reward.py against the published scorer's outputs, numbers worked by hand, and the meaning of
+every stop reason.
+"""
 
 import json
 import re
@@ -28,15 +30,21 @@ ORACLE = Path(__file__).parents[2] / "shared/data/transcripts/score_oracle.jsonl
 CONFIG = load_config(["--format_reward=-0.75"])
 
 
-def trajectory(stop_reason: str, answer: str | None = None, answers: tuple[str, ...] = ("Paris",)) -> Trajectory:
+def trajectory(
+    stop_reason: str, answer: str | None = None, answers: tuple[str, ...] = ("Paris",)
+) -> Trajectory:
     question = Question("q1", "Where?", answers)
-    return Trajectory(question, [1, 2], [False, True], [float("nan"), -0.5], (), answer, stop_reason)
+    return Trajectory(
+        question, [1, 2], [False, True], [float("nan"), -0.5], (), answer, stop_reason
+    )
 
 
 @pytest.mark.skipif(not ORACLE.exists(), reason="needs the recorded scores in ../shared")
 def test_equals_the_official_scorer():
     rows = [json.loads(line) for line in ORACLE.read_text().splitlines()]
-    scored = [row for row in rows if row["official_f1"] != -1]  # -1: tags missing or out of balance, no answer to score
+    scored = [
+        row for row in rows if row["official_f1"] != -1
+    ]  # -1: tags missing or out of balance, no answer to score
     assert len(scored) == 138
     for row in scored:
         answer = re.search(r"<answer>(.*?)</answer>", row["response"], re.DOTALL).group(1)
@@ -49,7 +57,12 @@ def test_equals_the_official_scorer():
     ("prediction", "answers", "f1", "em"),
     [
         ("downtown diner", ["A DINER"], 0.5, 0.0),  # articles count: 1 of 2 given, 1 of 2 wanted
-        ("the the the diner", ["the diner"], 1.0, 0.0),  # sets for F1, the whole text for exact match
+        (
+            "the the the diner",
+            ["the diner"],
+            1.0,
+            0.0,
+        ),  # sets for F1, the whole text for exact match
         ("born 1976 in Oslo", ["Oslo", "Oslo 1976"], 2 / 3, 0.0),  # 2 of 4 and 2 of 2
         ("U.S.", ["u s"], 1.0, 1.0),
         ("don't", ["don t"], 1.0, 1.0),
@@ -88,7 +101,9 @@ def test_unusable_answers_are_errors(score):
 
 def test_every_stop_reason_has_its_reward():
     assert reward(trajectory("answer", "Paris, France"), CONFIG) == pytest.approx(2 / 3)
-    assert reward(trajectory("answer", ""), CONFIG) == 0.0  # an empty answer is wrong, not malformed
+    assert (
+        reward(trajectory("answer", ""), CONFIG) == 0.0
+    )  # an empty answer is wrong, not malformed
     for stop_reason in set(POLICY_STOPS) - {"answer"}:
         assert reward(trajectory(stop_reason), CONFIG) == -0.75
         assert FORMAT_FAILURES[stop_reason] in explain(trajectory(stop_reason), CONFIG)
@@ -96,7 +111,9 @@ def test_every_stop_reason_has_its_reward():
     for stop_reason in HARNESS_STOPS:
         with pytest.raises(ValueError, match=f"'q1': a {stop_reason} trajectory has no reward"):
             reward(trajectory(stop_reason), CONFIG)
-        assert f"the harness ended this trajectory ({stop_reason})" in explain(trajectory(stop_reason), CONFIG)
+        assert f"the harness ended this trajectory ({stop_reason})" in explain(
+            trajectory(stop_reason), CONFIG
+        )
     with pytest.raises(AssertionError, match="there is none"):
         reward(trajectory("answer", None), CONFIG)
 
@@ -127,10 +144,14 @@ def test_judge_leaves_out_what_the_harness_ended():
 def test_shuffled_rewards_stay_in_their_group_and_follow_the_seed():
     config = load_config(["--shuffle_rewards"])
     trajectories = [trajectory("answer", "Paris")] * 2 + [trajectory("answer", "Rome")] * 6
-    groups = [judge(trajectories[0].question, trajectories, config, step=step) for step in range(20)]
+    groups = [
+        judge(trajectories[0].question, trajectories, config, step=step) for step in range(20)
+    ]
     assert all(sorted(group.rewards) == [0.0] * 6 + [1.0] * 2 for group in groups)
     assert len({tuple(group.rewards) for group in groups}) > 5
-    assert judge(trajectories[0].question, trajectories, config, step=3).rewards == groups[3].rewards
+    assert (
+        judge(trajectories[0].question, trajectories, config, step=3).rewards == groups[3].rewards
+    )
 
 
 def test_summaries_are_means_over_what_the_policy_did():
@@ -150,8 +171,16 @@ def test_summaries_are_means_over_what_the_policy_did():
 def test_a_call_too_many_is_not_counted_and_a_replaced_reward_is_what_is_explained(monkeypatch):
     turns = [Turn((1, 2), (2, 3), "", "search", "[]"), Turn((3, 4), (4, 4), "", "search")]
     one = Trajectory(
-        trajectory("malformed").question, [0] * 4, [False] * 4, [0.0] * 4, tuple(turns), None, "tool_budget"
+        trajectory("malformed").question,
+        [0] * 4,
+        [False] * 4,
+        [0.0] * 4,
+        tuple(turns),
+        None,
+        "tool_budget",
     )
     assert measures(one)["calls"] == 1
     monkeypatch.setattr("deepresearcher_min.reward.reward", lambda trajectory, config: 0.25)
-    assert explain(trajectory("answer", "Rome"), CONFIG).startswith("reward 0.25: 'Rome' shares no word")
+    assert explain(trajectory("answer", "Rome"), CONFIG).startswith(
+        "reward 0.25: 'Rome' shares no word"
+    )

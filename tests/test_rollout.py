@@ -1,4 +1,6 @@
-"""What a trajectory is made of and how it ends. The toy model really samples where the point is what is sampled."""
+"""What a trajectory is made of and how it ends. The toy model really samples where the point is
+what is sampled.
+"""
 
 import random
 import re
@@ -59,17 +61,28 @@ def test_ids_are_prompt_sampled_and_observed_and_the_mask_covers_exactly_the_sam
             for before, sampled, turn in zip(log[::2], log[1::2], trajectory.turns, strict=True):
                 assert before == expected  # the engine went on from these ids and no others
                 assert trajectory.token_ids[slice(*turn.sampled)].tolist() == sampled.token_ids
-                observed = TOY_CHAT.observation_ids(turn.observation) if turn.observed[0] < turn.observed[1] else []
+                observed = (
+                    TOY_CHAT.observation_ids(turn.observation)
+                    if turn.observed[0] < turn.observed[1]
+                    else []
+                )
                 expected += sampled.token_ids + observed
                 mask += [True] * len(sampled.token_ids) + [False] * len(observed)
                 logprobs += sampled.logprobs
-                assert (sampled.token_ids[-1] == TOY_CHAT.end_of_turn_id) == (sampled.finish_reason == "stop")
+                assert (sampled.token_ids[-1] == TOY_CHAT.end_of_turn_id) == (
+                    sampled.finish_reason == "stop"
+                )
                 calls += bool(observed)
             assert trajectory.token_ids.tolist() == expected
             assert trajectory.sampled_mask.tolist() == mask
-            assert trajectory.logprobs[trajectory.sampled_mask].tolist() == np.float32(logprobs).tolist()
+            assert (
+                trajectory.logprobs[trajectory.sampled_mask].tolist()
+                == np.float32(logprobs).tolist()
+            )
             assert np.isnan(trajectory.logprobs[~trajectory.sampled_mask]).all()
-            assert trajectory.sampled_mask.sum() == sum(len(sampled.token_ids) for sampled in log[1::2])
+            assert trajectory.sampled_mask.sum() == sum(
+                len(sampled.token_ids) for sampled in log[1::2]
+            )
     assert calls > 16  # otherwise this test has seen nothing
     assert toy.at_rest()
 
@@ -83,7 +96,8 @@ def test_a_turn_computes_only_what_is_new(toy):
     observed = sum(turn.observed[1] - turn.observed[0] for t in trajectories for turn in t.turns)
     later = sum(len(t.turns) - 1 for t in trajectories)
     assert later > 4
-    # A later turn: the observation, and the end-of-turn token before it, which was sampled but never computed.
+    # A later turn: the observation, and the end-of-turn token before it, which was sampled but
+    # never computed.
     assert new["prefill_tokens"] <= first + observed + later
     assert new["decode_tokens"] == sum(t.sampled_mask.sum() for t in trajectories)
 
@@ -91,11 +105,17 @@ def test_a_turn_computes_only_what_is_new(toy):
 def test_same_seed_same_trajectories_to_the_bit_and_another_seed_others(toy):
     first, again, other = (
         flat(roll_out(batch(3, repeats=4, temperature=1.0), agent))
-        for agent in (make_agent(Recorder(toy_config())), make_agent(Recorder(toy_config())), make_agent(toy, seed=1))
+        for agent in (
+            make_agent(Recorder(toy_config())),
+            make_agent(Recorder(toy_config())),
+            make_agent(toy, seed=1),
+        )
     )
     assert all(map(same, first, again))
     assert not all(map(same, first, other))
-    assert len({t.token_ids.tobytes() for t in first[:4]}) > 1  # the indices of a group draw different numbers
+    assert (
+        len({t.token_ids.tobytes() for t in first[:4]}) > 1
+    )  # the indices of a group draw different numbers
 
 
 def test_seeds_depend_on_seed_step_question_index_and_turn_only():
@@ -120,12 +140,18 @@ def test_seeds_depend_on_seed_step_question_index_and_turn_only():
 
 def test_results_are_by_question_and_index_whatever_finishes_first():
     draw = random.Random(0)
-    engine = Scripted(lambda request_id, turn: answer_turn(request_id), lambda *_: draw.randint(1, 30))
+    engine = Scripted(
+        lambda request_id, turn: answer_turn(request_id), lambda *_: draw.randint(1, 30)
+    )
     finished = []
-    groups = roll_out(batch(5, repeats=3, numbers=[7, 3, 9, 1, 5]), make_agent(engine), finished.append)
+    groups = roll_out(
+        batch(5, repeats=3, numbers=[7, 3, 9, 1, 5]), make_agent(engine), finished.append
+    )
     names = [[t.answer for t in group] for group in groups]
     assert names == [[f"1/{n}/{i}" for i in range(3)] for n in (7, 3, 9, 1, 5)]
-    assert [t.question for group in groups for t in group] == [q for q in questions(5) for _ in range(3)]
+    assert [t.question for group in groups for t in group] == [
+        q for q in questions(5) for _ in range(3)
+    ]
     assert sorted(map(id, finished)) == sorted(map(id, flat(groups)))
     assert [t.answer for t in finished] != [t.answer for t in flat(groups)]
 
@@ -134,7 +160,9 @@ def test_evaluation_is_greedy_one_each_in_order(toy):
     found = evaluate(questions(6), make_agent(toy), Ranks(), lambda trajectory: None)
     assert [t.question for t in found] == questions(6)
     engine = Scripted(turns(answer_turn()))
-    evaluate(questions(3), make_agent(engine), Ranks(1, 1, torch.device("cpu")), lambda trajectory: None)
+    evaluate(
+        questions(3), make_agent(engine), Ranks(1, 1, torch.device("cpu")), lambda trajectory: None
+    )
     assert [(name, s.temperature) for name, _, s in engine.submitted] == [
         (f"{EVALUATION}/{n}/0", 0.0) for n in range(1, 3)
     ]
@@ -143,7 +171,10 @@ def test_evaluation_is_greedy_one_each_in_order(toy):
 CUT = completion(answer_turn(), "length")
 ENDINGS = {
     "answer": (turns(answer_turn()), {}),
-    "answer after the last call": (turns(*[search_turn()] * 2, answer_turn()), {"max_tool_calls": 2}),
+    "answer after the last call": (
+        turns(*[search_turn()] * 2, answer_turn()),
+        {"max_tool_calls": 2},
+    ),
     "malformed": (turns("I need it."), {}),
     "malformed in a later turn": (turns(search_turn(), search_turn()[:-9]), {}),
     "tool_budget": (turns(search_turn()), {"max_tool_calls": 2}),
@@ -152,7 +183,10 @@ ENDINGS = {
     "length although it reads as an answer": (turns(CUT), {}),
     "length in a later turn": (turns(search_turn(), CUT), {}),
     "context by the turn": (turns(CUT), {"max_model_len": PROMPT + len(CUT.token_ids)}),
-    "context by the observation": (turns(search_turn(), answer_turn()), {"max_model_len": PROMPT + 200}),
+    "context by the observation": (
+        turns(search_turn(), answer_turn()),
+        {"max_model_len": PROMPT + 200},
+    ),
     "context by the prompt": (turns(answer_turn()), {"max_model_len": PROMPT}),
     "deadline": (never, {"trajectory_timeout": 0.1}),
     "deadline in a later turn": (turns(search_turn(), None), {"trajectory_timeout": 0.1}),
@@ -201,7 +235,9 @@ def test_hostile_pages_neither_end_a_trajectory_nor_become_trained(words):
     corpus = Corpus([(f"{PERSON} {words}", url, f"{PERSON} was here. {words}")])
     written = [search_turn(PERSON), browse_turn(url), answer_turn()]
     question = Question("q", f"Who is {PERSON}? {words}", ("Velden",))
-    ((trajectory,),) = roll_out(batch(1, questions=[question]), make_agent(Scripted(turns(*written)), corpus))
+    ((trajectory,),) = roll_out(
+        batch(1, questions=[question]), make_agent(Scripted(turns(*written)), corpus)
+    )
     assert [turn.kind for turn in trajectory.turns] == ["search", "browse", "answer"]
     assert trajectory.answer == "Velden"
     sampled = [token for text in written for token in completion(text).token_ids]
@@ -209,8 +245,12 @@ def test_hostile_pages_neither_end_a_trajectory_nor_become_trained(words):
     special = set(CHAT.tokenizer.all_special_ids)
     frames = CHAT.prompt_ids("x") + 2 * CHAT.observation_ids("x")
     ids = trajectory.token_ids[~trajectory.sampled_mask].tolist()
-    assert [i for i in ids if i in special] == [i for i in frames if i in special]  # the frames' own and no others
+    assert [i for i in ids if i in special] == [
+        i for i in frames if i in special
+    ]  # the frames' own and no others
     for turn in trajectory.turns[:2]:
         text = CHAT.tokenizer.decode(trajectory.token_ids[slice(*turn.observed)])
         assert PERSON in text
-        assert not re.search(r"</?(answer|think|tool_call|tool_response)>", text.removesuffix("<think>"))
+        assert not re.search(
+            r"</?(answer|think|tool_call|tool_response)>", text.removesuffix("<think>")
+        )

@@ -39,9 +39,13 @@ def test_vllm_computes_only_what_is_new_in_a_turn():
         assert len(later) > 30
         block = 32  # tokens; of a context's last block, what is not full is computed again
         first = sum(t.turns[0].sampled[0] for t in trajectories)
-        observed = sum(turn.observed[1] - turn.observed[0] for t in trajectories for turn in t.turns)
+        observed = sum(
+            turn.observed[1] - turn.observed[0] for t in trajectories for turn in t.turns
+        )
         assert engine.stats["prefill_tokens"] <= first + observed + block * len(later)
-        assert engine.stats["cached_tokens"] >= sum(turn.sampled[0] for turn in later) - observed - block * len(later)
+        assert engine.stats["cached_tokens"] >= sum(
+            turn.sampled[0] for turn in later
+        ) - observed - block * len(later)
         assert engine.stats["decode_tokens"] == sum(t.sampled_mask.sum() for t in trajectories)
         assert engine.engine.get_num_unfinished_requests() == 0
     finally:
@@ -49,21 +53,49 @@ def test_vllm_computes_only_what_is_new_in_a_turn():
 
 
 class HostileWorld(Handler):
-    """A search service and the pages of the toy web; one request in five fails, hangs or brings garbage."""
+    """A search service and the pages of the toy web; one request in five fails, hangs or brings
+    garbage.
+    """
 
     draw = random.Random(0)
     faults = (
-        "silence", "drip_head", "drip_body", "endless_head", "reset_in_body", "short_body", "bad_chunk", "no_http",
-        "nothing", "bad_gzip", "bomb", "circle", "to_file", "picture", "bad_length", "missing", "broken", "busy",
-    )  # fmt: skip
-    garbage = (b"", b"[[[", b'{"result": []}', b'{"result": [[{"document": null}]]}', b"\xff\xfe" * 500, b"null")
+        "silence",
+        "drip_head",
+        "drip_body",
+        "endless_head",
+        "reset_in_body",
+        "short_body",
+        "bad_chunk",
+        "no_http",
+        "nothing",
+        "bad_gzip",
+        "bomb",
+        "circle",
+        "to_file",
+        "picture",
+        "bad_length",
+        "missing",
+        "broken",
+        "busy",
+    )
+    garbage = (
+        b"",
+        b"[[[",
+        b'{"result": []}',
+        b'{"result": [[{"document": null}]]}',
+        b"\xff\xfe" * 500,
+        b"null",
+    )
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with self.site.lock:
             self.site.requests["all"] += 1
             bad = self.draw.random() < 0.2
-            fault, garbage = self.draw.choice([*self.faults, "garbage"]), self.draw.choice(self.garbage)
+            fault, garbage = (
+                self.draw.choice([*self.faults, "garbage"]),
+                self.draw.choice(self.garbage),
+            )
             self.site.requests[fault if bad else "good"] += 1
         if bad and fault == "garbage":
             self.reply(200, {}, garbage)
@@ -71,7 +103,10 @@ class HostileWorld(Handler):
             FAULTS[fault](self)
         elif body:
             found = WORLD.corpus.search(json.loads(body)["queries"][0], 2)
-            documents = [{"contents": f"{result.title}\n{result.snippet}", "url": result.url} for result in found]
+            documents = [
+                {"contents": f"{result.title}\n{result.snippet}", "url": result.url}
+                for result in found
+            ]
             self.reply(200, {}, {"result": [[{"document": document} for document in documents]]})
         else:
             text = WORLD.corpus.pages.get(toyworld.SITE + self.path[1:])
@@ -84,7 +119,9 @@ class LoopbackWeb(Web):
     """Real requests; only the name of the toy's site leads to the server of this test."""
 
     def fetch(self, url: str, *rest, **more):
-        return super().fetch(url.replace(toyworld.SITE, self.config.search_url + "/"), *rest, **more)
+        return super().fetch(
+            url.replace(toyworld.SITE, self.config.search_url + "/"), *rest, **more
+        )
 
 
 class Unreliable(Recorder):
@@ -103,35 +140,65 @@ class Unreliable(Recorder):
 
 
 def left_over() -> dict[str, int]:
-    """What a rollout may leak: threads, file descriptors, tasks, requests, trajectories that grow, and memory [MB]."""
+    """What a rollout may leak: threads, file descriptors, tasks, requests, trajectories that grow,
+    and memory [MB].
+    """
     gc.collect()
-    kinds = {"tasks": asyncio.Task, "futures": asyncio.Future, "requests": Request, "recordings": rollout.Recording}
-    alive = {name: sum(isinstance(thing, kind) for thing in gc.get_objects()) for name, kind in kinds.items()}
+    kinds = {
+        "tasks": asyncio.Task,
+        "futures": asyncio.Future,
+        "requests": Request,
+        "recordings": rollout.Recording,
+    }
+    alive = {
+        name: sum(isinstance(thing, kind) for thing in gc.get_objects())
+        for name, kind in kinds.items()
+    }
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 10**6
-    # Not ours: the test server's threads, which hang on purpose. Bounded, and meant to stay: those that resolve names.
-    threads = [one for one in threading.enumerate() if not re.search("process_request|resolver", one.name)]
-    return alive | {"threads": len(threads), "files": len(os.listdir("/proc/self/fd")), "MB": resident}
+    # Not ours: the test server's threads, which hang on purpose. Bounded, and meant to stay: those
+    # that resolve names.
+    threads = [
+        one for one in threading.enumerate() if not re.search("process_request|resolver", one.name)
+    ]
+    return alive | {
+        "threads": len(threads),
+        "files": len(os.listdir("/proc/self/fd")),
+        "MB": resident,
+    }
 
 
 def test_a_hostile_world_leaves_every_trajectory_accounted_for_and_nothing_behind(tmp_path):
     server = Server()
     server.http.RequestHandlerClass = type("Hostile", (HostileWorld,), {"site": server})
     changes = {
-        "search": "retriever", "search_url": server.url, "allow_private_hosts": True, "tool_threads": 24,
-        "tool_timeout": 1.5, "read_timeout": 1.0, "connect_timeout": 1.0, "max_retries": 1, "trajectory_timeout": 20.0,
-        "requests_per_second": 1000.0, "search_ttl": 1.0, "max_in_flight": 128,
-    }  # fmt: skip
+        "search": "retriever",
+        "search_url": server.url,
+        "allow_private_hosts": True,
+        "tool_threads": 24,
+        "tool_timeout": 1.5,
+        "read_timeout": 1.0,
+        "connect_timeout": 1.0,
+        "max_retries": 1,
+        "trajectory_timeout": 20.0,
+        "requests_per_second": 1000.0,
+        "search_ttl": 1.0,
+        "max_in_flight": 128,
+    }
     config = toy_config(**changes)
     engine = Unreliable(config)
     rounds = []
     with server:
-        for number, count in enumerate((6, 32)):  # the first warms up what stays: connections, parsers, the cache
+        for number, count in enumerate(
+            (6, 32)
+        ):  # the first warms up what stays: connections, parsers, the cache
             web = LoopbackWeb(config, tmp_path / f"{number}.sqlite")
             agent = Agent(config, engine, Tools(config, TOY_CHAT, web=web), TOY_CHAT)
             finished = []
             groups = roll_out(batch(count, repeats=16, step=number), agent, finished.append)
             agent.tools.close()
-            agent.tools.pool.shutdown(wait=True)  # no thread hangs for longer than its tool's deadline
+            agent.tools.pool.shutdown(
+                wait=True
+            )  # no thread hangs for longer than its tool's deadline
             web.close()
             assert engine.at_rest() and len(finished) == count * 16
             finished.clear()
@@ -159,4 +226,7 @@ def test_a_hostile_world_leaves_every_trajectory_accounted_for_and_nothing_behin
         assert after[name] <= before[name], (before, after)
     assert after["threads"] <= before["threads"] + 1, (before, after)
     assert after["files"] <= before["files"] + 4, (before, after)
-    assert after["MB"] <= before["MB"] + 150, (before, after)  # the 512 trajectories themselves among it
+    assert after["MB"] <= before["MB"] + 150, (
+        before,
+        after,
+    )  # the 512 trajectories themselves among it

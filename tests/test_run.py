@@ -1,4 +1,5 @@
-"""A run in the operating system: dealing out, checkpoints that survive kills, folders, and the shield against Ctrl-C.
+"""A run in the operating system: dealing out, checkpoints that survive kills, folders, and the
+shield against Ctrl-C.
 
 Several ranks, and kills of whole runs: test_train.py.
 """
@@ -37,7 +38,9 @@ def test_checkpoints_are_whole_the_newest_few_and_written_once(tmp_path):
     assert complete_checkpoints(tmp_path) == []
 
     def save(step, text):
-        save_checkpoint(config, Ranks(), {"step": step}, lambda folder: (folder / "weights").write_text(text))
+        save_checkpoint(
+            config, Ranks(), {"step": step}, lambda folder: (folder / "weights").write_text(text)
+        )
 
     def fail(folder):
         (folder / "weights").write_text("half")
@@ -55,7 +58,10 @@ def test_checkpoints_are_whole_the_newest_few_and_written_once(tmp_path):
     assert json.loads((newest() / "state.json").read_text()) == {"step": 2}
     assert (newest() / "weights").read_text() == "good"
     save(3, "good")
-    assert sorted(each.name for each in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    assert sorted(each.name for each in (tmp_path / "checkpoints").iterdir()) == [
+        "step-000002",
+        "step-000003",
+    ]
     assert json.loads((newest() / "state.json").read_text()) == {"step": 3}
 
 

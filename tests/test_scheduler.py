@@ -41,7 +41,9 @@ def test_turns_share_the_engine_s_steps():
     engine = Scripted(turns(search_turn(), search_turn(), answer_turn()), lambda *_: 10)
     roll_out(batch(16), make_agent(engine))
     assert engine.most_running == 16
-    assert engine.steps == 30  # three turns of ten steps, nobody late for one; one after another would be 480
+    assert (
+        engine.steps == 30
+    )  # three turns of ten steps, nobody late for one; one after another would be 480
 
 
 @pytest.mark.parametrize("when", ["step", "submit"])
@@ -57,7 +59,10 @@ def test_an_engine_that_fails_ends_the_rollout_with_its_error(when):
                 raise RuntimeError("out of memory")
             super().submit(request_id, *rest)
 
-    engine, finished = Broken(turns(search_turn(), answer_turn()), lambda name, turn: int(name[-1]) * 10 + 1), []
+    engine, finished = (
+        Broken(turns(search_turn(), answer_turn()), lambda name, turn: int(name[-1]) * 10 + 1),
+        [],
+    )
     with pytest.raises(RuntimeError, match="out of memory"):
         roll_out(batch(1, repeats=8), make_agent(engine), finished.append)
     assert not engine.running
@@ -113,7 +118,9 @@ def test_cancelling_keeps_what_is_finished_and_ends_every_coroutine():
     agent, finished = make_agent(engine), []
 
     async def session():
-        task = asyncio.create_task(rollout.roll_out_async(batch(1, repeats=6), agent, finished.append))
+        task = asyncio.create_task(
+            rollout.roll_out_async(batch(1, repeats=6), agent, finished.append)
+        )
         while len(finished) < 3:
             await asyncio.sleep(0.01)
         task.cancel()
@@ -139,7 +146,9 @@ def test_a_turn_that_ends_in_the_step_in_which_it_is_given_up():
     async def session():
         scheduler = Scheduler(engine, 1)
         pumping = asyncio.create_task(scheduler.pump())
-        engine.task = asyncio.create_task(scheduler.generate("1/0/0", [1], Sampling(1.0, 100, 0, ())))
+        engine.task = asyncio.create_task(
+            scheduler.generate("1/0/0", [1], Sampling(1.0, 100, 0, ()))
+        )
         await asyncio.wait([engine.task])
         assert engine.task.cancelled() and not pumping.done() and not scheduler.waiting
         pumping.cancel()
@@ -157,7 +166,9 @@ def test_a_deadline_ends_one_trajectory_and_no_other():
 
 def test_next_in_line_goes_first_and_groups_end_together():
     draw = random.Random(1)
-    durations = {(n, i, turn): draw.randint(1, 6) for n in range(12) for i in range(4) for turn in range(3)}
+    durations = {
+        (n, i, turn): draw.randint(1, 6) for n in range(12) for i in range(4) for turn in range(3)
+    }
 
     def duration(request_id, turn):
         _, number, index = map(int, request_id.split("/"))
@@ -166,9 +177,13 @@ def test_next_in_line_goes_first_and_groups_end_together():
     def order(**limits):
         engine, done = Scripted(turns(search_turn(), search_turn(), answer_turn()), duration), []
         engine.capacity_tokens = limits.pop("capacity", 10**9)
-        roll_out(batch(12, repeats=4), make_agent(engine, **limits), lambda t: done.append(t.question.id))
+        roll_out(
+            batch(12, repeats=4), make_agent(engine, **limits), lambda t: done.append(t.question.id)
+        )
         first = list(dict.fromkeys(name for name, _, _ in engine.submitted))
-        assert first == [f"1/{n}/{i}" for n in range(12) for i in range(4)]  # nobody starts before an older one
+        assert first == [
+            f"1/{n}/{i}" for n in range(12) for i in range(4)
+        ]  # nobody starts before an older one
         spans = {name: [i for i, other in enumerate(done) if other == name] for name in done}
         return engine, max(last[-1] - last[0] for last in spans.values())
 
@@ -181,8 +196,12 @@ def test_next_in_line_goes_first_and_groups_end_together():
 
 
 def test_a_trajectory_larger_than_the_cache_goes_alone():
-    engine = Scripted(turns(search_turn(), search_turn(), answer_turn()), lambda *_: 3, capacity=600)
-    found = flat(roll_out(batch(3), make_agent(engine)))  # a turn alone may take 500 tokens, its prompt more than 100
+    engine = Scripted(
+        turns(search_turn(), search_turn(), answer_turn()), lambda *_: 3, capacity=600
+    )
+    found = flat(
+        roll_out(batch(3), make_agent(engine))
+    )  # a turn alone may take 500 tokens, its prompt more than 100
     assert [t.stop_reason for t in found] == ["answer"] * 3
     assert all(len(t.token_ids) > 600 for t in found)
     assert engine.most_running == 1
@@ -195,14 +214,17 @@ def test_waiting_for_the_first_turn_is_not_held_against_the_deadline():
 
 
 def test_a_deadline_in_the_queue_blocks_nobody():
-    # The first is let in and never ends its turn; the second waits for room for its second turn, in vain. (Should its
-    # deadline come a moment after the first one's, which gives it room, it never ends its turn either.)
+    # The first is let in and never ends its turn; the second waits for room for its second turn, in
+    # vain. (Should its deadline come a moment after the first one's, which gives it room, it never
+    # ends its turn either.)
     def write(name, turn):
         return None if name != "1/2/0" and turn else [search_turn(), answer_turn()][turn]
 
     engine = Scripted(write, lambda name, turn: 3 if name == "1/1/0" else 1)
     agent = make_agent(engine, trajectory_timeout=0.3, max_turn_tokens=700)
-    with_source(agent, lambda query: [SearchResult("Title", "https://a.example/", "Summary. " * 100)])
+    with_source(
+        agent, lambda query: [SearchResult("Title", "https://a.example/", "Summary. " * 100)]
+    )
     engine.capacity_tokens = 2 * (PROMPT + 700) + 500  # both first turns, but not both second ones
     found = flat(roll_out(batch(3), agent))
     assert [t.stop_reason for t in found] == ["deadline", "deadline", "answer"]
@@ -214,7 +236,9 @@ def test_a_deadline_in_the_queue_blocks_nobody():
     st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=5), min_size=1, max_size=25),
     st.integers(20, 200),
     st.integers(1, 8),
-    st.integers(0, 2**32).map(random.Random),  # not st.randoms: its end of data would surface inside a task
+    st.integers(0, 2**32).map(
+        random.Random
+    ),  # not st.randoms: its end of data would surface inside a task
 )
 def test_admission_never_overfills_never_overtakes_and_never_stops(growth, capacity, most, draw):
     engine, cancelled = Scripted(never, capacity=capacity), set()
@@ -223,7 +247,9 @@ def test_admission_never_overfills_never_overtakes_and_never_stops(growth, capac
         def leave(self, number: int) -> None:
             before = set(self.held) - {number}
             super().leave(number)
-            queue = sorted((n, tokens) for n, tokens, future in self.queue if not future.cancelled())
+            queue = sorted(
+                (n, tokens) for n, tokens, future in self.queue if not future.cancelled()
+            )
             assert all(number < queue[0][0] for number in set(self.held) - before if queue)
             assert self.used == sum(self.held.values())
             assert self.used <= capacity or len(self.held) == 1
@@ -244,15 +270,21 @@ def test_admission_never_overfills_never_overtakes_and_never_stops(growth, capac
 
     async def session() -> None:
         scheduler = Checked(engine, most)
-        tasks = [asyncio.create_task(trajectory(scheduler, number)) for number in range(len(growth))]
+        tasks = [
+            asyncio.create_task(trajectory(scheduler, number)) for number in range(len(growth))
+        ]
         for _ in range(draw.randint(0, 30)):
             await asyncio.sleep(0)
-        for number in draw.sample(range(len(growth)), draw.randint(0, len(growth) // 3)):  # deadlines
+        for number in draw.sample(
+            range(len(growth)), draw.randint(0, len(growth) // 3)
+        ):  # deadlines
             cancelled.add(number)
             tasks[number].cancel()
         results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
         for number, result in enumerate(results):
-            assert result is None or (number in cancelled and isinstance(result, asyncio.CancelledError)), result
+            assert result is None or (
+                number in cancelled and isinstance(result, asyncio.CancelledError)
+            ), result
         assert scheduler.used == 0 and not scheduler.held
 
     asyncio.run(session())
@@ -260,6 +292,9 @@ def test_admission_never_overfills_never_overtakes_and_never_stops(growth, capac
 
 def test_a_small_cache_repeats_to_the_bit_too():
     tight = {"kv_tokens": 4 * 768, "max_in_flight": 32}
-    runs = [flat(roll_out(batch(4, repeats=4), make_agent(Recorder(toy_config(**tight)), **tight))) for _ in range(2)]
+    runs = [
+        flat(roll_out(batch(4, repeats=4), make_agent(Recorder(toy_config(**tight)), **tight)))
+        for _ in range(2)
+    ]
     assert all(map(same, *runs))
     assert {t.stop_reason for t in runs[0]} <= set(POLICY_STOPS)

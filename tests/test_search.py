@@ -31,7 +31,10 @@ def test_local_search_says_when_nothing_was_found():
     assert local("Velden", Counter())[0].title == "Velden"
     with pytest.raises(WebFailure) as failure:
         local("zebra", Counter())
-    assert (failure.value.kind, failure.value.words) == ("no_results", "Nothing was found for this query.")
+    assert (failure.value.kind, failure.value.words) == (
+        "no_results",
+        "Nothing was found for this query.",
+    )
 
 
 def test_a_missing_corpus_is_found_before_anything_is_loaded():
@@ -45,29 +48,53 @@ CONFIG = replace(load_config(["--preset=paper"]), max_retries=0, read_timeout=1.
 SERPER = {
     "searchParameters": {"q": "x"},
     "organic": [
-        {"title": "One", "link": "https://one.example/", "snippet": "First.", "date": "Jan 1, 2024", "position": 1},
+        {
+            "title": "One",
+            "link": "https://one.example/",
+            "snippet": "First.",
+            "date": "Jan 1, 2024",
+            "position": 1,
+        },
         {"title": "No address", "snippet": "left out"},
         {"link": "https://two.example/"},
     ],
 }
-SEARXNG = {"results": [{"url": "https://one.example/", "title": "One", "content": "First."}, {"title": "no url"}]}
+SEARXNG = {
+    "results": [
+        {"url": "https://one.example/", "title": "One", "content": "First."},
+        {"title": "no url"},
+    ]
+}
 WIKIPEDIA = {
     "query": {
         "search": [
-            {"title": "C&A (shop)", "snippet": 'a <span class="searchmatch">shop</span> &amp; more', "pageid": 7},
+            {
+                "title": "C&A (shop)",
+                "snippet": 'a <span class="searchmatch">shop</span> &amp; more',
+                "pageid": 7,
+            },
             {"title": "half an emoji \ud83d", "snippet": ""},
         ]
     }
 }
-RETRIEVER = {"result": [[{"document": {"id": "7", "contents": '"Ost"\nThe Ost is a river.'}, "score": 0.5}]]}
+RETRIEVER = {
+    "result": [[{"document": {"id": "7", "contents": '"Ost"\nThe Ost is a river.'}, "score": 0.5}]]
+}
 
 
 class Site:
     """A backend, a server that plays its service, and the counters."""
 
     def __init__(self, name, reply, folder, **changes):
-        path = {"serper": "/search", "searxng": "/search", "wikipedia": "/w/api.php", "retriever": "/retrieve"}[name]
-        self.server = Server({path: reply if isinstance(reply, tuple) or callable(reply) else (200, {}, reply)})
+        path = {
+            "serper": "/search",
+            "searxng": "/search",
+            "wikipedia": "/w/api.php",
+            "retriever": "/retrieve",
+        }[name]
+        self.server = Server(
+            {path: reply if isinstance(reply, tuple) or callable(reply) else (200, {}, reply)}
+        )
         config = replace(CONFIG, search=name, search_url=self.server.url, **changes)
         self.web, self.counts = Web(config, folder / "cassette.sqlite"), Counter()
         self.search = make_search(config, self.web, None)
@@ -91,14 +118,18 @@ def serper_key(monkeypatch):
 
 
 @pytest.mark.parametrize(("country", "language"), [("", ""), ("us", "en"), ("", "de")])
-def test_serper_is_sent_country_and_language_and_a_recording_for_others_does_not_answer(tmp_path, country, language):
+def test_serper_is_sent_country_and_language_and_a_recording_for_others_does_not_answer(
+    tmp_path, country, language
+):
     place = {name: value for name, value in (("gl", country), ("hl", language)) if value}
     with Site("serper", SERPER, tmp_path, search_country=country, search_language=language) as site:
         site.search("Who?", Counter())
         assert json.loads(site.server.sent[-1][2]) == {"q": "Who?", "num": 10, **place}
         for other in (("", ""), ("us", "en"), ("", "de")):
             there = {"search_country": other[0], "search_language": other[1]}
-            replay = Web(replace(site.web.config, cassette_mode="replay", **there), site.web.cassette)
+            replay = Web(
+                replace(site.web.config, cassette_mode="replay", **there), site.web.cassette
+            )
             search = make_search(replay.config, replay, None)
             if other == (country, language):
                 assert search("Who?", Counter())
@@ -115,7 +146,11 @@ def test_serper_asks_as_documented_and_reads_what_is_there(tmp_path):
             SearchResult("", "https://two.example/", ""),
         ]
         path, headers, body = site.server.sent[0]
-        assert (path, headers["X-API-KEY"], json.loads(body)) == ("/search", "secret-key", {"q": "who?", "num": 10})
+        assert (path, headers["X-API-KEY"], json.loads(body)) == (
+            "/search",
+            "secret-key",
+            {"q": "who?", "num": 10},
+        )
         site.search("who?", site.counts)
         assert site.counts["requests"] == site.counts["cache_hits"] == 1
         assert site.counts["usd"] == 0.5
@@ -124,42 +159,82 @@ def test_serper_asks_as_documented_and_reads_what_is_there(tmp_path):
 
 def test_searxng_wikipedia_and_retriever(tmp_path):
     with Site("searxng", SEARXNG, tmp_path / "a") as site:
-        assert site.search("a b?", site.counts) == [SearchResult("One", "https://one.example/", "First.")]
-        assert parse_qs(urlsplit(site.server.sent[0][0]).query) == {"q": ["a b?"], "format": ["json"]}
+        assert site.search("a b?", site.counts) == [
+            SearchResult("One", "https://one.example/", "First.")
+        ]
+        assert parse_qs(urlsplit(site.server.sent[0][0]).query) == {
+            "q": ["a b?"],
+            "format": ["json"],
+        }
         assert site.search(" a\n b? ", site.counts) and site.counts["cache_hits"] == 1
         assert site.search("half an emoji \ud83d", site.counts)
     with Site("wikipedia", WIKIPEDIA, tmp_path / "b") as site:
-        shop, emoji = (f"{site.server.url}/wiki/{name}" for name in ("C%26A_%28shop%29", "half_an_emoji_%3F"))
-        found = [SearchResult("C&A (shop)", shop, "a shop & more"), SearchResult("half an emoji ?", emoji, "")]
+        shop, emoji = (
+            f"{site.server.url}/wiki/{name}" for name in ("C%26A_%28shop%29", "half_an_emoji_%3F")
+        )
+        found = [
+            SearchResult("C&A (shop)", shop, "a shop & more"),
+            SearchResult("half an emoji ?", emoji, ""),
+        ]
         assert site.search("shop", site.counts) == found
     with Site("retriever", RETRIEVER, tmp_path / "c", search_results=3) as site:
-        assert site.search("Ost", site.counts) == [SearchResult("Ost", "passage:7", "The Ost is a river.")]
-        assert json.loads(site.server.sent[0][2]) == {"queries": ["Ost"], "topk": 3, "return_scores": True}
+        assert site.search("Ost", site.counts) == [
+            SearchResult("Ost", "passage:7", "The Ost is a river.")
+        ]
+        assert json.loads(site.server.sent[0][2]) == {
+            "queries": ["Ost"],
+            "topk": 3,
+            "return_scores": True,
+        }
         assert "usd" not in site.counts or site.counts["usd"] == 0
 
 
 SEARCH_R1 = {  # the documents of its own servers, and of others that speak its protocol
     "dense": {"document": {"id": "7", "contents": '"Ost"\nA river.'}, "score": 0.5},
-    "dense, its corpus loaded with columns that this row lacks": {"document": {"id": 7, "contents": "Ost\nA river.",
-                                                                  "url": None, "title": None}, "score": 0.5},
-    "BM25": {"document": {"title": "Ost", "text": "A river.", "contents": '"Ost"\nA river.'}, "score": 9},
+    "dense, its corpus loaded with columns that this row lacks": {
+        "document": {"id": 7, "contents": "Ost\nA river.", "url": None, "title": None},
+        "score": 0.5,
+    },
+    "BM25": {
+        "document": {"title": "Ost", "text": "A river.", "contents": '"Ost"\nA river.'},
+        "score": 9,
+    },
     "online": {"document": {"contents": '"Ost"\nA river.'}},
     "without scores": {"contents": '"Ost"\nA river.'},
     "text": {"document": '"Ost"\nA river.'},
     "only text": '"Ost"\nA river.',
     "address": {"document": {"url": "https://ost.example/", "title": "Ost", "text": "A river."}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", SEARCH_R1)
 def test_every_retriever_of_search_r1_is_understood(tmp_path, kind):
-    """A bad document costs only itself; an address without id is the same every time, and another for another text."""
+    """A bad document costs only itself; an address without id is the same every time, and another
+    for another text.
+    """
     other = {"document": {"contents": "A brook."}}
-    with Site("retriever", {"result": [[SEARCH_R1[kind], {"document": {"error": 1}}, None, other]]}, tmp_path) as site:
+    with Site(
+        "retriever",
+        {"result": [[SEARCH_R1[kind], {"document": {"error": 1}}, None, other]]},
+        tmp_path,
+    ) as site:
         found, brook = site.search("Ost", site.counts)
-        assert (found.title, found.snippet, brook.title, brook.snippet) == ("Ost", "A river.", "", "A brook.")
-        expected = "https://ost.example/" if kind == "address" else "passage:7" if "dense" in kind else found.url
-        assert found.url == expected != brook.url and re.fullmatch("https://.*|passage:[0-9a-f]+", found.url)
+        assert (found.title, found.snippet, brook.title, brook.snippet) == (
+            "Ost",
+            "A river.",
+            "",
+            "A brook.",
+        )
+        expected = (
+            "https://ost.example/"
+            if kind == "address"
+            else "passage:7"
+            if "dense" in kind
+            else found.url
+        )
+        assert found.url == expected != brook.url and re.fullmatch(
+            "https://.*|passage:[0-9a-f]+", found.url
+        )
     with Site("retriever", {"result": [[other, SEARCH_R1[kind]]]}, tmp_path / "b") as site:
         assert site.search("river", site.counts)[::-1] == [found, brook]
 
@@ -167,17 +242,40 @@ def test_every_retriever_of_search_r1_is_understood(tmp_path, kind):
 def test_rows_of_the_other_services_may_lack_what_is_optional(tmp_path):
     rows = {"query": {"search": [{"title": "Ost"}, {"title": "Ulm", "snippet": None}]}}
     with Site("wikipedia", rows, tmp_path / "a") as site:
-        assert [(one.title, one.snippet) for one in site.search("x", site.counts)] == [("Ost", ""), ("Ulm", "")]
-    rows = {"results": [{"url": "https://a.example/"}, {"url": "https://b.example/", "title": None, "content": None}]}
+        assert [(one.title, one.snippet) for one in site.search("x", site.counts)] == [
+            ("Ost", ""),
+            ("Ulm", ""),
+        ]
+    rows = {
+        "results": [
+            {"url": "https://a.example/"},
+            {"url": "https://b.example/", "title": None, "content": None},
+        ]
+    }
     with Site("searxng", rows, tmp_path / "b") as site:
-        assert [(one.title, one.snippet) for one in site.search("x", site.counts)] == [("", ""), ("", "")]
+        assert [(one.title, one.snippet) for one in site.search("x", site.counts)] == [
+            ("", ""),
+            ("", ""),
+        ]
 
 
-NOTHING = {"serper": {"searchParameters": {}, "organic": []}, "searxng": {"results": []},
-           "wikipedia": {"query": {"search": []}}, "retriever": {"result": [[]]}}  # fmt: skip
-STRANGE = [[], None, 7, "text", {}, {"error": {"info": "no"}}, {"organic": 3, "results": 3, "query": 3, "result": 3},
-           {"organic": [3], "results": [3], "query": {"search": [3]}, "result": [[3]]},
-           {"result": [{"document": {"contents": "not a list for each query"}}]}]  # fmt: skip
+NOTHING = {
+    "serper": {"searchParameters": {}, "organic": []},
+    "searxng": {"results": []},
+    "wikipedia": {"query": {"search": []}},
+    "retriever": {"result": [[]]},
+}
+STRANGE = [
+    [],
+    None,
+    7,
+    "text",
+    {},
+    {"error": {"info": "no"}},
+    {"organic": 3, "results": 3, "query": 3, "result": 3},
+    {"organic": [3], "results": [3], "query": {"search": [3]}, "result": [[3]]},
+    {"result": [{"document": {"contents": "not a list for each query"}}]},
+]
 
 
 @pytest.mark.parametrize("name", ["serper", "searxng", "wikipedia", "retriever"])
@@ -195,7 +293,10 @@ def test_every_service_can_find_nothing_or_reply_nonsense(tmp_path, name):
     [
         ((403, {}, {"message": "Unauthorized.", "statusCode": 403}), "unauthorized"),
         ((400, {}, {"message": "Not enough credits", "statusCode": 400}), "quota"),
-        ((429, {"Retry-After": "900"}, {"message": "Too many requests", "statusCode": 429}), "rate_limited"),
+        (
+            (429, {"Retry-After": "900"}, {"message": "Too many requests", "statusCode": 429}),
+            "rate_limited",
+        ),
         ((502, {}, b"<html><h1>502 Bad Gateway</h1></html>"), "http_502"),
         ((200, {}, b"<html>a login page</html>"), "bad_reply"),
         ((200, {}, b'{"organic": [{"title": "cut o'), "bad_reply"),
@@ -205,14 +306,20 @@ def test_every_service_can_find_nothing_or_reply_nonsense(tmp_path, name):
 def test_errors_of_a_service_have_names_and_words(tmp_path, reply, kind):
     with Site("serper", reply, tmp_path) as site:
         failure = site.failure()
-        assert failure.kind == kind and failure.words.endswith(".") and "secret-key" not in failure.words
+        assert (
+            failure.kind == kind
+            and failure.words.endswith(".")
+            and "secret-key" not in failure.words
+        )
 
 
 def test_requests_keep_to_the_rate_that_the_ranks_share(tmp_path):
     config = replace(CONFIG, search="serper", requests_per_second=80.0)
     with Server({"/search": (200, {}, SERPER)}) as server, ThreadPoolExecutor(8) as threads:
         config = replace(config, search_url=server.url)
-        web = Web(config, tmp_path / "cassette.sqlite", rank=1, world_size=2)  # half of it: 40 a second
+        web = Web(
+            config, tmp_path / "cassette.sqlite", rank=1, world_size=2
+        )  # half of it: 40 a second
         live, start = make_search(config, web, None), time.monotonic()
         list(threads.map(lambda i: live(f"query {i}", Counter()), range(8)))
         assert time.monotonic() - start >= 7 / 40

@@ -1,4 +1,6 @@
-"""Services that fail: seen before a run begins, counted, and where most calls fail, a stop that can be resumed."""
+"""Services that fail: seen before a run begins, counted, and where most calls fail, a stop that can
+be resumed.
+"""
 
 import json
 import os
@@ -25,7 +27,11 @@ from deepresearcher_min.web import WebFailure
 
 WORLD = toyworld.World("training", 0)
 KEY = "sk-0123456789abcdef"
-DOWN = (503, {}, b"<html><title>x</title><h1>Service Unavailable</h1><p>maintenance until noon</p></html>")
+DOWN = (
+    503,
+    {},
+    b"<html><title>x</title><h1>Service Unavailable</h1><p>maintenance until noon</p></html>",
+)
 TRAFFIC = ("requests", "bytes", "cache_hits")  # what a cassette saves the second time
 
 
@@ -40,7 +46,8 @@ def completion(text: str) -> tuple:
 
 
 class World(Server):
-    """The toy web behind a SearXNG, a reader and a judge; `fails(role, number)` decides which calls are answered DOWN.
+    """The toy web behind a SearXNG, a reader and a judge; `fails(role, number)` decides which calls
+    are answered DOWN.
 
     `number` counts the calls to that role, from 1; `tried` are its requests.
     """
@@ -49,7 +56,10 @@ class World(Server):
         super().__init__()
         self.fails, self.broken, self.calls = fails, broken, Counter()
         self.pages = {"/search": lambda _: self.answer("search", self.results)}
-        for role, text in (("reader", "CONTINUE: no\nNOTES: A note."), ("judge", "So it is.\nCORRECT")):
+        for role, text in (
+            ("reader", "CONTINUE: no\nNOTES: A note."),
+            ("judge", "So it is.\nCORRECT"),
+        ):
             page = lambda _, role=role, text=text: self.answer(role, lambda: completion(text))  # noqa: E731
             self.pages[f"/{role}/chat/completions"] = page
 
@@ -62,24 +72,43 @@ class World(Server):
     def results(self):
         query = parse_qs(urlsplit(self.sent[-1][0]).query)["q"][0]
         found = WORLD.corpus.search(query, 2)
-        return 200, {}, {"results": [{"title": r.title, "url": r.url, "content": r.snippet} for r in found]}
+        return (
+            200,
+            {},
+            {"results": [{"title": r.title, "url": r.url, "content": r.snippet} for r in found]},
+        )
 
 
 def arguments(server: Server, folder: Path, *more: str) -> list[str]:
     """Of a small run of the toy model on questions and pages in files, with that server's search."""
     data, corpus = folder / "questions.jsonl", folder / "corpus.jsonl"
-    rows = [{"question": q.text, "answers": list(q.answers), "id": q.id} for q in WORLD.questions(60, 3)]
+    rows = [
+        {"question": q.text, "answers": list(q.answers), "id": q.id} for q in WORLD.questions(60, 3)
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pages = [{"title": title, "url": url, "text": text} for title, url, text in WORLD.corpus.documents]
+    pages = [
+        {"title": title, "url": url, "text": text} for title, url, text in WORLD.corpus.documents
+    ]
     corpus.write_text("".join(json.dumps(row) + "\n" for row in pages))
     return [
-        "--preset=toy", "--search=searxng", f"--search_url={server.url}", f"--data={data}", f"--corpus={corpus}",
-        "--max_retries=0", *more,
-    ]  # fmt: skip
+        "--preset=toy",
+        "--search=searxng",
+        f"--search_url={server.url}",
+        f"--data={data}",
+        f"--corpus={corpus}",
+        "--max_retries=0",
+        *more,
+    ]
 
 
 def training(server: Server, folder: Path, *more: str) -> list[str]:
-    sizes = ["--eval_questions=4", "--questions_per_step=2", "--group_size=4", "--steps=3", "--lr_decay=no"]
+    sizes = [
+        "--eval_questions=4",
+        "--questions_per_step=2",
+        "--group_size=4",
+        "--steps=3",
+        "--lr_decay=no",
+    ]
     return arguments(server, folder, *sizes, f"--run_dir={folder / 'run'}", *more)
 
 
@@ -91,16 +120,48 @@ def serper(server: Server | None, **changes):
 # --- before a run begins
 
 REPLIES = [
-    ((401, {}, {"error": {"message": f"Incorrect API key provided: {KEY}."}}), "unauthorized", "Incorrect API key"),
-    ((403, {}, {"message": "Unauthorized.", "statusCode": 403}), "unauthorized", "It said: Unauthorized."),
-    ((403, {}, b"<html><body><h1>Forbidden</h1>json is off</body></html>"), "unauthorized", "Forbidden json is off"),
-    ((400, {}, {"message": "Not enough credits", "statusCode": 400}), "quota", "Not enough credits"),
+    (
+        (401, {}, {"error": {"message": f"Incorrect API key provided: {KEY}."}}),
+        "unauthorized",
+        "Incorrect API key",
+    ),
+    (
+        (403, {}, {"message": "Unauthorized.", "statusCode": 403}),
+        "unauthorized",
+        "It said: Unauthorized.",
+    ),
+    (
+        (403, {}, b"<html><body><h1>Forbidden</h1>json is off</body></html>"),
+        "unauthorized",
+        "Forbidden json is off",
+    ),
+    (
+        (400, {}, {"message": "Not enough credits", "statusCode": 400}),
+        "quota",
+        "Not enough credits",
+    ),
     ((402, {}, {"detail": "Please pay."}), "quota", "Please pay."),
-    ((432, {}, {"detail": {"error": "The plan's limit is reached"}}), "quota", "The plan's limit is reached"),
-    ((429, {"Retry-After": "900"}, {"error": {"code": "RATE_LIMITED"}}), "rate_limited", "RATE_LIMITED"),
+    (
+        (432, {}, {"detail": {"error": "The plan's limit is reached"}}),
+        "quota",
+        "The plan's limit is reached",
+    ),
+    (
+        (429, {"Retry-After": "900"}, {"error": {"code": "RATE_LIMITED"}}),
+        "rate_limited",
+        "RATE_LIMITED",
+    ),
     ((500, {}, b"\x1b[31mout of memory\x1b[0m"), "http_500", "out of memory"),
-    ((200, {}, b"<html><script>var x</script><p>Please log in</p></html>"), "bad_reply", "Please log in"),
-    ((200, {}, {"error": {"info": "too many requests today"}}), "bad_reply", "too many requests today"),
+    (
+        (200, {}, b"<html><script>var x</script><p>Please log in</p></html>"),
+        "bad_reply",
+        "Please log in",
+    ),
+    (
+        (200, {}, {"error": {"info": "too many requests today"}}),
+        "bad_reply",
+        "too many requests today",
+    ),
     ((200, {}, {"surprise": 1}), "bad_reply", ""),
 ]
 
@@ -110,7 +171,9 @@ REPLIES = [
 def test_a_service_that_fails_its_trial_is_named_with_its_own_words(reply, kind, said):
     with Server({"/search": reply}) as server:
         trouble = try_services(serper(server))
-    assert f"the search service at {server.url} does not work ({kind}: " in trouble and said in trouble
+    assert (
+        f"the search service at {server.url} does not work ({kind}: " in trouble and said in trouble
+    )
     assert "SERPER_API_KEY" in trouble and KEY not in trouble and trouble.isprintable()
 
 
@@ -129,13 +192,18 @@ def test_only_what_a_run_will_use_is_tried_and_finding_nothing_passes():
     with Server({"/search": (200, {}, {"organic": []})}) as server:
         assert try_services(serper(server)) == ""
         assert sum(server.requests.values()) == 1
-        dead = replace(serper(None), reader_url="http://127.0.0.1:9", judge_url="http://127.0.0.1:9")
-        assert try_services(dead, agent=False) == try_services(replace(dead, max_tool_calls=0)) == ""
+        dead = replace(
+            serper(None), reader_url="http://127.0.0.1:9", judge_url="http://127.0.0.1:9"
+        )
+        assert (
+            try_services(dead, agent=False) == try_services(replace(dead, max_tool_calls=0)) == ""
+        )
         assert try_services(replace(dead, search="local")) == ""
         assert "the search service" in try_services(replace(dead, max_tool_calls=0, method="rag"))
         assert "the reader service" in try_services(replace(dead, search="local", reader="openai"))
         assert (
-            "judge_model and" not in (said := try_services(dead, agent=False, judge=True)) and "JUDGE_API_KEY" in said
+            "judge_model and" not in (said := try_services(dead, agent=False, judge=True))
+            and "JUDGE_API_KEY" in said
         )
 
 
@@ -144,7 +212,10 @@ def test_a_run_does_not_begin_without_its_services(tmp_path, capsys):
     with World(lambda role, number: True) as server:
         for main, more in (
             (train.main, training(server, tmp_path)),
-            (evaluation.main, arguments(server, tmp_path, "--model=toy", f"--run_dir={tmp_path / 'run'}")),
+            (
+                evaluation.main,
+                arguments(server, tmp_path, "--model=toy", f"--run_dir={tmp_path / 'run'}"),
+            ),
         ):
             assert main(more) == 2
             shown = capsys.readouterr()
@@ -156,19 +227,46 @@ def test_a_run_does_not_begin_without_its_services(tmp_path, capsys):
 # --- endpoints that refuse a parameter
 
 DIALECTS = [  # refused parameter -> message, how it is asked for then, status, body
-    ("temperature", "", 400, {"error": {"message": "temperature: only the default (1) is supported"}}),
+    (
+        "temperature",
+        "",
+        400,
+        {"error": {"message": "temperature: only the default (1) is supported"}},
+    ),
     ("temperature", "", 400, {"error": {"message": "Unsupported value", "param": "temperature"}}),
-    ("temperature", "", 422, {"detail": [{"loc": ["body", "temperature"], "msg": "Extra inputs are not permitted"}]}),
-    ("temperature", "", 400, {"object": "error", "message": "`temperature` is deprecated for this model."}),
+    (
+        "temperature",
+        "",
+        422,
+        {"detail": [{"loc": ["body", "temperature"], "msg": "Extra inputs are not permitted"}]},
+    ),
+    (
+        "temperature",
+        "",
+        400,
+        {"object": "error", "message": "`temperature` is deprecated for this model."},
+    ),
     ("max_tokens", "", 400, b"unknown field maxTokens"),
-    ("max_tokens", "max_completion_tokens", 400, {"error": {"message": "'max_tokens' is not supported with this "
-      "model. Use 'max_completion_tokens' instead.", "param": "max_tokens"}}),
-]  # fmt: skip
+    (
+        "max_tokens",
+        "max_completion_tokens",
+        400,
+        {
+            "error": {
+                "message": "'max_tokens' is not supported with this "
+                "model. Use 'max_completion_tokens' instead.",
+                "param": "max_tokens",
+            }
+        },
+    ),
+]
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize(("name", "instead", "status", "body"), DIALECTS)
-def test_a_refused_parameter_is_left_out_from_then_on(open_web, capsys, name, instead, status, body):
+def test_a_refused_parameter_is_left_out_from_then_on(
+    open_web, capsys, name, instead, status, body
+):
     with Server() as server:
 
         def answer(_):
@@ -176,9 +274,17 @@ def test_a_refused_parameter_is_left_out_from_then_on(open_web, capsys, name, in
             return (status, {}, body) if name in sent else completion("Fine.")
 
         server.pages["/chat/completions"] = answer
-        web, payload = open_web(), {"model": "m", "messages": [], "temperature": 0, "max_tokens": 600}
+        web, payload = (
+            open_web(),
+            {"model": "m", "messages": [], "temperature": 0, "max_tokens": 600},
+        )
         for _ in range(3):
-            assert web.chat(server.url + "/chat/completions", "READER_API_KEY", payload, Counter(), 1e9)[0] == "Fine."
+            assert (
+                web.chat(
+                    server.url + "/chat/completions", "READER_API_KEY", payload, Counter(), 1e9
+                )[0]
+                == "Fine."
+            )
         sent = [json.loads(body) for _, _, body in server.sent]
         assert len(sent) == 4 and [name in each for each in sent] == [True, False, False, False]
         assert not instead or [each.get(instead) for each in sent] == [None, 600, 600, 600]
@@ -195,9 +301,16 @@ def test_two_refused_parameters_and_what_is_no_refusal(open_web):
         found = [name for name in ("max_tokens", "temperature") if name in sent]
         return (400, {}, {"error": f"no {found[0]}, please"}) if found else completion("Fine.")
 
-    with Server({"/both": both, "/never": (400, {}, {"error": "temperature, max_tokens: all is wrong"})}) as server:
-        web, payload = open_web(), {"model": "m", "messages": [], "temperature": 0, "max_tokens": 600}
-        assert web.chat(server.url + "/both", "READER_API_KEY", payload, Counter(), 1e9)[0] == "Fine."
+    with Server(
+        {"/both": both, "/never": (400, {}, {"error": "temperature, max_tokens: all is wrong"})}
+    ) as server:
+        web, payload = (
+            open_web(),
+            {"model": "m", "messages": [], "temperature": 0, "max_tokens": 600},
+        )
+        assert (
+            web.chat(server.url + "/both", "READER_API_KEY", payload, Counter(), 1e9)[0] == "Fine."
+        )
         assert len(server.sent) == 3
         with pytest.raises(WebFailure, match="all is wrong"):
             web.chat(server.url + "/never", "READER_API_KEY", payload, Counter(), 1e9)
@@ -206,7 +319,9 @@ def test_two_refused_parameters_and_what_is_no_refusal(open_web):
         server.sent.clear()
         with pytest.raises(WebFailure, match="context length"):
             web.chat(server.url + "/never", "READER_API_KEY", payload, Counter(), 1e9)
-        assert [json.loads(body)["max_tokens"] for _, _, body in server.sent] == [600]  # nothing was remembered
+        assert [json.loads(body)["max_tokens"] for _, _, body in server.sent] == [
+            600
+        ]  # nothing was remembered
 
 
 # --- in the middle of training
@@ -230,7 +345,9 @@ def die_after_step(step: int, calls: int, server: World, monkeypatch) -> None:
 
 
 @pytest.mark.quick
-def test_a_step_without_search_is_not_trained_on_and_a_resumed_run_repeats_it(tmp_path, monkeypatch, capsys):
+def test_a_step_without_search_is_not_trained_on_and_a_resumed_run_repeats_it(
+    tmp_path, monkeypatch, capsys
+):
     with World() as server:
         whole = tmp_path / "whole"
         whole.mkdir()
@@ -238,7 +355,9 @@ def test_a_step_without_search_is_not_trained_on_and_a_resumed_run_repeats_it(tm
         die_after_step(1, 1, server, monkeypatch)
         assert train.main(training(server, tmp_path, "--save_every=100")) == 3
         shown = capsys.readouterr().out
-        assert re.search(r"\d+ of \d+ calls to the search service failed. .*maintenance until noon", shown)
+        assert re.search(
+            r"\d+ of \d+ calls to the search service failed. .*maintenance until noon", shown
+        )
         assert f"--resume={tmp_path / 'run'}" in shown and "| failed   0% |" in shown
         assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1]
         assert train.main([f"--resume={tmp_path / 'run'}"]) == 2  # it is still down
@@ -247,7 +366,8 @@ def test_a_step_without_search_is_not_trained_on_and_a_resumed_run_repeats_it(tm
         assert train.main([f"--resume={tmp_path / 'run'}"]) == 0
     assert without_traffic(metrics(tmp_path / "run")) == without_traffic(metrics(whole / "run"))
     one, other = (
-        AutoModelForCausalLM.from_pretrained(folder / "run/checkpoints/step-000003") for folder in (whole, tmp_path)
+        AutoModelForCausalLM.from_pretrained(folder / "run/checkpoints/step-000003")
+        for folder in (whole, tmp_path)
     )
     for name, tensor in one.named_parameters():
         assert torch.equal(tensor, dict(other.named_parameters())[name])
@@ -266,7 +386,9 @@ def test_a_measurement_without_search_is_repeated_too(tmp_path, monkeypatch, nam
             return found
 
         names = iter(["before", "step-000001", "after"])
-        monkeypatch.setattr(train, "evaluate", lambda *given: (dies if next(names) == name else real)(*given))
+        monkeypatch.setattr(
+            train, "evaluate", lambda *given: (dies if next(names) == name else real)(*given)
+        )
         more = ["--steps=1", "--eval_every=1", "--search_ttl=0"]
         assert train.main(training(server, tmp_path, *more)) == 3
         monkeypatch.setattr(train, "evaluate", real)
@@ -282,14 +404,22 @@ def test_a_half_dead_search_is_shown_and_the_run_goes_on(tmp_path, capsys):
     with World(lambda role, number: number > 1 and number % 3 == 0) as server:
         assert train.main(training(server, tmp_path, "--steps=1")) == 0
     (row,) = [row for row in metrics(tmp_path / "run") if "reward" in row]
-    assert 0 < row["failed"] < 0.5 and row["cost_search_failed"] == row["cost_fail_search_http_503"] > 0
+    assert (
+        0 < row["failed"] < 0.5
+        and row["cost_search_failed"] == row["cost_fail_search_http_503"] > 0
+    )
     assert row["failed"] == row["cost_search_failed"] / row["cost_search_calls"]
     assert re.search(r"\| failed +[1-4]\d% \|", capsys.readouterr().out)
 
 
 @pytest.mark.quick
 def test_failures_of_pages_never_stop_a_run_and_a_replay_never_stops(tmp_path):
-    row = {"cost_page_calls": 9, "cost_page_failed": 9, "cost_search_calls": 9, "cost_search_failed": 4}
+    row = {
+        "cost_page_calls": 9,
+        "cost_page_failed": 9,
+        "cost_search_calls": 9,
+        "cost_search_failed": 4,
+    }
     train.raise_if_down(CONFIG, row)
     with pytest.raises(train.RunStopped):
         train.raise_if_down(CONFIG, row | {"cost_search_failed": 5})
@@ -317,14 +447,25 @@ def test_two_ranks_stop_and_go_on_together(tmp_path):
 
     def run(*more: str) -> str:
         done = subprocess.run(
-            [*command, *more], cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=300
+            [*command, *more],
+            cwd=ROOT,
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         return done.stdout + done.stderr
 
     with World(lambda role, number: True) as server:
         said = run(*training(server, tmp_path))
-        assert said.count("the search service at") == 1 and "exitcode  : 2" in said and "Preset" not in said
-        server.fails = lambda role, number: number > 12  # two trials, the first measurement, and not much more
+        assert (
+            said.count("the search service at") == 1
+            and "exitcode  : 2" in said
+            and "Preset" not in said
+        )
+        server.fails = lambda role, number: (
+            number > 12
+        )  # two trials, the first measurement, and not much more
         said = run(*training(server, tmp_path))
         assert said.count("calls to the search service failed") == 1 and "exitcode  : 3" in said
         server.fails = lambda role, number: False
@@ -337,7 +478,12 @@ def test_two_ranks_stop_and_go_on_together(tmp_path):
 
 def evaluate(server: Server, folder: Path, *more: str) -> int:
     given = arguments(
-        server, folder, f"--model={toyworld.MODEL_DIR}", "--eval_temperature=0", f"--run_dir={folder / 'run'}", *more
+        server,
+        folder,
+        f"--model={toyworld.MODEL_DIR}",
+        "--eval_temperature=0",
+        f"--run_dir={folder / 'run'}",
+        *more,
     )
     return evaluation.main(given)
 
@@ -348,12 +494,17 @@ def table(folder: Path) -> dict[str, list[str]]:
 
 
 def answers(folder: Path) -> dict[str, str | None]:
-    return {one.question.id: one.answer for one in report.read_trajectories(folder / "run/trajectories/eval.jsonl")}
+    return {
+        one.question.id: one.answer
+        for one in report.read_trajectories(folder / "run/trajectories/eval.jsonl")
+    }
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("method", ["agent", "rag"])
-def test_an_evaluation_stops_when_search_dies_and_asks_again_what_it_spoilt(tmp_path, method, capsys):
+def test_an_evaluation_stops_when_search_dies_and_asks_again_what_it_spoilt(
+    tmp_path, method, capsys
+):
     with World() as server:
         whole = tmp_path / "whole"
         whole.mkdir()
@@ -362,7 +513,10 @@ def test_an_evaluation_stops_when_search_dies_and_asks_again_what_it_spoilt(tmp_
         server.fails = lambda role, number: number > 10
         assert evaluate(server, tmp_path, f"--method={method}", "--max_in_flight=99") == 3
         shown = capsys.readouterr().out
-        assert "calls to the search service failed" in shown and f"--resume={tmp_path / 'run'}" in shown
+        assert (
+            "calls to the search service failed" in shown
+            and f"--resume={tmp_path / 'run'}" in shown
+        )
         assert not (tmp_path / "run/summary.json").exists() and server.calls["search"] < 60
         server.fails = lambda role, number: False
         assert evaluation.main([f"--resume={tmp_path / 'run'}"]) == 0
@@ -374,7 +528,9 @@ def test_an_evaluation_stops_when_search_dies_and_asks_again_what_it_spoilt(tmp_
 @pytest.mark.quick
 def test_a_small_or_half_dead_evaluation(tmp_path, capsys):
     with World(lambda role, number: number > 1) as server:
-        assert evaluate(server, tmp_path, "--limit=6") == 3  # fewer than 50 calls, and all of them failed
+        assert (
+            evaluate(server, tmp_path, "--limit=6") == 3
+        )  # fewer than 50 calls, and all of them failed
         server.fails = lambda role, number: number % 3 == 0
         assert evaluation.main([f"--resume={tmp_path / 'run'}"]) == 0
         shown = " ".join(capsys.readouterr().out.split())
@@ -402,5 +558,7 @@ def test_a_dead_judge_makes_no_table(tmp_path, capsys):
         assert evaluation.main([f"--resume={tmp_path / 'run'}"]) == 0
         assert server.calls["search"] == searches and "MBE" in table(tmp_path)
         verdicts = server.calls["judge"]
-        assert evaluation.main([f"--resume={tmp_path / 'run'}"]) == 0  # verdicts come from the cassette
+        assert (
+            evaluation.main([f"--resume={tmp_path / 'run'}"]) == 0
+        )  # verdicts come from the cassette
         assert server.calls["judge"] == verdicts + 1  # the trial

@@ -53,21 +53,30 @@ FAILURES = {
 def test_a_failing_or_hanging_search_is_an_observation_and_a_counter(name, monkeypatch):
     monkeypatch.setattr("deepresearcher_min.rollout.GRACE", 0.4)
     answer, words = FAILURES[name]
-    agent = make_agent(Scripted(turns(search_turn("bad", "good"), answer_turn())), tool_threads=2, tool_timeout=0.1)
+    agent = make_agent(
+        Scripted(turns(search_turn("bad", "good"), answer_turn())), tool_threads=2, tool_timeout=0.1
+    )
     good = [SearchResult("Title", "https://a.example/", "Summary")]
     with_source(agent, lambda query: answer(query) if query == "bad" else good)
     trajectory = one(agent)
     bad, fine = observation(trajectory)
     assert trajectory.stop_reason == "answer"
     assert words in bad["web_page_info_list"][0]["quick_summary"]
-    assert fine["web_page_info_list"] == [{"quick_summary": "Summary", "title": "Title", "url": "https://a.example/"}]
+    assert fine["web_page_info_list"] == [
+        {"quick_summary": "Summary", "title": "Title", "url": "https://a.example/"}
+    ]
     assert trajectory.cost["searches"] == 2 and trajectory.cost[name.split()[0]] == 1
     agent.tools.close()
 
 
 def test_only_shown_addresses_are_opened_and_a_failed_page_says_why():
     known = toyworld.url_of(PERSON)
-    write = turns(browse_turn(known), search_turn(), browse_turn(known, "https://toy.example/none"), answer_turn())
+    write = turns(
+        browse_turn(known),
+        search_turn(),
+        browse_turn(known, "https://toy.example/none"),
+        answer_turn(),
+    )
     trajectory = one(make_agent(Scripted(write)))
     assert "No search has shown" in observation(trajectory)[0]["information"][0]["page_summary"]
     shown, unknown = observation(trajectory, 2)
@@ -86,7 +95,10 @@ def test_only_shown_addresses_are_opened_and_a_failed_page_says_why():
 
 def test_what_another_trajectory_was_shown_is_not_shown():
     first = {"1/0/0": [search_turn(), answer_turn()], "1/1/0": [browse_turn(), answer_turn()]}
-    engine = Scripted(lambda request_id, turn: first[request_id][turn], lambda name, turn: 9 if name == "1/1/0" else 1)
+    engine = Scripted(
+        lambda request_id, turn: first[request_id][turn],
+        lambda name, turn: 9 if name == "1/1/0" else 1,
+    )
     _, second = flat(roll_out(batch(2), make_agent(engine)))
     assert second.cost["fail_page_unknown_url"] == 1
 
@@ -119,15 +131,26 @@ def test_the_engine_reads_pages_for_the_agent():
     notes = ["CONTINUE: yes\nNOTES: first", "CONTINUE: no\nNOTES: second"]
 
     def write(request_id: str, turn: int) -> str:
-        return notes[(int(request_id.removeprefix("reader/")) - 1) % 2] if "reader" in request_id else agent_turns[turn]
+        return (
+            notes[(int(request_id.removeprefix("reader/")) - 1) % 2]
+            if "reader" in request_id
+            else agent_turns[turn]
+        )
 
     engine = Scripted(write)
     agent = make_agent(engine, corpus, reader="engine", segment_chars=3000, max_model_len=5000)
     trajectory = one(agent)
-    assert [note["page_summary"] for note in observation(trajectory, 1)[0]["information"]] == ["first", "second"]
+    assert [note["page_summary"] for note in observation(trajectory, 1)[0]["information"]] == [
+        "first",
+        "second",
+    ]
     assert trajectory.stop_reason == "answer"
-    assert trajectory.sampled_mask.sum() == sum(len(completion(turn).token_ids) for turn in agent_turns)
-    readings = [(ids, sampling) for name, ids, sampling in engine.submitted if name.startswith("reader/")]
+    assert trajectory.sampled_mask.sum() == sum(
+        len(completion(turn).token_ids) for turn in agent_turns
+    )
+    readings = [
+        (ids, sampling) for name, ids, sampling in engine.submitted if name.startswith("reader/")
+    ]
     assert len(readings) == 2
     for ids, sampling in readings:
         assert sampling.temperature == 0 and len(ids) + sampling.max_tokens <= 5000
@@ -141,13 +164,19 @@ def test_a_segment_longer_than_the_context_leaves_the_reader_its_instructions():
     url = "https://long.example/"
     corpus = Corpus([(PERSON, url, f"{PERSON} was here. " * 400)])
     engine = Scripted(
-        lambda name, turn: "NOTES: none" if "reader" in name else [search_turn(), browse_turn(url), answer_turn()][turn]
+        lambda name, turn: (
+            "NOTES: none"
+            if "reader" in name
+            else [search_turn(), browse_turn(url), answer_turn()][turn]
+        )
     )
     one(make_agent(engine, corpus, reader="engine", segment_chars=8000, max_model_len=4000))
     (asked,) = [ids for name, ids, _ in engine.submitted if name.startswith("reader/")]
     assert len(asked) == 3500
     text = CHAT.tokenizer.decode(asked)
-    assert text.startswith(f"<|user|>Question: {questions(1)[0].text}") and text.endswith("<|end|><|assistant|>")
+    assert text.startswith(f"<|user|>Question: {questions(1)[0].text}") and text.endswith(
+        "<|end|><|assistant|>"
+    )
 
 
 def test_tools_run_while_others_generate_in_at_most_tool_threads_and_waiting_for_one_is_not_held_against_them(
@@ -155,10 +184,13 @@ def test_tools_run_while_others_generate_in_at_most_tool_threads_and_waiting_for
 ):
     monkeypatch.setattr("deepresearcher_min.rollout.GRACE", 0.5)
     engine = Scripted(
-        turns(search_turn("a", "b", "c"), answer_turn()), lambda name, turn: random.Random(name).randint(1, 9)
+        turns(search_turn("a", "b", "c"), answer_turn()),
+        lambda name, turn: random.Random(name).randint(1, 9),
     )
     agent = make_agent(engine, tool_threads=4, tool_timeout=0.2)
-    source = with_source(agent, lambda query: time.sleep(0.05) or [SearchResult("T", "https://a.example/", "S")])
+    source = with_source(
+        agent, lambda query: time.sleep(0.05) or [SearchResult("T", "https://a.example/", "S")]
+    )
     trajectories = flat(roll_out(batch(20), agent))  # 60 searches, 4 at once: 0.75 s
     assert source.most_at_once == 4
     assert not any("fail_search_timeout" in t.cost for t in trajectories)
@@ -176,7 +208,10 @@ def test_notes_of_one_call_are_remembered_in_its_order_whichever_page_was_read_f
         await asyncio.sleep(0.05 if "first" in segment else 0.0)
         return segment, False
 
-    pages = {f"https://{name}.example/": f"{name} page" for name in ("first", "second", "third", "fourth", "other")}
+    pages = {
+        f"https://{name}.example/": f"{name} page"
+        for name in ("first", "second", "third", "fourth", "other")
+    }
     *four, other = pages
     agent = make_agent(Scripted(never), tool_threads=4)
     agent.tools.browser.corpus = Corpus([("T", url, text) for url, text in pages.items()])
@@ -195,13 +230,19 @@ def test_notes_of_one_call_are_remembered_in_its_order_whichever_page_was_read_f
 
 
 def engine_reading(replies: Callable[[str], str], *agent_turns: str) -> tuple[Scripted, list[str]]:
-    """An engine that plays the agent, and answers readings by replies(prompt); with the prompts, in order."""
+    """An engine that plays the agent, and answers readings by replies(prompt); with the prompts, in
+    order.
+    """
     prompts: list[str] = []
 
     def write(request_id: str, turn: int) -> str:
         if not request_id.startswith("reader/"):
             return agent_turns[turn]
-        prompts.append(CHAT.tokenizer.decode(next(ids for name, ids, _ in engine.submitted if name == request_id)))
+        prompts.append(
+            CHAT.tokenizer.decode(
+                next(ids for name, ids, _ in engine.submitted if name == request_id)
+            )
+        )
         return replies(prompts[-1])
 
     engine = Scripted(write)
@@ -236,7 +277,14 @@ def test_the_reader_is_told_question_query_segment_and_the_notes_for_that_query(
         return f"CONTINUE: {'yes' if number in '13' else 'no'}\nNOTES: note {number}"
 
     browse = browse_turn(LONG)
-    agent_turns = search_turn("a first", "a second"), browse, browse, search_turn("a third"), browse, browse
+    agent_turns = (
+        search_turn("a first", "a second"),
+        browse,
+        browse,
+        search_turn("a third"),
+        browse,
+        browse,
+    )
     engine, prompts = engine_reading(reply, *agent_turns, answer_turn())
     trajectory = one(long_agent(engine))
     question = questions(1)[0].text
@@ -253,20 +301,36 @@ def test_the_reader_is_told_question_query_segment_and_the_notes_for_that_query(
         ("a third", "5 of 5", "none"),
     ]
     assert [pages_of(trajectory, turn) for turn in (1, 2, 4)] == [
-        [(0, "note 1"), (1, "note 2")], [(2, "note 3"), (3, "note 4")], [(4, "note 5")],
-    ]  # fmt: skip
+        [(0, "note 1"), (1, "note 2")],
+        [(2, "note 3"), (3, "note 4")],
+        [(4, "note 5")],
+    ]
     ((number, words),) = pages_of(trajectory, 5)
-    assert number == 0 and "nothing is left" in words and trajectory.cost["fail_page_nothing_left"] == 1
+    assert (
+        number == 0
+        and "nothing is left" in words
+        and trajectory.cost["fail_page_nothing_left"] == 1
+    )
 
 
 def test_a_browse_that_reads_so_many_segments_at_most_is_gone_on_with_by_the_next_one():
     engine, prompts = engine_reading(
-        lambda prompt: "CONTINUE: yes\nNOTES: none", search_turn(), *[browse_turn(LONG)] * 4, answer_turn()
+        lambda prompt: "CONTINUE: yes\nNOTES: none",
+        search_turn(),
+        *[browse_turn(LONG)] * 4,
+        answer_turn(),
     )
     trajectory = one(long_agent(engine, max_segments=2))
-    assert [words_of(prompt, "Page segment") for prompt in prompts] == [f"{i} of 5" for i in (1, 2, 3, 4, 5)]
+    assert [words_of(prompt, "Page segment") for prompt in prompts] == [
+        f"{i} of 5" for i in (1, 2, 3, 4, 5)
+    ]
     words = [pages_of(trajectory, turn)[0][1] for turn in (1, 2, 3, 4)]
-    assert ["nothing about this" in each for each in words] == [True, True, True, False] and "left" in words[3]
+    assert ["nothing about this" in each for each in words] == [
+        True,
+        True,
+        True,
+        False,
+    ] and "left" in words[3]
     engine, prompts = engine_reading(
         lambda prompt: "CONTINUE: yes\nNOTES: none", search_turn(), browse_turn(LONG), answer_turn()
     )
@@ -275,7 +339,14 @@ def test_a_browse_that_reads_so_many_segments_at_most_is_gone_on_with_by_the_nex
 
 
 def test_a_failed_segment_is_read_again_and_one_that_did_not_fit_into_the_observation_too():
-    replies = iter(["CONTINUE: yes\nNOTES: first", "no", "CONTINUE: no\nNOTES: " + "second " * 40, "NOTES: third"])
+    replies = iter(
+        [
+            "CONTINUE: yes\nNOTES: first",
+            "no",
+            "CONTINUE: no\nNOTES: " + "second " * 40,
+            "NOTES: third",
+        ]
+    )
     engine, prompts = engine_reading(
         lambda prompt: next(replies), search_turn(), *[browse_turn(LONG)] * 3, answer_turn()
     )
@@ -291,10 +362,14 @@ def test_a_failed_segment_is_read_again_and_one_that_did_not_fit_into_the_observ
 
     agent.tools.browser.generate_text = failing
     trajectory = one(agent)
-    assert [words_of(prompt, "Page segment") for prompt in prompts] == [f"{i} of 5" for i in (1, 2, 2, 2)]
+    assert [words_of(prompt, "Page segment") for prompt in prompts] == [
+        f"{i} of 5" for i in (1, 2, 2, 2)
+    ]
     assert pages_of(trajectory, 1) == [(0, "first")] and trajectory.cost["fail_page_timeout"] == 1
     assert "too long to be shown" in pages_of(trajectory, 2)[0][1]
-    assert words_of(prompts[3], "Earlier notes") == "first"  # of the second, the agent has seen nothing
+    assert (
+        words_of(prompts[3], "Earlier notes") == "first"
+    )  # of the second, the agent has seen nothing
     assert pages_of(trajectory, 3) == [(1, "third")]
 
 
@@ -330,7 +405,9 @@ def test_a_page_that_one_call_names_twice_is_read_twice_from_the_same_place(thre
 
 def test_pages_beyond_the_limit_of_a_call_are_named_and_queries_as_in_the_published_system_are_not():
     urls = [f"https://{i}.example/" for i in range(6)]
-    corpus = Corpus([(f"T{i}", url, f"Page {i}, {questions(1)[0].text}") for i, url in enumerate(urls)])
+    corpus = Corpus(
+        [(f"T{i}", url, f"Page {i}, {questions(1)[0].text}") for i, url in enumerate(urls)]
+    )
     write = turns(search_turn(*"abcde"), browse_turn(*urls), browse_turn(*urls[4:]), answer_turn())
     trajectories = {}
     for most in (3, 4, 0):
@@ -342,10 +419,12 @@ def test_pages_beyond_the_limit_of_a_call_are_named_and_queries_as_in_the_publis
         entries = observation(trajectories[most], 1)
         assert [entry["url"] for entry in entries] == urls
         words = [entry["information"][0]["page_summary"] for entry in entries]
-        assert [f"not opened: one call opens at most {most}" in each for each in words] == [False] * opened + [True] * (
-            6 - opened
+        assert [f"not opened: one call opens at most {most}" in each for each in words] == [
+            False
+        ] * opened + [True] * (6 - opened)
+        assert all(
+            set(entry["information"][0]) == {"page_number", "page_summary"} for entry in entries
         )
-        assert all(set(entry["information"][0]) == {"page_number", "page_summary"} for entry in entries)
     later = observation(trajectories[4], 2)  # not opened is not read
     assert [entry["information"][0]["page_summary"][:6] for entry in later] == ["Page 4", "Page 5"]
     assert trajectories[4].cost["pages"] == 6
@@ -353,17 +432,26 @@ def test_pages_beyond_the_limit_of_a_call_are_named_and_queries_as_in_the_publis
 
 def test_hundreds_of_addresses_stay_inside_the_budget_of_an_observation():
     urls = [f"https://{i}.example/" for i in range(60)]
-    trajectory = one(make_agent(Scripted(turns(browse_turn(*urls), answer_turn())), max_observation_tokens=2000))
+    trajectory = one(
+        make_agent(Scripted(turns(browse_turn(*urls), answer_turn())), max_observation_tokens=2000)
+    )
     start, end = trajectory.turns[0].observed
     assert end - start <= 2000 and "too long" in trajectory.turns[0].observation
 
 
 def test_the_engine_reads_at_the_readers_temperature_and_the_same_twice():
-    engine, _ = engine_reading(lambda prompt: "NOTES: x", search_turn(), browse_turn(LONG), answer_turn())
+    engine, _ = engine_reading(
+        lambda prompt: "NOTES: x", search_turn(), browse_turn(LONG), answer_turn()
+    )
     agent = long_agent(engine, reader_temperature=0.6, seed=7)
     samplings = []
     for _ in range(2):
         engine.turns.clear()
         one(agent)
-        samplings.append(next(each for name, _, each in reversed(engine.submitted) if name.startswith("reader/")))
-    assert samplings[0] == samplings[1] and (samplings[0].temperature, samplings[0].seed) == (0.6, 7)
+        samplings.append(
+            next(each for name, _, each in reversed(engine.submitted) if name.startswith("reader/"))
+        )
+    assert samplings[0] == samplings[1] and (samplings[0].temperature, samplings[0].seed) == (
+        0.6,
+        7,
+    )

@@ -17,8 +17,11 @@ def test_schemas_of_ones_own_reach_the_template_verbatim(tmp_path):
     found[0]["function"]["description"] = ' Öffne "Seiten".\n'
     path = tmp_path / "tools.json"
     path.write_text(json.dumps(found))
-    chat = chat_of(TOOLS_SHOWN.replace(", indent=2", "").replace("(indent=2)", "").replace("TAUGHT", "") + TALK,
-                   tools=read_tools(str(path)))  # fmt: skip
+    chat = chat_of(
+        TOOLS_SHOWN.replace(", indent=2", "").replace("(indent=2)", "").replace("TAUGHT", "")
+        + TALK,
+        tools=read_tools(str(path)),
+    )
     shown = "".join(json.dumps(each, ensure_ascii=False) for each in found)
     assert chat.template(chat.opening("x"), chat.tools).startswith(f"<|system|>{shown}<|end|>")
     assert json.dumps(found[0]) in chat_of(TALK, tools=found).system  # a template that shows none
@@ -38,11 +41,23 @@ def changed(name: str, value) -> str:
 @pytest.mark.parametrize(
     "content",
     [
-        "", "not JSON", "[" * 10_000, "3", "[]", "{}", "[3]", '[{"type": "function"}]', json.dumps(schemas()[:1]),
-        json.dumps(schemas() + schemas()[:1]), changed("name", "search"), changed("name", ["web_search"]),
-        changed("argument", "queries"), changed("parameters", None), "\udc80",
+        "",
+        "not JSON",
+        "[" * 10_000,
+        "3",
+        "[]",
+        "{}",
+        "[3]",
+        '[{"type": "function"}]',
+        json.dumps(schemas()[:1]),
+        json.dumps(schemas() + schemas()[:1]),
+        changed("name", "search"),
+        changed("name", ["web_search"]),
+        changed("argument", "queries"),
+        changed("parameters", None),
+        "\udc80",
     ],
-)  # fmt: skip
+)
 def test_schemas_of_other_tools_are_refused_in_one_line(content, tmp_path):
     path = tmp_path / "tools.json"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))

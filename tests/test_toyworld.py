@@ -1,4 +1,6 @@
-"""The toy web: held-out worlds share no fact with others, pages answer their questions, browsing pays."""
+"""The toy web: held-out worlds share no fact with others, pages answer their questions, browsing
+pays.
+"""
 
 import itertools
 
@@ -14,16 +16,22 @@ pytestmark = pytest.mark.quick
 
 def asked_facts(world: World) -> set[tuple[str, str, str]]:
     relations = {relation for table in RELATIONS.values() for relation in table}
-    return {(n, r, v) for n, facts in world.facts.items() for r, v in facts.items() if r in relations}
+    return {
+        (n, r, v) for n, facts in world.facts.items() for r, v in facts.items() if r in relations
+    }
 
 
 def test_a_held_out_world_shares_no_fact_with_other_worlds():
     held_out = [asked_facts(World("held out", seed)) for seed in range(3)]
-    others = [asked_facts(World("warm start", f"{seed} {n}")) for seed in range(2) for n in range(6)]
+    others = [
+        asked_facts(World("warm start", f"{seed} {n}")) for seed in range(2) for n in range(6)
+    ]
     others += [asked_facts(World("training", seed)) for seed in range(3)]
     for one, other in itertools.product(held_out, others):
         assert not one & other
-    assert any(one & other for one, other in itertools.combinations(others, 2))  # other worlds do, now and then
+    assert any(
+        one & other for one, other in itertools.combinations(others, 2)
+    )  # other worlds do, now and then
 
 
 def test_the_same_seed_makes_the_same_world_and_another_seed_another():
@@ -63,18 +71,29 @@ def test_behaviour_rates_on_hand_made_cases(monkeypatch):
 
     world = World("held out", 0)
     person = next(name for name, kind in world.kind.items() if kind == "person")
-    city, mayor = world.facts[person]["birthplace"], world.facts[world.facts[person]["birthplace"]]["mayor"]
-    question = Question("q", f"What is the mayor of the birthplace of {person}?", (mayor,), "toy_2hop")
+    city, mayor = (
+        world.facts[person]["birthplace"],
+        world.facts[world.facts[person]["birthplace"]]["mayor"],
+    )
+    question = Question(
+        "q", f"What is the mayor of the birthplace of {person}?", (mayor,), "toy_2hop"
+    )
     search = '<think>x</think><tool_call>{{"name": "web_search", "arguments": {{"query": ["{}"]}}}}</tool_call>'
     browse = '<think>x</think><tool_call>{{"name": "browse_webpage", "arguments": {{"url_list": ["{}"]}}}}</tool_call>'
 
     def rates(*turns: tuple[str, str, str]) -> dict[str, float]:
-        made = tuple(Turn((0, 0), (0, 0), text, kind, observation) for kind, text, observation in turns)
-        return toyworld.behaviour_rates([Trajectory(question, [1], [False], [0.0], made, None, "malformed")], world)
+        made = tuple(
+            Turn((0, 0), (0, 0), text, kind, observation) for kind, text, observation in turns
+        )
+        return toyworld.behaviour_rates(
+            [Trajectory(question, [1], [False], [0.0], made, None, "malformed")], world
+        )
 
     titled = f"[... 'title': '{person}', ...]"
     lazy = rates(("search", search.format(person.split()[1]), titled))
-    assert (lazy["full_name"], lazy["browse_when_needed"]) == (0, 0) and lazy["second_hop"] != lazy["second_hop"]
+    assert (lazy["full_name"], lazy["browse_when_needed"]) == (0, 0) and lazy["second_hop"] != lazy[
+        "second_hop"
+    ]
     url = toyworld.url_of(person)
     good = rates(
         ("search", search.format(person), titled),
@@ -88,5 +107,8 @@ def test_the_start_model_ships_small_with_its_own_tokenizer_and_a_card():
     folder = toyworld.MODEL_DIR
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 3_000_000
     assert len(AutoTokenizer.from_pretrained(folder)) == len(toy_tokenizer.build_tokenizer())
-    assert AutoTokenizer.from_pretrained(folder).get_vocab() == toy_tokenizer.build_tokenizer().get_vocab()
+    assert (
+        AutoTokenizer.from_pretrained(folder).get_vocab()
+        == toy_tokenizer.build_tokenizer().get_vocab()
+    )
     assert "No weight was set by hand" in (folder / "README.md").read_text()

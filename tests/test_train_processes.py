@@ -1,4 +1,6 @@
-"""The main job as processes: Ctrl-C, torchrun, several ranks, kills; and the whole toy run of README."""
+"""The main job as processes: Ctrl-C, torchrun, several ranks, kills; and the whole toy run of
+README.
+"""
 
 import contextlib
 import importlib.util
@@ -24,7 +26,9 @@ pytestmark = pytest.mark.slow
 
 def start(*arguments: str) -> subprocess.Popen:
     command = [sys.executable, "train.py", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def wait_for_step(process: subprocess.Popen, step: int | str = r"\d+") -> None:
@@ -43,7 +47,9 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path):
     wait_for_step(process, 2)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and f"--resume={folder}" in output and "Traceback" not in output
+    assert (
+        process.returncode == 130 and f"--resume={folder}" in output and "Traceback" not in output
+    )
     assert start(f"--resume={folder}").wait(timeout=120) == 0
     assert metrics(folder) == whole
 
@@ -52,7 +58,12 @@ def torchrun(*arguments: str, timeout: float = 300) -> subprocess.CompletedProce
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["torchrun", *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=timeout
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
@@ -64,7 +75,9 @@ def test_torchrun_without_arguments_is_the_same_as_python(tmp_path, two_steps):
 
 
 def test_two_ranks_share_the_work_and_one_rank_can_go_on(tmp_path, two_steps):
-    """The first rollout is the same trajectories as on one rank, so the first step's metrics agree to rounding."""
+    """The first rollout is the same trajectories as on one rank, so the first step's metrics agree
+    to rounding.
+    """
     folder = tmp_path / "run"
     done = torchrun("--standalone", "--nproc_per_node=2", "train.py", *SMALL, f"--run_dir={folder}")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -82,15 +95,33 @@ def test_two_ranks_share_the_work_and_one_rank_can_go_on(tmp_path, two_steps):
 )
 def test_a_rank_that_hangs_or_dies_ends_the_job(blow, words, tmp_path):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    command = ["torchrun", "--standalone", "--nproc_per_node=2", "train.py", *SMALL, "--steps=500", "--rank_timeout=10"]
+    command = [
+        "torchrun",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train.py",
+        *SMALL,
+        "--steps=500",
+        "--rank_timeout=10",
+    ]
     process = subprocess.Popen(
-        [*command, f"--run_dir={tmp_path / 'run'}"], cwd=ROOT, env=os.environ | {"PATH": path}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [*command, f"--run_dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        env=os.environ | {"PATH": path},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         wait_for_step(process, 1)
-        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        ranks = {Path(f"/proc/{pid}/environ").read_bytes().partition(b"\0RANK=")[2][:1]: int(pid) for pid in workers}
+        workers = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
+        ranks = {
+            Path(f"/proc/{pid}/environ").read_bytes().partition(b"\0RANK=")[2][:1]: int(pid)
+            for pid in workers
+        }
         os.kill(ranks[b"1"], blow)
         struck = time.monotonic()
         output = process.communicate(timeout=60)[0]
@@ -102,7 +133,9 @@ def test_a_rank_that_hangs_or_dies_ends_the_job(blow, words, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_a_run_of_one_rank_goes_on_with_two_and_through_vllm_which_then_loads_what_it_exported(tmp_path, two_steps):
+def test_a_run_of_one_rank_goes_on_with_two_and_through_vllm_which_then_loads_what_it_exported(
+    tmp_path, two_steps
+):
     folder = tmp_path / "run"
     shutil.copytree(two_steps, folder)
     goes_on = ["train.py", f"--resume={folder}", "--engine=vllm", "--steps=3"]
@@ -113,8 +146,12 @@ def test_a_run_of_one_rank_goes_on_with_two_and_through_vllm_which_then_loads_wh
     measures = ["eval.py", f"--model={folder}", "--engine=vllm", f"--run_dir={tmp_path / 'eval'}"]
     done = torchrun("--standalone", "--nproc_per_node=2", *measures)
     assert done.returncode == 0, done.stdout + done.stderr
-    exported, engine = (json.loads((f / "summary.json").read_text()) for f in (tmp_path / "eval", folder))
-    assert exported["overall"]["f1"] == pytest.approx(engine["after"]["f1"], abs=0.11)  # rounding may turn one of ten
+    exported, engine = (
+        json.loads((f / "summary.json").read_text()) for f in (tmp_path / "eval", folder)
+    )
+    assert exported["overall"]["f1"] == pytest.approx(
+        engine["after"]["f1"], abs=0.11
+    )  # rounding may turn one of ten
 
 
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_end():
@@ -139,7 +176,9 @@ def test_what_the_first_person_with_gpus_runs_works_on_cpus(tmp_path):
 
 
 def test_the_main_job_learns_the_toy_web(tmp_path):
-    """README's promise: greedy F1 on held-out questions from at most 0.45 to at least 0.95, two hops to 0.90."""
+    """README's promise: greedy F1 on held-out questions from at most 0.45 to at least 0.95, two
+    hops to 0.90.
+    """
     done = torchrun("--standalone", "train.py", f"--run_dir={tmp_path / 'run'}", timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

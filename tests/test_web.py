@@ -1,4 +1,6 @@
-"""web.py against real servers on loopback that misbehave: faults, retries, connections, services of the operator."""
+"""web.py against real servers on loopback that misbehave: faults, retries, connections, services of
+the operator.
+"""
 
 import json
 import shutil
@@ -18,15 +20,33 @@ from deepresearcher_min.web import BlockedURL, Web, WebFailure, check_url
 pytestmark = pytest.mark.quick
 
 FAULTS = [
-    ("silence", "timeout"), ("drip_head", "timeout"), ("drip_body", "timeout"), ("drip_chunks", "timeout"),
-    ("endless_head", "connection"), ("reset_in_body", "connection"), ("short_body", "connection"),
-    ("bad_chunk", "connection"), ("no_http", "connection"), ("nothing", "connection"), ("bad_gzip", "connection"),
-    ("bomb", "too_large"), ("bomb_of_bombs", "too_large"), ("ten_megabytes", "too_large"), ("no_end", "too_large"),
-    ("circle", "redirects"), ("to_file", "refused_address"), ("to_user", "refused_address"),
-    ("to_nowhere", "redirects"), ("to_nonsense", "refused_address"), ("picture", "content_type"),
-    ("video", "content_type"), ("missing", "http_404"), ("forbidden", "unauthorized"), ("broken", "http_500"),
+    ("silence", "timeout"),
+    ("drip_head", "timeout"),
+    ("drip_body", "timeout"),
+    ("drip_chunks", "timeout"),
+    ("endless_head", "connection"),
+    ("reset_in_body", "connection"),
+    ("short_body", "connection"),
+    ("bad_chunk", "connection"),
+    ("no_http", "connection"),
+    ("nothing", "connection"),
+    ("bad_gzip", "connection"),
+    ("bomb", "too_large"),
+    ("bomb_of_bombs", "too_large"),
+    ("ten_megabytes", "too_large"),
+    ("no_end", "too_large"),
+    ("circle", "redirects"),
+    ("to_file", "refused_address"),
+    ("to_user", "refused_address"),
+    ("to_nowhere", "redirects"),
+    ("to_nonsense", "refused_address"),
+    ("picture", "content_type"),
+    ("video", "content_type"),
+    ("missing", "http_404"),
+    ("forbidden", "unauthorized"),
+    ("broken", "http_500"),
     ("busy", "rate_limited"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +71,9 @@ def test_faults_become_words_before_the_deadline(one_web, server, fault, kind):
 
 
 def test_a_silence_ends_before_the_deadline(open_web, server):
-    kind, _, seconds = failure_of(open_web(read_timeout=0.2), server.url + "/fault/silence", seconds=9)
+    kind, _, seconds = failure_of(
+        open_web(read_timeout=0.2), server.url + "/fault/silence", seconds=9
+    )
     assert kind == "timeout" and seconds < 5
 
 
@@ -74,7 +96,9 @@ def test_a_redirect_is_read_as_browsers_read_it(open_web):
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
-def test_certificates_are_checked_for_the_name_and_not_for_the_dialled_address(open_web, tmp_path, monkeypatch):
+def test_certificates_are_checked_for_the_name_and_not_for_the_dialled_address(
+    open_web, tmp_path, monkeypatch
+):
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     command = f"""openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2
         -subj /CN=name.example -addext subjectAltName=DNS:name.example -keyout {key} -out {certificate}"""
@@ -84,22 +108,39 @@ def test_certificates_are_checked_for_the_name_and_not_for_the_dialled_address(o
     lead_to(monkeypatch, "127.0.0.1")
     with Server({"/": (200, {}, b"secret")}, ssl_context=context) as server:
         port = server.http.server_port
-        assert failure_of(open_web("a"), f"https://name.example:{port}/")[0] == "tls"  # nobody vouches for it
+        assert (
+            failure_of(open_web("a"), f"https://name.example:{port}/")[0] == "tls"
+        )  # nobody vouches for it
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         web = open_web("b")
-        assert web.fetch(f"https://name.example:{port}/", Counter(), time.monotonic() + 2)[0] == b"secret"
+        assert (
+            web.fetch(f"https://name.example:{port}/", Counter(), time.monotonic() + 2)[0]
+            == b"secret"
+        )
         assert failure_of(web, f"https://other.example:{port}/")[0] == "tls"
 
 
 def test_a_failed_exchange_gives_its_place_in_the_pool_back(open_web, server):
     web = open_web(connections_per_host=1)
-    for fault in ("ten_megabytes", "picture", "drip_body", "reset_in_body", "silence", "missing", "circle"):
+    for fault in (
+        "ten_megabytes",
+        "picture",
+        "drip_body",
+        "reset_in_body",
+        "silence",
+        "missing",
+        "circle",
+    ):
         failure_of(web, f"{server.url}/fault/{fault}", seconds=0.3)
         assert web.fetch(server.url + "/page", Counter(), time.monotonic() + 9)[0] == b"<p>hello"
 
 
 def test_names_that_nobody_waits_for_any_more_do_not_hold_up_the_others(monkeypatch):
-    asked, found, over = [], [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("1.1.1.1", 0))], threading.Event()
+    asked, found, over = (
+        [],
+        [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("1.1.1.1", 0))],
+        threading.Event(),
+    )
 
     def slow(host, *_, **__):
         asked.append(host)
@@ -109,7 +150,9 @@ def test_names_that_nobody_waits_for_any_more_do_not_hold_up_the_others(monkeypa
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     with ThreadPoolExecutor(64) as threads:
-        for future in [threads.submit(check_url, f"http://slow{i}.example/", seconds=0.1) for i in range(64)]:
+        for future in [
+            threads.submit(check_url, f"http://slow{i}.example/", seconds=0.1) for i in range(64)
+        ]:
             with pytest.raises(BlockedURL, match="dns"):
                 future.result()
     over.set()
@@ -132,7 +175,9 @@ def test_connections_are_reused_and_bytes_counted(open_web):
 def test_at_most_connections_per_host_at_the_same_time(open_web):
     with Server({"/": (200, {}, b"x")}, delay=0.03) as server, ThreadPoolExecutor(16) as threads:
         web = open_web(connections_per_host=3)
-        list(threads.map(lambda _: web.fetch(server.url, Counter(), time.monotonic() + 5), range(12)))
+        list(
+            threads.map(lambda _: web.fetch(server.url, Counter(), time.monotonic() + 5), range(12))
+        )
         assert server.most_at_once == 3
 
 
@@ -161,8 +206,12 @@ def test_retry_after_is_honoured_within_the_deadline_and_else_not_waited_for(ope
 
     with Server({"/": limited}) as server:
         open_web(max_retries=4).fetch(server.url + "/", Counter(), time.monotonic() + 30)
-        assert len(times) == 2 and times[1] - times[0] >= 0.95  # a pause of our own is 0.75 s at most
-        kind, _, seconds = failure_of(open_web("b", max_retries=4), server.url + "/fault/busy", seconds=30)
+        assert (
+            len(times) == 2 and times[1] - times[0] >= 0.95
+        )  # a pause of our own is 0.75 s at most
+        kind, _, seconds = failure_of(
+            open_web("b", max_retries=4), server.url + "/fault/busy", seconds=30
+        )
         assert kind == "rate_limited" and seconds < 15 and server.requests["/fault/busy"] == 1
 
 
@@ -180,11 +229,20 @@ def test_json_services_may_be_private_and_their_errors_have_names(open_web):
         "/pay": (402, {}, b""),
         "/moved": (302, {"Location": "/ok"}, b""),
     }
-    kinds = {"/html": "bad_reply", "/cut": "bad_reply", "/deep": "bad_reply", "/key": "unauthorized", "/poor": "quota",
-             "/pay": "quota", "/moved": "http_302"}  # fmt: skip
+    kinds = {
+        "/html": "bad_reply",
+        "/cut": "bad_reply",
+        "/deep": "bad_reply",
+        "/key": "unauthorized",
+        "/poor": "quota",
+        "/pay": "quota",
+        "/moved": "http_302",
+    }
     with Server(pages) as server:
         web = open_web(allow_private_hosts=False)
-        reply = web.fetch_json(server.url + "/ok", {"X-Key": "k"}, {"q": "ü"}, Counter(), time.monotonic() + 2)
+        reply = web.fetch_json(
+            server.url + "/ok", {"X-Key": "k"}, {"q": "ü"}, Counter(), time.monotonic() + 2
+        )
         assert reply == {"a": 1}
         _, headers, body = server.sent[0]
         assert headers["X-Key"] == "k" and json.loads(body) == {"q": "ü"}

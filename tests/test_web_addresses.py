@@ -86,18 +86,32 @@ def test_one_private_address_among_public_ones_is_enough_to_refuse(monkeypatch):
         check_url("http://name.example/")
 
 
-def test_a_name_that_answers_differently_the_second_time_is_still_dialled_where_it_was_checked(open_web, monkeypatch):
+def test_a_name_that_answers_differently_the_second_time_is_still_dialled_where_it_was_checked(
+    open_web, monkeypatch
+):
     asked, real = [], socket.getaddrinfo
 
     def rebinding(host, *_, **__):
         asked.append(host)
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1" if len(asked) == 1 else "127.0.0.9", 0))]
+        return [
+            (
+                socket.AF_INET,
+                socket.SOCK_STREAM,
+                6,
+                "",
+                ("127.0.0.1" if len(asked) == 1 else "127.0.0.9", 0),
+            )
+        ]
 
     with Server({"/": (200, {}, b"the checked one")}) as server:
         monkeypatch.setattr(
-            socket, "getaddrinfo", lambda host, *a, **k: rebinding(host) if "example" in host else real(host, *a, **k)
+            socket,
+            "getaddrinfo",
+            lambda host, *a, **k: rebinding(host) if "example" in host else real(host, *a, **k),
         )
-        body, _ = open_web().fetch(f"http://name.example:{server.http.server_port}/", Counter(), time.monotonic() + 2)
+        body, _ = open_web().fetch(
+            f"http://name.example:{server.http.server_port}/", Counter(), time.monotonic() + 2
+        )
         assert body == b"the checked one" and asked == ["name.example"]
         assert server.sent[0][1]["Host"] == f"name.example:{server.http.server_port}"
 
@@ -125,12 +139,19 @@ def test_every_redirect_is_checked_again(open_web, monkeypatch, target):
     """The rule is lifted for 127.0.0.1 alone, which plays the public site that redirects."""
     with Server({"/": (302, {"Location": target}, b"")}) as server:
         monkeypatch.setattr(
-            web_module, "check_url", lambda url, private, seconds: check_url(url, url.startswith(server.url), seconds)
+            web_module,
+            "check_url",
+            lambda url, private, seconds: check_url(url, url.startswith(server.url), seconds),
         )
-        assert failure_of(open_web(allow_private_hosts=False), server.url + "/")[0] == "refused_address"
+        assert (
+            failure_of(open_web(allow_private_hosts=False), server.url + "/")[0]
+            == "refused_address"
+        )
 
 
-def test_private_addresses_are_refused_without_allow_private_hosts_and_proxies_do_not_help(open_web, monkeypatch):
+def test_private_addresses_are_refused_without_allow_private_hosts_and_proxies_do_not_help(
+    open_web, monkeypatch
+):
     with Server({"/page": (200, {}, b"<p>hello")}) as server:
         for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
             monkeypatch.setenv(name, server.url)
