@@ -106,7 +106,8 @@ def table(results: list[dict[str, Any]]) -> dict[str, float]:
     """Print the results as Markdown, a row for each variant; the same figures, flat."""
     figures: dict[str, float] = {}
     print(
-        "| variant | seeds | F1 at the end (lowest to highest) | step with F1 0.8 (each seed) | CPU minutes a run |"
+        "| variant | seeds | F1 at the end (lowest to highest) | step with F1 0.8 (each seed) | "
+        "CPU minutes a run |"
     )
     print("|---|---|---|---|---|")
     for name in VARIANTS:

@@ -132,7 +132,8 @@ def main() -> int:
         rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
         lap = statistics.median(row["roll_s"] + row["update_s"] for row in rows if "roll_s" in row)
         print(
-            f"undisturbed: {steps[2:]}, {lap:.1f} s a step\nkill  in                        step reached  step saved"
+            f"undisturbed: {steps[2:]}, {lap:.1f} s a step\nkill  in                        "
+            f"step reached  step saved"
         )
         process = start([*SMALL, steps, f"--run_dir={killed}"], log)
         for number in range(1, args.kills + 1):
@@ -149,7 +150,8 @@ def main() -> int:
         other = result(killed)
     equal = {name: one[name] == other[name] for name in one}
     print(
-        f"{args.kills} kills, {in_save} in a save; {twice} steps done twice; {time.monotonic() - begun:.0f} s"
+        f"{args.kills} kills, {in_save} in a save; {twice} steps done twice; "
+        f"{time.monotonic() - begun:.0f} s"
     )
     print(
         "like the undisturbed run? "

@@ -203,12 +203,14 @@ def bench_real() -> dict[str, float]:
     server.terminate()
     slowest = max(sum(max(latencies) for _, latencies in plan.calls) / SCALE for plan in plans)
     print(
-        f"\nREAL: vLLM on the CPU, {CONVERSATIONS} conversations; the slowest waits {slowest:.1f} s for its tools"
+        f"\nREAL: vLLM on the CPU, {CONVERSATIONS} conversations; the slowest waits "
+        f"{slowest:.1f} s for its tools"
     )
     tokens = sum(max(2, turn // SCALE) - 1 for plan in plans for turn in plan.turns)
     for name, seconds in figures.items():
         print(
-            f"  {name:12s} {seconds:7.1f} s {tokens / seconds:8.0f} tokens/s {seconds / figures['ours']:8.2f} x ours"
+            f"  {name:12s} {seconds:7.1f} s {tokens / seconds:8.0f} tokens/s "
+            f"{seconds / figures['ours']:8.2f} x ours"
         )
     return {
         "real_tokens_per_s": tokens / figures["ours"],
@@ -312,7 +314,8 @@ def bench_overhead() -> dict[str, float]:
     for count, found in times.items():
         three = ", ".join(f"{value:.3f}" for value in found)
         print(
-            f"  {count:5d} trajectories in flight: {min(found):.3f} ms of CPU for a turn (the least of {three})"
+            f"  {count:5d} trajectories in flight: {min(found):.3f} ms of CPU for a turn (the "
+            f"least of {three})"
         )
     return {f"overhead_ms_per_turn_{count}": min(found) for count, found in times.items()}
 

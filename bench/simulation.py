@@ -46,7 +46,9 @@ ENGINES, SEARCHES_PER_SECOND = 8, 200.0
 
 
 class Clock(selectors.SelectSelector):
-    """An event loop that waits with this selector does not wait: its clock jumps to the next timer."""
+    """An event loop that waits with this selector does not wait: its clock jumps to the next
+    timer.
+    """
 
     now = 0.0
 
@@ -245,7 +247,8 @@ def bench_simulated() -> dict[str, float]:
         if not name:
             figures["sim_official_s"] = lock_step(plans, official=True)
             print(
-                f"  {'a official: lock step, polling, cache dropped':46s} {figures['sim_official_s']:8.0f}"
+                f"  {'a official: lock step, polling, cache dropped':46s} "
+                f"{figures['sim_official_s']:8.0f}"
             )
         figures[f"sim_{name}lock_step_s"] = lock_step(plans, official=False)
         print(f"  {'b lock step':46s} {figures[f'sim_{name}lock_step_s']:8.0f}")

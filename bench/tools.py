@@ -168,7 +168,8 @@ def bench_cassette(folder: Path) -> dict[str, float]:
                 web.cached(name, number, replies.__next__, counts, time.monotonic() + 60)
             figures[f"{what}_ms_{name}"] = (time.process_time() - start) / 500 * 1000
         print(
-            f"  with {name:>5} entries {figures[f'put_ms_{name}']:24.3f} {figures[f'get_ms_{name}']:7.3f}"
+            f"  with {name:>5} entries {figures[f'put_ms_{name}']:24.3f} "
+            f"{figures[f'get_ms_{name}']:7.3f}"
         )
     web.close()
     return figures
@@ -178,10 +179,11 @@ def bench_cassette(folder: Path) -> dict[str, float]:
 
 
 def serve(port: multiprocessing.Queue, received: multiprocessing.Value) -> None:
-    """A search service that takes as long as the design's log-normal says, in a process of its own."""
+    """A search service as slow as the design's log-normal says, in a process of its own."""
     results = [{"title": t, "link": u, "snippet": s} for t, u, s in reply_of(0)]
     body = json.dumps({"searchParameters": {}, "organic": results}).encode()
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    fields = f"Content-Type: application/json\r\nContent-Length: {len(body)}"
+    head = f"HTTP/1.1 200 OK\r\n{fields}\r\n\r\n".encode()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while request := await reader.readuntil(b"\r\n\r\n"):
@@ -252,10 +254,12 @@ def bench_searches(folder: Path, trajectories: int, threads: int = 256) -> dict[
     }
     limit = f"{PAPER.requests_per_second:.0f}/s"
     print(
-        f"\nsearches of {trajectories} trajectories, {QUERIES} queries each, {threads} threads, {limit}"
+        f"\nsearches of {trajectories} trajectories, {QUERIES} queries each, {threads} threads, "
+        f"{limit}"
     )
     print(
-        f"  asked {len(asked)}, sent {received.value}; different {len(first_end)}; saved by waiting for one under way"
+        f"  asked {len(asked)}, sent {received.value}; different {len(first_end)}; saved by "
+        f"waiting for one under way"
     )
     print(f"  {under_way}; {seconds:.0f} s, {figures['cpu_ms_per_search']:.2f} ms CPU a search")
     return figures
@@ -304,7 +308,8 @@ def bench_stalls(body: bytes, workers: int = 8) -> dict[str, float]:
         list(pool.map(lambda _: in_child(), range(2 * workers)))
     figures = {}
     print(
-        f"\na loop like an engine's beside {workers} tool threads   steps/s   slowest 1 % of steps ms   pages/s"
+        f"\na loop like an engine's beside {workers} tool threads   steps/s   slowest 1 % of "
+        f"steps ms   pages/s"
     )
     for name, parse in (
         ("alone", None),

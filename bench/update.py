@@ -41,7 +41,10 @@ TRL = (
     "datasets==5.2.0",
     "requests==2.34.2",
 )  # its client needs the last
-NEEDED = "import requests; from trl import GRPOTrainer; from trl.experimental.async_grpo import AsyncGRPOTrainer"
+NEEDED = (
+    "import requests; from trl import GRPOTrainer; "
+    "from trl.experimental.async_grpo import AsyncGRPOTrainer"
+)
 # What the peers' environment has in the same version as ours.
 SHARED = ("torch", "transformers", "safetensors", "numpy", "pyyaml", "pyarrow")
 TAIL = (96, 112, 128, 144, 160, 192, 224, 256, 288, 320, 352, 448, 640, 1024, 1600, 2560)
@@ -67,11 +70,12 @@ PEERS = {"trl_grpo": "GRPOTrainer", "trl_grpo_compact": "GRPO compact", "trl_asy
 SLOW = {"trl_grpo", "trl_grpo_compact"}  # one round is enough for what takes 2 to 17 times as long
 LABELS = PEERS | {"ours_apart": "ours, apart"}
 CAPTION = """
-What carries over to a 7B model on GPUs: no work on padding, no head at tokens that are not trained, logits never kept
-(24k trained tokens x 152k words in float32 are 14.6 GB), memory linear in length. What does not: the ratios. At 152k
-words the head is most of this small model; of a 7B model it is 6 % of the FLOPs, and so much less is gained there.
-Only the batches shared_* share a prompt: ours and AsyncGRPO compute it once, "ours, apart" in every trajectory, as the
-others do. GPUs: untested.
+What carries over to a 7B model on GPUs: no work on padding, no head at tokens that are not
+trained, logits never kept (24k trained tokens x 152k words in float32 are 14.6 GB), memory linear
+in length. What does not: the ratios. At 152k words the head is most of this small model; of a 7B
+model it is 6 % of the FLOPs, and so much less is gained there. Only the batches shared_* share a
+prompt: ours and AsyncGRPO compute it once, "ours, apart" in every trajectory, as the others do.
+GPUs: untested.
 """
 
 
@@ -170,7 +174,8 @@ def check_agreement(case: str, found: dict[str, dict[str, float]]) -> None:
         for key in ("loss", "grad_norm"):
             if abs(figures[key] - ours[key]) > 1e-4 * ours["grad_norm"]:
                 raise SystemExit(
-                    f"{case}: {key} is {figures[key]} for {name}, {ours[key]} for ours: not comparable"
+                    f"{case}: {key} is {figures[key]} for {name}, {ours[key]} for ours: not "
+                    f"comparable"
                 )
 
 
@@ -202,7 +207,8 @@ def bench_memory(
     pairs = ", ".join(f"{n}: {peak * 1000:.0f}" for n, peak in zip(lengths, peaks, strict=True))
     print(f"\npeak extra memory of ours by length of one sequence, 4k words [tokens: MB]  {pairs}")
     print(
-        f"line: {fixed * 1000:.0f} MB + {slope * 1e6:.1f} kB per token, off by at most {off:.1%} of the largest peak"
+        f"line: {fixed * 1000:.0f} MB + {slope * 1e6:.1f} kB per token, off by at most "
+        f"{off:.1%} of the largest peak"
     )
     return first, {"memory_kb_per_token": slope * 1e6, "memory_off_line": float(off)}
 
@@ -217,7 +223,8 @@ def bench_time(workers: dict[str, Worker], rounds: int, first: dict[str, Any]) -
     """Rounds of one call of every contestant, and the table."""
     figures: dict[str, float] = {}
     print(
-        f"\n{'batch':10}{'':14}{'CPU s':>8}{'x ours':>8}{'wall s':>8}{'peak GB':>9}{'loss':>12}{'grad norm':>11}"
+        f"\n{'batch':10}{'':14}{'CPU s':>8}{'x ours':>8}{'wall s':>8}"
+        f"{'peak GB':>9}{'loss':>12}{'grad norm':>11}"
     )
     for case in CASES | PROMPTS:
         found: dict[str, list[dict[str, float]]] = {
@@ -271,7 +278,8 @@ def main() -> None:
             figures |= slope | bench_time(workers, args.rounds, first)
     print(CAPTION)
     print(
-        f"load of this machine: {figures['load']:.1f} before, {os.getloadavg()[0]:.1f} after, {figures['cpus']} CPUs"
+        f"load of this machine: {figures['load']:.1f} before, {os.getloadavg()[0]:.1f} after, "
+        f"{figures['cpus']} CPUs"
     )
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")

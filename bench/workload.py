@@ -76,7 +76,7 @@ def make_plans(count: int, mean_calls: float, seed: int) -> list[Plan]:
 
 
 def plan_of(request_id: str) -> int:
-    """The rollout's requests are named step/question/index, with GROUP trajectories to a question."""
+    """Requests are named step/question/index, with GROUP trajectories to a question."""
     _, question, index = map(int, request_id.split("/"))
     return question * GROUP + index
 

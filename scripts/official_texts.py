@@ -35,7 +35,7 @@ def branch(tree: ast.AST, word: str) -> ast.AST:
 
 
 def text_of(value: ast.expr) -> str:
-    """A string, or an f-string with {date} in the place of what it computes: there it is the date."""
+    """A string, or an f-string with {date} in the place of what it computes."""
     if not isinstance(value, ast.JoinedStr):
         return str(ast.literal_eval(value))
     return "".join(

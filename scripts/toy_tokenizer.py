@@ -49,11 +49,13 @@ PIECES = (
     " ",
 )
 WORDS = """
-What is The the of a I need do not see page may say guess that it know answer person company book city Nothing was
-found for this query says nothing about No search has shown address so cannot be opened result too long to 0 1 2
+What is The the of a I need do not see page may say guess that it know answer person company book
+city Nothing was found for this query says nothing about No search has shown address so cannot be
+opened result too long to 0 1 2
 """.split()  # noqa: SIM905 (as a list of strings it could not be read)
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role != 'system' %}<|{{ m.role }}|>{{ m.content "
+    "}}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 

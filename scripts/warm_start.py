@@ -81,14 +81,16 @@ def beginner(question: str, rng: random.Random, skill: Skill) -> Generator[str, 
         if page is not None:
             value = stated(page["quick_summary"], relation)
             if value is None and rng.random() < skill.browse:
-                shown = yield f"The page of {subject} may say it.{CALL_BROWSE}{page['url']}{CALL_END}"
+                thought = f"The page of {subject} may say it."
+                shown = yield f"{thought}{CALL_BROWSE}{page['url']}{CALL_END}"
                 notes = ast.literal_eval(shown)[0]["information"]
                 value = stated(" ".join(note["page_summary"] for note in notes), relation)
         if value is None:
             seen = re.findall(
                 r"The \w+ is ([^.]+)\.", " ".join(r["quick_summary"] for r in results)
             )
-            yield f"I guess that it is {(guess := rng.choice(seen or [subject]))}.{ANSWER}{guess}{ANSWER_END}"
+            guess = rng.choice(seen or [subject])
+            yield f"I guess that it is {guess}.{ANSWER}{guess}{ANSWER_END}"
             return
         evidence = f"The {relation} is {value}. "
         if hop + 1 == len(relations) or rng.random() > skill.second_hop:
@@ -223,8 +225,10 @@ def warm_start(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     recipe = (
-        f"seed {config.seed}; {demos:,} demonstrations from 60 worlds, {steps:,} steps of about {tokens:,} tokens,\n"
-        f"AdamW, learning rate 2e-3 with linear decay, {time.process_time() - started:.0f} s of CPU time on one thread"
+        f"seed {config.seed}; {demos:,} demonstrations from 60 worlds, {steps:,} steps of about "
+        f"{tokens:,} tokens,\n"
+        f"AdamW, learning rate 2e-3 with linear decay, {time.process_time() - started:.0f} s of "
+        f"CPU time on one thread"
     )
     write_card(config, folder, recipe, copy_accuracy(model, tokenizer, fresh))
 
@@ -287,25 +291,29 @@ def write_card(config: Config, folder: Path, recipe: str, copying: float) -> Non
         batch = Batch(questions, range(len(questions)), 1, temperature, step=0)
         found = [trajectory for (trajectory,) in roll_out(batch, agent)]
         columns[name] = summarize(found) | behaviour_rates(found, world)
+    weights = load_file(folder / "model.safetensors").values()
+    parameters = sum(tensor.numel() for tensor in weights)
     (folder / "README.md").write_text(
         f"""# The toy web's start model
 
-A Llama-architecture model with {sum(t.numel() for t in load_file(folder / "model.safetensors").values()):,} parameters
-and a word-level tokenizer for the toy web. It knows the form of the task (thoughts, calls, answers, copying names) and
-little of its substance: it imitates scripted beginners. Reinforcement learning starts from here.
+A Llama-architecture model with {parameters:,} parameters and a word-level tokenizer for the toy
+web. It knows the form of the task (thoughts, calls, answers, copying names) and little of its
+substance: it imitates scripted beginners. Reinforcement learning starts from here.
 
 No weight was set by hand. Recipe: {recipe}.
 
-Measured on 200 questions of a world with other facts (seed {config.seed}; before any reinforcement learning):
+Measured on 200 questions of a world with other facts (seed {config.seed}; before any reinforcement
+learning):
 
 {text_table(score_rows(columns), markdown=True)}
 
-Where a thought restates a fact ("The mayor is Ada Vek."), the most probable token is the right one for {copying:.1%}
-of the words of the value, on demonstrations that the model was not trained on. Reinforcement learning hardly improves
-copying, so this share limits where it ends; if it is much lower with another seed, try one more.
+Where a thought restates a fact ("The mayor is Ada Vek."), the most probable token is the right one
+for {copying:.1%} of the words of the value, on demonstrations that the model was not trained on.
+Reinforcement learning hardly improves copying, so this share limits where it ends; if it is much
+lower with another seed, try one more.
 
-Train it again: `python -m scripts.warm_start --seed={config.seed}` (another seed gives another model;
---model=DIR writes it elsewhere, and `train.py --model=DIR` uses it).
+Train it again: `python -m scripts.warm_start --seed={config.seed}` (another seed gives another
+model; --model=DIR writes it elsewhere, and `train.py --model=DIR` uses it).
 """
     )
 

@@ -28,7 +28,8 @@ SAID = {  # README's line -> what is added here, the exit code, and what must be
         0,
         ("Answer: ",),
     ),
-    "pip install -r requirements-dev.txt && pip uninstall -y torchvision torchaudio torchcodec && pytest": (
+    "pip install -r requirements-dev.txt && pip uninstall -y torchvision torchaudio torchcodec "
+    "&& pytest": (
         " --collect-only -q",
         0,
         ("test_readme.py",),
@@ -39,7 +40,8 @@ SAID = {  # README's line -> what is added here, the exit code, and what must be
         0,
         ("F1 on 4 held-out questions",),
     ),
-    "python eval.py --model=DIR --data=dev.parquet --search=local --corpus=corpus.jsonl --limit=20": (
+    "python eval.py --model=DIR --data=dev.parquet --search=local --corpus=corpus.jsonl "
+    "--limit=20": (
         " --limit=1 --max_turn_tokens=16",
         0,
         ("hotpotqa",),
@@ -51,7 +53,8 @@ SAID = {  # README's line -> what is added here, the exit code, and what must be
         NEEDS,
     ),
     "torchrun --nproc_per_node=8 train.py --preset=paper --data=train.parquet": ("", 1, NEEDS),
-    "torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --master_port=29500 --nproc_per_node=8 train.py "
+    "torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --master_port=29500 "
+    "--nproc_per_node=8 train.py "
     "--preset=paper --data=train.parquet --run_dir=/shared/run1 --cassette=/tmp/web.sqlite": (
         "",
         1,
