@@ -1,0 +1,221 @@
+"""scripts/question_sets.py: every format that it reads, no article on both sides, clear errors."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from deepresearcher_min.search import Corpus
+from deepresearcher_min.trajectory import load_questions
+from scripts.question_sets import main, make_sets
+
+pytestmark = pytest.mark.quick
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "squad_web"
+
+SQUAD = {
+    "version": "1.1",
+    "data": [
+        {
+            "title": f"River_{name}",
+            "paragraphs": [
+                {
+                    "context": f"The {name} is {n} km long.",
+                    "qas": [
+                        {
+                            "id": f"{name}{n}",
+                            "question": f"How long is the {name}?",
+                            "answers": [
+                                {"text": f"{n} km", "answer_start": 9},
+                                {"text": f"{n} km", "answer_start": 9},
+                            ],
+                        },
+                        {"id": f"{name}{n}x", "question": "Who?", "answers": []},
+                    ],
+                }
+                for n in (10, 20)
+            ],
+        }
+        for name in ("Aa", "Bee", "Cee", "Dee")
+    ],
+}
+HOTPOT = {
+    "_id": "h1",
+    "question": "Where was the maker of Plain Song born?",
+    "answer": "Ghent",
+    "type": "bridge",
+    "level": "hard",
+    "supporting_facts": [["Plain Song", 0], ["Ann Eck", 1], ["Ann Eck", 0]],
+    "context": [
+        ["Plain Song", ["Plain Song is a tune by Ann Eck.", " It is short."]],
+        ["Ann Eck", ["Ann Eck wrote tunes.", " She was born in Ghent."]],
+        ["Café (song)", ["Another tune."]],
+    ],
+}
+MUSIQUE = {
+    "id": "2hop__1_2",
+    "question": "Who rules the town of the mill?",
+    "answer": "A mayor",
+    "answer_aliases": ["the mayor"],
+    "answerable": True,
+    "paragraphs": [
+        {"idx": 0, "title": "Mill", "paragraph_text": "The mill is in Oss.", "is_supporting": True},
+        {"idx": 1, "title": "Oss", "paragraph_text": "A mayor rules Oss.", "is_supporting": True},
+        {"idx": 2, "title": "Oss", "paragraph_text": "Oss is old.", "is_supporting": False},
+    ],
+}
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(folder: Path, name: str, *objects) -> Path:
+    path = folder / name
+    if name.endswith(".jsonl"):
+        path.write_text("".join(json.dumps(one) + "\n" for one in objects))
+    else:
+        path.write_text(json.dumps(objects[0]))
+    return path
+
+
+def sets_of(tmp_path: Path, *files: Path, held_out: float = 0.0) -> dict[str, list[dict]]:
+    make_sets(list(files), tmp_path / "out", held_out, 0)
+    return {
+        name: rows(tmp_path / "out" / f"{name}.jsonl") for name in ("corpus", "train", "held_out")
+    }
+
+
+def test_squad_paragraphs_become_pages(tmp_path):
+    sets = sets_of(tmp_path, write(tmp_path, "squad.json", SQUAD))
+    assert len(sets["corpus"]) == 8 and len(sets["train"]) == 8
+    assert sets["corpus"][1] == {
+        "title": "River Aa (2)",
+        "url": "https://en.wikipedia.org/wiki/River_Aa#2",
+        "text": "The Aa is 20 km long.",
+    }
+    assert sets["train"][1] == {
+        "id": "Aa20",
+        "question": "How long is the Aa?",
+        "answers": ["20 km"],
+        "source": "squad",
+        "gold_titles": ["River Aa (2)"],
+        "article": "River Aa",
+    }
+
+
+@pytest.mark.parametrize("dress", ["published", "parallel lists"])
+def test_hotpot(tmp_path, dress):
+    row = dict(HOTPOT)
+    if dress == "parallel lists":
+        titles, sentences = zip(*HOTPOT["context"], strict=True)
+        row["context"] = {"title": titles, "sentences": sentences}
+        facts, numbers = zip(*HOTPOT["supporting_facts"], strict=True)
+        row["supporting_facts"] = {"title": facts, "sent_id": numbers}
+    sets = sets_of(tmp_path, write(tmp_path, "hotpot.json", [row]))
+    assert sets["train"][0]["gold_titles"] == ["Plain Song", "Ann Eck"]
+    assert sets["train"][0]["source"] == "hotpotqa"
+    assert sets["corpus"][1]["text"] == "Ann Eck wrote tunes. She was born in Ghent."
+    assert sets["corpus"][2]["url"] == "https://en.wikipedia.org/wiki/Caf%C3%A9_(song)"
+
+
+def test_2wiki_is_told_from_hotpot(tmp_path):
+    file = write(tmp_path, "2wiki.json", [HOTPOT | {"evidences": []}])
+    assert sets_of(tmp_path, file)["train"][0]["source"] == "2wiki"
+
+
+def test_musique(tmp_path):
+    unanswerable = MUSIQUE | {"id": "no", "answerable": False}
+    sets = sets_of(tmp_path, write(tmp_path, "musique.jsonl", MUSIQUE, unanswerable))
+    assert [row["id"] for row in sets["train"]] == ["2hop__1_2"]
+    assert sets["train"][0]["answers"] == ["A mayor", "the mayor"]
+    assert len(sets["corpus"]) == 3  # once, though two questions bring them
+    pages = Corpus.from_jsonl(tmp_path / "out" / "corpus.jsonl").pages
+    assert len(pages) == 2  # both paragraphs about Oss are one page
+
+
+def test_corpora_and_questions_of_ones_own(tmp_path):
+    beir = write(tmp_path, "beir.jsonl", {"_id": "7", "title": "Oss", "text": "Oss is old."})
+    wiki = write(tmp_path, "wiki-18.jsonl", {"id": "0", "contents": '"Mill"\nThe mill is in Oss.'})
+    asked = {"question": "Where?", "golden_answers": ["Oss"], "article": "Mill"}
+    sets = sets_of(tmp_path, beir, wiki, write(tmp_path, "questions.jsonl", asked))
+    assert [row["title"] for row in sets["corpus"]] == ["Oss", "Mill"]
+    assert sets["train"][0]["answers"] == ["Oss"] and sets["train"][0]["article"] == "Mill"
+    assert load_questions(tmp_path / "out" / "train.jsonl")[0].answers == ("Oss",)
+
+
+def test_no_article_is_on_both_sides(tmp_path):
+    rng = random.Random(0)
+    names = [f"Article {n}" for n in range(200)]
+    objects = []
+    for n in range(400):
+        gold = rng.sample(names, 2)
+        context = [[name, [f"{name} is a thing."]] for name in gold]
+        facts = [[name, 0] for name in gold]
+        objects.append(HOTPOT | {"_id": str(n), "context": context, "supporting_facts": facts})
+    singles = [{"question": "?a", "answer": "x", "article": name} for name in names]
+    files = write(tmp_path, "h.json", objects), write(tmp_path, "q.jsonl", *singles)
+    counts = make_sets(list(files), tmp_path / "out", 0.3, 1)
+    train, held_out = rows(tmp_path / "out/train.jsonl"), rows(tmp_path / "out/held_out.jsonl")
+    seen = {title for row in train for title in [*row["gold_titles"], row["article"]]}
+    unseen = {title for row in held_out for title in [*row["gold_titles"], row["article"]]}
+    assert not seen & unseen
+    assert 40 <= counts["q.jsonl"]["held_out"] <= 80
+    total = counts["h.json"]
+    assert total["train"] + total["held_out"] + total["left out"] == 400
+    assert total["left out"] > 100
+
+
+def test_the_same_articles_are_held_out_whatever_else_is_read(tmp_path):
+    both = sets_of(tmp_path, write(tmp_path, "s.json", SQUAD), held_out=0.5)
+    some = dict(SQUAD, data=SQUAD["data"][2:])
+    again = sets_of(tmp_path, write(tmp_path, "s.json", some), held_out=0.5)
+    assert all(row in both["held_out"] for row in again["held_out"])
+    assert all(row in both["train"] for row in again["train"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jsonl", '{"question": "Who?", "answers": ["x"]}\n', "line 1: neither"),
+        ("a.jsonl", '{"text": "x"}\n{"title": 1\n', "line 1: Expecting"),
+        ("a.jsonl", '{"question": "Who?", "answers": [], "article": "A"}\n', "line 1: answers"),
+        ("a.jsonl", '{"text": "x"}\n[1]\n', "line 2: not an object"),
+        ("a.jsonl", '{"text": "\\ud800", "title": "T"}\n', "line 1: 'utf-8'"),
+        ("a.json", '[{"question": "Who?", "context": [], "supporting_facts": []}]', "object 1"),
+        ("a.json", '{"data": [{"title": "A"}]}', "object 1: no format"),
+        ("a.json", '{"data": [{"title": "A", "paragraphs": [{}]}]}', "object 1: 'context' is"),
+        ("a.json", '[{"text": "x"}, {"text": ', "object 1: "),
+        ("a.json", '{"rows": []}', "holds no object"),
+        ("a.jsonl", "", "holds no object"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, name, text, said):
+    kept = tmp_path / "out"
+    kept.mkdir()
+    (kept / "corpus.jsonl").write_text("as before")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=r"a\.json") as error:
+        main([f"--out={kept}", str(tmp_path / name)])
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert (kept / "corpus.jsonl").read_text() == "as before"
+
+
+def test_the_command_and_its_table(tmp_path, capsys):
+    main([f"--out={tmp_path / 'out'}", "--held_out=0.5", str(write(tmp_path, "s.json", SQUAD))])
+    said = capsys.readouterr().out
+    assert "left out" in said and "s.json" in said
+    with pytest.raises(SystemExit):
+        main([f"--out={tmp_path / 'out'}", str(tmp_path / "nothing.json")])
+    assert "nothing.json is not a file" in capsys.readouterr().err
+
+
+def test_real_questions_by_article(tmp_path):
+    if not DATA.is_dir():
+        pytest.skip("the test data is not beside the project")
+    files = [DATA / "corpus.jsonl", DATA / "questions.jsonl"]
+    sets = sets_of(tmp_path, *files, held_out=0.3)
+    assert len(sets["corpus"]) == 2660
+    assert len(sets["train"]) + len(sets["held_out"]) == 802
+    articles = {name: {row["article"] for row in sets[name]} for name in ("train", "held_out")}
+    assert not articles["train"] & articles["held_out"]
