@@ -7,13 +7,13 @@ with the form of the task and without its substance. No script takes part after 
 come from the rollout code itself: the scripts stand behind the engine protocol.
 """
 
-import ast
 import random
 import re
 import sys
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,14 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from deepresearcher_min.config import Config, load_config
-from deepresearcher_min.engine import Completion, Engine, HFEngine, Sampling
+from deepresearcher_min.engine import HFEngine
 from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.report import score_rows, text_table
 from deepresearcher_min.reward import summarize
 from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out
 from deepresearcher_min.toyworld import MODEL_DIR, NAMES, World, behaviour_rates, chain_of
-from deepresearcher_min.trajectory import Trajectory
+from deepresearcher_min.trajectory import Question, Trajectory
+from scripts.scripted import Script, ScriptedEngine, items_of
 from scripts.toy_tokenizer import (
     ANSWER,
     ANSWER_END,
@@ -59,9 +60,8 @@ class Skill:
         return cls(*(low + talent * 0.6 for low in (0.15, 0.15, 0.35, 0.3)))
 
 
-def beginner(question: str, rng: random.Random, skill: Skill) -> Generator[str, str, None]:
-    """A generator of turns (without the forced <think>); each search or browse turn is sent its
-    observation.
+def beginner(question: str, rng: random.Random, skill: Skill) -> Script:
+    """Turns of one trajectory.
 
     It knows nothing of the world but what it is shown. Its thoughts restate the evidence word for
     word, which is what teaches the tiny model to copy.
@@ -73,7 +73,7 @@ def beginner(question: str, rng: random.Random, skill: Skill) -> Generator[str, 
         for _ in range(3):
             query = subject if rng.random() < skill.full_name else subject.split()[-1]
             shown = yield f"{evidence}{need}{CALL_SEARCH}{query}{CALL_END}"
-            results = ast.literal_eval(shown)[0]["web_page_info_list"]
+            results = items_of(shown)
             page = next((result for result in results if result["title"] == subject), None)
             if page is not None or rng.random() > skill.retry:
                 break
@@ -83,8 +83,8 @@ def beginner(question: str, rng: random.Random, skill: Skill) -> Generator[str, 
             if value is None and rng.random() < skill.browse:
                 thought = f"The page of {subject} may say it."
                 shown = yield f"{thought}{CALL_BROWSE}{page['url']}{CALL_END}"
-                notes = ast.literal_eval(shown)[0]["information"]
-                value = stated(" ".join(note["page_summary"] for note in notes), relation)
+                notes = " ".join(note["page_summary"] for note in items_of(shown))
+                value = stated(notes, relation)
         if value is None:
             seen = re.findall(
                 r"The \w+ is ([^.]+)\.", " ".join(r["quick_summary"] for r in results)
@@ -104,41 +104,6 @@ def stated(text: str, relation: str) -> str | None:
     return match.group(1) if match else None
 
 
-class ScriptedEngine(Engine):
-    """Beginners behind the engine protocol, so that demonstrations are made by the very code that
-    rolls out.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-        self.tokenizer, self.seed = tokenizer, seed
-        self.capacity_tokens = 10**9
-        self.scripts: dict[str, Generator[str, str, None]] = {}
-        self.turns: dict[str, str] = {}
-
-    def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
-        text = self.tokenizer.decode(token_ids)
-        if request_id not in self.scripts:
-            question = text.partition("<|user|>")[2].partition("<|end|>")[0]
-            rng = random.Random(f"{self.seed} {request_id} {question}")
-            self.scripts[request_id] = beginner(question, rng, Skill.of(rng.random()))
-            self.turns[request_id] = next(self.scripts[request_id])
-        else:
-            shown = text.rpartition("<|tool|>")[2].partition("<|end|>")[0]
-            self.turns[request_id] = self.scripts[request_id].send(shown)
-
-    def step(self) -> dict[str, Completion]:
-        done = {}
-        for request_id, text in self.turns.items():
-            ids = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id]
-            done[request_id] = Completion(ids, [0.0] * len(ids), "stop")
-        self.turns = {}
-        return done
-
-    def abort(self, request_ids: Iterable[str]) -> None:
-        for request_id in request_ids:
-            self.turns.pop(request_id, None)
-
-
 def demonstrations(
     tokenizer: PreTrainedTokenizerFast, config: Config, worlds: int, each: int
 ) -> list[Trajectory]:
@@ -148,15 +113,21 @@ def demonstrations(
     chat, found = ChatFormat(tokenizer, date=""), []
     for number in tqdm(range(worlds), desc="demonstrations", unit="world"):
         world = World("warm start", f"{config.seed} {number}")
-        engine = ScriptedEngine(tokenizer, config.seed)
-        batch = Batch(world.questions(each, number), range(each), 1, 1.0, step=number)
-        found += [
-            t
-            for (t,) in roll_out(
-                batch, Agent(config, engine, Tools(config, chat, world.corpus), chat)
-            )
-        ]
+        questions = world.questions(each, number)
+        script_of = partial(begin, questions, config.seed)
+        engine = ScriptedEngine(tokenizer, tokenizer.eos_token_id, script_of)
+        agent = Agent(config, engine, Tools(config, chat, world.corpus), chat)
+        batch = Batch(questions, range(each), 1, 1.0, step=number)
+        for (trajectory,) in roll_out(batch, agent):
+            found.append(trajectory)
     return found
+
+
+def begin(questions: Sequence[Question], seed: int, request_id: str) -> Script:
+    """A beginner of some talent at one of the questions."""
+    question = questions[int(request_id.split("/")[1])].text
+    rng = random.Random(f"{seed} {request_id} {question}")
+    return beginner(question, rng, Skill.of(rng.random()))
 
 
 def permute_names(ids: np.ndarray, parts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:

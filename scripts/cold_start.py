@@ -1,0 +1,342 @@
+"""Teach a chat model the form of research before reinforcement learning: rule-made demonstrations,
+imitated by the policy's own update.
+
+    python -m scripts.cold_start --model=DIR --corpus=corpus.jsonl --data=train.jsonl \
+        --eval_data=held_out.jsonl --run_dir=OUT
+
+The questions need `gold_titles` (scripts/question_sets.py writes them). OUT becomes a Hugging Face
+folder that `train.py --model=OUT` takes, with the log in cold_start.jsonl. Nothing is taken from
+the articles of --eval_data. Keys are config.yaml's, with preset wiki; besides them:
+
+    --reading_steps=N   steps of reading alone, before the `steps` of whole demonstrations
+    --made_up=SHARE     of the questions are made from a sentence of the corpus
+    --good_query=P      a researcher searches with all content words of the question, else with two
+    --good_open=P       it opens the page of the paragraph if it is among the results, else none
+
+The model is to read well and research badly: reading is slow to learn by reward, decisions are not.
+So a reading example is the end of a trajectory only (one page, question, answer), of which many fit
+into a step; and the decisions of whole demonstrations are good or poor independently of each other,
+so that among samples of one question some find the answer and some do not. Imitation is the
+policy's update with advantage 1, no KL term and no importance weight, at temperature 1.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from deepresearcher_min.config import Config, ConfigError, load_config, named  # noqa: E402
+from deepresearcher_min.evaluation import load_chat, load_task  # noqa: E402
+from deepresearcher_min.policy import Policy  # noqa: E402
+from deepresearcher_min.protocol import ChatFormat  # noqa: E402
+from deepresearcher_min.reward import reward  # noqa: E402
+from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out  # noqa: E402
+from deepresearcher_min.run import Ranks  # noqa: E402
+from deepresearcher_min.search import Corpus, content_words  # noqa: E402
+from deepresearcher_min.trajectory import (  # noqa: E402
+    Group,
+    Question,
+    Recording,
+    Trajectory,
+    Turn,
+    parse_row,
+)
+from scripts.scripted import Script, ScriptedEngine, items_of  # noqa: E402
+
+CALL = '</think>\n<tool_call>{{"name": "{}", "arguments": {{"{}": [{}]}}}}</tool_call>'
+QUOTE = 12  # words of a quote around the answer at most: longer ones are copied to the turn's end
+SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+# What a made-up question asks for: a year, a number, a name inside the sentence.
+HOLES = {
+    "what year": re.compile(r"(?<=\bin )(?:1\d|20)\d\d\b"),
+    "how many": re.compile(r"(?<= )\d[\d,]*(?= [a-z])"),
+    "what": re.compile(r"(?<=[a-z] )[A-Z][a-z]+(?: [A-Z][a-z]+)*"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the demonstrations are made of; see the module's docstring."""
+
+    reading_steps: int = 40
+    made_up: float = 0.4
+    good_query: float = 0.4
+    good_open: float = 0.4
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question, with the passage that answers it."""
+
+    question: Question
+    title: str
+    text: str
+
+
+def search_call(query: str) -> str:
+    return CALL.format("web_search", "query", json.dumps(query, ensure_ascii=False))
+
+
+def open_call(url: str) -> str:
+    return CALL.format("browse_webpage", "url_list", json.dumps(url, ensure_ascii=False))
+
+
+def answer_turn(thought: str, answer: str) -> str:
+    return f"{thought}</think>\n<answer>{answer}</answer>"
+
+
+def quoted(text: str, answer: str, question: str) -> str:
+    """At most QUOTE words around an answer in the text; empty where it is not.
+
+    Of several places the one whose words are most like the question's.
+    """
+    wanted = set(content_words(question))
+    words = list(re.finditer(r"\S+", text))
+    best, most = "", -1
+    for place in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text):
+        inside = [n for n, word in enumerate(words) if word.end() > place.start()]
+        first = inside[0]
+        last = max(n for n, word in enumerate(words) if word.start() < place.end())
+        room = max(0, QUOTE - (last - first + 1))
+        first = max(0, first - (room + 1) // 2)
+        last = min(len(words) - 1, last + room // 2)
+        quote = text[words[first].start() : words[last].end()]
+        near = text[words[max(0, first - QUOTE)].start() : words[last].end()]
+        alike = len(wanted.intersection(content_words(near)))
+        if alike > most:
+            best, most = quote, alike
+    return best
+
+
+def reading_turn(text: str, question: Question) -> str:
+    """The last turn, with an answer that the text holds; empty where it holds none."""
+    for answer in question.answers:
+        quote = quoted(text, answer, question.text)
+        if quote:
+            return answer_turn(f"It says: {quote}", answer)
+    return ""
+
+
+def researcher(item: Item, rng: random.Random, recipe: Recipe) -> Script:
+    """Turns of one trajectory: search, perhaps open a page, read or guess."""
+    words = content_words(item.question.text)
+    poor = rng.sample(words, min(2, len(words)))
+    query = " ".join(words if rng.random() < recipe.good_query else poor)
+    opens = rng.random() < recipe.good_open
+    shown = yield f"I search.{search_call(query)}"
+    results = [result for result in items_of(shown) if result.get("url")]
+    right = [result for result in results if result["title"] == item.title]
+    seen = " ".join(result["quick_summary"] for result in right)
+    if opens and results:
+        page = (right or results)[0]
+        shown = yield f"I open the page.{open_call(page['url'])}"
+        seen = " ".join(note["page_summary"] for note in items_of(shown))
+    last = reading_turn(seen, item.question)
+    if last:
+        yield last
+        return
+    everything = " ".join([seen, *(result["quick_summary"] for result in results)])
+    names = HOLES["what"].findall(everything) or everything.split()[:1] or words
+    guess = rng.choice(names)
+    yield answer_turn("It does not say. I guess", guess)
+
+
+def begin(items: Sequence[Item], seed: int, recipe: Recipe, request_id: str) -> Script:
+    item = items[int(request_id.split("/")[1])]
+    return researcher(item, random.Random(f"{seed} {request_id}"), recipe)
+
+
+def whole(items: Sequence[Item], step: int, agent: Agent, recipe: Recipe) -> list[Trajectory]:
+    """A demonstration of each item, by the code that rolls out."""
+    script_of = partial(begin, items, agent.config.seed, recipe)
+    chat = agent.chat
+    engine = ScriptedEngine(chat.tokenizer, chat.end_of_turn_id, script_of)
+    questions = [item.question for item in items]
+    batch = Batch(questions, range(len(items)), 1, 1.0, step)
+    return [found for (found,) in roll_out(batch, replace(agent, engine=engine))]
+
+
+def reading(item: Item, chat: ChatFormat, rng: random.Random) -> Trajectory | None:
+    """The end of a trajectory: a given search, a short page, and a turn that reads the answer."""
+    words = item.text.split()
+    answer = next((one for one in item.question.answers if one in item.text), "")
+    if not answer:
+        return None
+    at = len(item.text[: item.text.find(answer)].split())
+    start = max(0, at - rng.randrange(5, 40))
+    page = " ".join(words[start : start + rng.randrange(50, 90)])
+    text = reading_turn(page, item.question)
+    if not text:
+        return None
+    record = Recording(item.question, chat.prompt_ids(item.question.text))
+
+    def ids_of(turn: str) -> list[int]:
+        return [*chat.tokenizer.encode(turn, add_special_tokens=False), chat.end_of_turn_id]
+
+    given = "I search." + search_call(" ".join(content_words(item.question.text)))
+    record.append(ids_of(given))
+    found = [{"quick_summary": page, "title": item.title}]
+    record.append(chat.observation_ids(str([{"web_page_info_list": found}])))
+    ids = ids_of(text)
+    sampled = record.append(ids, [0.0] * len(ids))
+    record.turns.append(Turn(sampled, (sampled[1], sampled[1]), text, "answer"))
+    return record.finish("answer", answer)
+
+
+# --- what the demonstrations are about
+
+
+def read_items(path: str, corpus: Corpus) -> list[Item]:
+    """The questions of a file whose gold passage is in the corpus."""
+    texts = {title: text for title, _, text in corpus.documents}
+    items = []
+    with named("data", path):
+        for line in Path(path).read_bytes().splitlines():
+            row = json.loads(line)
+            titles = [title for title in row.get("gold_titles") or () if title in texts]
+            if titles:
+                items.append(Item(parse_row(row), titles[0], texts[titles[0]]))
+    if not items:
+        raise ConfigError(f"data={path!r}: no question has gold_titles that are in the corpus")
+    return items
+
+
+def held_out_titles(path: str) -> set[str]:
+    titles = set()
+    for line in Path(path).read_bytes().splitlines():
+        row = json.loads(line)
+        titles |= {*row.get("gold_titles", ()), row.get("article", "")}
+    return titles
+
+
+def article_of(title: str) -> str:
+    """The article of a numbered paragraph, as question_sets.py names them."""
+    return re.sub(r" \(\d+\)$", "", title)
+
+
+def made_up(corpus: Corpus, held_out: set[str], rng: random.Random) -> Iterator[Item]:
+    """Questions made of sentences, without end: a part is replaced by a question word."""
+    names = {name.replace("_", " ") for name in held_out}
+    passages = [
+        (title, text)
+        for title, _, text in corpus.documents
+        if title not in names and article_of(title) not in names
+    ]
+    while True:
+        title, text = rng.choice(passages)
+        sentence = rng.choice(SENTENCE.split(text))
+        word = rng.choice(list(HOLES))
+        found = list(HOLES[word].finditer(sentence))
+        if not found or not 6 <= len(sentence.split()) <= 30:
+            continue
+        hole = rng.choice(found)
+        asked = sentence[: hole.start()] + word + sentence[hole.end() :]
+        asked = asked.rstrip(" .!") + "?"
+        yield Item(Question("", asked, (hole.group(),), "made up"), title, text)
+
+
+class Draw:
+    """Items in a shuffled order, real ones and made-up ones mixed."""
+
+    def __init__(self, real: list[Item], invented: Iterator[Item], share: float, seed: int):
+        self.real, self.invented, self.share = real, invented, share
+        self.rng = random.Random(f"items {seed}")
+        self.left: list[Item] = []
+
+    def __call__(self) -> Item:
+        if self.rng.random() < self.share:
+            return next(self.invented)
+        if not self.left:
+            self.left = self.rng.sample(self.real, len(self.real))
+        return self.left.pop()
+
+
+# --- learning
+
+
+def imitated(trajectories: Sequence[Trajectory], config: Config) -> list[Group]:
+    """Groups of one, each with advantage 1."""
+    groups = []
+    for one in trajectories:
+        groups.append(Group(one.question, [one], [reward(one, config)], [1.0]))
+    return groups
+
+
+def cold_start(config: Config, recipe: Recipe, ranks: Ranks) -> None:
+    """Train, and write the folder. One process."""
+    task = load_task(config)
+    if task.corpus is None:
+        raise ConfigError("corpus='': the demonstrations are made of a corpus.jsonl")
+    chat = load_chat(config, task)
+    idle = ScriptedEngine(chat.tokenizer, chat.end_of_turn_id, partial(begin, [], 0, recipe))
+    agent = Agent(config, idle, Tools(config, chat, task.corpus), chat)
+    real = read_items(config.data, task.corpus)
+    invented = made_up(task.corpus, held_out_titles(config.eval_data), random.Random(config.seed))
+    draw = Draw(real, invented, recipe.made_up, config.seed)
+    policy = Policy(config, task.model_dir, ranks)
+    rng = random.Random(f"pages {config.seed}")
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    each = config.questions_per_step * config.group_size
+    started = time.process_time()
+    with (folder / "cold_start.jsonl").open("w", encoding="utf-8") as log:
+        log.write(json.dumps({"recipe": asdict(recipe)}) + "\n")
+        for step in (bar := tqdm(range(config.steps), desc="cold start", unit="step")):
+            demonstrations: list[Trajectory] = []
+            if step >= recipe.reading_steps:
+                items = [draw() for _ in range(each - each // 4)]
+                demonstrations += whole(items, step, agent, recipe)
+            while len(demonstrations) < each:
+                example = reading(draw(), chat, rng)
+                if example is not None:
+                    demonstrations.append(example)
+            groups = imitated(demonstrations, config)
+            metrics = policy.update(groups)
+            row: dict[str, Any] = {"step": step + 1, "loss": metrics["loss"]}
+            row["demonstrated_f1"] = sum(group.rewards[0] for group in groups) / len(groups)
+            row["cpu_seconds"] = time.process_time() - started
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}")
+    policy.export(folder, chat.tokenizer)
+    agent.tools.close()
+
+
+def main(argv: list[str]) -> None:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, value in asdict(Recipe()).items():
+        own.add_argument(f"--{name}", type=type(value), default=value)
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return
+    given, rest = own.parse_known_args(argv)
+    recipe = Recipe(**vars(given))
+    try:
+        config = load_config(["--preset=wiki", "--temperature=1", *rest])
+        for key in ("data", "eval_data", "corpus", "run_dir"):
+            if not getattr(config, key):
+                raise ConfigError(f"{key}='': cold_start.py needs --{key}")
+        config = replace(
+            config, kl_coef=0.0, importance_cap=0.0, steps=config.steps + recipe.reading_steps
+        )
+        torch.manual_seed(config.seed)
+        torch.set_num_threads(config.threads)
+        cold_start(config, recipe, Ranks.start())
+    except ValueError as error:
+        raise SystemExit(f"cold_start.py: {error}") from error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
