@@ -1,0 +1,160 @@
+"""scripts/cold_start.py: what the demonstrations are, and a cold start of two steps that train.py
+goes on from.
+"""
+
+import json
+import random
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import train
+from deepresearcher_min.protocol import Answer, Call, parse_turn
+from deepresearcher_min.reward import f1_score
+from deepresearcher_min.search import Corpus
+from deepresearcher_min.trajectory import Question
+from scripts import cold_start
+from scripts.cold_start import Item, Recipe, made_up, quoted, reading, researcher
+from tests.scripted import CHAT, byte_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+RIVER = "The Aare is a river. It is 288 km long, and in 1353 Bern joined its neighbours."
+TOWN = "Bern is a town. The river Aare flows around the old town of Bern."
+
+
+def write_data(folder: Path) -> list[str]:
+    """Files of a small question set; the arguments that name them."""
+    corpus = [
+        {"title": title, "url": f"https://x.example/{n}", "text": text}
+        for n, (title, text) in enumerate([("Aare (1)", RIVER), ("Bern (1)", TOWN)] * 1)
+    ]
+    corpus.append(
+        {"title": "Oslo (1)", "url": "https://x.example/9", "text": "In Oslo Ibsen died."}
+    )
+    asked = [
+        {"question": "How long is the Aare?", "answers": ["288 km"], "gold_titles": ["Aare (1)"]},
+        {"question": "Which river passes Bern?", "answers": ["Aare"], "gold_titles": ["Bern (1)"]},
+    ] * 4
+    held_out = [{"question": "Who died?", "answers": ["Ibsen"], "gold_titles": ["Oslo (1)"]}]
+    arguments = []
+    for key, rows in (("corpus", corpus), ("data", asked), ("eval_data", held_out)):
+        path = folder / f"{key}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        arguments.append(f"--{key}={path}")
+    return arguments
+
+
+@pytest.mark.quick
+def test_a_quote_is_short_and_stands_where_the_question_points():
+    text = "The mill is in Oss. " + "word " * 30 + "The old king of Aa was born in Oss, they say."
+    quote = quoted(text, "Oss", "Where was the king of Aa born?")
+    assert "king of Aa was born in Oss," in quote and len(quote.split()) <= cold_start.QUOTE
+    assert quoted(text, "Os", "Where?") == ""
+    long_answer = " ".join(["word"] * 20)
+    assert quoted(text, long_answer, "What?").split() == ["word"] * 20
+
+
+@pytest.mark.quick
+def test_made_up_questions_keep_away_from_held_out_articles():
+    documents = [
+        ("Aare (1)", "u", RIVER),
+        ("Oslo (1)", "v", "There in 1906 Henrik Ibsen died once."),
+    ]
+    corpus = Corpus(documents)
+    items = list(islice(made_up(corpus, {"Oslo"}, random.Random(0)), 60))
+    assert {item.title for item in items} == {"Aare (1)"}
+    asked = {item.question.text: item.question.answers for item in items}
+    assert asked["It is how many km long, and in 1353 Bern joined its neighbours?"] == ("288",)
+    assert asked["It is 288 km long, and in what year Bern joined its neighbours?"] == ("1353",)
+
+
+def item() -> Item:
+    question = Question("1", "Which river flows around the old town of Bern?", ("Aare",))
+    return Item(question, "Bern", TOWN)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("opens", [0.0, 1.0])
+def test_a_researcher_reads_what_it_was_shown_and_guesses_otherwise(opens):
+    recipe = Recipe(good_query=1.0, good_open=opens)
+    for summary, page, right in (
+        ("The river Aare flows around the old town.", "The Aare it is.", True),
+        ("A town.", "The river Aare flows there.", opens == 1.0),
+        ("A town.", "Nothing more.", False),
+    ):
+        script = researcher(item(), random.Random(0), recipe)
+        first = parse_turn("<think>" + next(script))
+        assert isinstance(first, Call) and first.keys == ("river flows around old town bern",)
+        found = {"quick_summary": summary, "title": "Bern", "url": "https://x.example/"}
+        turn = script.send(str([{"search_query": "x", "web_page_info_list": [found]}]))
+        if opens:
+            assert parse_turn("<think>" + turn).keys == ("https://x.example/",)
+            notes = {"page_number": 0, "page_summary": page}
+            turn = script.send(str([{"information": [notes], "url": "https://x.example/"}]))
+        last = parse_turn("<think>" + turn)
+        assert isinstance(last, Answer)
+        assert (f1_score(last.text, ["Aare"]) == 1.0) == right
+        with pytest.raises(StopIteration):
+            script.send("")
+
+
+@pytest.mark.quick
+def test_of_a_reading_example_only_the_last_turn_is_trained():
+    example = reading(item(), CHAT, random.Random(0))
+    trained = CHAT.decode(example.token_ids[example.sampled_mask].tolist())
+    assert trained.endswith("<answer>Aare</answer>") and trained.startswith("It says: ")
+    assert np.flatnonzero(example.sampled_mask).tolist() == list(
+        range(len(example.token_ids) - example.sampled_mask.sum(), len(example.token_ids))
+    )
+    assert reading(Item(item().question, "Oss", "Oss is old."), CHAT, random.Random(0)) is None
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """Two layers of random weights in the form of SmolLM2's, for a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    size = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=8192, **size, **heads)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_cold_start_lowers_the_surprise_and_train_goes_on_from_it(model, tmp_path, capsys):
+    data = write_data(tmp_path)
+    out, run = tmp_path / "cold", tmp_path / "run"
+    limits = ["--max_turn_tokens=200", "--max_observation_tokens=1500", "--threads=1"]
+    small = [*limits, f"--system_prompt_file={ROOT / 'prompts' / 'wiki.txt'}"]
+    steps = ["--reading_steps=2", "--steps=2", "--questions_per_step=4", "--group_size=2"]
+    cold_start.main([f"--model={model}", *data, f"--run_dir={out}", *small, *steps, "--lr=1e-3"])
+    recipe, *rows = [json.loads(line) for line in (out / "cold_start.jsonl").open()]
+    assert recipe["recipe"]["reading_steps"] == 2 and [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[0]["demonstrated_f1"] == 1.0  # reading alone
+    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    steps = ["--steps=1", "--questions_per_step=2", "--group_size=2", "--eval_questions=1"]
+    code = train.main(
+        ["--preset=wiki", f"--model={out}", *data, f"--run_dir={run}", *small, *steps]
+    )
+    assert code == 0, capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_what_is_missing_is_named(model, tmp_path):
+    data = write_data(tmp_path)
+    with pytest.raises(SystemExit, match="run_dir=''"):
+        cold_start.main([f"--model={model}", *data])
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"question": "Who?", "answers": ["x"]}\n')
+    out = f"--run_dir={tmp_path / 'out'}"
+    arguments = [f"--model={model}", *data, out, "--max_turn_tokens=200", f"--data={other}"]
+    with pytest.raises(SystemExit, match="no question has gold_titles"):
+        cold_start.main(arguments)
