@@ -35,7 +35,7 @@ MAX_TURN = 1000  # characters of a turn, without its observation
 # No escape sequences, and nothing that UTF-8 cannot hold.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
-# Every format begins with the width, in one digit.
+# The console line of a step; every format begins with its width, in one digit.
 STEP_LINE = (
     "step {step:3d}/{steps:1d} | reward {reward:5.2f} | f1 {f1:4.2f} | "
     "bad_format {bad_format:4.0%} | tied {tied:4.0%} | calls {calls:4.1f} | failed {failed:4.0%} | "
@@ -67,7 +67,7 @@ def step_line(metrics: Row) -> str:
     figures: defaultdict[str, Any] = defaultdict(Missing, metrics)
     tokens = figures.pop("tokens", 0)
     if tokens:
-        short = f"{tokens:.0f}" if tokens < 1000 else f"{tokens / 1000:.1f}k"
+        short = f"{tokens / 1000:.1f}k" if tokens >= 1000 else f"{tokens:.0f}"
         figures["tokens"] = short.rjust(5)
     line = STEP_LINE.format_map(figures)
     return re.sub(r"(?<![\d$])(-?)0\.", r" \1.", line)  # .41 is easier to read than 0.41
@@ -92,9 +92,8 @@ def score_rows(named: Mapping[str, Row]) -> list[list[str]]:
 def text_table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
     """Rows of cells, the head first, as aligned text or as a Markdown table."""
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * first]
-    for width in others:  # figures are aligned to the right
-        rule.append("-" * (width - 1) + "-:"[markdown])
+    end = ":" if markdown else "-"  # figures are aligned to the right
+    rule = ["-" * first, *("-" * (width - 1) + end for width in others)]
     lines = []
     for name, *figures in [rows[0], rule, *rows[1:]]:
         cells = [name.ljust(first), *map(str.rjust, figures, others)]
