@@ -1,4 +1,4 @@
-"""Reports as files: JSON lines that survive kills, trajectories as text, and what the page holds."""
+"""Reports as files: JSON lines that survive kills, trajectories as text, what the page holds."""
 
 import base64
 import copy
