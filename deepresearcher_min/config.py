@@ -6,10 +6,12 @@ here.
 """
 
 import difflib
+import math
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from configparser import ConfigParser
 from contextlib import contextmanager
 from dataclasses import asdict, make_dataclass
 from pathlib import Path
@@ -20,7 +22,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = ROOT / "config.yaml"
-KEYS_TEXT, _, _ = CONFIG_FILE.read_text(encoding="utf-8").partition("\npresets:")
 try:
     DEFAULTS: dict[str, Any] = yaml.safe_load(CONFIG_FILE.read_bytes())
 except yaml.YAMLError as error:  # an import cannot raise in one line
@@ -37,23 +38,8 @@ CHOICES = {
     "reader": ("engine", "openai", "extractive"),
     "cassette_mode": ("live", "record", "replay"),
 }
-# all others must be greater
-MAY_BE_ZERO = {key for key, value in DEFAULTS.items() if value == 0} | {
-    "max_tool_calls",
-    "weight_decay",
-    "kl_coef",
-    "importance_cap",
-    "tool_threads",
-    "max_retries",
-    "search_ttl",
-    "price_search",
-    "steps",
-    "max_urls",
-    "max_segments",
-    "reader_tokens",
-    "reader_memory",
-}
-MOST = {key: 2.0**31 - 1 for key in TYPES} | {  # what the libraries below can count
+MAY_BE_NEGATIVE = ("format_reward", "browse_timeout")
+MOST = {  # all others: what the libraries below can count
     "threads": 1024,
     "tool_threads": 4096,
     "connections_per_host": 4096,
@@ -63,17 +49,6 @@ MOST = {key: 2.0**31 - 1 for key in TYPES} | {  # what the libraries below can c
     "adam_beta1": 0.999999,
     "adam_beta2": 0.999999,
 }
-PATHS = {
-    "run_dir",
-    "resume",
-    "model",
-    "data",
-    "eval_data",
-    "corpus",
-    "cassette",
-}  # and all that end in _file
-MAY_BE_NEGATIVE = {"format_reward", "browse_timeout"}
-BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
 
 
@@ -94,12 +69,12 @@ def named(key: str, value: str, remedy: str = "") -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        words = " ".join(str(error).split())
+        words = shorten(str(error), 400, placeholder=" ...")
         if isinstance(error, ValueError) and re.match(r"[a-z_]+=|[A-Z_]+ is not set", words):
             raise
         if not isinstance(error, OSError | ValueError) or not words:
             words = f"{type(error).__name__}: {words}"
-        cause = shorten(words, 400, placeholder=" ...").rstrip(".: ")
+        cause = words.rstrip(".: ")
         raise ConfigError(f"{key}={value!r}: {cause}{remedy and '; ' + remedy}") from error
 
 
@@ -117,8 +92,8 @@ def load_config(argv: list[str], base: dict[str, Any] | None = None) -> Config:
     nearest known name.
     """
     typed = parse_arguments(argv)
-    preset = typed.get("preset", DEFAULTS["preset"] if base is None else "")
-    values = {**DEFAULTS, **(base or {}), **PRESETS.get(preset, {}), **typed}
+    preset = typed.get("preset", "" if base else DEFAULTS["preset"])
+    values = DEFAULTS | (base or {}) | PRESETS.get(preset, {}) | typed
     config = Config(**{key: convert(key, value) for key, value in values.items()})
     check(config)
     return config
@@ -128,7 +103,8 @@ def parse_arguments(argv: list[str]) -> dict[str, str]:
     """['--lr=1e-4', '--steps', '5', '--resume'] -> {'lr': '1e-4', 'steps': '5', 'resume':
     'newest'}.
     """
-    typed, rest = {}, list(argv)
+    typed = {}
+    rest = list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
@@ -147,13 +123,8 @@ def parse_arguments(argv: list[str]) -> dict[str, str]:
                 raise ConfigError(f"--{key} needs a value: --{key}=VALUE")
         if re.search("[\0\ud800-\udfff]", value):  # what Python makes of bytes that are not UTF-8
             raise ConfigError(f"--{key}={value!a}: holds characters that are not UTF-8 text")
-        typed[key] = expand(key, value)
+        typed[key] = os.path.expanduser(value)
     return typed
-
-
-def expand(key: str, value: str) -> str:
-    """The value with ~ as the home folder, if this key names a file or a folder."""
-    return os.path.expanduser(value) if key in PATHS or key.endswith("_file") else value
 
 
 def read_config(key: str, folder: Path) -> dict[str, Any]:
@@ -164,32 +135,36 @@ def read_config(key: str, folder: Path) -> dict[str, Any]:
         values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("config.yaml holds no `key: value` lines")
-        return {str(name): convert(str(name), value) for name, value in values.items()}
+        for name, saved in values.items():
+            convert(str(name), saved)
+    return values
 
 
-def documented() -> Iterator[tuple[str, str, str, str]]:
+def documented() -> Iterator[tuple[str, ...]]:
     """(heading, key, default, meaning) for each key, as the text of config.yaml has them."""
     heading = ""
-    for line in KEYS_TEXT.splitlines():
-        key, _, rest = line.partition(":")
-        default, _, meaning = rest.partition("#")
-        if line.startswith("# ---"):
-            heading = line[5:].strip()
-        elif key in TYPES:
-            yield heading, key, default.strip().strip('"'), meaning.strip()
+    for line in CONFIG_FILE.read_text(encoding="utf-8").splitlines():
+        found = re.match(r'(\w+): +"?(.*?)"? *(?:#|$) *(.*)', line)
+        if line.startswith("# --- "):
+            heading = line[6:]
+        elif found:
+            yield heading, *found.groups()
+
+
+MEANINGS = {key: meaning for _, key, _, meaning in documented()}
 
 
 def help_text() -> str:
     """The keys as config.yaml groups them, one `--key=default  meaning` a line."""
-    lines = ["Keys, with the defaults that a preset may replace (see the end of config.yaml):"]
+    text = "Keys, with the defaults that a preset may replace (see the end of config.yaml):"
     last = ""
     for heading, key, default, meaning in documented():
         if heading != last:
-            lines.append(f"\n{heading}:")
+            text += f"\n\n{heading}:"
             last = heading
         option = f"--{key}={default}"
-        lines.append(f"{option:<32} {meaning}")
-    return "\n".join(lines)
+        text += f"\n{option:<32} {meaning}"
+    return text
 
 
 def searches_web(config: Config) -> bool:
@@ -206,17 +181,15 @@ def check_inputs(config: Config, argv: list[str], other: str) -> list[str]:
 
     `other` is the program that is not running: train.py or eval.py.
     """
-    typed, unread = parse_arguments(argv), {}
+    typed = parse_arguments(argv)
     reads_web = uses_web(config) or config.judge_url != ""
+    unread = {}
     if config.search == "toy":
         remedy = "the toy web does not answer it; add --search=local --corpus=FILE"
-        unread = {
-            "data": remedy,
-            "eval_data": remedy,
-            "corpus": "the toy web has its own pages; add --search=local",
-        }
+        unread = {"data": remedy, "eval_data": remedy}
+        unread["corpus"] = "the toy web has its own pages; add --search=local"
     elif other == "train.py" and typed.get("data"):
-        unread = {"eval_data": f"data={typed['data']!r} is read instead"}
+        unread["eval_data"] = f"data={typed['data']!r} is read instead"
     if not reads_web:
         unread["cassette"] = f"search={config.search} opens no web"
     if other == "eval.py":
@@ -225,14 +198,18 @@ def check_inputs(config: Config, argv: list[str], other: str) -> list[str]:
         value = typed.get(key, DEFAULTS[key])
         if value:
             raise ConfigError(f"{key}={value!r}: this run does not read it: {why}")
-    used = {"search_url": searches_web(config), "cassette_mode": reads_web}
-    for key in ("reader_url", "reader_model", "price_reader_token"):
-        used[key] = config.reader == "openai"
+    idle = []
+    if not searches_web(config):
+        idle.append("search_url")
+    if not reads_web:
+        idle.append("cassette_mode")
+    if config.reader != "openai":
+        idle += ["reader_url", "reader_model", "price_reader_token"]
     for heading, key, _, meaning in documented():
         if f"{other} only" in heading or meaning.startswith(f"{other}:"):
-            used[key] = False
-    idle = [key for key in typed if not used.get(key, True)]
-    return [f"Without effect on this run: {', '.join(idle)}."] if idle else []
+            idle.append(key)
+    told = ", ".join(key for key in typed if key in idle)
+    return [f"Without effect on this run: {told}."] if told else []
 
 
 def type_of(key: str) -> type:
@@ -250,34 +227,36 @@ def convert(key: str, value: Any) -> Any:
     """The value in the type of this key."""
     kind = type_of(key)
     if kind is str:
-        return "" if value is None else expand(key, str(value))
+        return "" if value is None else os.path.expanduser(str(value))
     try:
-        return (
-            BOOLEANS[str(value).lower()] if kind is bool else kind(str(value))
-        )  # neither True nor 1.5 is an int
-    except (KeyError, TypeError, ValueError):
+        if kind is bool:
+            return ConfigParser.BOOLEAN_STATES[str(value).lower()]
+        return kind(str(value))  # neither True nor 1.5 is an int
+    except (KeyError, ValueError):
         wanted = {bool: "true or false", int: "not a whole number", float: "not a number"}[kind]
         raise ConfigError(f"{key}={value!r}: {wanted}") from None
 
 
 def check(config: Config) -> None:
-    for key, allowed in CHOICES.items():
-        if (value := getattr(config, key)) not in allowed:
-            raise ConfigError(
-                f"{key}={value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}"
-            )
+    for key, choices in CHOICES.items():
+        value = getattr(config, key)
+        if value not in choices:
+            hint = f"{nearest(value, choices)}; allowed: {', '.join(choices)}"
+            raise ConfigError(f"{key}={value!r}{hint}")
     for key, value in asdict(config).items():
         if TYPES[key] not in (int, float):
             continue
-        lowest, limit = 0.0, "greater than 0"
-        if key in MAY_BE_ZERO:
-            limit = "at least 0"
         if key in MAY_BE_NEGATIVE:
-            lowest, limit = -float("inf"), "a finite number"
-        if not (lowest < value < float("inf") or (value == 0 and key in MAY_BE_ZERO)):
+            fits, limit = math.isfinite(value), "a finite number"
+        elif DEFAULTS[key] == 0 or " 0: " in f" {MEANINGS[key]}":  # it says what 0 stands for
+            fits, limit = value >= 0, "at least 0"
+        else:
+            fits, limit = value > 0, "greater than 0"
+        if not fits:
             raise ConfigError(f"{key}={value}: must be {limit}")
-        if value > MOST[key]:
-            raise ConfigError(f"{key}={value}: must be at most {MOST[key]:.10g}")
+        most = MOST.get(key, 2**31 - 1)
+        if value > most:
+            raise ConfigError(f"{key}={value}: must be at most {most:.10g}")
     if config.max_turn_tokens >= config.max_model_len:
         limit = f"max_model_len={config.max_model_len}"
         raise ConfigError(f"max_turn_tokens={config.max_turn_tokens}: must be less than {limit}")
@@ -286,9 +265,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"updates_per_rollout={config.updates_per_rollout}: must divide {whole}")
     host_list(config)
     if config.group_size < 2:
-        raise ConfigError(
-            f"group_size={config.group_size}: a group needs at least 2 trajectories to compare"
-        )
+        least = "a group needs at least 2 trajectories to compare"
+        raise ConfigError(f"group_size={config.group_size}: {least}")
 
 
 def host_list(config: Config) -> list[str]:
@@ -302,8 +280,9 @@ def host_list(config: Config) -> list[str]:
         host = plain_host(word)
         if not HOST.fullmatch(host):
             raise ConfigError(
-                f"blocked_hosts={config.blocked_hosts!r}: {word!r} is no host; write auto, none, or names "
-                "like huggingface.co separated by spaces (no http://, port or *: subdomains count)"
+                f"blocked_hosts={config.blocked_hosts!r}: {word!r} is no host; write auto, none, "
+                "or names like huggingface.co separated by spaces (no http://, port or *: "
+                "subdomains count)"
             )
         hosts.append(host)
     return hosts
@@ -322,10 +301,9 @@ def plain_host(name: str) -> str:
 def describe(config: Config) -> str:
     """The resolved config as one line for each key that differs from the values of config.yaml."""
     lines = []
-    for key, default in DEFAULTS.items():
-        value = getattr(config, key)
-        if value != default:
-            lines.append(f"  {key}: {value}  (default {default})")
+    for key, value in asdict(config).items():
+        if value != DEFAULTS[key]:
+            lines.append(f"  {key}: {value}  (default {DEFAULTS[key]})")
     return "\n".join(lines)
 
 

@@ -6,7 +6,6 @@ counts, and articles are words (SQuAD's F1 differs in both). Omitted, as in the 
 for the way (tool use, length, style).
 """
 
-import itertools
 import json
 import random
 import re
@@ -14,25 +13,25 @@ import string
 import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from deepresearcher_min.config import ROOT, Config, named
+from deepresearcher_min.config import Config, named
 from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Trajectory
-from deepresearcher_min.web import ROLES, Web, WebFailure, count
 
-PUNCTUATION_TO_SPACE = str.maketrans({mark: " " for mark in string.punctuation})
+PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation, " "))
 FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
-    "malformed": "its last turn was neither a complete thought with one tool call nor one with an answer",
+    "malformed": "its last turn was neither a complete thought with one tool call nor one with an "
+    "answer",
     "tool_budget": "it asked for another tool after its last allowed call instead of answering",
     "length": "its last turn reached the limit of tokens for a turn (max_turn_tokens)",
     "context": "it reached the limit of tokens for a whole trajectory (max_model_len)",
 }
-JUDGE_RULES = (ROOT / "prompts/judge.txt").read_text(encoding="utf-8")
-JUDGE_FIELDS = re.compile(
-    r"\{(question|gt_answer|pred_answer)\}"
-)  # in a judge_prompt_file, as in the official prompt
-VERDICT = re.compile(r"\W*(CORRECT|INCORRECT)\W*", re.I)
+JUDGE_RULES = Path(__file__).parents[1] / "prompts/judge.txt"
+# In a judge_prompt_file, as in the official prompt.
+JUDGE_FIELDS = re.compile(r"\{(question|gt_answer|pred_answer)\}")
 
 
 def words(text: str) -> list[str]:
@@ -53,12 +52,14 @@ def f1_score(prediction: str, answers: Sequence[str]) -> float:
         raise TypeError(f"answers must be a list of strings, not one string {answers[:50]!r}")
     if not answers:
         raise ValueError("a question needs at least one gold answer")
-    given, best = set(words(prediction)), 0.0
-    for wanted in (set(words(gold)) for gold in answers):
-        if common := len(
-            given & wanted
-        ):  # an empty answer never scores, not even against an empty one
-            precision, recall = common / len(given), common / len(wanted)
+    best = 0.0
+    given = set(words(prediction))
+    for gold in answers:
+        wanted = set(words(gold))
+        common = len(given & wanted)
+        if common:  # an empty answer never scores, not even against an empty one
+            precision = common / len(given)
+            recall = common / len(wanted)
             best = max(best, 2 * precision * recall / (precision + recall))
     return best
 
@@ -68,7 +69,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     scorer).
     """
     f1_score(prediction, answers)  # the same complaints about unusable answers
-    return float(any(words(prediction) == words(gold) for gold in answers))
+    return float(words(prediction) in map(words, answers))
 
 
 def reward(trajectory: Trajectory, config: Config) -> float:
@@ -78,15 +79,12 @@ def reward(trajectory: Trajectory, config: Config) -> float:
     Raises ValueError for what the harness ended (deadline, cancelled): it says nothing about the
     policy.
     """
+    whose = f"question {trajectory.question.id!r}"
     if trajectory.stop_reason not in POLICY_STOPS:
-        raise ValueError(
-            f"question {trajectory.question.id!r}: a {trajectory.stop_reason} trajectory has no reward"
-        )
+        raise ValueError(f"{whose}: a {trajectory.stop_reason} trajectory has no reward")
     if trajectory.stop_reason != "answer":
         return config.format_reward
-    assert trajectory.answer is not None, (
-        f"question {trajectory.question.id!r} stopped with an answer: there is none"
-    )
+    assert trajectory.answer is not None, f"{whose} stopped with an answer: there is none"
     return f1_score(trajectory.answer, trajectory.question.answers)
 
 
@@ -94,26 +92,26 @@ def explain(trajectory: Trajectory, config: Config) -> str:
     """The reward in words: which gold answer it was compared with, precision and recall, or what
     went wrong.
     """
-    if trajectory.stop_reason not in POLICY_STOPS:
-        return f"no reward: the harness ended this trajectory ({trajectory.stop_reason}), so it is left out"
-    value, answer, golds = (
-        reward(trajectory, config),
-        trajectory.answer,
-        trajectory.question.answers,
-    )
+    stop_reason = trajectory.stop_reason
+    if stop_reason not in POLICY_STOPS:
+        return f"no reward: the harness ended this trajectory ({stop_reason}), so it is left out"
+    value = reward(trajectory, config)
+    answer = trajectory.answer
     if answer is None:
-        return f"reward {value:g} for the format: {FORMAT_FAILURES[trajectory.stop_reason]}"
+        return f"reward {value:g} for the format: {FORMAT_FAILURES[stop_reason]}"
+    golds = trajectory.question.answers
     best = max(golds, key=lambda gold: f1_score(answer, [gold]))
-    given, wanted = set(words(answer)), set(words(best))
+    given = set(words(answer))
+    wanted = set(words(best))
     right = len(given & wanted)
     if not right:
         shown = " / ".join(gold[:80] for gold in golds[:3])
         return f"reward {value:g}: {answer[:80]!r} shares no word with the gold answers ({shown})"
     verdict = " (exact match)" if exact_match(answer, golds) else ""
     return (
-        f"reward {value:.3g}{verdict}: against {best[:80]!r}, {right} of the {len(given)} words given are right "
-        f"(precision {right / len(given):.2f}), {right} of the {len(wanted)} wanted are there "
-        f"(recall {right / len(wanted):.2f})"
+        f"reward {value:.3g}{verdict}: against {best[:80]!r}, "
+        f"{right} of the {len(given)} words given are right (precision {right / len(given):.2f}), "
+        f"{right} of the {len(wanted)} wanted are there (recall {right / len(wanted):.2f})"
     )
 
 
@@ -121,41 +119,37 @@ def judge(
     question: Question, trajectories: Sequence[Trajectory], config: Config, step: int
 ) -> Group:
     """Rewards and advantages of one question's trajectories; what the harness ended is left out."""
-    kept = [trajectory for trajectory in trajectories if trajectory.stop_reason in POLICY_STOPS]
-    rewards = [reward(trajectory, config) for trajectory in kept]
+    kept = [one for one in trajectories if one.stop_reason in POLICY_STOPS]
+    rewards = [reward(one, config) for one in kept]
     if config.shuffle_rewards:  # a control experiment
         random.Random(f"{config.seed} {step} {question.id}").shuffle(rewards)
     return Group(question, kept, rewards, group_advantages(rewards, config.advantage_std).tolist())
 
 
+# --- MBE: a language model as judge of answers
+
+
 def judge_rules(config: Config) -> str:
     """The text of judge_prompt_file, or ours; ConfigError where it cannot be used."""
-    if not config.judge_prompt_file:
-        return JUDGE_RULES
     with named("judge_prompt_file", config.judge_prompt_file):
-        rules = Path(config.judge_prompt_file).read_text(encoding="utf-8")
+        rules = Path(config.judge_prompt_file or JUDGE_RULES).read_text(encoding="utf-8")
         if len(set(JUDGE_FIELDS.findall(rules))) in (1, 2):
-            raise ValueError(
-                "must hold all of {question}, {gt_answer} and {pred_answer}, or none of them"
-            )
+            fields = "{question}, {gt_answer} and {pred_answer}"
+            raise ValueError(f"must hold all of {fields}, or none of them")
     return rules
 
 
 def judge_messages(rules: str, question: str, golds: list[str], given: str) -> list[dict[str, str]]:
-    """What the judge is asked: rules with fields, filled in, as the official scorer does, or rules
-    before the case.
+    """What the judge is asked: rules before the case, or rules with fields, filled in, as the
+    official scorer does.
     """
-    if not JUDGE_FIELDS.search(rules):
-        case = json.dumps(
-            {"question": question, "accepted": golds, "given": given}, ensure_ascii=False
-        )
-        return [{"role": "system", "content": rules}, {"role": "user", "content": case}]
-    values = {"question": question, "gt_answer": str(golds), "pred_answer": given}
-    filled = JUDGE_FIELDS.sub(lambda field: values[field[1]], rules)
-    return [
-        {"role": "system", "content": "You are a helpful assistant."},
-        {"role": "user", "content": filled},
-    ]
+    case = {"question": question, "accepted": golds, "given": given}
+    asked = json.dumps(case, ensure_ascii=False)
+    if JUDGE_FIELDS.search(rules):
+        values = {"question": question, "gt_answer": str(golds), "pred_answer": given}
+        asked = JUDGE_FIELDS.sub(lambda field: values[field[1]], rules)
+        rules = "You are a helpful assistant."
+    return [{"role": "system", "content": rules}, {"role": "user", "content": asked}]
 
 
 def parse_verdict(reply: str) -> float | None:
@@ -164,27 +158,31 @@ def parse_verdict(reply: str) -> float | None:
     """
     reply = reply.rpartition("</think>")[2].strip()
     told = re.findall(r'"judgement"\s*:\s*"(.*?)"', reply) or reply.splitlines()[-1:]
-    verdict = VERDICT.fullmatch(told[0]) if len(told) == 1 else None
-    return float(verdict[1].upper() == "CORRECT") if verdict else None
+    verdict = re.fullmatch(r"\W*(IN)?CORRECT\W*", "\n".join(told), re.I)
+    if verdict is None:
+        return None
+    return 0.0 if verdict[1] else 1.0
 
 
-def ask_judge(trajectory: Trajectory, config: Config, web: Web, counts: Counter) -> float | None:
+def ask_judge(trajectory: Trajectory, config: Config, web: Any, counts: Counter) -> float | None:
     """MBE, a language model's verdict on an answer: 1 or 0; None, counted as fail_judge_*, where
-    there is no verdict.
+    there is no verdict. `web` is a web.Web.
 
     No answer is wrong and an exact match is right without asking, as in the official code.
     """
-    question, answer = trajectory.question, trajectory.answer
-    if answer is None or exact_match(answer, question.answers):
+    from deepresearcher_min.web import WebFailure, count  # here: the reward itself needs no web
+
+    answer = trajectory.answer
+    golds = list(trajectory.question.answers)
+    if answer is None or exact_match(answer, golds):
         return float(answer is not None)
-    golds = list(question.answers)
     if config.judge_normalize:
-        golds, answer = [gold.lower() for gold in golds], " ".join(words(answer))
-    messages = judge_messages(judge_rules(config), question.text, golds, answer)
+        golds = [*map(str.lower, golds)]
+        answer = " ".join(words(answer))
     url = config.judge_url.rstrip("/") + "/chat/completions"
     payload = {
         "model": config.judge_model,
-        "messages": messages,
+        "messages": judge_messages(judge_rules(config), trajectory.question.text, golds, answer),
         "temperature": config.judge_temperature,
     }
     deadline = time.monotonic() + config.tool_timeout
@@ -204,55 +202,67 @@ def ask_judge(trajectory: Trajectory, config: Config, web: Web, counts: Counter)
         return None
 
 
+# --- measures: what is told about trajectories
+
+
 def measures(trajectory: Trajectory) -> dict[str, float]:
     """What counts about one trajectory: f1 and em (0 without an answer), format_errors (0 or 1),
-    calls, costs.
+    calls, tokens, costs.
     """
-    answer, golds = trajectory.answer, trajectory.question.answers
+    answer = trajectory.answer
+    golds = trajectory.question.answers
+    cost = trajectory.cost
     return {
+        "trajectories": 1,
+        "tokens": len(trajectory.token_ids),
         "f1": f1_score(answer or "", golds),
-        "em": exact_match(answer, golds) if answer is not None else 0.0,
+        "em": 0.0 if answer is None else exact_match(answer, golds),
         "format_errors": float(trajectory.stop_reason != "answer"),
-        "calls": sum(
-            turn.observation != "" for turn in trajectory.turns
-        ),  # a call too many is not answered
-    } | {name: trajectory.cost.get(name, 0) for name in ("searches", "pages", "usd")}
+        # A call too many is not answered.
+        "calls": sum(turn.observation != "" for turn in trajectory.turns),
+        "searches": cost.get("searches", 0),
+        "pages": cost.get("pages", 0),
+        "usd": cost.get("usd", 0),
+    }
+
+
+def step_sums(groups: Sequence[Group], rollouts: Sequence[Sequence[Trajectory]]) -> Counter[str]:
+    """Sums over this rank's share of a step: the measures of what the policy ended, and costs of
+    all.
+    """
+    sums: Counter[str] = Counter({"groups": len(groups), "lost": 0, "cost_usd": 0.0})
+    for trajectory in chain(*rollouts):
+        for name, amount in trajectory.cost.items():
+            sums[f"cost_{name}"] += amount  # type: ignore[assignment]
+        if trajectory.stop_reason in POLICY_STOPS:
+            sums.update(measures(trajectory))
+        else:
+            sums["lost"] += 1
+    for group in groups:
+        sums["tied_groups"] += not any(group.advantages)
+        for value in group.rewards:
+            sums["reward"] += value  # type: ignore[assignment]
+    return sums
 
 
 def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Means of `measures` over the trajectories that the policy ended; n, their number; F1 by hops
     on the toy.
     """
-    kept = [trajectory for trajectory in trajectories if trajectory.stop_reason in POLICY_STOPS]
-    rows = [measures(trajectory) for trajectory in kept]
-    scores: dict[str, float] = {"n": len(rows)}
+    sums = step_sums([], [trajectories])
+    scores: dict[str, float] = {"n": sums["trajectories"]}
     for name in ("f1", "em", "format_errors", "calls", "searches", "pages"):
-        scores[name] = sum(row[name] for row in rows) / max(1, len(rows))
+        scores[name] = mean(sums, name)
     for hops in ("1hop", "2hop"):
-        f1 = [
-            row["f1"]
-            for one, row in zip(kept, rows, strict=True)
-            if one.question.source.endswith(hops)
-        ]
-        if f1:
-            scores[f"f1_{hops}"] = sum(f1) / len(f1)
+        part = [one for one in trajectories if one.question.source.endswith(hops)]
+        sums = step_sums([], [part])
+        if sums["trajectories"]:
+            scores[f"f1_{hops}"] = mean(sums, "f1")
     return scores
 
 
-def step_sums(groups: Sequence[Group], rollouts: Sequence[Sequence[Trajectory]]) -> Counter[str]:
-    """Sums over this rank's share of a step, for `step_means`; costs count for what the harness
-    ended, too.
-    """
-    sums: Counter[str] = Counter({"groups": len(groups), "cost_usd": 0.0})
-    for trajectory in itertools.chain(*rollouts):
-        sums["lost"] += trajectory.stop_reason not in POLICY_STOPS
-        sums.update({f"cost_{name}": amount for name, amount in trajectory.cost.items()})
-    for group in groups:
-        sums["tied_groups"] += not any(group.advantages)
-        for trajectory, value in zip(group.trajectories, group.rewards, strict=True):
-            sums.update({"trajectories": 1, "reward": value, "tokens": len(trajectory.token_ids)})
-            sums.update(measures(trajectory))
-    return sums
+def mean(sums: Counter[str], name: str) -> float:
+    return sums[name] / max(1, sums["trajectories"])
 
 
 def step_means(sums: Counter[str]) -> dict[str, float]:
@@ -260,17 +270,16 @@ def step_means(sums: Counter[str]) -> dict[str, float]:
 
     `tied` is the share of groups, `failed` that of the calls to pages and services.
     """
-    count = max(1, sums["trajectories"])
-    means = {name: sums[name] / count for name in ("reward", "f1", "calls", "tokens")}
-    means |= {
-        "bad_format": sums["format_errors"] / count,
-        "tied": sums["tied_groups"] / max(1, sums["groups"]),
-    }
-    failed, asked = (
-        sum(sums[f"cost_{source}_{what}"] for source in ("page", *ROLES))
-        for what in ("failed", "calls")
-    )
+    means = {name: mean(sums, name) for name in ("reward", "f1", "calls", "tokens")}
+    means["bad_format"] = mean(sums, "format_errors")
+    means["tied"] = sums["tied_groups"] / max(1, sums["groups"])
+    asked = failed = 0
+    for name, total in sums.items():
+        if name.startswith("cost_") or name == "lost":
+            means[name] = total
+        if name.endswith("_calls"):  # cost_search_calls, cost_page_calls, ...
+            asked += total
+        if name.endswith("_failed"):
+            failed += total
     means["failed"] = failed / max(1, asked)
-    return means | {
-        name: value for name, value in sums.items() if name.startswith("cost_") or name == "lost"
-    }
+    return means

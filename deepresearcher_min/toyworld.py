@@ -9,45 +9,36 @@ not change, since the model that ships was trained on them.
 import math
 import random
 from collections.abc import Sequence
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 
-from deepresearcher_min.protocol import Call, parse_turn
 from deepresearcher_min.search import Corpus
 from deepresearcher_min.trajectory import Question, Trajectory
 
 MODEL_DIR = Path(__file__).parent / "toy_model"
 SITE = "https://toy.example/"
 # What a question can ask for, by kind of page; the value is the kind of the answer.
-RELATIONS: dict[str, dict[str, str]] = {
+RELATIONS = {
     "person": {"birthplace": "city", "employer": "company", "spouse": "person"},
     "company": {"headquarters": "city", "founder": "person"},
     "book": {"author": "person"},
     "city": {"mayor": "person"},
 }
 # Facts that nobody asks for: they make a search result's one fact less often the right one.
-FILLERS: dict[str, dict[str, tuple[str, ...]]] = {
-    "company": {"product": ("lamps", "boats", "clocks", "paper", "tea", "glass")},
-    "book": {
-        "genre": ("comedy", "tragedy", "history", "travel"),
-        "length": ("short", "long", "medium"),
-    },
-    "city": {
-        "river": ("Aro", "Bel", "Cim", "Dov", "Elt", "Fen"),
-        "climate": ("mild", "dry", "wet", "cold"),
-    },
+FILLERS = {
+    "person": {},
+    "company": {"product": "lamps boats clocks paper tea glass"},
+    "book": {"genre": "comedy tragedy history travel", "length": "short long medium"},
+    "city": {"river": "Aro Bel Cim Dov Elt Fen", "climate": "mild dry wet cold"},
 }
-TWO_HOP = (
-    ("book", "author", "birthplace"),
-    ("book", "author", "employer"),
-    ("book", "author", "spouse"),
-    ("company", "founder", "birthplace"),
-    ("person", "employer", "headquarters"),
-    ("person", "employer", "founder"),
-    ("person", "birthplace", "mayor"),
-    ("city", "mayor", "birthplace"),
-    ("city", "mayor", "employer"),
-)
+# What can be asked about the answer to another question: the first relation, then the second.
+TWO_HOP = {
+    "person": ("employer headquarters", "employer founder", "birthplace mayor"),
+    "company": ("founder birthplace",),
+    "book": ("author birthplace", "author employer", "author spouse"),
+    "city": ("mayor birthplace", "mayor employer"),
+}
+PARTS = {"first": 40, "last": 40, "city": 50, "brand": 40, "adjective": 30, "noun": 30}
 
 
 def invented_names() -> dict[str, list[str]]:
@@ -55,18 +46,19 @@ def invented_names() -> dict[str, list[str]]:
     by world.
     """
     rng = random.Random(7)
-    syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+    syllables = [*map("".join, product("bdfgklmnprstvz", "aeiou"))]
     words: set[str] = set()
     while len(words) < 250:
-        words.add(
-            (rng.choice(syllables) + rng.choice(syllables) + rng.choice("lmnrsk")).capitalize()
-        )
-    shuffled = sorted(words)
-    rng.shuffle(shuffled)
-    rest = iter(shuffled)
-    sizes = {"first": 40, "last": 40, "city": 50, "brand": 40, "adjective": 30, "noun": 30}
-    names = {part: list(islice(rest, size)) for part, size in sizes.items()}
-    return names | {"trade": ["Works", "Labs", "Group", "Foods"]}
+        word = rng.choice(syllables) + rng.choice(syllables) + rng.choice("lmnrsk")
+        words.add(word.capitalize())
+    rest = sorted(words)
+    rng.shuffle(rest)
+    names = {}
+    for part, size in PARTS.items():
+        names[part] = rest[:size]
+        rest = rest[size:]
+    names["trade"] = ["Works", "Labs", "Group", "Foods"]
+    return names
 
 
 NAMES = invented_names()
@@ -82,31 +74,31 @@ class World:
     """
 
     def __init__(self, purpose: str, seed: int | str) -> None:
-        rng, held_out = random.Random(f"{purpose} {seed}"), purpose == "held out"
-
-        def pairs(one: str, other: str, count: int) -> list[str]:
-            every = product(enumerate(NAMES[one]), enumerate(NAMES[other]))
-            ours = [f"{a} {b}" for (i, a), (j, b) in every if ((i + j) % 5 == 0) == held_out]
-            return rng.sample(ours, count)
-
+        # The order of all draws makes the world: whoever changes it changes what a seed stands for.
+        rng = random.Random(f"{purpose} {seed}")
+        held_out = purpose == "held out"
         names = {
-            "person": pairs("first", "last", 110),
-            "company": pairs("brand", "trade", 30 if held_out else 40),
-            "book": [f"The {name}" for name in pairs("adjective", "noun", 50)],
+            "person": draw_names(rng, held_out, "first", "last", 110),
+            "company": draw_names(rng, held_out, "brand", "trade", 30 if held_out else 40),
+            "book": draw_names(rng, held_out, "adjective", "noun", 50, "The "),
             "city": NAMES["city"],
         }
-        self.kind = {name: kind for kind, found in names.items() for name in found}
+        self.kind: dict[str, str] = {}
         self.facts: dict[str, dict[str, str]] = {}
-        for name, kind in self.kind.items():
-            facts = {
-                relation: rng.choice(names[answer]) for relation, answer in RELATIONS[kind].items()
-            }
-            self.facts[name] = facts | {
-                filler: rng.choice(values) for filler, values in FILLERS.get(kind, {}).items()
-            }
-        for one, other in zip(names["person"][::2], names["person"][1::2], strict=True):
-            self.facts[one]["spouse"], self.facts[other]["spouse"] = other, one
-        documents, summaries = [], []
+        for kind in names:
+            for name in names[kind]:
+                self.kind[name] = kind
+                facts = self.facts[name] = {}
+                for relation, answer in RELATIONS[kind].items():
+                    facts[relation] = rng.choice(names[answer])
+                for relation, values in FILLERS[kind].items():
+                    facts[relation] = rng.choice(values.split())
+        couples = iter(names["person"])
+        for one, other in zip(couples, couples, strict=True):
+            self.facts[one]["spouse"] = other
+            self.facts[other]["spouse"] = one
+        documents = []
+        summaries = []
         for name, facts in self.facts.items():
             lead = f"{name} is a {self.kind[name]}."
             sentences = [f"The {relation} is {value}." for relation, value in facts.items()]
@@ -119,21 +111,14 @@ class World:
         order.
         """
         rng = random.Random(f"questions {seed}")
-        one_hop = [
-            (name, relation) for name, kind in self.kind.items() for relation in RELATIONS[kind]
-        ]
-        two_hop = [
-            (name, *path)
-            for name, kind in self.kind.items()
-            for start, *path in TWO_HOP
-            if start == kind
-        ]
         questions = []
-        for source, chains, wanted in (
-            ("toy_1hop", one_hop, count - count // 2),
-            ("toy_2hop", two_hop, count // 2),
-        ):
-            for subject, *relations in rng.sample(chains, min(wanted, len(chains))):
+        wanted = {"toy_1hop": count - count // 2, "toy_2hop": count // 2}
+        for source, paths in (("toy_1hop", RELATIONS), ("toy_2hop", TWO_HOP)):
+            chains = []
+            for name, kind in self.kind.items():
+                for path in paths[kind]:
+                    chains.append((name, path.split()))
+            for subject, relations in rng.sample(chains, min(wanted[source], len(chains))):
                 text = f"What is the {' of the '.join(reversed(relations))} of {subject}?"
                 answer = subject
                 for relation in relations:
@@ -143,43 +128,57 @@ class World:
         return questions
 
 
+def draw_names(
+    rng: random.Random, held_out: bool, first: str, second: str, count: int, article: str = ""
+) -> list[str]:
+    """Different two-word names, all of them reserved for held-out worlds or none."""
+    ours = []
+    for i, one in enumerate(NAMES[first]):
+        for j, other in enumerate(NAMES[second]):
+            if held_out == ((i + j) % 5 == 0):
+                ours.append(f"{article}{one} {other}")
+    return rng.sample(ours, count)
+
+
 def url_of(name: str) -> str:
     return SITE + name.replace(" ", "_")
 
 
 def chain_of(question: str) -> tuple[str, list[str]]:
     """'What is the mayor of the birthplace of Ada Vek?' -> ('Ada Vek', ['birthplace', 'mayor'])."""
-    *relations, subject = question.removeprefix("What is the ").removesuffix("?").split(" of ")
-    return subject, [relation.removeprefix("the ") for relation in reversed(relations)]
+    chain = question.removeprefix("What is the ").removesuffix("?").replace(" of the ", " of ")
+    subject, *relations = reversed(chain.split(" of "))
+    return subject, relations
 
 
 def behaviour_rates(trajectories: Sequence[Trajectory], world: World) -> dict[str, float]:
     """How often the three good decisions were taken when there was occasion [share, nan without
-    occasion].
+    occasion], of the trajectories that begin with a search.
 
     full_name: the first search of the question's subject used its full name. browse_when_needed:
     the page of the subject was found, its summary lacked the fact, and the page was opened.
     second_hop: a two-hop question whose first fact was seen, and a search or browse went on from
     it.
     """
-    seen: dict[str, list[bool]] = {"full_name": [], "browse_when_needed": [], "second_hop": []}
+    taken: dict[str, list[bool]] = {"full_name": [], "browse_when_needed": [], "second_hop": []}
     for trajectory in trajectories:
-        turns, (subject, relations) = trajectory.turns, chain_of(trajectory.question.text)
-        first = parse_turn(turns[0].text) if turns else None
-        if not isinstance(first, Call) or first.kind != "search":
+        turns = trajectory.turns
+        if not turns or turns[0].kind != "search":
             continue
-        if " " in subject:
-            seen["full_name"].append(subject in first.keys[0])
+        subject, relations = chain_of(trajectory.question.text)
         value = world.facts[subject][relations[0]]
         fact = f"The {relations[0]} is {value}."
-        if f"'title': '{subject}'" in turns[0].observation and fact not in turns[0].observation:
-            browsed = any(turn.kind == "browse" and url_of(subject) in turn.text for turn in turns)
-            seen["browse_when_needed"].append(browsed)
-        shown = [fact in turn.observation for turn in turns]
+        calls = [turn.text.partition("<tool_call>")[2] for turn in turns]
+        seen = [turn.observation for turn in turns]
+        if " " in subject:
+            taken["full_name"].append(subject in calls[0])
+        if f"'title': '{subject}'" in seen[0] and fact not in seen[0]:
+            taken["browse_when_needed"].append(url_of(subject) in " ".join(calls))
+        shown = [fact in observation for observation in seen]
         if len(relations) == 2 and any(shown):
-            later = [
-                turn for turn in turns[shown.index(True) + 1 :] if turn.kind in ("search", "browse")
-            ]
-            calls = [turn.text.partition("<tool_call>")[2] for turn in later]
-            seen["second_hop"].append(any(value.split()[-1] in call for call in calls))
-    return {name: sum(flags) / len(flags) if flags else math.nan for name, flags in seen.items()}
+            later = " ".join(calls[shown.index(True) + 1 :])
+            taken["second_hop"].append(value.split()[-1] in later)
+    rates = {}
+    for name, flags in taken.items():
+        rates[name] = sum(flags) / len(flags) if flags else math.nan
+    return rates

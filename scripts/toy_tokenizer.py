@@ -72,7 +72,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         *WORDS,
         *chain(*NAMES.values(), *RELATIONS.values(), *FILLERS.values()),
     ]  # of dicts, the keys
-    values = [value for facts in FILLERS.values() for value in chain(*facts.values())]
+    values = " ".join(chain(*(facts.values() for facts in FILLERS.values()))).split()
     vocab = {
         token: i for i, token in enumerate(dict.fromkeys([*special, *PIECES, *words, *values]))
     }

@@ -130,6 +130,13 @@ def test_limits_that_may_be_switched_off_and_the_deadline_that_may_be_another_on
             load_config([argument])
 
 
+@pytest.mark.parametrize("key", ["steps", "max_tool_calls", "weight_decay", "kl_coef", "seed"])
+def test_a_number_may_be_zero_where_its_line_says_what_zero_means(key):
+    assert getattr(load_config([f"--{key}=0"]), key) == 0
+    with pytest.raises(ConfigError, match="must be at least 0"):
+        load_config([f"--{key}=-1"])
+
+
 def test_describe_shows_only_what_differs():
     text = describe(load_config(["--preset=paper", "--lr=2e-6"]))
     assert "lr: 2e-06  (default 1e-06)" in text and "group_size" not in text

@@ -1,4 +1,4 @@
-"""Reports: the console line, tables, plots, and the behaviours that the words of a trajectory show."""
+"""Reports: console line, tables, plots, and the behaviours that a trajectory's words show."""
 
 import re
 from pathlib import Path
@@ -31,8 +31,9 @@ METRICS = {
 @pytest.mark.quick
 def test_step_line_worked_example():
     assert report.step_line(METRICS) == (
-        "step  12/200 | reward   .41 | f1  .45 | bad_format   3% | tied  12% | calls  3.4 | failed   3% | "
-        "tokens  2.1k | kl  .0020 | mismatch   .0003 | grad   .37 | roll  41.0s upd  22.0s | $0.84"
+        "step  12/200 | reward   .41 | f1  .45 | bad_format   3% | tied  12% | calls  3.4 | "
+        "failed   3% | tokens  2.1k | kl  .0020 | mismatch   .0003 | "
+        "grad   .37 | roll  41.0s upd  22.0s | $0.84"
     )
 
 

@@ -1,4 +1,4 @@
-"""Reports as files: JSON lines that survive kills, trajectories as text, and what the page holds."""
+"""Reports as files: JSON lines that survive kills, trajectories as text, what the page holds."""
 
 import base64
 import copy
@@ -98,7 +98,8 @@ def test_trajectories_are_read_as_they_were_written(tmp_path):
     groups, path = [group(0), group(1)], tmp_path / "eval.jsonl"
     report.write_trajectories(path, 0, groups, explain)
     written = [one for each in groups for one in each.trajectories]
-    for one, again in zip(written, report.read_trajectories(path), strict=True):
+    read = map(report.read_trajectory, report.read_json_lines(path))
+    for one, again in zip(written, read, strict=True):
         assert json.dumps(again.to_json()) == json.dumps(one.to_json()) and again.turns == one.turns
         assert np.allclose(again.logprobs, one.logprobs, atol=1e-6, equal_nan=True)
 

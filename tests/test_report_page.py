@@ -58,8 +58,10 @@ def attacks(url):
         f'<img src="{url}/image" onerror="{own}"><svg onload="{own}"></svg>',
         f"'\"><iframe src=\"javascript:parent.{own}\"></iframe><iframe src='{url}/frame'></iframe>",
         f"javascript:{own}",
-        f'<link rel=stylesheet href="{url}/style"><style>@import "{url}/import";</style><base href="{url}/">',
-        f'<meta http-equiv=refresh content="0;url={url}/moved"><form action={url}><details open ontoggle="{own}">',
+        f'<link rel=stylesheet href="{url}/style"><style>@import "{url}/import";</style>'
+        f'<base href="{url}/">',
+        f'<meta http-equiv=refresh content="0;url={url}/moved"><form action={url}>'
+        f'<details open ontoggle="{own}">',
         "\u2028\u2029\x00\ud800 ]]> &lt;b&gt; \\u003c/script> {{7*7}} ${7*7} __DATA__ __POLICY__",
     ]
 
@@ -133,7 +135,7 @@ def test_hostile_text_stays_text(tmp_path, listener):
 @needs_chromium
 @pytest.mark.slow
 def test_the_attacks_work_on_a_careless_page(tmp_path, listener):
-    """The control: the same browser and the same detectors on a page that writes texts as they are."""
+    """The control: the same browser and detectors on a page that writes texts as they are."""
     url, asked = listener
     careless = tmp_path / "careless.html"
     for attack in (attacks(url)[0], attacks(url)[2]):
@@ -155,12 +157,15 @@ def test_the_policy_stops_a_script_that_is_not_ours(tmp_path):
 INTERACT = r"""
 const lines = [], say = (...parts) => lines.push(parts.join(" | "));
 const selects = [...document.querySelectorAll("select")], list = document.querySelector(".list");
-const state = () => list.querySelector(".count").textContent, buttons = () => list.querySelectorAll("button").length;
+const state = () => list.querySelector(".count").textContent;
+const buttons = () => list.querySelectorAll("button").length;
 const choose = (i, start) => {
-  selects[i].value = [...selects[i].options].find(option => option.textContent.startsWith(start)).value;
+  const fits = option => option.textContent.startsWith(start);
+  selects[i].value = [...selects[i].options].find(fits).value;
   selects[i].onchange();
 };
-const type = text => { const box = document.querySelector("input"); box.value = text; box.oninput(); };
+const box = document.querySelector("input");
+const type = text => { box.value = text; box.oninput(); };
 say("all", state(), buttons());
 if (list.querySelector(".more")) { list.querySelector(".more").click(); say("more", buttons()); }
 choose(0, "step-000002"); say("step", state());
@@ -174,8 +179,8 @@ type("NUMBER 3 "); say("words", state());
 type("no such words"); say("nothing", state());
 type(""); choose(0, "step-000002");
 list.querySelectorAll("button")[1].click();
-const titles = [...document.querySelectorAll(".strip span")].map(node => node.title.replaceAll("\n", ", "));
-say("titles", titles.join(" / "));
+const titles = [...document.querySelectorAll(".strip span")].map(node => node.title);
+say("titles", titles.map(title => title.replaceAll("\n", ", ")).join(" / "));
 const folds = [...document.querySelectorAll(".run details")];
 say("folds", folds.length, folds.every(node => !node.open));
 const out = document.createElement("pre");
@@ -237,7 +242,7 @@ def test_filters_order_and_hover(tmp_path):
 @needs_chromium
 @pytest.mark.slow
 def test_4096_trajectories_stay_usable(tmp_path):
-    """4,096 of 5,120 trajectories with 8 kB of observations each: what is beyond the limit is cut."""
+    """4,096 of 5,120 trajectories with 8 kB of observations each: what is beyond is cut."""
     note, stops = "He lived in Liverpool. " * 350, ["answer", "malformed"] * 4
     for step in range(1, 6):
         groups = []

@@ -78,8 +78,9 @@ def test_behaviour_rates_on_hand_made_cases(monkeypatch):
     question = Question(
         "q", f"What is the mayor of the birthplace of {person}?", (mayor,), "toy_2hop"
     )
-    search = '<think>x</think><tool_call>{{"name": "web_search", "arguments": {{"query": ["{}"]}}}}</tool_call>'
-    browse = '<think>x</think><tool_call>{{"name": "browse_webpage", "arguments": {{"url_list": ["{}"]}}}}</tool_call>'
+    form = '<think>x</think><tool_call>{{"name": "%s", "arguments": {{"%s": ["{}"]}}}}</tool_call>'
+    search = form % ("web_search", "query")
+    browse = form % ("browse_webpage", "url_list")
 
     def rates(*turns: tuple[str, str, str]) -> dict[str, float]:
         made = tuple(
