@@ -102,7 +102,7 @@ async def observe(call: Call, record: Recording, agent: Agent) -> tuple[str, lis
     found = sum(len(entry.items) for entry in entries)
     remember(protocol.best(entries, found - dropped), record)
     if record.token_ids[-1] != chat.end_of_turn_id:
-        ids.insert(0, chat.end_of_turn_id)  # it ended by another token: the template's is given
+        ids = [chat.end_of_turn_id, *ids]  # it ended by another token: the template's is given
     return text, ids
 
 
@@ -238,7 +238,7 @@ def try_services(config: Config, agent: bool = True, judge: bool = False) -> str
             else:
                 hello = [{"role": "user", "content": "Hello"}]
                 payload = {"model": getattr(config, f"{role}_model"), "messages": hello}
-                url = address.rstrip("/") + "/chat/completions"
+                url = f"{address.rstrip('/')}/chat/completions"
                 web.chat(url, key, payload, Counter(), time.monotonic() + config.tool_timeout)
         except WebFailure as failure:
             if failure.kind not in NO_FAULT:
@@ -361,18 +361,16 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
         return trajectory
 
     jobs: list[asyncio.Task] = []
-    for question, number in zip(batch.questions, batch.numbers, strict=True):
-        for index in range(batch.first, batch.first + batch.repeats):
-            jobs.append(asyncio.create_task(one(len(jobs), question, number, index)))
-    everything: asyncio.Future = asyncio.gather(*jobs)
-    pumping: asyncio.Future = asyncio.create_task(scheduler.pump())
     try:
-        # The pump's error is raised here, where everything else would wait for ever.
-        flat = await next(asyncio.as_completed([everything, pumping]))
-    finally:
-        for task in (pumping, *jobs):
-            task.cancel()
-        await asyncio.gather(pumping, everything, *jobs, return_exceptions=True)
+        async with asyncio.TaskGroup() as tasks:
+            for question, number in zip(batch.questions, batch.numbers, strict=True):
+                for index in range(batch.first, batch.first + batch.repeats):
+                    jobs.append(tasks.create_task(one(len(jobs), question, number, index)))
+            pumping = tasks.create_task(scheduler.pump())
+            flat = await asyncio.gather(*jobs)
+            pumping.cancel()
+    except ExceptionGroup as errors:  # of a trajectory, or of the pump, which is the engine's
+        raise errors.exceptions[0] from None
     return (flat[start : start + batch.repeats] for start in range(0, len(flat), batch.repeats))
 
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 import numpy as np
 
@@ -40,7 +40,8 @@ RUN = re.compile(
     | [\u3041-\u309f\u30fc]+ | [\u30a1-\u30ff\u31f0-\u31ff]+  # Hiragana, Katakana
     | [\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3]+ )  # Korean
     | (?P<triples> [\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+ )  # Thai, Lao, Myanmar, Khmer
-    | [^\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff]+ | ."""
+    | [^\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\ud7a3"""
+    r"""\uf900-\ufaff\U00020000-\U0003ffff]+ | ."""
 )
 # No space follows a sentence of Chinese, Japanese, Khmer or Myanmar; Thai and Lao have nothing but
 # a space there.
@@ -54,9 +55,6 @@ INDEX_CACHE = (
 )
 SOURCE = code_of(__file__)
 SearchResult = namedtuple("SearchResult", ["title", "url", "snippet"])
-Ask = Callable[..., Any]  # ask(path, JSON to POST or nothing for a GET) -> JSON of the service
-# Of title, url (or path of the service) and snippet: texts, or whatever was sent.
-Rows = Iterable[Sequence]
 
 
 def words(text: str) -> list[str]:
@@ -85,8 +83,8 @@ FUNCTION_WORDS = set(
     them then there these they this those to us was we were what when where which who whom whose why
     will with would you your
     什么 哪里 哪个 哪些 哪位 怎么 为什么 多少 是谁 是什么 在哪
-    の は が を に で と も か な へ や です ですか ます でした ました ある いる する した して から まで とは
-    どこ だれ いつ なに なぜ
+    の は が を に で と も か な へ や です ですか ます でした ました ある いる する した して から
+    まで とは どこ だれ いつ なに なぜ
     คือ คืออะไร อะไร ที่ไหน เมื่อไร เมื่อไหร่ ใคร เป็น ของ และ ที่""")
 )
 
@@ -193,8 +191,10 @@ class LiveSearch:
         if key:
             self.headers = {"X-API-KEY": os.environ.get(key, "").strip()}
             self.price = config.price_search
-            place = {"gl": config.search_country, "hl": config.search_language}
-            self.place = {name: value for name, value in place.items() if value}
+            if config.search_country:
+                self.place["gl"] = config.search_country
+            if config.search_language:
+                self.place["hl"] = config.search_language
         self.lock, self.next_slot = threading.Lock(), 0.0
 
     def search(self, query: str, counts: Counter) -> list[SearchResult]:
@@ -250,7 +250,11 @@ def one_line(text: Any) -> str:
     return " ".join(whole.split())
 
 
-def serper(query: str, results: int, ask: Ask) -> Rows:
+# The services: ask(path, JSON to POST or nothing for a GET) gives the JSON of the reply; what is
+# found are rows of title, url (or path of the service) and snippet: texts, or whatever was sent.
+
+
+def serper(query: str, results: int, ask: Callable) -> Iterable:
     """Google's results by serper.dev, as in the paper; without `organic` where there are none."""
     reply = ask("/search", {"q": query, "num": results})
     if "searchParameters" not in reply or "organic" in reply:
@@ -258,24 +262,24 @@ def serper(query: str, results: int, ask: Ask) -> Rows:
             yield row.get("title"), row.get("link"), row.get("snippet")
 
 
-def searxng(query: str, results: int, ask: Ask) -> Rows:
+def searxng(query: str, results: int, ask: Callable) -> Iterable:
     """A SearXNG of your own; its settings must allow the format json."""
-    reply = ask("/search?" + urlencode({"q": query, "format": "json"}))
+    reply = ask(f"/search?format=json&q={quote(query)}")
     for row in reply["results"]:
         yield row.get("title"), row.get("url"), row.get("content")
 
 
-def wikipedia(query: str, results: int, ask: Ask) -> Rows:
+def wikipedia(query: str, results: int, ask: Callable) -> Iterable:
     """Wikipedia's own search, which needs no key; `search_url` chooses another language or wiki."""
-    wanted = urlencode({"srsearch": query, "srlimit": results})
-    reply = ask(f"/w/api.php?action=query&list=search&format=json&formatversion=2&{wanted}")
+    api = "/w/api.php?action=query&list=search&format=json&formatversion=2"
+    reply = ask(f"{api}&srlimit={results}&srsearch={quote(query)}")
     for row in reply["query"]["search"]:
         path = "/wiki/" + quote(row["title"].replace(" ", "_"), errors="replace")
         plain = re.sub("<[^>]*>", "", row.get("snippet") or "")  # matches come marked up
         yield row["title"], path, html.unescape(plain)
 
 
-def retriever(query: str, results: int, ask: Ask) -> Rows:
+def retriever(query: str, results: int, ask: Callable) -> Iterable:
     """A server that speaks Search-R1's protocol; passages without an address cannot be browsed, so
     all is shown.
     """

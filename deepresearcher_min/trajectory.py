@@ -30,7 +30,6 @@ import pyarrow.parquet as pq
 # world's fault, which is left out of group and loss.
 POLICY_STOPS = ("answer", "malformed", "tool_budget", "length", "context")
 HARNESS_STOPS = ("deadline", "cancelled")
-ARRAYS: dict[str, Any] = {"token_ids": np.int32, "sampled_mask": bool, "logprobs": np.float32}
 # A text in quotes, and a gap where numpy prints no comma; or what numpy puts around a list.
 PRINTED = re.compile(
     r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')(\s+(?=["']))?|array\((?=\[)|(?<=\])(,\s*dtype=[^)]+)?\)""",
@@ -80,8 +79,9 @@ class Trajectory:
     cost: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, dtype in ARRAYS.items():
-            array = np.array(getattr(self, name), dtype)  # a copy: nothing outside can change it
+        types = {"token_ids": np.int32, "sampled_mask": np.bool_, "logprobs": np.float32}
+        for name, dtype in types.items():
+            array: np.ndarray = np.array(getattr(self, name), dtype)  # a copy: nobody changes it
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         whose = f"trajectory of question {self.question.id!r}"
@@ -140,22 +140,26 @@ class Recording:
         self.readings: dict[str, Reading] = {}  # of this turn, by URL
         self.append(prompt_ids)
 
-    def append(self, ids: Sequence[int], logprobs: Sequence[float] = ()) -> tuple[int, int]:
+    def append(
+        self, ids: Sequence[int], logprobs: Sequence[float] | None = None
+    ) -> tuple[int, int]:
         """Add given tokens, or with logprobs sampled ones; returns their span [start, end)."""
         start = len(self.token_ids)
         self.token_ids += ids
-        self.sampled_mask += [bool(logprobs)] * len(ids)
-        self.logprobs += logprobs or [math.nan] * len(ids)
+        self.sampled_mask += [logprobs is not None] * len(ids)
+        self.logprobs += [math.nan] * len(ids) if logprobs is None else logprobs
         return start, len(self.token_ids)
 
     def finish(self, stop_reason: str, answer: str | None = None) -> Trajectory:
         return Trajectory(
             self.question,
-            **{name: np.array(getattr(self, name)) for name in ARRAYS},
-            turns=tuple(self.turns),
-            answer=answer,
-            stop_reason=stop_reason,
-            cost=dict(self.cost),
+            np.array(self.token_ids),
+            np.array(self.sampled_mask),
+            np.array(self.logprobs),
+            tuple(self.turns),
+            answer,
+            stop_reason,
+            dict(self.cost),
         )
 
 
