@@ -64,12 +64,12 @@ class Agent:
 async def agent_loop(
     record: Recording, generate: Callable[..., Awaitable[Completion]], agent: Agent
 ) -> Trajectory:
-    """Think, act, observe, until an answer or a limit. await generate(token ids, max new tokens)
-    gives a turn.
+    """Think, act, observe, until an answer or a limit. await generate(max new tokens) gives the
+    turn that follows the record.
     """
     config = agent.config
     while (room := config.max_model_len - len(record.token_ids)) > 0:
-        completion = await generate(record.token_ids, min(config.max_turn_tokens, room))
+        completion = await generate(min(config.max_turn_tokens, room))
         if completion.finish_reason == "aborted":
             return record.finish("cancelled")
         sampled = record.append(completion.token_ids, completion.logprobs)
@@ -339,14 +339,14 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
     async def one(age: int, question: Question, number: int, index: int) -> Trajectory:
         record = Recording(question, agent.chat.prompt_ids(question.text))
 
-        async def generate(token_ids: list[int], max_tokens: int) -> Completion:
-            turn = len(record.turns)
+        async def generate(max_tokens: int) -> Completion:
+            ids, turn = record.token_ids, len(record.turns)
             if turn:
-                await scheduler.enter(age, len(token_ids) + max_tokens)
+                await scheduler.enter(age, len(ids) + max_tokens)
             place = config.seed, batch.step, number, index, turn
             seed = int(np.random.SeedSequence(place).generate_state(1)[0])
             sampling = Sampling(batch.temperature, max_tokens, seed, agent.chat.end_ids)
-            return await scheduler.generate(f"{batch.step}/{number}/{index}", token_ids, sampling)
+            return await scheduler.generate(f"{batch.step}/{number}/{index}", ids, sampling)
 
         try:
             # Until it is let in, no deadline runs.
