@@ -99,7 +99,7 @@ class Trajectory:
         return vars(self) | {
             "id": asked.id,
             "question": asked.text,
-            "answers": asked.answers,
+            "answers": list(asked.answers),
             "source": asked.source,
             "turns": [vars(turn) for turn in self.turns],
             "token_ids": self.token_ids.tolist(),
