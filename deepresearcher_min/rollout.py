@@ -64,16 +64,16 @@ class Agent:
 async def agent_loop(
     record: Recording, generate: Callable[..., Awaitable[Completion]], agent: Agent
 ) -> Trajectory:
-    """Think, act, observe, until an answer or a limit. await generate(token ids, max new tokens)
-    gives a turn.
+    """Think, act, observe, until an answer or a limit. await generate(max new tokens) gives the
+    turn that follows the record.
     """
-    config, chat = agent.config, agent.chat
+    config = agent.config
     while (room := config.max_model_len - len(record.token_ids)) > 0:
-        completion = await generate(record.token_ids, min(config.max_turn_tokens, room))
+        completion = await generate(min(config.max_turn_tokens, room))
         if completion.finish_reason == "aborted":
             return record.finish("cancelled")
         sampled = record.append(completion.token_ids, completion.logprobs)
-        text = THINK + chat.decode(completion.token_ids)
+        text = THINK + agent.chat.decode(completion.token_ids)
         action = parse_turn(text)
         stop, observation, ids = "", "", list[int]()
         if completion.finish_reason == "length":  # cut off, whatever it reads like
@@ -84,16 +84,7 @@ async def agent_loop(
         elif len(record.turns) == config.max_tool_calls:
             stop = "tool_budget"
         else:
-            entries = await agent.tools.use(action, record)
-            most = config.max_observation_tokens
-            observation, ids, dropped = chat.fit(action.kind, entries, most, len(record.turns))
-            if (
-                completion.token_ids[-1] != chat.end_of_turn_id
-            ):  # another end token: the template's follows, given
-                ids = [chat.end_of_turn_id, *ids]
-            count(record.cost, "dropped_results", dropped)
-            kept = sum(len(entry.items) for entry in entries) - dropped
-            agent.tools.remember(protocol.best(entries, kept), record)
+            observation, ids = await observe(action, record, agent)
             if len(record.token_ids) + len(ids) >= config.max_model_len:
                 stop, ids = "context", []
         record.turns.append(Turn(sampled, record.append(ids), text, action.kind, observation))
@@ -102,8 +93,34 @@ async def agent_loop(
     return record.finish("context")
 
 
+async def observe(call: Call, record: Recording, agent: Agent) -> tuple[str, list[int]]:
+    """Use a tool; what the agent is to read of it, as text and as the ids that follow its turn."""
+    chat, most = agent.chat, agent.config.max_observation_tokens
+    entries = await agent.tools.use(call, record)
+    text, ids, dropped = chat.fit(call.kind, entries, most, len(record.turns))
+    count(record.cost, "dropped_results", dropped)
+    found = sum(len(entry.items) for entry in entries)
+    remember(protocol.best(entries, found - dropped), record)
+    if record.token_ids[-1] != chat.end_of_turn_id:
+        ids = [chat.end_of_turn_id, *ids]  # it ended by another token: the template's is given
+    return text, ids
+
+
+def remember(seen: Sequence[Entry], record: Recording) -> None:
+    """Note what the agent has seen of pages. What did not fit into its observation, the next browse
+    reads again.
+    """
+    for entry in seen:
+        reading = record.readings.pop(entry.key, None)
+        if reading:
+            shown = len(entry.items)
+            record.memory[reading.query] += [summary for _, summary in reading.notes[:shown]]
+            dropped = reading.notes[shown:]
+            record.read[entry.key] = dropped[0][0] if dropped else reading.next
+
+
 class Tools:
-    """What the agent can do to the world; failures of the world come back as words and are counted."""
+    """What the agent can do to the world, whose failures come back as words and are counted."""
 
     def __init__(
         self, config: Config, chat: ChatFormat, corpus: Corpus | None = None, web: Web | None = None
@@ -112,76 +129,59 @@ class Tools:
         self.backend = make_search(config, web, corpus)
         self.browser = Browser(config, web, corpus, self.in_thread, self.generate_text)
         self.pool = ThreadPoolExecutor(max(1, config.tool_threads), "tool")
-        self.blocked, self.readings = host_list(config), 0
+        self.readings = 0
         self.scheduler: Scheduler  # of the rollout that is under way
         self.slots: asyncio.Semaphore  # so many of its tool calls may be under way
 
     async def use(self, call: Call, record: Recording) -> list[Entry]:
-        """What each query of a search or address of a browse brought; one by one without threads,
-        to be repeatable.
-        """
+        """What each query of a search or address of a browse brought."""
         tool = protocol.TOOLS[call.kind]
         most = getattr(self.config, tool.most) or len(call.keys)
         jobs = [self.entry(call.kind, key, record) for key in call.keys[:most]]
-        entries = list(
-            await asyncio.gather(*jobs) if self.config.tool_threads else [await job for job in jobs]
-        )
-        for entry in (
-            entries
-        ):  # in the call's order, whichever came first: a replay asks the reader the same
-            record.shown.update({item["url"]: entry.key for item in entry.items if item.get("url")})
+        if self.config.tool_threads:
+            entries = list(await asyncio.gather(*jobs))
+        else:  # one by one, to be repeatable
+            entries = [await job for job in jobs]
+        # In the call's order, whichever came first: a replay asks the reader the same.
+        for entry in entries:
+            for item in entry.items:
+                record.shown[item.get("url", "")] = entry.key
         if tool.over:
             words = tool.over.format(most=most)
             entries += [Entry(key, (tool.item(words),)) for key in call.keys[most:]]
         return entries
 
-    def remember(self, seen: Sequence[Entry], record: Recording) -> None:
-        """Note what the agent has seen of pages. What did not fit into its observation, the next
-        browse reads again.
-        """
-        for entry in seen:
-            if reading := record.readings.pop(entry.key, None):
-                seen_items = len(entry.items)
-                record.memory[reading.query] += [
-                    summary for _, summary in reading.notes[:seen_items]
-                ]
-                dropped = reading.notes[seen_items:]
-                record.read[entry.key] = dropped[0][0] if dropped else reading.next
-
-    async def search(self, query: str, record: Recording) -> list[dict[str, Any]]:
+    async def search(self, query: str, record: Recording) -> list[dict]:
         count(record.cost, "searches")
-        results = await self.in_thread(self.backend, query, record.cost)
-        return [
-            protocol.search_item(result.snippet, result.title, result.url) for result in results
-        ]
+        found = await self.in_thread(self.backend, query, record.cost)
+        return [protocol.search_item(one.snippet, one.title, one.url) for one in found]
 
-    async def browse(self, url: str, record: Recording) -> list[dict[str, Any]]:
-        if is_blocked(url, self.blocked):
+    async def browse(self, url: str, record: Recording) -> list[dict]:
+        if is_blocked(url, host_list(self.config)):
             raise WebFailure(*BLOCKED)
-        if url not in record.shown:
-            raise WebFailure(
-                "unknown_url", "No search has shown this address, so it cannot be opened."
-            )
+        query = record.shown.get(url)
+        if query is None:
+            words = "No search has shown this address, so it cannot be opened."
+            raise WebFailure("unknown_url", words)
         count(record.cost, "pages")
-        query = record.shown[url]
         reading = Reading(record.question.text, query, record.memory[query], record.read[url])
         record.readings[url] = reading
         notes = await self.browser.browse(url, reading, record.cost)
         return [protocol.page_item(summary, number) for number, summary in notes]
 
     async def entry(self, kind: str, key: str, record: Recording) -> Entry:
+        """What one query or address brought; a failure of the world as words."""
         try:
             async with self.slots:
                 return Entry(key, tuple(await getattr(self, kind)(key, record)))
-        except WebFailure as raised:
-            failure = raised
         except RunStopped:
             raise
+        except WebFailure as raised:
+            failure = raised
         except TimeoutError:
             failure = WebFailure("timeout", "This took too long and was given up.")
-        except (
-            Exception
-        ):  # a bug, or a world stranger than its tool: it costs this call, and the log says where
+        except Exception:
+            # A bug, or a world stranger than its tool: it costs this call, and the log says where.
             logging.getLogger(__name__).exception("tool call for %.200r", key)
             failure = WebFailure("error", "The tool failed.")
         count_failure(record.cost, "page" if kind == "browse" else kind, failure)
@@ -194,21 +194,18 @@ class Tools:
         async with asyncio.timeout(self.config.tool_timeout + GRACE):
             return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
 
-    async def generate_text(self, messages: list[dict[str, str]]) -> str:
+    async def generate_text(self, messages: protocol.Messages) -> str:
         """The policy's own engine as a plain chat model; in no trajectory, and not counted for
         admission.
         """
-        token_ids, most = (
-            self.chat.message_ids(messages),
-            self.config.max_model_len - self.config.max_turn_tokens,
-        )
-        del token_ids[
-            most - 32 : -32
-        ]  # what does not fit; the rules are in front, the generation prompt at the end
+        config, token_ids = self.config, self.chat.message_ids(messages)
+        most = config.max_model_len - config.max_turn_tokens
+        # What does not fit: the rules are in front, the generation prompt at the end.
+        del token_ids[most - 32 : -32]
         self.readings += 1
-        seed = self.config.seed  # of all readings: as asked, so answered
+        # One seed for all readings: as asked, so answered.
         sampling = Sampling(
-            self.config.reader_temperature, self.config.max_turn_tokens, seed, self.chat.end_ids
+            config.reader_temperature, config.max_turn_tokens, config.seed, self.chat.end_ids
         )
         completion = await self.scheduler.generate(f"reader/{self.readings}", token_ids, sampling)
         return self.chat.decode(completion.token_ids)
@@ -223,34 +220,30 @@ def try_services(config: Config, agent: bool = True, judge: bool = False) -> str
 
     `agent`: those of its tools; `judge`: that of evaluations.
     """
-    roles = []
-    if agent and config.search in SERVICES and (config.max_tool_calls or config.method == "rag"):
-        roles.append("search")
-    if agent and config.reader == "openai" and config.max_tool_calls:
-        roles.append("reader")
-    if judge:
-        roles.append("judge")
+    tools = agent and config.max_tool_calls
+    rag = agent and config.method == "rag"
+    used = {
+        "search": config.search in SERVICES and (tools or rag),
+        "reader": config.reader == "openai" and tools,
+        "judge": judge,
+    }
     web = Web(config, ":memory:")
-    for role in roles:
+    for role in filter(used.get, used):
         address, key = getattr(config, f"{role}_url"), f"{role.upper()}_API_KEY"
-        deadline = time.monotonic() + config.tool_timeout
         try:
             if role == "search":
                 live = LiveSearch(config, web)
                 address, key = live.base, SERVICES[config.search][2] or "the network"
-                live.find("Wikipedia", Counter(), deadline)
+                live.search("Wikipedia", Counter())
             else:
-                payload = {
-                    "model": getattr(config, f"{role}_model"),
-                    "messages": [{"role": "user", "content": "Hello"}],
-                }
-                web.chat(
-                    f"{address.rstrip('/')}/chat/completions", key, payload, Counter(), deadline
-                )
+                hello = [{"role": "user", "content": "Hello"}]
+                payload = {"model": getattr(config, f"{role}_model"), "messages": hello}
+                url = f"{address.rstrip('/')}/chat/completions"
+                web.chat(url, key, payload, Counter(), time.monotonic() + config.tool_timeout)
         except WebFailure as failure:
             if failure.kind not in NO_FAULT:
-                trouble = f"the {role} service at {address} does not work ({failure})"
-                return f"{trouble}; check that it runs, {role}_url, {key} and what is left of its quota"
+                remedy = f"check that it runs, {role}_url, {key} and what is left of its quota"
+                return f"the {role} service at {address} does not work ({failure}); {remedy}"
     web.close()
     return ""
 
@@ -280,21 +273,23 @@ class Scheduler:
         await admitted
 
     def leave(self, number: int) -> None:
+        """Give back what a trajectory has held, and let in whom there is room for now."""
         self.used -= self.held.pop(number, 0)
         while self.queue:
             oldest, tokens, admitted = self.queue[0]
-            full = self.used + tokens > self.engine.capacity_tokens or len(self.held) == self.most
-            if full and self.held and not admitted.cancelled():
-                return
-            heapq.heappop(self.queue)
             if not admitted.cancelled():
+                too_much = self.used + tokens > self.engine.capacity_tokens
+                if self.held and (too_much or len(self.held) == self.most):
+                    return
                 self.held[oldest] = tokens
                 self.used += tokens
                 admitted.set_result(None)
+            heapq.heappop(self.queue)
 
     async def generate(
         self, request_id: str, token_ids: list[int], sampling: Sampling
     ) -> Completion:
+        """Wait for one turn."""
         self.engine.submit(request_id, token_ids, sampling)
         self.waiting[request_id] = asyncio.Future()
         self.wake.set()
@@ -305,18 +300,17 @@ class Scheduler:
                 self.engine.abort([request_id])
 
     async def pump(self) -> None:
+        """Step the engine while anyone waits; without an end, but by an error of the engine."""
         while True:
             await self.wake.wait()
             for request_id, completion in self.engine.step().items():
-                if (
-                    future := self.waiting.pop(request_id, None)
-                ) and not future.done():  # else given up a moment ago
+                future = self.waiting.pop(request_id, None)
+                if future and not future.done():  # else given up a moment ago
                     future.set_result(completion)
             if not self.waiting:
                 self.wake.clear()
-            await asyncio.sleep(
-                0
-            )  # those whose turn ended go on now; tools in place, their next turn is on board
+            # Those whose turn ended go on now; tools in place, their next turn is on board.
+            await asyncio.sleep(0)
 
 
 @dataclass(frozen=True)
@@ -339,28 +333,24 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
     """
     config = agent.config
     scheduler = agent.tools.scheduler = Scheduler(agent.engine, config.max_in_flight)
-    agent.tools.slots = asyncio.Semaphore(
-        config.tool_threads or 2**31
-    )  # whoever waits has no tool's deadline running
+    # Whoever waits for a slot has no tool's deadline running.
+    agent.tools.slots = asyncio.Semaphore(config.tool_threads or 2**31)
 
     async def one(age: int, question: Question, number: int, index: int) -> Trajectory:
         record = Recording(question, agent.chat.prompt_ids(question.text))
 
-        async def generate(token_ids: list[int], max_tokens: int) -> Completion:
-            if turn := len(record.turns):
-                await scheduler.enter(age, len(token_ids) + max_tokens)
-            seed = int(
-                np.random.SeedSequence(
-                    (config.seed, batch.step, number, index, turn)
-                ).generate_state(1)[0]
-            )
+        async def generate(max_tokens: int) -> Completion:
+            ids, turn = record.token_ids, len(record.turns)
+            if turn:
+                await scheduler.enter(age, len(ids) + max_tokens)
+            place = config.seed, batch.step, number, index, turn
+            seed = int(np.random.SeedSequence(place).generate_state(1)[0])
             sampling = Sampling(batch.temperature, max_tokens, seed, agent.chat.end_ids)
-            return await scheduler.generate(f"{batch.step}/{number}/{index}", token_ids, sampling)
+            return await scheduler.generate(f"{batch.step}/{number}/{index}", ids, sampling)
 
         try:
-            await scheduler.enter(
-                age, len(record.token_ids) + config.max_turn_tokens
-            )  # no deadline runs yet
+            # Until it is let in, no deadline runs.
+            await scheduler.enter(age, len(record.token_ids) + config.max_turn_tokens)
             async with asyncio.timeout(config.trajectory_timeout):
                 trajectory = await agent_loop(record, generate, agent)
         except TimeoutError:
@@ -370,21 +360,17 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
         on_done(trajectory)
         return trajectory
 
-    indices = range(batch.first, batch.first + batch.repeats)
-    asked = [
-        (q, n, i) for q, n in zip(batch.questions, batch.numbers, strict=True) for i in indices
-    ]
-    jobs = [asyncio.create_task(one(age, *each)) for age, each in enumerate(asked)]
-    everything: asyncio.Future = asyncio.gather(*jobs)
-    pumping: asyncio.Future = asyncio.create_task(scheduler.pump())
+    jobs: list[asyncio.Task] = []
     try:
-        # The pump ends only by an error of the engine, which is raised here instead of waiting for
-        # ever.
-        flat = await next(asyncio.as_completed([everything, pumping]))
-    finally:
-        for task in (pumping, *jobs):
-            task.cancel()
-        await asyncio.gather(pumping, everything, *jobs, return_exceptions=True)
+        async with asyncio.TaskGroup() as tasks:
+            for question, number in zip(batch.questions, batch.numbers, strict=True):
+                for index in range(batch.first, batch.first + batch.repeats):
+                    jobs.append(tasks.create_task(one(len(jobs), question, number, index)))
+            pumping = tasks.create_task(scheduler.pump())
+            flat = await asyncio.gather(*jobs)
+            pumping.cancel()
+    except ExceptionGroup as errors:  # of a trajectory, or of the pump, which is the engine's
+        raise errors.exceptions[0] from None
     return (flat[start : start + batch.repeats] for start in range(0, len(flat), batch.repeats))
 
 
@@ -397,9 +383,8 @@ def roll_out(
     KeyboardInterrupt when everything has ended: not inside a step of the engine, which would spoil
     it. Main thread only.
     """
-    on_interrupt = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # asyncio.run then cancels the main task
+    # asyncio.run then cancels the main task.
+    on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     on_terminate = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         return list(asyncio.run(roll_out_async(batch, agent, on_done)))

@@ -2,7 +2,8 @@
 
 `local` and `toy` search a Corpus in memory; the others are services, asked through web.py, which
 caches and retries. Left out: answer boxes and "people also ask", as in the paper; Bing, whose API
-was retired in 2025.
+was retired in 2025; an index on disk: making one takes 0.2 s for a thousand passages, and whoever
+has millions asks a `retriever`.
 """
 
 import hashlib
@@ -10,19 +11,17 @@ import html
 import json
 import os
 import re
-import shutil
 import threading
 import time
 import unicodedata
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 import numpy as np
 
@@ -41,7 +40,8 @@ RUN = re.compile(
     | [\u3041-\u309f\u30fc]+ | [\u30a1-\u30ff\u31f0-\u31ff]+  # Hiragana, Katakana
     | [\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3]+ )  # Korean
     | (?P<triples> [\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+ )  # Thai, Lao, Myanmar, Khmer
-    | [^\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff]+ | ."""
+    | [^\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\ud7a3"""
+    r"""\uf900-\ufaff\U00020000-\U0003ffff]+ | ."""
 )
 # No space follows a sentence of Chinese, Japanese, Khmer or Myanmar; Thai and Lao have nothing but
 # a space there.
@@ -49,23 +49,20 @@ ENDS = "。！？｡।॥។៕။"
 SENTENCE_END = re.compile(rf"[{ENDS}]+[」』”’）]*|[\u0e00-\u0eff](?=\s+[\u0e00-\u0eff])")
 NO_RESULTS = ("no_results", "Nothing was found for this query.")
 SNIPPET_CHARS = 300
+# What is fetched once for all runs is kept here.
 INDEX_CACHE = (
     Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "deepresearcher_min"
 )
 SOURCE = code_of(__file__)
 SearchResult = namedtuple("SearchResult", ["title", "url", "snippet"])
-Ask = Callable[..., Any]  # ask(path, JSON to POST or nothing for a GET) -> JSON of the service
-Rows = Iterable[
-    tuple[Any, Any, Any]
-]  # title, url (or path of the service), snippet: texts, or whatever was sent
 
 
 def words(text: str) -> list[str]:
     """The lower-case words of a text, in order.
 
     Where a script has no spaces, each two neighbouring signs (Chinese, Japanese, Korean) or three
-    neighbouring letters (Thai, Lao, Myanmar, Khmer) are a word, and so is a shorter run: 'iPad平板电脑'
-    -> ipad 平板 板电 电脑.
+    neighbouring letters (Thai, Lao, Myanmar, Khmer) are a word, and so is a shorter run:
+    'iPad平板电脑' -> ipad 平板 板电 电脑.
     """
     text = text.casefold()
     if text.isascii() or not UNSPACED.search(text):
@@ -74,17 +71,20 @@ def words(text: str) -> list[str]:
     for word in WORD.findall(unicodedata.normalize("NFKC", text)):
         for run in RUN.finditer(word):
             size = {"pairs": 2, "triples": 3}.get(run.lastgroup or "", len(word))
-            last = max(0, len(run[0]) - size)
-            found += [run[0][start : start + size] for start in range(last + 1)]
+            starts = range(max(1, len(run[0]) - size + 1))
+            found += [run[0][start : start + size] for start in starts]
     return found
 
 
-FUNCTION_WORDS = set(  # words without content: a query is to match by its names and nouns
-    words("""a an and any are as at be been but by can could did do does for from had has have
-    he her him his how i if in into is it its may me my of on or our she should so than that the their them then there
-    these they this those to us was we were what when where which who whom whose why will with would you your
-    什么 哪里 哪个 哪些 哪位 怎么 为什么 多少 是谁 是什么 在哪 の は が を に で と も か な へ や です ですか ます
-    でした ました ある いる する した して から まで とは どこ だれ いつ なに なぜ
+# Words without content: a query is to match by its names and nouns.
+FUNCTION_WORDS = set(
+    words("""a an and any are as at be been but by can could did do does for from had has have he
+    her him his how i if in into is it its may me my of on or our she should so than that the their
+    them then there these they this those to us was we were what when where which who whom whose why
+    will with would you your
+    什么 哪里 哪个 哪些 哪位 怎么 为什么 多少 是谁 是什么 在哪
+    の は が を に で と も か な へ や です ですか ます でした ました ある いる する した して から
+    まで とは どこ だれ いつ なに なぜ
     คือ คืออะไร อะไร ที่ไหน เมื่อไร เมื่อไหร่ ใคร เป็น ของ และ ที่""")
 )
 
@@ -107,7 +107,7 @@ def read_passage(row: Any) -> tuple[str, str, str]:
     """
     if isinstance(row, str):
         row = {"contents": row}
-    url, title, text = row.get("url"), row.get("title"), row.get("text")
+    title, text, name = row.get("title"), row.get("text"), row.get("id", row.get("_id"))
     if text is None:
         text = row["contents"]
         first, _, rest = text.partition("\n")
@@ -115,21 +115,9 @@ def read_passage(row: Any) -> tuple[str, str, str]:
         if rest and title in (None, first):
             title, text = first, rest
     title, text = str(title or ""), str(text)
-    if not url:
-        name = row.get("id", row.get("_id"))
-        if name is None:
-            name = hashlib.sha256((title + text).encode("utf-8", "replace")).hexdigest()[:12]
-        url = f"passage:{name}"
-    return title, str(url), text
-
-
-def beginning(text: str) -> str:
-    """The first SNIPPET_CHARS of a text, up to the end of a word where it has words."""
-    flat = " ".join(text.split())
-    short = shorten(flat, SNIPPET_CHARS, placeholder=" ...")
-    return (
-        short if len(short) >= min(len(flat), SNIPPET_CHARS // 2) else flat[:SNIPPET_CHARS] + " ..."
-    )
+    if name is None:
+        name = hashlib.sha256((title + text).encode("utf-8", "replace")).hexdigest()[:12]
+    return title, str(row.get("url") or f"passage:{name}"), text
 
 
 class Corpus:
@@ -138,56 +126,44 @@ class Corpus:
     `pages`: by url, the texts of all its documents, in their order.
     """
 
-    def __init__(
-        self,
-        documents: Sequence,
-        snippet: Callable[[int], str] | None = None,
-        folder: Path | None = None,
-    ):
+    def __init__(self, documents: Sequence, snippet: Callable[[int], str] | None = None) -> None:
         if not documents:
             raise ConfigError("the corpus has no documents")
-        self.documents = documents
-        passages: dict[str, list[str]] = {}
-        for _, url, text in documents:
-            passages.setdefault(url, []).append(text)
-        self.pages = {url: "\n\n".join(texts) for url, texts in passages.items()}
-        self.snippet = snippet or (lambda index: beginning(documents[index][2]))
-        self.index: Any = load_index(folder) if folder else None
-        if self.index is None:
-            import bm25s  # here, because importing it takes 0.7 s and a live run does not need it
+        import bm25s  # here, because importing it takes 0.7 s and a live run does not need it
 
-            self.index = bm25s.BM25()
-            self.index.index(
-                [words(f"{title}\n{text}") for title, _, text in documents], show_progress=False
-            )
-            if folder:
-                save_index(self.index, folder)
+        self.documents = documents
+        self.snippet = snippet or self.beginning
+        self.index: Any = bm25s.BM25()
+        indexed, passages = [], defaultdict(list)
+        for title, url, text in documents:
+            indexed.append(words(f"{title}\n{text}"))
+            passages[url].append(text)
+        self.index.index(indexed, show_progress=False)
+        self.pages = {url: "\n\n".join(texts) for url, texts in passages.items()}
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> "Corpus":
-        """From lines that read_passage reads, with its index under ~/.cache; ConfigError names a
-        bad line.
-        """
-        import bm25s
-
-        content, documents = Path(path).read_bytes(), []
-        for number, line in enumerate(content.splitlines(), start=1):
+        """From lines that read_passage reads; ConfigError names a bad line."""
+        documents = []
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+            if not line.strip():
+                continue
             try:
-                if line.strip():
-                    passage = read_passage(json.loads(line))
-                    if b"\\u" in line:
-                        "".join(
-                            passage
-                        ).encode()  # refuses half of a two-part sign, which no tokenizer takes
-                    documents.append(passage)
+                passage = read_passage(json.loads(line))
+                "".join(passage).encode()  # no tokenizer takes half of a two-part sign
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                raise ConfigError(
-                    f"corpus={str(path)!r}: line {number} is not title, url, text: {error!r}"
-                ) from error
-        made = hashlib.sha256(content)  # and of all else that the index comes from
-        rules = SOURCE, WORD.pattern, WORD.flags, RUN.pattern
-        made.update(repr((rules, bm25s.__version__, unicodedata.unidata_version)).encode())
-        return cls(documents, folder=INDEX_CACHE / f"bm25-{made.hexdigest()[:24]}")
+                where = f"corpus={str(path)!r}: line {number}"
+                raise ConfigError(f"{where} is not title, url, text: {error!r}") from error
+            documents.append(passage)
+        return cls(documents)
+
+    def beginning(self, index: int) -> str:
+        """The first SNIPPET_CHARS of a text, up to the end of a word where it has words."""
+        flat = " ".join(self.documents[index][2].split())
+        short = shorten(flat, SNIPPET_CHARS, placeholder=" ...")
+        if len(short) < min(len(flat), SNIPPET_CHARS // 2):
+            return flat[:SNIPPET_CHARS] + " ..."
+        return short
 
     def search(self, query: str, k: int) -> list[SearchResult]:
         """The k best documents, best first, equal scores in corpus order; none that shares no word
@@ -197,41 +173,11 @@ class Corpus:
         scores = self.index.get_scores_from_ids(self.index.get_tokens_ids(wanted))
         found = np.flatnonzero(scores > 0)
         best = found[np.argsort(-scores[found], kind="stable")[:k]]
-        return [
-            SearchResult(self.documents[i][0], self.documents[i][1], self.snippet(i))
-            for i in best.tolist()
-        ]
-
-
-def checksum(folder: Path) -> str:
-    """Of the files of an index."""
-    whole = hashlib.sha256()
-    for file in sorted(folder.glob("*.index.*")):
-        whole.update(file.read_bytes())
-    return whole.hexdigest()
-
-
-def load_index(folder: Path) -> Any:
-    """The index in a folder; None where there is none, or it is not as it was saved."""
-    import bm25s
-
-    with suppress(OSError):
-        if (folder / "checksum").read_text(encoding="utf-8", errors="replace") == checksum(folder):
-            return bm25s.BM25.load(folder)
-    return None
-
-
-def save_index(index: Any, folder: Path) -> None:
-    """Keep an index; where that cannot be done, it costs only time."""
-    with suppress(OSError):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent) as unfinished:
-            index.save(unfinished)
-            Path(unfinished, "checksum").write_text(checksum(Path(unfinished)))
-            shutil.rmtree(
-                folder, ignore_errors=True
-            )  # one that could not be loaded, or another rank's
-            os.rename(unfinished, folder)  # at once: nobody ever reads half an index
+        results = []
+        for number in best.tolist():
+            title, url, _ = self.documents[number]
+            results.append(SearchResult(title, url, self.snippet(number)))
+        return results
 
 
 class LiveSearch:
@@ -240,119 +186,117 @@ class LiveSearch:
     def __init__(self, config: Config, web: Web) -> None:
         self.config, self.web = config, web
         self.service, base, key = SERVICES[config.search]
-        self.base, self.price = (
-            (config.search_url or base).rstrip("/"),
-            config.price_search if key else 0.0,
-        )
-        self.headers = {"X-API-KEY": os.environ.get(key, "").strip()} if key else {}
-        place = (
-            {"gl": config.search_country, "hl": config.search_language}
-            if config.search == "serper"
-            else {}
-        )
-        self.place = {name: value for name, value in place.items() if value}
+        self.base = (config.search_url or base).rstrip("/")
+        self.headers, self.price, self.place = {}, 0.0, dict[str, str]()
+        if key:
+            self.headers = {"X-API-KEY": os.environ.get(key, "").strip()}
+            self.price = config.price_search
+            if config.search_country:
+                self.place["gl"] = config.search_country
+            if config.search_language:
+                self.place["hl"] = config.search_language
         self.lock, self.next_slot = threading.Lock(), 0.0
 
     def search(self, query: str, counts: Counter) -> list[SearchResult]:
         """Ask once, whoever asks; results without an address are left out. Raises WebFailure."""
         query, results = one_line(query), self.config.search_results
         deadline = time.monotonic() + self.config.tool_timeout
+
+        def find() -> list[list[str]]:
+            rows = []
+            try:
+                for row in self.service(query, results, partial(self.ask, counts, deadline)):
+                    title, url, snippet = map(one_line, row)
+                    if url:
+                        rows.append([title, url, snippet])
+            except (LookupError, TypeError, AttributeError):
+                raise WebFailure(*BAD_REPLY) from None
+            if not rows:
+                raise WebFailure(*NO_RESULTS)
+            return rows
+
         request = [self.config.search, self.base, query, results, *self.place.items()]
-        find = partial(self.find, query, counts, deadline)
         rows = self.web.cached("search", request, find, counts, deadline, SOURCE)
-        found = [SearchResult(*row) for row in rows[:results]]
-        return [
-            one._replace(url=self.base + one.url) if one.url[0] == "/" else one for one in found
-        ]
+        found = []
+        for title, url, snippet in rows[:results]:
+            if url.startswith("/"):
+                url = self.base + url
+            found.append(SearchResult(title, url, snippet))
+        return found
 
-    def find(self, query: str, counts: Counter, deadline: float) -> list[list[str]]:
-        """Title, address and snippet of each result, not from the cassette."""
-
-        def ask(path: str, payload: Any = None) -> Any:
-            # a bucket of one token: a larger one would break the service's limit in its first
-            # second
-            with self.lock:
-                slot = max(self.next_slot, time.monotonic())
-                if slot >= deadline:
-                    raise WebFailure(
-                        "rate_limited", "Too many searches are under way at the moment."
-                    )
-                self.next_slot = slot + self.web.world_size / self.config.requests_per_second
-            time.sleep(max(0.0, slot - time.monotonic()))
-            payload = payload and payload | self.place
-            reply = self.web.fetch_json(self.base + path, self.headers, payload, counts, deadline)
-            count(counts, "usd", self.price)
-            return reply
-
-        try:
-            found = self.service(query, self.config.search_results, ask)
-            rows = [[one_line(text) for text in row] for row in found]
-        except (LookupError, TypeError, AttributeError):
-            raise WebFailure(*BAD_REPLY) from None
-        rows = [row for row in rows if row[1]]
-        if not rows:
-            raise WebFailure(*NO_RESULTS)
-        return rows
+    def ask(self, counts: Counter, deadline: float, path: str, payload: dict | None = None) -> Any:
+        """What the service replies to a GET, or to a POST of `payload`."""
+        # A bucket of one token: a larger one would break the service's limit in its first second.
+        with self.lock:
+            slot = max(self.next_slot, time.monotonic())
+            if slot >= deadline:
+                raise WebFailure("rate_limited", "Too many searches are under way at the moment.")
+            self.next_slot = slot + self.web.world_size / self.config.requests_per_second
+        time.sleep(max(0.0, slot - time.monotonic()))
+        if payload:
+            payload = payload | self.place
+        reply = self.web.fetch_json(self.base + path, self.headers, payload, counts, deadline)
+        count(counts, "usd", self.price)
+        return reply
 
 
 def one_line(text: Any) -> str:
     """Text without line breaks and without the half characters that JSON can bring; empty for what
     is no text.
     """
-    return (
-        " ".join(text.encode("utf-8", "replace").decode().split()) if isinstance(text, str) else ""
-    )
+    if not isinstance(text, str):
+        return ""
+    whole = text.encode("utf-8", "replace").decode()
+    return " ".join(whole.split())
 
 
-def serper(query: str, results: int, ask: Ask) -> Rows:
-    """Google's results by serper.dev, as in the paper."""
+# The services: ask(path, JSON to POST or nothing for a GET) gives the JSON of the reply; what is
+# found are rows of title, url (or path of the service) and snippet: texts, or whatever was sent.
+
+
+def serper(query: str, results: int, ask: Callable) -> Iterable:
+    """Google's results by serper.dev, as in the paper; without `organic` where there are none."""
     reply = ask("/search", {"q": query, "num": results})
-    found = reply.get("organic", []) if "searchParameters" in reply else reply["organic"]
-    return [(row.get("title"), row.get("link"), row.get("snippet")) for row in found]
+    if "searchParameters" not in reply or "organic" in reply:
+        for row in reply["organic"]:
+            yield row.get("title"), row.get("link"), row.get("snippet")
 
 
-def searxng(query: str, results: int, ask: Ask) -> Rows:
+def searxng(query: str, results: int, ask: Callable) -> Iterable:
     """A SearXNG of your own; its settings must allow the format json."""
-    found = ask("/search?" + urlencode({"q": query, "format": "json"}))["results"]
-    return [(row.get("title"), row.get("url"), row.get("content")) for row in found]
+    reply = ask(f"/search?format=json&q={quote(query)}")
+    for row in reply["results"]:
+        yield row.get("title"), row.get("url"), row.get("content")
 
 
-def wikipedia(query: str, results: int, ask: Ask) -> Rows:
-    """The search of Wikipedia, which needs no key; `search_url` chooses another language or wiki."""
-    wanted = urlencode({"srsearch": query, "srlimit": results})
-    reply = ask(f"/w/api.php?action=query&list=search&format=json&formatversion=2&{wanted}")
+def wikipedia(query: str, results: int, ask: Callable) -> Iterable:
+    """Wikipedia's own search, which needs no key; `search_url` chooses another language or wiki."""
+    api = "/w/api.php?action=query&list=search&format=json&formatversion=2"
+    reply = ask(f"{api}&srlimit={results}&srsearch={quote(query)}")
     for row in reply["query"]["search"]:
-        snippet = html.unescape(
-            re.sub("<[^>]*>", "", row.get("snippet") or "")
-        )  # matches come marked up
-        yield (
-            row["title"],
-            "/wiki/" + quote(row["title"].replace(" ", "_"), errors="replace"),
-            snippet,
-        )
+        path = "/wiki/" + quote(row["title"].replace(" ", "_"), errors="replace")
+        plain = re.sub("<[^>]*>", "", row.get("snippet") or "")  # matches come marked up
+        yield row["title"], path, html.unescape(plain)
 
 
-def retriever(query: str, results: int, ask: Ask) -> Rows:
+def retriever(query: str, results: int, ask: Callable) -> Iterable:
     """A server that speaks Search-R1's protocol; passages without an address cannot be browsed, so
     all is shown.
     """
-    rows = ask("/retrieve", {"queries": [query], "topk": results, "return_scores": True})["result"][
-        0
-    ]
-    if not isinstance(rows, list):
-        raise TypeError
-    found = []
+    reply = ask("/retrieve", {"queries": [query], "topk": results, "return_scores": True})
+    rows, found = reply["result"][0], []
     for row in rows:
         with suppress(LookupError, TypeError, AttributeError):  # a bad one costs only itself
-            found.append(read_passage(row.get("document", row) if isinstance(row, dict) else row))
-    if rows and not found:
+            document = row.get("document", row) if isinstance(row, dict) else row
+            found.append(read_passage(document))
+    if not isinstance(rows, list) or (rows and not found):
         raise LookupError
     return found
 
 
 # How to ask; the URL of the public one, which `search_url` replaces; the variable that holds the
 # key of a paid one.
-SERVICES: dict[str, tuple[Callable[[str, int, Ask], Rows], str, str]] = {
+SERVICES = {
     "serper": (serper, "https://google.serper.dev", "SERPER_API_KEY"),
     "searxng": (searxng, "", ""),
     "wikipedia": (wikipedia, "https://en.wikipedia.org", ""),
@@ -362,22 +306,20 @@ SERVICES: dict[str, tuple[Callable[[str, int, Ask], Rows], str, str]] = {
 
 def check_search(config: Config) -> None:
     """Raise ConfigError for what the chosen backend lacks, before anything is loaded."""
-    if config.search == "local" and not Path(config.corpus).is_file():
+    name = config.search
+    if name == "local" and not Path(config.corpus).is_file():
         raise ConfigError(
             f"corpus={config.corpus!r}: search: local needs a corpus.jsonl (title, url, text)"
         )
-    if (
-        config.search in SERVICES and config.cassette_mode != "replay"
-    ):  # a recording needs neither key nor server
-        _, base, key = SERVICES[config.search]
-        if key:
-            require_environment(
-                key, f"search: {config.search} asks for it; search: wikipedia needs no key"
-            )
-        if not (config.search_url or base).startswith(("http://", "https://")):
-            raise ConfigError(
-                f"search_url={config.search_url!r}: search: {config.search} needs its base URL (http...)"
-            )
+    if name not in SERVICES or config.cassette_mode == "replay":
+        return  # a recording needs neither key nor server
+    _, base, key = SERVICES[name]
+    if key:
+        require_environment(key, f"search: {name} asks for it; search: wikipedia needs no key")
+    if not (config.search_url or base).startswith(("http://", "https://")):
+        raise ConfigError(
+            f"search_url={config.search_url!r}: search: {name} needs its base URL (http...)"
+        )
 
 
 def make_search(

@@ -13,6 +13,7 @@ them.
 
 import ast
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -29,10 +30,11 @@ import pyarrow.parquet as pq
 # world's fault, which is left out of group and loss.
 POLICY_STOPS = ("answer", "malformed", "tool_budget", "length", "context")
 HARNESS_STOPS = ("deadline", "cancelled")
-PRINTED_TEXT = re.compile(
-    r"""(["'])(?:\\.|(?!\1)[^\\])*\1(\s+(?=["']))?""", re.DOTALL
-)  # in quotes, and a gap behind it
-PRINTED_ARRAY = re.compile(r"\barray\((\[.*?\])(?:,\s*dtype=[^\])]*)?\)", re.DOTALL)
+# A text in quotes, and a gap where numpy prints no comma; or what numpy puts around a list.
+PRINTED = re.compile(
+    r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')(\s+(?=["']))?|array\((?=\[)|(?<=\])(,\s*dtype=[^)]+)?\)""",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -68,66 +70,55 @@ class Trajectory:
     question: Question
     token_ids: np.ndarray  # [T] int32
     sampled_mask: np.ndarray  # [T] bool, true exactly where the model sampled token i
-    logprobs: (
-        np.ndarray
-    )  # [T] float32, the engine's log-probability of a sampled token, nan elsewhere
+    # [T] float32, the engine's log-probability of a sampled token, nan elsewhere
+    logprobs: np.ndarray
     turns: tuple[Turn, ...]
     answer: str | None
     stop_reason: str
-    cost: Mapping[str, float] = field(
-        default_factory=dict
-    )  # searches, pages, bytes, failures by kind, ...
+    # searches, pages, bytes, failures by kind, ...
+    cost: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, dtype in (
-            ("token_ids", np.int32),
-            ("sampled_mask", np.bool_),
-            ("logprobs", np.float32),
-        ):
-            array = np.array(
-                getattr(self, name), dtype=dtype
-            )  # a copy: nothing outside can change it
+        types = {"token_ids": np.int32, "sampled_mask": np.bool_, "logprobs": np.float32}
+        for name, dtype in types.items():
+            array: np.ndarray = np.array(getattr(self, name), dtype)  # a copy: nobody changes it
             array.flags.writeable = False
             object.__setattr__(self, name, array)
+        whose = f"trajectory of question {self.question.id!r}"
         lengths = len(self.token_ids), len(self.sampled_mask), len(self.logprobs)
         if len(set(lengths)) != 1:
-            raise ValueError(
-                f"trajectory of question {self.question.id!r}: lengths differ: {lengths}"
-            )
+            raise ValueError(f"{whose}: lengths differ: {lengths}")
         if not np.isfinite(self.logprobs[self.sampled_mask]).all():
-            raise ValueError(
-                f"trajectory of question {self.question.id!r}: a sampled token has no finite logprob"
-            )
+            raise ValueError(f"{whose}: a sampled token has no finite logprob")
         if self.stop_reason not in POLICY_STOPS + HARNESS_STOPS:
             raise ValueError(f"unknown stop reason {self.stop_reason!r}")
 
     def to_json(self) -> dict[str, Any]:
-        """A dict that json.dumps accepts; log-probabilities only of the sampled tokens, in order."""
-        asked, mask, turns = self.question, self.sampled_mask, [vars(turn) for turn in self.turns]
-        question = {
+        """What json.dumps accepts; log-probabilities only of the sampled tokens, in order."""
+        asked, mask = self.question, self.sampled_mask
+        return vars(self) | {
             "id": asked.id,
             "question": asked.text,
             "answers": list(asked.answers),
             "source": asked.source,
+            "turns": [vars(turn) for turn in self.turns],
+            "token_ids": self.token_ids.tolist(),
+            "sampled_mask": mask.astype(int).tolist(),
+            "logprobs": [round(logprob, 6) for logprob in self.logprobs[mask].tolist()],
         }
-        end = {"answer": self.answer, "stop_reason": self.stop_reason, "cost": dict(self.cost)}
-        tokens = {"token_ids": self.token_ids.tolist(), "sampled_mask": mask.astype(int).tolist()}
-        logprobs = [round(x, 6) for x in self.logprobs[mask].tolist()]
-        return {**question, **end, "turns": turns, **tokens, "logprobs": logprobs}
 
 
 @dataclass
 class Reading:
-    """A page that is being read: what the reader is told beside the text, and how far it has come."""
+    """A page under way: what the reader is told beside the text, and how far it has come."""
 
     question: str
     query: str = ""  # the latest that showed the page
     memory: Sequence[str] = ()  # what earlier calls noted for this query
     next: int = 0  # number of the segment to go on with, from 0
     total: int = 0  # segments of the page, known when it is opened
-    notes: list[tuple[int, str]] = field(
-        default_factory=list
-    )  # of this call: page_number, page_summary
+    # of this call: page_number, page_summary
+    notes: list[tuple[int, str]] = field(default_factory=list)
 
 
 class Recording:
@@ -142,13 +133,10 @@ class Recording:
         self.logprobs: list[float] = []
         self.turns: list[Turn] = []
         self.cost: Counter = Counter()
-        self.shown: dict[
-            str, str
-        ] = {}  # every URL that a search of this trajectory has shown: the latest query
-        self.memory: dict[str, list[str]] = defaultdict(
-            list
-        )  # what the reader noted in earlier turns, by query
-        self.read: Counter[str] = Counter()  # segments read in earlier turns, by URL
+        self.shown: dict[str, str] = {}  # every URL that a search has shown: the latest query
+        # What the reader noted in earlier turns, by query, and how many segments it read, by URL.
+        self.memory: dict[str, list[str]] = defaultdict(list)
+        self.read: Counter[str] = Counter()
         self.readings: dict[str, Reading] = {}  # of this turn, by URL
         self.append(prompt_ids)
 
@@ -159,16 +147,15 @@ class Recording:
         start = len(self.token_ids)
         self.token_ids += ids
         self.sampled_mask += [logprobs is not None] * len(ids)
-        self.logprobs += [float("nan")] * len(ids) if logprobs is None else logprobs
+        self.logprobs += [math.nan] * len(ids) if logprobs is None else logprobs
         return start, len(self.token_ids)
 
     def finish(self, stop_reason: str, answer: str | None = None) -> Trajectory:
-        ids, mask, logprobs = map(np.array, (self.token_ids, self.sampled_mask, self.logprobs))
         return Trajectory(
             self.question,
-            ids,
-            mask,
-            logprobs,
+            np.array(self.token_ids),
+            np.array(self.sampled_mask),
+            np.array(self.logprobs),
             tuple(self.turns),
             answer,
             stop_reason,
@@ -201,17 +188,17 @@ def load_questions(path: str | Path) -> list[Question]:
         raise ValueError(f"{path}: must be an existing file that ends in .parquet or .jsonl")
     try:
         if path.suffix == ".parquet":
-            rows = [
-                (f", row {number}", row)
-                for number, row in enumerate(pq.read_table(path).to_pylist())
-            ]
+            kind, rows = "row", enumerate(pq.read_table(path).to_pylist())
         else:  # bytes: text would also be split at U+2028, which JSON allows inside strings
-            lines = enumerate(path.read_bytes().split(b"\n"), start=1)
-            rows = [(f", line {number}", line) for number, line in lines if line.strip()]
-        for where, row in rows:
+            kind, rows = "line", enumerate(path.read_bytes().split(b"\n"), start=1)
+        for number, row in rows:
+            where = f", {kind} {number}"
+            if isinstance(row, bytes) and not row.strip():
+                continue
             question = parse_row(row)
-            name = question.id or f"{path.stem}{where}"
-            name = f"{name}{where}" if name in questions else name
+            name = question.id or path.stem + where
+            if name in questions:
+                name += where
             questions[name] = replace(question, id=name)
     except (pa.ArrowException, OSError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}{where}: {error}") from error
@@ -236,11 +223,7 @@ def parse_row(row: Any) -> Question:
     if not isinstance(row, dict):
         raise ValueError(f"not an object with question and answers: {str(row)[:80]}")
     columns = f"; the columns here: {', '.join(map(str, row))}"
-    for column, inner in (("reward_model", "ground_truth"), ("extra_info", "index")):
-        nested = unpacked(row.get(column))
-        if isinstance(nested, dict) and row.get(inner) is None:
-            row = {**row, inner: nested.get(inner)}
-    text = unpacked(first_of(row, "question", "query", "prompt"))
+    text = first_of(row, "question", "query", "prompt")
     if isinstance(text, list):
         users = [one for one in text if isinstance(one, dict) and one.get("role") == "user"]
         if len(users) != 1:
@@ -248,40 +231,51 @@ def parse_row(row: Any) -> Question:
         text = users[0].get("content")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"question must be a text that is not empty, not {text!r}{columns}")
-    found = first_of(row, "answers", "answer", "golden_answers", "ground_truth")
+    found = first_of(
+        row, "answers", "answer", "golden_answers", "ground_truth", "reward_model.ground_truth"
+    )
     golds = gold_answers(found)
     if not golds:
         expected = "answers must hold a text, or be a list that holds texts"
         raise ValueError(f"{expected}, not {str(found)[:80]!r}{columns}")
-    name, source = first_of(row, "id", "_id", "index"), first_of(row, "source", "data_source")
+    name = first_of(row, "id", "_id", "index", "extra_info.index")
+    source = first_of(row, "source", "data_source")
     question = Question("" if name is None else str(name), text, golds, str(source or ""))
-    "".join(
-        (text, *golds, question.id, question.source)
-    ).encode()  # refuses half of a two-part sign: no file takes it
+    # Half of a two-part sign is refused here: no file takes it.
+    "".join((text, *golds, question.id, question.source)).encode()
     return question
 
 
 def first_of(row: dict, *columns: str) -> Any:
-    """What the first of these columns holds that is there and not null, else None."""
-    return next((row[column] for column in columns if row.get(column) is not None), None)
+    """What the first of these columns holds that is there and not null, else None; outer.inner is
+    one of an object in a column.
+    """
+    for column in columns:
+        outer, _, inner = column.partition(".")
+        value = unpacked(row.get(outer))
+        if inner:
+            value = value.get(inner) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+    return None
 
 
 def unpacked(value: Any) -> Any:
     """The list or dict that a text stores, as JSON or as Python and numpy print them; anything else
     as it is.
     """
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "array(")):
-        return value
-    errors = ValueError, SyntaxError, TypeError, MemoryError, RecursionError
-    with suppress(*errors):
-        return json.loads(value)
-    # numpy prints no commas, and Python joins texts that stand side by side
-    listed = PRINTED_TEXT.sub(
-        lambda text: text[0] + "," * bool(text[2]), PRINTED_ARRAY.sub(r"\1", value)
-    )
-    with suppress(*errors):
-        return ast.literal_eval(listed)
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{", "array(")):
+        for read in (json.loads, read_printed):
+            with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                return read(value)
     return value
+
+
+def read_printed(text: str) -> Any:
+    """numpy prints no commas, and Python joins texts that stand side by side."""
+    return ast.literal_eval(
+        PRINTED.sub(lambda found: (found[1] or "") + "," * bool(found[2]), text)
+    )
 
 
 def gold_answers(value: Any) -> tuple[str, ...]:
@@ -291,7 +285,6 @@ def gold_answers(value: Any) -> tuple[str, ...]:
     A text may join several by <|answer_split|>. True is "yes", as the prompt asks for; 1998.0 is
     "1998".
     """
-    value = unpacked(value)
     if isinstance(value, dict):
         value = unpacked(value.get("target"))
     golds: list[str] = []
@@ -315,9 +308,8 @@ def take_questions(
     Each epoch is a shuffle of its own. A checkpoint needs only the number of questions taken so
     far.
     """
-    size = len(questions)
-    epochs = range(start // size, (start + count) // size + 1)
-    order = np.concatenate(
-        [np.random.default_rng([seed, epoch]).permutation(size) for epoch in epochs]
-    )
-    return [questions[number] for number in order[start % size :][:count]]
+    order: list[int] = []
+    while len(order) < start + count:
+        epoch = len(order) // len(questions)
+        order += np.random.default_rng([seed, epoch]).permutation(len(questions)).tolist()
+    return [questions[number] for number in order[start : start + count]]

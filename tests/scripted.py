@@ -57,7 +57,8 @@ def toy_config(**changes) -> Config:
 
 
 def call(name: str, **arguments: list[str]) -> str:
-    return f"Let us see.</think><tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+    written = json.dumps({"name": name, "arguments": arguments})
+    return f"Let us see.</think><tool_call>{written}</tool_call>"
 
 
 def search_turn(*queries: str) -> str:

@@ -167,24 +167,25 @@ def left_over() -> dict[str, int]:
     }
 
 
+HARD_TIMES = {
+    "search": "retriever",
+    "allow_private_hosts": True,
+    "tool_threads": 24,
+    "tool_timeout": 1.5,
+    "read_timeout": 1.0,
+    "connect_timeout": 1.0,
+    "max_retries": 1,
+    "trajectory_timeout": 20.0,
+    "requests_per_second": 1000.0,
+    "search_ttl": 1.0,
+    "max_in_flight": 128,
+}
+
+
 def test_a_hostile_world_leaves_every_trajectory_accounted_for_and_nothing_behind(tmp_path):
     server = Server()
     server.http.RequestHandlerClass = type("Hostile", (HostileWorld,), {"site": server})
-    changes = {
-        "search": "retriever",
-        "search_url": server.url,
-        "allow_private_hosts": True,
-        "tool_threads": 24,
-        "tool_timeout": 1.5,
-        "read_timeout": 1.0,
-        "connect_timeout": 1.0,
-        "max_retries": 1,
-        "trajectory_timeout": 20.0,
-        "requests_per_second": 1000.0,
-        "search_ttl": 1.0,
-        "max_in_flight": 128,
-    }
-    config = toy_config(**changes)
+    config = toy_config(**HARD_TIMES, search_url=server.url)
     engine = Unreliable(config)
     rounds = []
     with server:

@@ -28,6 +28,7 @@ from scripted import (
 )
 
 from deepresearcher_min import rollout
+from deepresearcher_min.config import ROOT
 from deepresearcher_min.engine import Sampling
 from deepresearcher_min.reward import step_sums
 from deepresearcher_min.rollout import Scheduler, roll_out
@@ -44,6 +45,16 @@ def test_turns_share_the_engine_s_steps():
     assert (
         engine.steps == 30
     )  # three turns of ten steps, nobody late for one; one after another would be 480
+
+
+def test_a_simulated_step_is_faster_than_lock_step(monkeypatch):
+    """bench/rollout.py's simulation, in small: it drives this loop with tools of its own."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import simulation
+
+    plans = simulation.make_plans(128, 3.5, seed=0)
+    seconds, _ = simulation.simulate(plans, simulation.PAPER)
+    assert 0 < seconds < simulation.lock_step(plans, official=False)
 
 
 @pytest.mark.parametrize("when", ["step", "submit"])

@@ -141,7 +141,8 @@ def test_jsonl_fills_in_what_is_missing(tmp_path):
         ([1], "line 2: not an object"),
         (
             {"answers": ["a"]},
-            "line 2: question must be a text that is not empty, not None; the columns here: answers",
+            "line 2: question must be a text that is not empty, not None; the columns here: "
+            "answers",
         ),
         ({"question": "q", "gold": "a"}, "not 'None'; the columns here: question, gold"),
         (
