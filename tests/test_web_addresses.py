@@ -1,6 +1,7 @@
 """web.check_url and what follows from it: hostile addresses, names that change, redirects, proxies."""
 
 import ipaddress
+import random
 import socket
 import time
 from collections import Counter
@@ -120,7 +121,7 @@ def test_the_next_address_of_a_name_is_tried_when_the_first_refuses(open_web, mo
     lead_to(monkeypatch, "127.0.0.9", "127.0.0.1")
     with Server({"/": (200, {}, b"here")}) as server:
         url, web = f"http://name.example:{server.http.server_port}/", open_web(max_retries=1)
-        web.jitter.uniform = lambda *_: 0.0  # no pause
+        monkeypatch.setattr(random.SystemRandom, "uniform", lambda *_: 0.0)  # no pause
         assert web.fetch(url, Counter(), time.monotonic() + 3)[0] == b"here"
 
 
