@@ -1,10 +1,9 @@
 """The only place that opens a socket to the web: search.py and browse.py go through it.
 
-Five parts, each to be read alone: failures (a WebFailure is what the world did, in words for the
-model, and a counter), addresses (which may be opened), the cassette (cache and recording at once),
-the exchange (the one adapter of our requests.Session: whatever that sends, redirects too, is
-checked, pinned and limited here), and Web, which ties them together for pages and services. Every
-wait ends at the deadline of the tool call.
+Failures (what the world did, in words for the model, and a counter) · addresses (which may be
+opened) · the cassette (cache and recording at once) · the exchange (the only adapter of our one
+requests.Session: whatever that sends, redirects too, is checked, pinned and limited there) · Web,
+for pages and services. Every wait ends at the deadline of the tool call.
 
 Left out: cookies, scripts, robots.txt, HTTP/2, proxies, ~/.netrc. Retries are a loop of ours:
 urllib3's Retry sleeps past a deadline, drains refused replies without a limit, and does not ask
@@ -55,13 +54,12 @@ BLOCKED = (
     "blocked_host",
     "This host is blocked: data sets are kept there, with the answers to questions.",
 )
-REDIRECTS = ("redirects", "The address leads from redirect to redirect without end.")
 # Services of the operator, whose failures can stop a run; pages may fail.
 ROLES = ("search", "reader", "judge")
 # Kinds of failure of a service that works.
 NO_FAULT = ("no_results", "no_verdict")
 # How a call to each service failed last, for people.
-LAST_WORDS: dict[str, str] = {}
+LAST_WORDS: dict = {}
 COUNT_LOCK = threading.Lock()
 
 
@@ -71,7 +69,6 @@ class WebFailure(Exception):
     """
 
     counted = False
-    pause: float | None = None  # that the server wants before it is asked again [s]
 
     def __init__(self, kind: str, words: str, said: str = "") -> None:
         super().__init__(f"{kind}: {words}" + (f" It said: {said}" if said else ""))
@@ -203,22 +200,16 @@ class Cassette:
             raise ConfigError(f"cassette={str(path)!r}: cassette_mode: replay needs a recording")
         self.cassette.parent.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        # this statement, unlike all others, does not wait while another rank is at it
-        for _ in range(600):
-            try:
-                self.db.execute("PRAGMA journal_mode=WAL")
-                break
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
-                    raise
-            time.sleep(0.05)
-        # a power cut may cost the last replies, never the file
-        self.db.execute("PRAGMA synchronous=NORMAL")
         self.db.execute(
             "CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, time REAL, reply TEXT)"
         )
+        # unlike all other statements, this one fails while another rank is at it, for all of us
+        with suppress(sqlite3.OperationalError):
+            self.db.execute("PRAGMA journal_mode=WAL")
+        # a power cut may cost the last replies, never the file
+        self.db.execute("PRAGMA synchronous=NORMAL")
         self.db_lock, self.opened = threading.Lock(), time.time()
-        self.flights: dict[bytes, Any] = {}  # by the first two bytes of a key
+        self.flights: dict = {}  # a lock for each first two bytes of a key
         self.totals = Counter[str]()  # calls and failures
 
     def cached(
@@ -246,59 +237,53 @@ class Cassette:
         if self.run and kind in ("reader", "judge"):
             asked.append(self.run)
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
-        # then others took this call's time, and its timeout is no fault of the service
-        hurried = deadline - time.monotonic() < self.config.tool_timeout / 2
-        try:
-            return self.reply_to(key, produce, counts, deadline, made)
-        except WebFailure as failure:
-            count_failure(counts, kind, failure)
-            if failure.kind not in NO_FAULT and not (hurried and failure.kind == "timeout"):
-                count(counts, f"{kind}_failed")
-                count(self.totals, f"cost_{kind}_failed")
-                LAST_WORDS[kind] = str(failure)
-            raise
-
-    def reply_to(self, key: bytes, produce: Callable, counts: Counter, deadline: float, made: str):
-        """The reply, for which all but one of identical requests wait."""
+        # all but one of identical requests wait for its reply
         flight = self.flights.setdefault(key[:2], threading.Lock())
-        if not flight.acquire(timeout=seconds_left(deadline)):
-            raise WebFailure(*TIMEOUT)
-        try:
-            reply = self.recall(key, made)
-            if reply:
-                count(counts, "cache_hits")
-            elif self.config.cassette_mode == "replay":
-                raise WebFailure(
-                    "replay_miss", "This is not in the recording that is being replayed."
-                )
-            else:
-                try:
-                    reply = {"value": produce()}
-                except WebFailure as failure:
-                    reply = {"failure": (failure.kind, failure.words, failure.said)}
-                row = (key, time.time(), json.dumps({**reply, "made": made}))
-                with self.db_lock:
-                    self.db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", row)
-        finally:
-            flight.release()
-        if "failure" in reply:
-            raise WebFailure(*reply["failure"])
-        return reply["value"]
+        reply: dict = {"failure": TIMEOUT}
+        left = deadline - time.monotonic()
+        if left > 0 and flight.acquire(timeout=left):
+            try:
+                reply = self.reply_to(key, produce, counts, made)
+            finally:
+                flight.release()
+        if "value" in reply:
+            return reply["value"]
+        failure = WebFailure(*reply["failure"])
+        count_failure(counts, kind, failure)
+        # then others took this call's time, and its timeout is no fault of the service
+        hurried = failure.kind == "timeout" and left < self.config.tool_timeout / 2
+        if not hurried and failure.kind not in NO_FAULT:
+            count(counts, f"{kind}_failed")
+            count(self.totals, f"cost_{kind}_failed")
+            LAST_WORDS[kind] = str(failure)
+        raise failure
 
-    def recall(self, key: bytes, made: str) -> dict:
-        """What is recorded and still counts, or nothing."""
+    def reply_to(self, key: bytes, produce: Callable, counts: Counter, made: str) -> dict:
+        """{"value": any JSON} or {"failure": the arguments of WebFailure}."""
         with self.db_lock:
             found = self.db.execute("SELECT time, reply FROM replies WHERE key = ?", (key,))
-            row = found.fetchone() or (0, "{}")
-        reply, now, oldest = json.loads(row[1]), time.time(), 0.0
-        live = self.config.cassette_mode == "live"
-        if live:
+            written, text = found.fetchone() or (0, "{}")
+        reply, now, oldest = json.loads(text), time.time(), 0.0
+        mode = self.config.cassette_mode
+        if mode == "live":
             oldest = now - self.config.search_ttl
         # soon forgotten, and by the next process at once: a service may be mended
-        if "failure" in reply and self.config.cassette_mode != "replay":
+        if mode != "replay" and "failure" in reply:
             oldest = max(now - 60, self.opened)
-        if row[0] < oldest or (live and reply.get("made", "") != made):
-            return {}
+        outdated = mode == "live" and reply.get("made", "") != made
+        if reply and written >= oldest and not outdated:
+            count(counts, "cache_hits")
+            return reply
+        if mode == "replay":
+            words = "This is not in the recording that is being replayed."
+            return {"failure": ("replay_miss", words)}
+        try:
+            reply = {"value": produce()}
+        except WebFailure as failure:
+            reply = {"failure": (failure.kind, failure.words, failure.said)}
+        row = (key, time.time(), json.dumps({**reply, "made": made}))
+        with self.db_lock:
+            self.db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", row)
         return reply
 
 
@@ -362,58 +347,43 @@ class Door(requests.adapters.HTTPAdapter):
             100, block=True, retries=False, ssl_context=ssl.create_default_context()
         )
 
-    def send(self, request: Any, *_: Any, **__: Any) -> requests.Response:
-        """The reply, read, if it is a success or a redirect, with which the session comes here
-        again.
-        """
-        if not ERRAND.own and is_blocked(request.url, host_list(self.limits)):
+    def send(self, request, *_: Any, **__: Any) -> requests.Response:
+        """The reply, read, whatever its status is."""
+        limits, own, deadline = self.limits, ERRAND.own, ERRAND.deadline
+        if not own and is_blocked(request.url, host_list(limits)):
             raise BlockedURL(*BLOCKED)
-        private = ERRAND.own or self.limits.allow_private_hosts
-        parts, addresses = check_url(request.url, private, seconds_left(ERRAND.deadline))
-        # attempts take turns with the addresses of a name
-        address = addresses[ERRAND.attempt % len(addresses)]
+        private = own or limits.allow_private_hosts
+        parts, addresses = check_url(request.url, private, seconds_left(deadline))
         request.headers["Host"] = parts.netloc
         # each for a place in the pool, the connection and its TLS: together in time
-        third = seconds_left(ERRAND.deadline) / 3
-        silence, most = self.limits.read_timeout, self.limits.connections_per_host
-        if ERRAND.own:
-            most = self.limits.tool_threads + 1
+        third = seconds_left(deadline) / 3
+        silence, most = limits.read_timeout, limits.connections_per_host
+        if own:
+            most = limits.tool_threads + 1
         if request.url.endswith("/chat/completions"):
             silence = 3 * third  # a language model says nothing until it has said all
+        wait = urllib3.Timeout(connect=min(limits.connect_timeout, third), read=silence)
+        waits = {"timeout": wait, "pool_timeout": third, "redirect": False}
+        # the certificate must be that of the name
+        options = {"maxsize": most, "server_hostname": parts.host}
+        # attempts take turns with the addresses
+        address = addresses[ERRAND.attempt % len(addresses)]
+        target = (request.method, parts.request_uri, request.body, request.headers)
         count(ERRAND.counts, "requests")
         try:
-            pool = self.poolmanager.connection_from_host(
-                address,
-                parts.port,
-                parts.scheme,
-                # the certificate must be that of the name
-                {"maxsize": most, "server_hostname": parts.host},
-            )
+            pool = self.poolmanager.connection_from_host(address, parts.port, parts.scheme, options)
             pool.ConnectionCls = CONNECTIONS[parts.scheme]
-            reply = pool.urlopen(
-                request.method,
-                parts.request_uri,
-                request.body,
-                request.headers,
-                redirect=False,
-                timeout=urllib3.Timeout(
-                    connect=min(self.limits.connect_timeout, third), read=silence
-                ),
-                pool_timeout=third,
-                preload_content=False,
-            )
+            reply = pool.urlopen(*target, preload_content=False, **waits)
             # both: a connection with unread bytes is closed, and its place in the pool given back
             try:
                 response = self.build_response(request, reply)
                 response.raw = io.BytesIO(self.body_of(reply))
+                return response
             finally:
                 reply.close()
                 reply.release_conn()
         except (errors.HTTPError, OSError, ValueError) as error:
             raise WebFailure(*RAISED.get(type(error), CONNECTION)) from None
-        if not response.ok or (response.is_redirect and ERRAND.own):
-            raise status_failure(response)
-        return response
 
     def body_of(self, reply: Any) -> bytes:
         """Decompressed, and no more of it than a page may have."""
@@ -436,12 +406,7 @@ def status_failure(response: requests.Response) -> WebFailure:
     reason = http.client.responses.get(status, "unknown")
     other = (f"http_{status}", f"The server answered with the error {status} ({reason}).")
     said = server_words(body, response.request.headers)
-    failure = WebFailure(*STATUS.get(status, other), said)
-    # no Retry-After, or one that cannot be read
-    with suppress(errors.InvalidHeader, ValueError):
-        header = response.headers.get("Retry-After", "")
-        failure.pause = urllib3.Retry().parse_retry_after(header)
-    return failure
+    return WebFailure(*STATUS.get(status, other), said)
 
 
 def server_words(body: bytes, headers: Any) -> str:
@@ -451,7 +416,7 @@ def server_words(body: bytes, headers: Any) -> str:
     said = re.sub(
         r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", body[:10_000].decode(errors="replace")
     )
-    if said.lstrip().startswith(("{", "[")):
+    if re.match(r"\s*[{[]", said):
         said = ", ".join(re.findall(r'"((?:[^"\\]|\\.)*)"(?!\s*:)', said))
     for name in ("Authorization", "X-API-KEY"):
         key = headers.get(name, "").removeprefix("Bearer ")
@@ -463,7 +428,7 @@ def server_words(body: bytes, headers: Any) -> str:
 # --- pages and services, through cassette and exchange
 
 # What endpoints refuse, by endpoint and model: parameter -> its other name, or "".
-LEFT_OUT: dict[tuple[str, str], dict[str, str]] = {}
+LEFT_OUT: dict = {}
 # What a message that refuses a parameter calls it.
 PARAMETER = re.compile(
     r"(?i)\b((?P<temperature>temperature)|(?P<max_tokens>max[ _]?tokens)"
@@ -502,26 +467,35 @@ class Web(Cassette):
 
         `own`: a service of the operator, so any address and content type, no redirects.
         """
-        ERRAND.own, ERRAND.counts, ERRAND.deadline = own, counts, deadline
+        ERRAND.own, ERRAND.counts, ERRAND.deadline, ERRAND.attempt = own, counts, deadline, 0
         method = "GET" if payload is None else "POST"
-        for ERRAND.attempt in range(self.config.max_retries + 1):
+        while True:
+            header = ""
             try:
-                response = self.session.request(method, url, headers=headers, json=payload)
-                return response.content, response.headers.get("Content-Type", "")
+                response = self.session.request(
+                    method, url, headers=headers, json=payload, allow_redirects=not own
+                )
+                if 200 <= response.status_code < 300:
+                    return response.content, response.headers.get("Content-Type", "")
+                failure = status_failure(response)
+                header = response.headers.get("Retry-After", "")
             except requests.TooManyRedirects:
-                raise WebFailure(*REDIRECTS) from None
+                words = "The address leads from redirect to redirect without end."
+                raise WebFailure("redirects", words) from None
             except ValueError:  # what requests does not even take for an address
                 raise BlockedURL(*REFUSED) from None
             except WebFailure as raised:
                 failure = raised
-            pause = failure.pause
-            if pause is None:
-                pause = 2**ERRAND.attempt * random.SystemRandom().uniform(0.25, 0.75)
+            pause = 2**ERRAND.attempt * random.SystemRandom().uniform(0.25, 0.75)
+            # no Retry-After, or one that cannot be read
+            with suppress(errors.InvalidHeader, ValueError):
+                pause = urllib3.Retry().parse_retry_after(header)
             again = re.match("timeout|connection|rate_limited|http_5", failure.kind)
-            if not again or time.monotonic() + pause >= deadline:
-                break
+            late = time.monotonic() + pause >= deadline
+            if late or not again or ERRAND.attempt == self.config.max_retries:
+                raise failure
             time.sleep(pause)
-        raise failure
+            ERRAND.attempt += 1
 
     def fetch_json(
         self, url: str, headers: Any, payload: Any, counts: Counter, deadline: float
@@ -545,8 +519,8 @@ class Web(Cassette):
         name that it wants.
         """
         headers = {"Authorization": f"Bearer {os.environ.get(key, '').strip()}"}
-        endpoint, said = (url, payload["model"]), ""
-        refused = dict(LEFT_OUT.get(endpoint, {}))
+        known = LEFT_OUT.setdefault((url, payload["model"]), {})
+        refused = dict(known)
         while True:
             sent = dict(payload)
             for name, instead in refused.items():
@@ -564,11 +538,10 @@ class Web(Cassette):
                     refused[name] = "max_completion_tokens"
             except (LookupError, TypeError, AttributeError):
                 raise WebFailure(*BAD_REPLY) from None
-        if said and refused != LEFT_OUT.get(endpoint):
-            LEFT_OUT[endpoint] = refused
-            if self.rank == 0:
-                words = f"{url} refuses {', '.join(refused)}, and is asked without: {said}"
-                print(words, file=sys.stderr, flush=True)
+        if self.rank == 0 and refused.keys() - known.keys():
+            words = f"{url} refuses {', '.join(refused)}, and is asked without: {said}"
+            print(words, file=sys.stderr, flush=True)
+        known.update(refused)
         if not isinstance(text, str):
             return None, 0
         with suppress(LookupError, TypeError):
