@@ -46,27 +46,18 @@ from deepresearcher_min.config import Config, ConfigError, host_list, plain_host
 TIMEOUT = ("timeout", "The server did not answer in time.")
 CONNECTION = ("connection", "The connection to the server failed.")
 BAD_REPLY = ("bad_reply", "The service sent a reply that cannot be read.")
-REFUSED = (
-    "refused_address",
-    "Only plain http and https addresses of the public internet can be opened.",
-)
-BLOCKED = (
-    "blocked_host",
-    "This host is blocked: data sets are kept there, with the answers to questions.",
-)
-# Services of the operator, whose failures can stop a run; pages may fail.
-ROLES = ("search", "reader", "judge")
-# Kinds of failure of a service that works.
-NO_FAULT = ("no_results", "no_verdict")
-# How a call to each service failed last, for people.
-LAST_WORDS: dict = {}
+ONLY_PUBLIC = "Only plain http and https addresses of the public internet can be opened."
+REFUSED = ("refused_address", ONLY_PUBLIC)
+DATA_SETS = "This host is blocked: data sets are kept there, with the answers to questions."
+BLOCKED = ("blocked_host", DATA_SETS)
+ROLES = ("search", "reader", "judge")  # the operator's services, whose failures can stop a run
+NO_FAULT = ("no_results", "no_verdict")  # kinds of failure of a service that works
+LAST_WORDS: dict = {}  # how a call to each service failed last, for people
 COUNT_LOCK = threading.Lock()
 
 
 class WebFailure(Exception):
-    """What the world did: a short name to count, a sentence for the model, and the server's own
-    words for people.
-    """
+    """A short name to count, a sentence for the model, and the server's own words for people."""
 
     counted = False
 
@@ -97,20 +88,15 @@ def count_failure(counts: dict, source: str, failure: WebFailure) -> None:
 
 
 def raise_if_down(config: Config, counts: dict, least: int = 1) -> None:
-    """RunStopped if most of at least `least` calls to a service failed (counts as in
-    metrics.jsonl); not in replay.
-    """
+    """RunStopped if most of at least `least` calls to a service failed (keys of metrics.jsonl)."""
     if config.cassette_mode == "replay":
         return
-    for service in ROLES:
-        calls = counts.get(f"cost_{service}_calls", 0)
-        failed = counts.get(f"cost_{service}_failed", 0)
+    for role in ROLES:
+        calls, failed = counts.get(f"cost_{role}_calls", 0), counts.get(f"cost_{role}_failed", 0)
         if calls >= least and failed > calls / 2:
-            last = LAST_WORDS.get(service, "see the other ranks")
-            raise RunStopped(
-                f"{failed:.0f} of {calls:.0f} calls to the {service} service failed. "
-                f"The last one: {last}"
-            )
+            share = f"{failed:.0f} of {calls:.0f} calls to the {role} service failed"
+            last = LAST_WORDS.get(role, "see the other ranks")
+            raise RunStopped(f"{share}. The last one: {last}")
 
 
 def seconds_left(deadline: float) -> float:
@@ -123,17 +109,16 @@ def seconds_left(deadline: float) -> float:
 
 # --- addresses: which may be opened
 
-# No user, no odd characters.
+# no user, no odd characters
 PLAIN_URL = re.compile(r"(?i)https?://[^/?#@\\\x00-\x20\x7f]+([/?#][^\\\x00-\x20\x7f]*)?")
-# Matches everything, if need be with an empty host.
+# matches everything, if need be with an empty host
 HOST_OF_URL = re.compile(r"(?:[^/?#]*//)?(?:[^/?#]*@)?([^/?#:]*)")
 # Not public, although some Python versions call them global: multicast, protocol assignments, 6to4
 # relays, the metadata service of Azure; of IPv6 all outside 2000::/3, Teredo and its neighbours,
 # documentation.
 NETWORKS = """224.0.0.0/3 192.0.0.0/24 192.88.99.0/24 168.63.129.16/32
     ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 3fff::/20""".split()  # noqa: SIM905
-# getaddrinfo knows no deadline; waiting for a thread does.
-RESOLVERS = ThreadPoolExecutor(16, "resolver")
+RESOLVERS = ThreadPoolExecutor(16, "resolver")  # getaddrinfo knows no deadline; waiting for it does
 
 
 def is_public(address: str) -> bool:
@@ -147,8 +132,8 @@ def is_public(address: str) -> bool:
 
 
 def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tuple[Url, list[str]]:
-    """A URL's parts, and the addresses to connect to, no others; BlockedURL unless it is plain and
-    all are public.
+    """A plain URL's parts, and the addresses to connect to, no others; BlockedURL if one of these
+    is not public, or there are none.
     """
     parts = Url()
     with suppress(ValueError):
@@ -170,9 +155,7 @@ def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tu
 
 
 def is_blocked(url: str, hosts: list[str]) -> bool:
-    """Whether an address, however it is spelled, is at one of these hosts, from host_list, or their
-    subdomains.
-    """
+    """Whether an address, however spelled, is at one of these (from host_list) or a subdomain."""
     found = HOST_OF_URL.findall(url.strip().replace("\\", "/"))
     host = plain_host(unquote(found[0]))
     return any(f".{host}".endswith(f".{blocked}") for blocked in hosts)
@@ -182,9 +165,7 @@ def is_blocked(url: str, hosts: list[str]) -> bool:
 
 
 def code_of(file: str, *packages: str) -> str:
-    """What a cached reply was made by: a hash of a module's file, and the versions of what it works
-    with.
-    """
+    """What made a cached reply: a hash of a module's file, the versions of what it works with."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() + "".join(map(version, packages))
 
 
@@ -200,10 +181,9 @@ class Cassette:
             raise ConfigError(f"cassette={str(path)!r}: cassette_mode: replay needs a recording")
         self.cassette.parent.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        self.db.execute(
-            "CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, time REAL, reply TEXT)"
-        )
-        # unlike all other statements, this one fails while another rank is at it, for all of us
+        columns = "key BLOB PRIMARY KEY, time REAL, reply TEXT"
+        self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns})")
+        # all other statements wait; this one fails while another rank is at it, for all of us
         with suppress(sqlite3.OperationalError):
             self.db.execute("PRAGMA journal_mode=WAL")
         # a power cut may cost the last replies, never the file
@@ -213,20 +193,13 @@ class Cassette:
         self.totals = Counter[str]()  # calls and failures
 
     def cached(
-        self,
-        kind: str,
-        request: Any,
-        produce: Callable,
-        counts: Counter,
-        deadline: float,
-        made: str = "",
+        self, kind: str, request: Any, produce: Callable, counts: Counter, deadline: float, made=""
     ) -> Any:
         """The recorded reply to `request` (any JSON), else that of produce(), which is recorded, be
-        it a WebFailure.
+        it a WebFailure. Calls and failures are counted.
 
-        `kind`, of what is asked: page or one of ROLES. Here its calls are counted, and those that
-        failed. `made` stands for the code behind produce(): in mode live, what other code has made
-        is asked for again.
+        `kind`, of what is asked: page or one of ROLES. `made` stands for the code behind produce():
+        in mode live, what other code has made is asked for again.
         """
         if self.enough:
             raise_if_down(self.config, self.totals, self.enough)
@@ -290,32 +263,29 @@ class Cassette:
 # --- the exchange: one request and its reply
 
 USER_AGENT = "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)"
-# Content types of pages.
+# content types of pages
 READABLE = re.compile(r"$|text/(html|plain|markdown)|application/(xhtml\+xml|pdf)")
 QUOTA = ("quota", "The quota of the service is used up.")
-UNAUTHORIZED = ("unauthorized", "The server refused access.")
+NO_ACCESS = ("unauthorized", "The server refused access.")
 BUSY = ("rate_limited", "The server answered with the error 429 (Too Many Requests).")
-STATUS = {401: UNAUTHORIZED, 402: QUOTA, 403: UNAUTHORIZED, 429: BUSY, 432: QUOTA}
-# What urllib3 raises; all else is a CONNECTION that failed, refused ones, too.
+STATUS = {401: NO_ACCESS, 402: QUOTA, 403: NO_ACCESS, 429: BUSY, 432: QUOTA}
+# what urllib3 raises; all else is a CONNECTION that failed
 RAISED = {
     errors.SSLError: ("tls", "No secure connection to the server is possible."),
     errors.ConnectTimeoutError: TIMEOUT,
     errors.ReadTimeoutError: TIMEOUT,
     errors.EmptyPoolError: TIMEOUT,
 }
-# What this thread is fetching: .own (from a service of the operator), .attempt, .counts, .deadline.
+# what this thread is fetching: .own (from a service of the operator), .attempt, .counts, .deadline
 ERRAND = threading.local()
 
 
 class DeadlineResponse(http.client.HTTPResponse):
-    """A response whose head and body end at the deadline: a limit of silence never meets a byte
-    every second.
-    """
+    """Head and body end at the deadline: a limit of silence never meets a byte every second."""
 
     def __init__(self, sock, *args, **kwargs):
         super().__init__(sock, *args, **kwargs)
-        # of the buffered file that http.client has just made over the socket
-        receive = self.fp.raw.readinto
+        receive = self.fp.raw.readinto  # of the buffered file just made over the socket
 
         def receive_in_time(buffer):
             sock.settimeout(min(seconds_left(ERRAND.deadline), sock.gettimeout()))
@@ -336,16 +306,12 @@ CONNECTIONS: Any = {"http": PlainConnection, "https": SecureConnection}
 
 
 class Door(requests.adapters.HTTPAdapter):
-    """The way out for everything that a requests.Session sends, and no way around it: the address
-    is checked, what was checked is dialled, and reply and waits are limited.
-    """
+    """The only way out of our requests.Session: what was checked is dialled, and all is limited."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.limits = config
-        self.poolmanager = urllib3.PoolManager(
-            100, block=True, retries=False, ssl_context=ssl.create_default_context()
-        )
+        self.limits, context = config, ssl.create_default_context()
+        self.poolmanager = urllib3.PoolManager(100, block=True, retries=False, ssl_context=context)
 
     def send(self, request, *_: Any, **__: Any) -> requests.Response:
         """The reply, read, whatever its status is."""
@@ -354,6 +320,7 @@ class Door(requests.adapters.HTTPAdapter):
             raise BlockedURL(*BLOCKED)
         private = own or limits.allow_private_hosts
         parts, addresses = check_url(request.url, private, seconds_left(deadline))
+        address = addresses[ERRAND.attempt % len(addresses)]  # they take turns
         request.headers["Host"] = parts.netloc
         # each for a place in the pool, the connection and its TLS: together in time
         third = seconds_left(deadline) / 3
@@ -363,17 +330,15 @@ class Door(requests.adapters.HTTPAdapter):
         if request.url.endswith("/chat/completions"):
             silence = 3 * third  # a language model says nothing until it has said all
         wait = urllib3.Timeout(connect=min(limits.connect_timeout, third), read=silence)
-        waits = {"timeout": wait, "pool_timeout": third, "redirect": False}
+        options = {"pool_timeout": third, "redirect": False, "preload_content": False}
         # the certificate must be that of the name
-        options = {"maxsize": most, "server_hostname": parts.host}
-        # attempts take turns with the addresses
-        address = addresses[ERRAND.attempt % len(addresses)]
+        pinned = {"maxsize": most, "server_hostname": parts.host}
         target = (request.method, parts.request_uri, request.body, request.headers)
         count(ERRAND.counts, "requests")
         try:
-            pool = self.poolmanager.connection_from_host(address, parts.port, parts.scheme, options)
+            pool = self.poolmanager.connection_from_host(address, parts.port, parts.scheme, pinned)
             pool.ConnectionCls = CONNECTIONS[parts.scheme]
-            reply = pool.urlopen(*target, preload_content=False, **waits)
+            reply = pool.urlopen(*target, timeout=wait, **options)
             # both: a connection with unread bytes is closed, and its place in the pool given back
             try:
                 response = self.build_response(request, reply)
@@ -410,14 +375,11 @@ def status_failure(response: requests.Response) -> WebFailure:
 
 
 def server_words(body: bytes, headers: Any) -> str:
-    """What an error says: the texts of its JSON, or its text without tags; shortened, and without
-    the key sent.
-    """
-    said = re.sub(
-        r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", body[:10_000].decode(errors="replace")
-    )
+    """The texts of an error's JSON, or its text without tags; shortened, and without our key."""
+    said = body[:10_000].decode(errors="replace")
     if re.match(r"\s*[{[]", said):
         said = ", ".join(re.findall(r'"((?:[^"\\]|\\.)*)"(?!\s*:)', said))
+    said = re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", said)
     for name in ("Authorization", "X-API-KEY"):
         key = headers.get(name, "").removeprefix("Bearer ")
         if len(key) > 3:
@@ -427,40 +389,31 @@ def server_words(body: bytes, headers: Any) -> str:
 
 # --- pages and services, through cassette and exchange
 
-# What endpoints refuse, by endpoint and model: parameter -> its other name, or "".
+# by endpoint and model: refused parameter -> its other name, or ""
 LEFT_OUT: dict = {}
-# What a message that refuses a parameter calls it.
+# what a message that refuses a parameter calls it
 PARAMETER = re.compile(
-    r"(?i)\b((?P<temperature>temperature)|(?P<max_tokens>max[ _]?tokens)"
+    r"(?i)\b((?P<temperature>temperature)|(?P<max_tokens>max[_ ]?tokens)"
     r"|(?P<max_completion_tokens>max_completion_tokens))\b"
 )
 
 
 class Web(Cassette):
-    """All traffic of one rank. Any thread may call; every call ends at its deadline [s on the
-    monotonic clock].
-    """
+    """All traffic of one rank. Any thread may call; each call ends at its deadline [monotonic s]."""
 
     def __init__(
         self, config: Config, cassette: str | Path, rank: int = 0, world_size: int = 1
     ) -> None:
         super().__init__(config, cassette)
         self.rank, self.world_size, self.session = rank, world_size, requests.Session()
-        # else ~/.netrc would replace our Authorization header
-        self.session.trust_env = False
+        self.session.trust_env = False  # ~/.netrc would replace our Authorization header
         self.session.max_redirects = 5
         self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate"})
         self.session.adapters.clear()
         self.session.mount("", Door(config))
 
     def fetch(
-        self,
-        url: str,
-        counts: Counter,
-        deadline: float,
-        own: bool = False,
-        headers: Any = None,
-        payload: Any = None,
+        self, url: str, counts: Counter, deadline: float, own=False, headers=None, payload=None
     ) -> tuple[bytes, str]:
         """(body, decompressed; content type) of a successful reply to a GET, or to a POST of
         `payload`, after up to 1 + max_retries attempts.
@@ -468,28 +421,27 @@ class Web(Cassette):
         `own`: a service of the operator, so any address and content type, no redirects.
         """
         ERRAND.own, ERRAND.counts, ERRAND.deadline, ERRAND.attempt = own, counts, deadline, 0
+        options = {"headers": headers, "json": payload, "allow_redirects": not own}
         method = "GET" if payload is None else "POST"
         while True:
-            header = ""
+            retry_after = ""
             try:
-                response = self.session.request(
-                    method, url, headers=headers, json=payload, allow_redirects=not own
-                )
+                response = self.session.request(method, url, **options)
                 if 200 <= response.status_code < 300:
                     return response.content, response.headers.get("Content-Type", "")
                 failure = status_failure(response)
-                header = response.headers.get("Retry-After", "")
+                retry_after = response.headers.get("Retry-After", "")
             except requests.TooManyRedirects:
                 words = "The address leads from redirect to redirect without end."
-                raise WebFailure("redirects", words) from None
+                failure = WebFailure("redirects", words)
             except ValueError:  # what requests does not even take for an address
-                raise BlockedURL(*REFUSED) from None
+                failure = BlockedURL(*REFUSED)
             except WebFailure as raised:
                 failure = raised
             pause = 2**ERRAND.attempt * random.SystemRandom().uniform(0.25, 0.75)
             # no Retry-After, or one that cannot be read
             with suppress(errors.InvalidHeader, ValueError):
-                pause = urllib3.Retry().parse_retry_after(header)
+                pause = urllib3.Retry().parse_retry_after(retry_after)
             again = re.match("timeout|connection|rate_limited|http_5", failure.kind)
             late = time.monotonic() + pause >= deadline
             if late or not again or ERRAND.attempt == self.config.max_retries:
@@ -512,11 +464,10 @@ class Web(Cassette):
     def chat(
         self, url: str, key: str, payload: Any, counts: Counter, deadline: float
     ) -> tuple[str | None, int]:
-        """(text, tokens) of a chat completion; (None, 0) without text. `key`: the environment
-        variable of the key.
+        """(text, tokens) of a chat completion; (None, 0) without text.
 
-        What the endpoint refuses by name of the payload's parameters is left out, or sent by the
-        name that it wants.
+        `key`: the environment variable of the key. Parameters that the endpoint refuses by name are
+        left out, or sent by the name that it wants.
         """
         headers = {"Authorization": f"Bearer {os.environ.get(key, '').strip()}"}
         known = LEFT_OUT.setdefault((url, payload["model"]), {})
@@ -555,9 +506,7 @@ class Web(Cassette):
 
 
 def refused_parameter(failure: WebFailure, sent: dict) -> str:
-    """The first parameter that an endpoint's words name; raises the failure if it is no refusal of
-    what was sent.
-    """
+    """The first of them that an endpoint's words name; raises the failure if it is no refusal."""
     if failure.kind in ("http_400", "http_422") and "context length" not in failure.said:
         for found in PARAMETER.finditer(failure.said):
             if found.lastgroup in sent:
