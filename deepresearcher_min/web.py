@@ -132,15 +132,12 @@ def is_public(address: str) -> bool:
 
 
 def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tuple[Url, list[str]]:
-    """A plain URL's parts, and the addresses to connect to, no others; BlockedURL if one of these
-    is not public, or there are none.
-    """
+    """A plain URL's parts, and the only addresses to connect to; BlockedURL if one is not public."""
     parts = Url()
     with suppress(ValueError):
-        parts = parse_url(url)
+        parts = parse_url(url if PLAIN_URL.fullmatch(url) else "")
     host = (parts.host or "").strip("[]")
-    plain = PLAIN_URL.fullmatch(url) and (allow_private or parts.port in (None, 80, 443))
-    if not host or not plain:
+    if not host or not (allow_private or parts.port in (None, 80, 443)):
         raise BlockedURL(*REFUSED)
     lookup = RESOLVERS.submit(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
     try:
@@ -236,10 +233,8 @@ class Cassette:
         with self.db_lock:
             found = self.db.execute("SELECT time, reply FROM replies WHERE key = ?", (key,))
             written, text = found.fetchone() or (0, "{}")
-        reply, now, oldest = json.loads(text), time.time(), 0.0
-        mode = self.config.cassette_mode
-        if mode == "live":
-            oldest = now - self.config.search_ttl
+        reply, now, mode = json.loads(text), time.time(), self.config.cassette_mode
+        oldest = now - self.config.search_ttl if mode == "live" else 0.0
         # soon forgotten, and by the next process at once: a service may be mended
         if mode != "replay" and "failure" in reply:
             oldest = max(now - 60, self.opened)
@@ -315,24 +310,23 @@ class Door(requests.adapters.HTTPAdapter):
 
     def send(self, request, *_: Any, **__: Any) -> requests.Response:
         """The reply, read, whatever its status is."""
-        limits, own, deadline = self.limits, ERRAND.own, ERRAND.deadline
+        limits, own = self.limits, ERRAND.own
         if not own and is_blocked(request.url, host_list(limits)):
             raise BlockedURL(*BLOCKED)
-        private = own or limits.allow_private_hosts
-        parts, addresses = check_url(request.url, private, seconds_left(deadline))
+        left = seconds_left(ERRAND.deadline)
+        parts, addresses = check_url(request.url, own or limits.allow_private_hosts, left)
         address = addresses[ERRAND.attempt % len(addresses)]  # they take turns
         request.headers["Host"] = parts.netloc
         # each for a place in the pool, the connection and its TLS: together in time
-        third = seconds_left(deadline) / 3
-        silence, most = limits.read_timeout, limits.connections_per_host
-        if own:
-            most = limits.tool_threads + 1
-        if request.url.endswith("/chat/completions"):
-            silence = 3 * third  # a language model says nothing until it has said all
+        third = seconds_left(ERRAND.deadline) / 3
+        # a language model says nothing until it has said all
+        patient = request.url.endswith("/chat/completions")
+        silence = 3 * third if patient else limits.read_timeout
         wait = urllib3.Timeout(connect=min(limits.connect_timeout, third), read=silence)
-        options = {"pool_timeout": third, "redirect": False, "preload_content": False}
+        most = limits.tool_threads + 1 if own else limits.connections_per_host
         # the certificate must be that of the name
         pinned = {"maxsize": most, "server_hostname": parts.host}
+        options: Any = {"pool_timeout": third, "redirect": False, "preload_content": False}
         target = (request.method, parts.request_uri, request.body, request.headers)
         count(ERRAND.counts, "requests")
         try:
@@ -389,7 +383,7 @@ def server_words(body: bytes, headers: Any) -> str:
 
 # --- pages and services, through cassette and exchange
 
-# by endpoint and model: refused parameter -> its other name, or ""
+# by endpoint and model: the names of parameters that it refuses
 LEFT_OUT: dict = {}
 # what a message that refuses a parameter calls it
 PARAMETER = re.compile(
@@ -399,7 +393,7 @@ PARAMETER = re.compile(
 
 
 class Web(Cassette):
-    """All traffic of one rank. Any thread may call; each call ends at its deadline [monotonic s]."""
+    """All traffic of one rank, by any thread; each call ends at its deadline [monotonic s]."""
 
     def __init__(
         self, config: Config, cassette: str | Path, rank: int = 0, world_size: int = 1
@@ -467,32 +461,31 @@ class Web(Cassette):
         """(text, tokens) of a chat completion; (None, 0) without text.
 
         `key`: the environment variable of the key. Parameters that the endpoint refuses by name are
-        left out, or sent by the name that it wants.
+        left out, max_tokens only after it was tried by its newer name.
         """
         headers = {"Authorization": f"Bearer {os.environ.get(key, '').strip()}"}
-        known = LEFT_OUT.setdefault((url, payload["model"]), {})
-        refused = dict(known)
+        known = LEFT_OUT.setdefault((url, payload["model"]), [])
+        refused = list(known)
         while True:
             sent = dict(payload)
-            for name, instead in refused.items():
+            for name in refused:
                 value = sent.pop(name, None)
-                if value and instead:
-                    sent[instead] = value
+                if name == "max_tokens" and value:
+                    sent["max_completion_tokens"] = value
             try:
                 reply = self.fetch_json(url, headers, sent, counts, deadline)
                 text = reply["choices"][0]["message"].get("content")
                 break
             except WebFailure as failure:
-                name, said = refused_parameter(failure, sent), failure.said
-                refused[name] = ""
-                if name == "max_tokens" and "max_completion_tokens" in said:
-                    refused[name] = "max_completion_tokens"
+                refused.append(refused_parameter(failure, sent))
+                said = failure.said
             except (LookupError, TypeError, AttributeError):
                 raise WebFailure(*BAD_REPLY) from None
-        if self.rank == 0 and refused.keys() - known.keys():
-            words = f"{url} refuses {', '.join(refused)}, and is asked without: {said}"
-            print(words, file=sys.stderr, flush=True)
-        known.update(refused)
+        if len(refused) > len(known):
+            known[:] = refused
+            if self.rank == 0:
+                words = f"{url} refuses {', '.join(refused)}, and is asked without: {said}"
+                print(words, file=sys.stderr, flush=True)
         if not isinstance(text, str):
             return None, 0
         with suppress(LookupError, TypeError):
@@ -505,7 +498,7 @@ class Web(Cassette):
             self.db.close()
 
 
-def refused_parameter(failure: WebFailure, sent: dict) -> str:
+def refused_parameter(failure: WebFailure, sent: dict) -> Any:
     """The first of them that an endpoint's words name; raises the failure if it is no refusal."""
     if failure.kind in ("http_400", "http_422") and "context length" not in failure.said:
         for found in PARAMETER.finditer(failure.said):
