@@ -132,7 +132,7 @@ def is_public(address: str) -> bool:
 
 
 def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tuple[Url, list[str]]:
-    """A plain URL's parts, and the only addresses to connect to; BlockedURL if one is not public."""
+    """A plain URL's parts, and the only addresses to dial; BlockedURL if one is not public."""
     parts = Url()
     with suppress(ValueError):
         parts = parse_url(url if PLAIN_URL.fullmatch(url) else "")
@@ -336,6 +336,7 @@ class Door(requests.adapters.HTTPAdapter):
             # both: a connection with unread bytes is closed, and its place in the pool given back
             try:
                 response = self.build_response(request, reply)
+                # read already, and without cookies that the session could keep
                 response.raw = io.BytesIO(self.body_of(reply))
                 return response
             finally:
@@ -372,7 +373,9 @@ def server_words(body: bytes, headers: Any) -> str:
     """The texts of an error's JSON, or its text without tags; shortened, and without our key."""
     said = body[:10_000].decode(errors="replace")
     if re.match(r"\s*[{[]", said):
-        said = ", ".join(re.findall(r'"((?:[^"\\]|\\.)*)"(?!\s*:)', said))
+        # keys are matched, too, but not found
+        found = re.findall(r'"(?:[^"\\]|\\.)*"\s*:|"((?:[^"\\]|\\.)*)"', said)
+        said = ", ".join(filter(None, found))
     said = re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", said)
     for name in ("Authorization", "X-API-KEY"):
         key = headers.get(name, "").removeprefix("Bearer ")
@@ -387,7 +390,7 @@ def server_words(body: bytes, headers: Any) -> str:
 LEFT_OUT: dict = {}
 # what a message that refuses a parameter calls it
 PARAMETER = re.compile(
-    r"(?i)\b((?P<temperature>temperature)|(?P<max_tokens>max[_ ]?tokens)"
+    r"(?i)\b(?:(?P<temperature>temperature)|(?P<max_tokens>max[_ ]?tokens)"
     r"|(?P<max_completion_tokens>max_completion_tokens))\b"
 )
 
