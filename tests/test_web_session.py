@@ -1,4 +1,4 @@
-"""What requests would do of itself, and must not: ~/.netrc, proxies, cookies, limits of redirects."""
+"""What requests would do of itself, and must not: ~/.netrc, proxies, cookies."""
 
 import time
 from collections import Counter
