@@ -29,16 +29,20 @@ pytestmark = pytest.mark.quick
 SETS = host_list(load_config(["--blocked_hosts=sets.example Bücher.Example."]))
 
 AT_BLOCKED_HOSTS = """
-http://sets.example https://sets.example/ https://sets.example:8443/x http://SETS.Example/a http://sets.example./a
-http://sets.example../a https://a.b.sets.example/x?y#z http://user:word@sets.example/ http://a@b@sets.example/
-//sets.example/x sets.example/x sets.example sets.example:80/x http:\\\\sets.example\\x http://sets.example?q=//other.example
-http://sets%2Eexample/ http://s%65ts.example/ http://sets。example/ http://ｓｅｔｓ.example/ http://bücher.example/
-http://BÜCHER.example./ http://xn--bcher-kva.example/ http://www.bücher.example:80/ http://se\u00adts.example/
+http://sets.example https://sets.example/ https://sets.example:8443/x http://SETS.Example/a
+http://sets.example./a http://sets.example../a https://a.b.sets.example/x?y#z
+http://user:word@sets.example/ http://a@b@sets.example/ //sets.example/x sets.example/x sets.example
+sets.example:80/x http:\\\\sets.example\\x http://sets.example?q=//other.example
+http://sets%2Eexample/ http://s%65ts.example/ http://sets。example/ http://ｓｅｔｓ.example/
+http://bücher.example/ http://BÜCHER.example./ http://xn--bcher-kva.example/
+http://www.bücher.example:80/ http://se\u00adts.example/
 """
 ELSEWHERE = """
-http://notsets.example/ http://sets.example.org/ http://sets-example/ http://example/ http://other.example/sets.example
-http://other.example/?u=http://sets.example http://other.example/#@sets.example http://sets.example@other.example/
-http://other.example:80/sets.example http://b\u00fccher.example.org/ passage:12 http://[::1 http://..../ http://[sets.example
+http://notsets.example/ http://sets.example.org/ http://sets-example/ http://example/
+http://other.example/sets.example http://other.example/?u=http://sets.example
+http://other.example/#@sets.example http://sets.example@other.example/
+http://other.example:80/sets.example http://b\u00fccher.example.org/ passage:12 http://[::1
+http://..../ http://[sets.example
 """
 
 

@@ -1,4 +1,4 @@
-"""web.Web.cached: the cassette in its three modes, under many threads and ranks, and under kill -9."""
+"""web.Web.cached: the cassette in its three modes, under threads and ranks, and under kill -9."""
 
 import os
 import signal
@@ -121,7 +121,8 @@ from deepresearcher_min.config import load_config
 from deepresearcher_min.web import Web
 web = Web(load_config([]), sys.argv[1])
 for i in range(100_000):
-    web.cached("test", [sys.argv[2], i], lambda: {"n": i, "text": "x" * 5000}, Counter(), time.monotonic() + 9)
+    reply = {"n": i, "text": "x" * 5000}
+    web.cached("test", [sys.argv[2], i], lambda: reply, Counter(), time.monotonic() + 9)
     print(i, flush=True)
 """
 

@@ -101,7 +101,8 @@ def test_certificates_are_checked_for_the_name_and_not_for_the_dialled_address(
 ):
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     command = f"""openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2
-        -subj /CN=name.example -addext subjectAltName=DNS:name.example -keyout {key} -out {certificate}"""
+        -subj /CN=name.example -addext subjectAltName=DNS:name.example
+        -keyout {key} -out {certificate}"""
     subprocess.run(command.split(), check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
