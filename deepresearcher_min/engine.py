@@ -119,7 +119,7 @@ class HFEngine(Engine):
         if not tried:
             check_architecture("engine=hf", trial, model_dir, config.max_model_len)
         self.max_len = config.max_model_len
-        self.stats = Counter[str]()
+        self.stats = Counter()
         self.waiting = dict[str, Request]()
         self.running = dict[str, Request]()
         AttentionInterface.register("rows", attend)
@@ -193,10 +193,10 @@ class HFEngine(Engine):
         """The inputs enter the rows; logits after the last of each, [requests, vocabulary]."""
         ids = [token_id for r in requests for token_id in r.inputs]
         positions = [position for r in requests for position in range(r.past, r.end)]
-        counts = torch.tensor([len(r.inputs) for r in requests])
+        counts = [len(r.inputs) for r in requests]
         new = torch.tensor([ids, positions], device=self.model.device)
-        last = counts.cumsum(0) - 1
-        rows = {"cache": self.cache, "requests": requests, "use_cache": False}
+        last = torch.tensor(counts).cumsum(0) - 1
+        rows = {"cache": self.cache, "requests": requests, "counts": counts, "use_cache": False}
         output = self.model(input_ids=new[:1], position_ids=new[1:], logits_to_keep=last, **rows)
         return output.logits[0]
 
@@ -246,9 +246,8 @@ def attend(
     just after.
     """
     cache = given["cache"][module.layer_idx]  # [2, rows, kv_heads, max_len, head_dim]
-    counts = [len(request.inputs) for request in given["requests"]]
-    queries = query[0].split(counts, dim=1)
-    new = torch.cat([key, value]).split(counts, dim=2)
+    queries = query[0].split(given["counts"], dim=1)
+    new = torch.cat([key, value]).split(given["counts"], dim=2)
     mixed = []
     for request, q, kv in zip(given["requests"], queries, new, strict=True):
         row, past, end = request.row, request.past, request.end
@@ -287,7 +286,7 @@ def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[l
     engine = HFEngine(config, folder, tried=True)
     for i, prompt in enumerate(prompts):
         engine.submit(str(i), prompt[:-8], Sampling(1.0, 8, 0, ()))
-    done = dict[str, Completion]()
+    done = engine.step()
     while len(done) < len(prompts):
         done |= engine.step()
     found = []
@@ -314,7 +313,7 @@ class VLLMEngine(Engine):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         self.vllm = importlib.import_module("vllm")  # 10-30 s; reads the environment
         self.max_len = config.max_model_len
-        self.stats = Counter[str]()
+        self.stats = Counter()
         self.gpu = torch.cuda.is_available()
         self.sleeps = self.gpu and config.engine_sleep
         # CPU: in pieces, a prompt would rewind its generator. GPU: of weights and KV cache.
