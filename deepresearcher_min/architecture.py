@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from deepresearcher_min.config import Config, load_config
@@ -37,6 +37,32 @@ INNERS = (
     "intermediate_size moe_intermediate_size shared_expert_intermediate_size intermediate_size_mlp"
 )
 WIDTHS = "vocab_size hidden_size num_attention_heads num_key_value_heads head_dim " + INNERS
+
+
+def load_model(folder: str, dtype: Any, attention: str) -> nn.Module:
+    """The model with this attention; ValueError for weights that transformers would make up, or
+    could not place.
+    """
+    # cuDNN's attention plans every new shape anew, hundreds of milliseconds each. Never run by us
+    # on a GPU.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    told = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    options = {"dtype": dtype, "attn_implementation": attention, **told}
+    model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+    wrong = [*found["missing_keys"], *found["mismatched_keys"]]
+    if wrong:
+        what = "weights are missing or have other shapes than the model"
+        raise ValueError(f"{len(wrong)} {what}, first {wrong[0]}")
+    return model
+
+
+def key_shape(config: Any) -> tuple[int, int, int]:
+    """(layers, heads of the keys, width of a head)"""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return text.num_hidden_layers, kv_heads, head_dim
 
 
 def check_architecture(part: str, trial: Trial, model_dir: str, max_model_len: int) -> None:
@@ -105,8 +131,7 @@ def small_copy(config: Any, length: int) -> PreTrainedModel:
     """A narrow model of this architecture with random weights on the CPU; its own attention suits
     the length.
     """
-    text = config.get_text_config()
-    own = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    *_, own = key_shape(config)
     try:
         model = build(copy.deepcopy(config), 16)
         own_logprobs(model, [3, 4, 5], 1)

