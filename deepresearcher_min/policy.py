@@ -9,9 +9,12 @@ tensor, pipeline and sequence parallelism; biased heads, logit scaling and soft-
 architectures have: those are refused (architecture.py).
 """
 
+import copy
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,8 +25,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -39,19 +46,9 @@ from deepresearcher_min.run import Ranks, complete_checkpoints
 from deepresearcher_min.trajectory import Group
 
 LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap")  # of the config
-MISMATCH_LIMITS = {
-    "float64": 1e-3,
-    "float32": 1e-3,
-    "bfloat16": 0.1,
-}  # between engine and policy [nats], by dtype
-METRICS = (
-    "loss",
-    "kl",
-    "mismatch",
-    "entropy",
-    "clip_fraction",
-    "capped_fraction",
-)  # of grpo.token_losses
+METRICS = ("loss", "kl", "mismatch", "entropy", "clip_fraction", "capped_fraction")  # of the loss
+# Between engine and policy, on average, before the first update [nats]: more is another model.
+MISMATCH_LIMITS = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
 
 
 def attend(
@@ -63,19 +60,24 @@ def attend(
     On a GPU, torch.nn.attention.varlen would take one launch for all segments (not tried).
     """
     options = {"scale": given["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
+    lengths, prefix_of = given["lengths"], given.get("prefix_of", {})
     # Positions are rotated in float32, and causal_lower_right comes before autocast.
-    queries, keys, values = (
-        x.to(value.dtype).split(given["lengths"], dim=2) for x in (query, key, value)
-    )
+    queries = query.to(value.dtype).split(lengths, dim=2)
+    keys = seen(key.to(value.dtype).split(lengths, dim=2), prefix_of)
+    values = seen(value.split(lengths, dim=2), prefix_of)
     mixed = []
-    for i, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
-        if (prefix := given.get("prefix_of", {}).get(i)) is None:
-            mixed.append(scaled_dot_product_attention(q, k, v, is_causal=True, **options))
-            continue
-        k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
+    for q, k, v in zip(queries, keys, values, strict=True):
         bias = causal_lower_right(q.shape[2], k.shape[2])  # the last query sees the last key
         mixed.append(scaled_dot_product_attention(q, k, v, bias, **options))
     return torch.cat(mixed, dim=2).transpose(1, 2), None
+
+
+def seen(segments: Sequence[Tensor], prefix_of: Mapping[int, int]) -> list[Tensor]:
+    """Keys or values that each segment's queries may look at: its prefix's, then its own."""
+    found = list(segments)
+    for i, prefix in prefix_of.items():
+        found[i] = torch.cat([segments[prefix], segments[i]], dim=2)
+    return found
 
 
 class TokenScorer(nn.Module):
@@ -85,35 +87,28 @@ class TokenScorer(nn.Module):
 
     def __init__(self, model: nn.Module, config: Config):
         super().__init__()
-        self.model, self.config, self.dtype = model, config, getattr(torch, config.dtype)
+        self.model = model
+        self.config = config
+        self.dtype = getattr(torch, config.dtype)
 
     def forward(
         self, batch: PackedBatch, loss: Callable[..., Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The sum of the losses of all chunks, and log-probabilities_S; FloatingPointError if one
-        is not finite.
-        """
-        with torch.autocast(
-            batch.token_ids_T.device.type, self.dtype, enabled=self.dtype == torch.bfloat16
-        ):
-            tokens = {
-                "input_ids": batch.token_ids_T[None],
-                "position_ids": batch.position_ids_T[None],
-            }
-            segments = {"lengths": batch.lengths, "prefix_of": batch.prefix_of}
-            output = self.model.base_model(**tokens, **segments, use_cache=False)
-        hidden_SD = (
-            output.last_hidden_state[0, batch.predict_S].to(self.dtype) / self.config.temperature
-        )
-        weight_VD = self.model.get_output_embeddings().weight
-        total, logprobs_S = grpo.HeadLoss.apply(
-            hidden_SD, weight_VD, batch.targets_S, self.config.logprob_chunk, loss
-        )
-        if bad := (~torch.isfinite(logprobs_S)).nonzero()[:, 0].tolist():
-            raise FloatingPointError(
-                f"{batch.names_S[bad[0]]}: log-probability {logprobs_S[bad[0]].item()}"
+        """The sum of the losses of all chunks (grpo.HeadLoss), and log-probabilities_S."""
+        device = batch.token_ids_T.device.type
+        with torch.autocast(device, self.dtype, enabled=self.dtype == torch.bfloat16):
+            output = self.model.base_model(
+                input_ids=batch.token_ids_T[None],
+                position_ids=batch.position_ids_T[None],
+                lengths=batch.lengths,
+                prefix_of=batch.prefix_of,
+                use_cache=False,
             )
-        return total, logprobs_S
+        hidden_SD = output.last_hidden_state[0, batch.predict_S].to(self.dtype)
+        hidden_SD = hidden_SD / self.config.temperature
+        weight_VD = self.model.get_output_embeddings().weight
+        chunk = self.config.logprob_chunk
+        return grpo.HeadLoss.apply(hidden_SD, weight_VD, batch.targets_S, chunk, loss)
 
 
 class Policy:
@@ -134,194 +129,203 @@ class Policy:
             raise ValueError(
                 "offload_optimizer=true needs FSDP: start with torchrun and at least 2 processes"
             )
-        self.config, self.ranks, self.device = config, ranks, ranks.device
-        self.compute_dtype = getattr(torch, config.dtype)
+        self.config = config
+        self.ranks = ranks
         self.scorer = self.load_model(model_dir)
         self.model = self.scorer.model
-        # Loaded exactly like the policy, so that the KL of the first step is exactly zero.
-        self.reference = (
-            self.load_model(model_dir).requires_grad_(False) if config.kl_coef > 0 else None
+        self.reference = None
+        if config.kl_coef > 0:
+            # Loaded exactly like the policy, so that the KL of the first step is exactly zero.
+            self.reference = self.load_model(model_dir).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
         )
-        adam = {
-            "betas": (config.adam_beta1, config.adam_beta2),
-            "weight_decay": config.weight_decay,
-            "fused": True,
-        }
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, **adam)
+        # AdamW would make these in its first step only: too late for a checkpoint to load into.
+        for p in self.model.parameters():
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
         self.rollouts = 0  # update() calls so far, for warm-up and decay
         self.compared = False  # with the engine, in this process
-        # makes the optimizer's state of all parameters: those that no text passes need it in a
-        # checkpoint
-        self.state()
 
     def load_model(self, model_dir: str) -> TokenScorer:
-        master = torch.promote_types(self.compute_dtype, torch.float32)
-        AttentionInterface.register(
-            "packed", attend
-        )  # transformers builds no [T, T] mask for a strange attention
+        # transformers builds no [T, T] mask for an attention that it does not know
+        AttentionInterface.register("packed", attend)
+        compute = getattr(torch, self.config.dtype)
+        master = torch.promote_types(compute, torch.float32)
         model = load_model(model_dir, master, "packed")
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            for (
-                layer
-            ) in model.modules():  # checkpointing is off in eval mode, but dropout must stay so
-                layer.training = isinstance(layer, GradientCheckpointingLayer)
+            for layer in layers:
+                layer.training = True  # it checkpoints only then; the dropouts in it stay off
         scorer = TokenScorer(model, self.config)
         if self.ranks.world_size == 1:
-            return scorer.to(self.device)
-        mesh = dist.init_device_mesh(self.device.type, (self.ranks.world_size,))
-        precision = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=master)
-        options: dict[str, Any] = {
-            "mesh": mesh,
-            "mp_policy": precision,
-            "reshard_after_forward": True,
-        }
-        if (
-            self.config.offload_optimizer
-        ):  # gradients are then reduced on the CPU, by the gloo of "cpu:gloo,cuda:nccl"
-            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-        for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                fully_shard(layer, **options)
-        return fully_shard(scorer, **options)
+            return scorer.to(self.ranks.device)
+        device = self.ranks.device.type
+        offload = OffloadPolicy()
+        if self.config.offload_optimizer:
+            # gradients are then reduced on the CPU, by the gloo of "cpu:gloo,cuda:nccl"
+            offload = CPUOffloadPolicy(pin_memory=device == "cuda")
+        shard = partial(
+            fully_shard,
+            mesh=dist.init_device_mesh(device, (self.ranks.world_size,)),
+            mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master),
+            reshard_after_forward=True,
+            offload_policy=offload,
+        )
+        for layer in layers:
+            shard(layer)
+        return shard(scorer)
 
     def update(self, groups: Sequence[Group], engine: str = "") -> dict[str, float]:
         """Take config.updates_per_rollout optimizer steps on all ranks' groups, of which these are
         ours; their metrics.
 
-        Each step takes its share of the questions. A trajectory without advantage is skipped only
-        if it would get no gradient at all (kl_coef and entropy_coef 0); its tokens stay in N.
         Raises FloatingPointError naming the question whose reward, log-probability or gradient is
         not finite, before that step touches the weights. The first update is held against the
         engine that sampled, if it is named (compare_with).
         """
-        questions = self.ranks.gather([training_rows(group) for group in groups])
-        n, count, updates = len(questions), self.config.updates_per_rollout, []
-        for u in range(count):
-            rows = [
-                row
-                for question in questions[n * u // count : n * (u + 1) // count]
-                for row in question
-            ]
-            total = sum(len(row.sampled) for row in rows)  # N
-            rows = [
-                row
-                for row in rows
-                if row.advantage or self.config.kl_coef > 0 or self.config.entropy_coef > 0
-            ]
-            # For the first step old is new itself; for later ones it must be computed before the
-            # weights move.
-            batches = [
-                (batch, self.score(self.scorer, batch) if u else None) for batch in self.plan(rows)
-            ]
-            updates.append((rows, batches, total))
         sums, norms, trained = Counter[str](), [], 0
-        for rows, batches, total in updates:
-            if total:
-                for batch, old_S in batches:
-                    sums.update(self.backward(batch, old_S, total))
-                if engine and not self.compared:
-                    self.compare_with(engine, sums)
-                norms.append(self.optimizer_step(rows))
-                trained += total
+        for rows, batches, total in self.prepare(groups):
+            for batch, old_S in batches:
+                sums.update(self.backward(batch, old_S, total))
+            if engine and not self.compared:
+                self.compare_with(engine, sums)
+            norms.append(self.optimizer_step(rows))
+            trained += total
         self.rollouts += 1
-        sums = self.ranks.total(Counter({name: float(value) for name, value in sums.items()}))
-        means = {
-            name: sums[name] / max(1, sums["tokens"]) for name in METRICS
-        }  # without the skipped trajectories
-        means |= {
-            "loss": sums["loss"] / max(1, trained),
-            "grad_norm": sum(norms) / max(1, len(norms)),
-        }
-        return means | {
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "updates": len(norms),
-            "trained_tokens": trained,
-        }
+        sums = self.ranks.total(as_floats(sums))
+        # Means over the tokens that were computed, without the skipped trajectories'; but the loss
+        # over all.
+        means = {name: sums[name] / max(1, sums["tokens"]) for name in METRICS}
+        means["loss"] = sums["loss"] / max(1, trained)
+        means["grad_norm"] = sum(norms) / max(1, len(norms))
+        rate = self.optimizer.param_groups[0]["lr"]
+        return means | {"lr": rate, "updates": len(norms), "trained_tokens": trained}
+
+    def prepare(self, groups: Sequence[Group]) -> list[Any]:
+        """What each optimizer step needs, made before the first: each takes its share of the
+        questions.
+
+        A trajectory without advantage is skipped only if it would get no gradient at all (kl_coef
+        and entropy_coef 0); its tokens stay in N.
+        """
+        questions = self.ranks.gather([training_rows(group) for group in groups])
+        count = self.config.updates_per_rollout
+        always = self.config.kl_coef > 0 or self.config.entropy_coef > 0
+        steps = []
+        for u in range(count):
+            first, end = (len(questions) * k // count for k in (u, u + 1))
+            rows = list(chain.from_iterable(questions[first:end]))
+            total = sum(len(row.sampled) for row in rows)
+            rows = [row for row in rows if always or row.advantage]
+            batches = []
+            for batch in self.plan(rows):
+                # In the first step old is new; later ones need it from before the weights move.
+                batches.append((batch, self.score(self.scorer, batch) if u else None))
+            if total:
+                steps.append((rows, batches, total))
+        return steps
 
     def compare_with(self, engine: str, sums: Counter[str]) -> None:
         """ValueError if the engine's log-probabilities are further from ours than rounding
         explains: another model.
         """
-        found = self.ranks.total(
-            Counter({name: float(sums[name]) for name in ("mismatch", "tokens")})
-        )
-        mismatch, limit = (
-            found["mismatch"] / max(1, found["tokens"]),
-            MISMATCH_LIMITS[self.config.dtype],
-        )
+        found = self.ranks.total(as_floats(sums))
+        mismatch = found["mismatch"] / max(1, found["tokens"])
+        limit = MISMATCH_LIMITS[self.config.dtype]
         if not mismatch <= limit:
             raise ValueError(
-                f"engine={engine}: its log-probabilities differ from the policy's by {mismatch:.2g} nats a token on "
-                f"average (mismatch; limit {limit:g} for dtype={self.config.dtype}): it computes another model"
+                f"engine={engine}: its log-probabilities differ from the policy's by "
+                f"{mismatch:.2g} nats a token on average (mismatch; limit {limit:g} for "
+                f"dtype={self.config.dtype}): it computes another model"
             )
         self.compared = bool(found["tokens"])
 
     def plan(self, rows: Sequence[TrainingRow]) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
-        lengths, width = (
+        plan = grpo.plan_microbatches(
             [len(row.token_ids) - 1 for row in rows],
+            self.config.microbatch_tokens,
+            self.ranks.world_size,
             self.model.config.get_text_config().hidden_size,
+            grpo.families(rows),
         )
-        limits = self.config.microbatch_tokens, self.ranks.world_size, width
-        plan = grpo.plan_microbatches(lengths, *limits, grpo.families(rows))
-        return [
-            grpo.pack([rows[i] for i in indices], self.device) for indices in plan[self.ranks.rank]
-        ]
+        mine = plan[self.ranks.rank]
+        return [self.pack([rows[i] for i in indices]) for indices in mine]
+
+    def pack(self, rows: Sequence[TrainingRow]) -> PackedBatch:
+        return grpo.pack(rows, self.ranks.device)
 
     @torch.no_grad()
     def score(self, scorer: TokenScorer, batch: PackedBatch) -> Tensor:
-        return scorer(batch)[1]  # log-probabilities_S
+        """log-probabilities_S of a micro-batch."""
+        _, logprobs_S = scorer(batch)
+        check_finite(logprobs_S, batch)
+        return logprobs_S
 
     def backward(self, batch: PackedBatch, old_S: Tensor | None, total: int) -> Counter[str]:
         """Add one micro-batch's gradient to the others'; returns its sums of metrics. total is N."""
-        ref_S = None if self.reference is None else self.score(self.reference, batch)
+        ref_S = None
+        if self.reference is not None:
+            ref_S = self.score(self.reference, batch)
         options = {key: getattr(self.config, key) for key in LOSS_KEYS}
         sums = Counter[str]()
 
         def loss(new: Tensor, entropy: Tensor, part: slice) -> Tensor:
-            old = new.detach() if old_S is None else old_S[part]
-            ref = None if ref_S is None else ref_S[part]
-            tensors = (new, old, batch.rollout_S[part], ref, batch.advantages_S[part], entropy)
-            losses, metrics = grpo.token_losses(*tensors, **options)
+            losses, metrics = grpo.token_losses(
+                new,
+                new.detach() if old_S is None else old_S[part],
+                batch.rollout_S[part],
+                None if ref_S is None else ref_S[part],
+                batch.advantages_S[part],
+                entropy,
+                **options,
+            )
             sums.update(metrics)
             return losses.sum() * (self.ranks.world_size / total)  # FSDP averages over ranks
 
-        self.scorer(batch, loss)[0].backward()
+        value, logprobs_S = self.scorer(batch, loss)
+        check_finite(logprobs_S, batch)
+        value.backward()
         return sums
 
     def optimizer_step(self, rows: Sequence[TrainingRow]) -> float:
         """Clip, set the learning rate, step; returns the gradient norm before clipping, over all
         ranks.
         """
-        if not np.isfinite(norm := self.gradient_norm()):
+        norm = self.gradient_norm()
+        if not np.isfinite(norm):
+            whose = self.blame(rows)
             raise FloatingPointError(
-                f"gradient norm {norm} {self.blame(rows)}; this update changed no weights"
+                f"gradient norm {norm} {whose}; this update changed no weights"
             )
+        config = self.config
         nn.utils.clip_grads_with_norm_(
-            self.model.parameters(), self.config.max_grad_norm, torch.tensor(norm)
+            self.model.parameters(), config.max_grad_norm, torch.tensor(norm)
         )
-        warmup = min(1.0, (self.rollouts + 1) / max(1, self.config.lr_warmup))
-        decay = (
-            max(0.0, 1 - self.rollouts / max(1, self.config.steps)) if self.config.lr_decay else 1.0
-        )
-        self.optimizer.param_groups[0]["lr"] = self.config.lr * warmup * decay
+        rate = config.lr * min(1.0, (self.rollouts + 1) / max(1, config.lr_warmup))
+        if config.lr_decay:
+            rate *= max(0.0, 1 - self.rollouts / config.steps)
+        self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
     def gradient_norm(self) -> float:
         # A part of the model that no text passes, as the eyes of one that sees, has no gradients.
-        norm = nn.utils.get_total_norm(
-            [p.grad for p in self.model.parameters() if p.grad is not None]
-        )
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(whole(nn.utils.get_total_norm(gradients)))
 
     def blame(self, rows: Sequence[TrainingRow]) -> str:
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
         for row in rows:
             self.optimizer.zero_grad()
-            self.backward(grpo.pack([row], self.device), None, 1)
+            self.backward(self.pack([row]), None, 1)
             if not np.isfinite(self.gradient_norm()):
                 return f"from {row.name}"
         return "from all trajectories together, from none alone"
@@ -331,10 +335,8 @@ class Policy:
         exhaust on every rank.
         """
         for name, parameter in self.model.named_parameters():
-            tensor = parameter.detach().to(
-                self.device, self.compute_dtype
-            )  # a shard is cast before it is gathered
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            # a shard is cast before it is gathered
+            yield name, whole(parameter.detach().to(self.ranks.device, self.scorer.dtype))
 
     def save(self, folder: str | Path) -> None:
         """Write model, optimizer and warm-up position into a new folder; any number of ranks can
@@ -343,79 +345,83 @@ class Policy:
         dcp.save(self.state(), checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
 
     def load(self, folder: str | Path) -> None:
-        state = self.state()
+        state = self.state()  # the tensors themselves: they are loaded in place
         dcp.load(state, checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
-        set_state_dict(
-            self.scorer,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optim"],
-        )
         self.rollouts = int(state["rollouts"])
 
     def state(self) -> dict[str, Any]:
-        untouched = not self.optimizer.state
-        model, optim = get_state_dict(self.scorer, self.optimizer)
-        if (
-            untouched
-        ):  # get_state_dict has made the optimizer's state by a step of size zero, and counted it
-            for slots in self.optimizer.state.values():
-                slots["step"].zero_()
-        return {"model": model, "optim": optim, "rollouts": torch.tensor(self.rollouts)}
+        return {
+            "model": dict(self.model.named_parameters()),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "rollouts": torch.tensor(self.rollouts),
+        }
 
     def export(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a plain Hugging Face folder (rank 0 writes), which transformers and vLLM load."""
-        weights = {
-            name: tensor.cpu().contiguous()
-            for name, tensor in self.named_weights()
-            if self.ranks.rank == 0
-        }
+        weights = {}
+        for name, tensor in self.named_weights():
+            if self.ranks.rank == 0:
+                weights[name] = tensor.cpu().contiguous()
         if self.ranks.rank == 0:
             self.export_settings(folder, tokenizer)
             save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
     def check_saving(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """ConfigError for an export that fails, or checkpoints without room: the weights and
-        AdamW's two moments in
-        float32, and the exported weights; one more than are kept."""
+        AdamW's two moments in float32, and the exported weights; one more than are kept.
+        """
         if self.ranks.rank:
             return
-        run, config = Path(self.config.run_dir), self.config
-        with (
-            named("model", config.model, "a checkpoint cannot hold its settings"),
-            TemporaryDirectory(dir=run) as folder,
-        ):
-            self.export_settings(folder, tokenizer)
-        size = sum(p.numel() for p in self.model.parameters()) * (
-            3 * 4 + self.compute_dtype.itemsize
-        )
+        config = self.config
+        run = Path(config.run_dir)
+        with named("model", config.model, "a checkpoint cannot hold its settings"):
+            with TemporaryDirectory(dir=run) as folder:
+                self.export_settings(folder, tokenizer)
         count = config.keep_checkpoints + 1 - len(complete_checkpoints(run))
+        parameters = sum(p.numel() for p in self.model.parameters())
+        size = parameters * (3 * 4 + self.scorer.dtype.itemsize)
         free = shutil.disk_usage(run).free
         if count * size > free:
             raise ConfigError(
-                f"keep_checkpoints={config.keep_checkpoints}: {count} more of {size / 1e9:,.3f} GB are needed, and "
-                f"run_dir={config.run_dir} has {free / 1e9:,.3f} GB free; keep fewer, or name another folder"
+                f"keep_checkpoints={config.keep_checkpoints}: {count} more of {size / 1e9:,.3f} GB "
+                f"are needed, and run_dir={config.run_dir} has {free / 1e9:,.3f} GB free; "
+                "keep fewer, or name another folder"
             )
 
     def export_settings(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """All of an exported folder but the weights; of sampling values that contradict each other,
         none.
         """
-        config = self.model.config.from_dict(
-            self.model.config.to_dict() | {"dtype": self.compute_dtype}
-        )
+        config = copy.copy(self.model.config)
+        config.dtype = self.scorer.dtype
         generation = self.model.generation_config
         try:
             generation.validate(strict=True)
         except ValueError:  # many published ones; save_pretrained would refuse them
-            ids = {
-                key: value
-                for key, value in generation.to_dict().items()
-                if key.endswith("_token_id")
-            }
+            values = generation.to_dict().items()
+            ids = {key: value for key, value in values if key.endswith("_token_id")}
             generation = GenerationConfig(**ids)
         for part in (config, generation, tokenizer):
             part.save_pretrained(folder)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor of which FSDP keeps a shard on each rank; any other stays as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_floats(sums: Counter[str]) -> Counter[str]:
+    return Counter({name: float(value) for name, value in sums.items()})
+
+
+def check_finite(logprobs_S: Tensor, batch: PackedBatch) -> None:
+    """FloatingPointError naming the first trajectory with a log-probability that is nan or infinite."""
+    bad = (~torch.isfinite(logprobs_S)).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        raise FloatingPointError(
+            f"{batch.names_S[first]}: log-probability {float(logprobs_S[first])}"
+        )
 
 
 def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
@@ -423,14 +429,13 @@ def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[l
     (architecture.Trial).
     """
     policy = Policy(config, folder, Ranks(), tried=True)
+    counts = [len(ids) - 1 for ids in prompts]
     rows = []
-    for ids in prompts:
+    for ids, count in zip(prompts, counts, strict=True):
         sampled = np.arange(1, len(ids))
-        rows.append(
-            TrainingRow("trial", np.array(ids), sampled, np.zeros(len(sampled)), 0.0, "trial")
-        )
-    logprobs_S = policy.score(policy.scorer, grpo.pack(rows))
-    return list(zip(prompts, logprobs_S.split([len(row.sampled) for row in rows]), strict=True))
+        rows.append(TrainingRow("trial", np.array(ids), sampled, np.zeros(count), 0.0, "trial"))
+    logprobs_S = policy.score(policy.scorer, policy.pack(rows))
+    return list(zip(prompts, logprobs_S.split(counts), strict=True))
 
 
 def training_rows(group: Group) -> list[TrainingRow]:
@@ -438,15 +443,15 @@ def training_rows(group: Group) -> list[TrainingRow]:
     error.
     """
     rows = []
-    for i, (trajectory, advantage) in enumerate(
-        zip(group.trajectories, group.advantages, strict=True)
-    ):
+    for i, trajectory in enumerate(group.trajectories):
         name = f"question {group.question.id!r}, trajectory {i}"
-        if not np.isfinite([float(group.rewards[i]), float(advantage)]).all():
-            raise FloatingPointError(f"{name}: reward {group.rewards[i]}, advantage {advantage}")
-        if len(sampled := np.flatnonzero(trajectory.sampled_mask)):
-            ids, logprobs = trajectory.token_ids[: sampled[-1] + 1], trajectory.logprobs[sampled]
-            rows.append(
-                TrainingRow(name, ids, sampled, logprobs, float(advantage), group.question.id)
-            )
+        reward = float(group.rewards[i])
+        advantage = float(group.advantages[i])
+        if not np.isfinite(reward + advantage):
+            raise FloatingPointError(f"{name}: reward {reward}, advantage {advantage}")
+        sampled = np.flatnonzero(trajectory.sampled_mask)
+        if len(sampled):
+            ids = trajectory.token_ids[: sampled[-1] + 1]
+            logprobs = trajectory.logprobs[sampled]
+            rows.append(TrainingRow(name, ids, sampled, logprobs, advantage, group.question.id))
     return rows
