@@ -38,6 +38,10 @@ from torch import Tensor
 # nan.
 EXPONENT_LIMIT = 20.0
 
+Family = tuple[int, list[int]]  # how many first tokens its rows share, and which rows they are
+Plan = list[list[list[int]]]  # of each rank, of each micro-batch: which rows
+Loss = Callable[[Tensor, Tensor, slice], Tensor]  # (logprobs_C, entropy_C, part of S) -> their sum
+
 
 def group_advantages(
     rewards: Sequence[float] | np.ndarray | Tensor, normalize_std: bool = True
@@ -95,10 +99,9 @@ class PackedBatch:
     names_S: np.ndarray  # of the trajectories that the sampled tokens belong to
 
 
-def families(rows: Sequence[TrainingRow]) -> list[tuple[int, list[int]]]:
-    """(tokens that all its inputs begin with, indices of its rows) of each group.
-
-    An input is a row without its last token. A row without a group shares all of it, with nobody.
+def families(rows: Sequence[TrainingRow]) -> list[Family]:
+    """What each group's inputs, rows without their last token, begin with; a row without a group is
+    a family of its own.
     """
     members = defaultdict[str | int, list[int]](list)
     for i, row in enumerate(rows):
@@ -124,7 +127,7 @@ def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> Pac
     for row in rows:
         if 0 in row.sampled or not len(row.sampled):
             raise ValueError(f"{row.name}: it needs a prompt and a sampled token")
-    nothing = np.zeros(0, np.int64)
+    nothing = np.arange(0)
     rows = rows or [TrainingRow("nobody", np.zeros(2), nothing, nothing, 0.0)]
     ids: list[np.ndarray] = []
     prefix_of = {}
@@ -149,8 +152,7 @@ def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> Pac
             places = np.append(prefix_places, add_segment(rest, shared))
             predict.append(places[row.sampled - 1])
             packed.append(row)
-    counts = [len(row.sampled) for row in packed]
-    advantages = np.repeat([row.advantage for row in packed], counts)
+    owner_S = [row for row in packed for _ in row.sampled]
 
     def tensor(arrays: Sequence[np.ndarray], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(device, dtype)
@@ -163,8 +165,8 @@ def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> Pac
         predict_S=tensor(predict),
         targets_S=tensor([row.token_ids[row.sampled] for row in packed]),
         rollout_S=tensor([row.rollout_logprobs for row in packed], torch.float32),
-        advantages_S=tensor([advantages], torch.float32),
-        names_S=np.repeat([row.name for row in packed], counts),
+        advantages_S=torch.tensor([row.advantage for row in owner_S], device=device),
+        names_S=np.array([row.name for row in owner_S]),
     )
 
 
@@ -173,49 +175,45 @@ def plan_microbatches(
     budget: int,
     world_size: int,
     hidden_size: int,
-    families: Sequence[tuple[int, Sequence[int]]] = (),
-) -> list[list[list[int]]]:
+    families: Sequence[Family] = (),
+) -> Plan:
     """Share sequences out: plan[rank][micro-batch] is a list of indices into lengths, longest
     first.
 
     families: who shares how many first tokens, which then count once in a micro-batch; by default
     nobody does. budget: tokens of one micro-batch; a longer sequence gets one of its own. A piece
-    goes to the rank with the least work so far. Families stay together, unless they are over the
-    budget or smaller pieces leave the busiest rank less to do. All ranks get equally many
+    of a family goes to the rank with the least work so far: a family stays together, unless it is
+    over the budget, or more than a quarter of a rank's share. All ranks get equally many
     micro-batches, at least one; the last may be empty.
     """
 
     def work_of(first: int, end: int) -> float:
-        # A transformer's linear layers take 24 D^2 FLOPs a token, causal attention 4 D for each it sees.
+        # A transformer's linear layers take 24 D^2 FLOPs a token, attention 4 D for each it sees.
         return (end - first) * (1 + (first + end) / (12 * hidden_size))
 
     families = families or [(0, [i]) for i in range(len(lengths))]
-    best, least = [], math.inf
-    for halvings in range(6):
-        limit = min(budget, sum(lengths) // world_size >> halvings)
-        work = [0.0] * world_size
-        tokens = [budget] * world_size  # of each rank's last micro-batch: nothing more fits
-        plan = [list[list[int]]() for _ in work]
-        for shared, piece in pieces(lengths, families, limit):
-            rank = work.index(min(work))
-            work[rank] += work_of(0, shared) + sum(work_of(shared, lengths[i]) for i in piece)
-            size = shared + sum(lengths[i] - shared for i in piece)
-            tokens[rank] += size
-            if tokens[rank] > budget:
-                plan[rank].append([])
-                tokens[rank] = size
-            plan[rank][-1] += piece
-        if max(work) < least:
-            best, least = plan, max(work)
-    count = max(1, *map(len, best))
-    for batches in best:
+    limit = budget
+    if world_size > 1:
+        limit = min(budget, sum(lengths) // world_size // 4)
+    plan: Plan = [[] for _ in range(world_size)]
+    work = [0.0] * world_size
+    tokens = [budget] * world_size  # of each rank's last micro-batch: nothing more fits
+    for shared, piece in pieces(lengths, families, limit):
+        rank = work.index(min(work))
+        work[rank] += work_of(0, shared) + sum(work_of(shared, lengths[i]) for i in piece)
+        size = shared + sum(lengths[i] - shared for i in piece)
+        tokens[rank] += size
+        if tokens[rank] > budget:
+            plan[rank].append([])
+            tokens[rank] = size
+        plan[rank][-1] += piece
+    count = max(1, *map(len, plan))
+    for batches in plan:
         batches.extend([] for _ in range(count - len(batches)))
-    return best
+    return plan
 
 
-def pieces(
-    lengths: Sequence[int], families: Sequence[tuple[int, Sequence[int]]], limit: int
-) -> list[tuple[int, list[int]]]:
+def pieces(lengths: Sequence[int], families: Sequence[Family], limit: int) -> list[Family]:
     """The families in pieces of at most `limit` tokens, or of one sequence; those with the longest
     come first.
     """
@@ -225,12 +223,12 @@ def pieces(
         for i in sorted(indices, key=lengths.__getitem__, reverse=True):
             rest = lengths[i] - shared
             if rest > room:
-                piece = list[int]()
+                piece: list[int] = []
                 found.append((shared, piece))
                 room = limit - shared
             piece.append(i)
             room -= rest
-    return sorted(found, key=lambda piece: -lengths[piece[1][0]])
+    return sorted(found, key=lambda family: -lengths[family[1][0]])
 
 
 # --- the loss of a token
@@ -314,7 +312,7 @@ class HeadLoss(torch.autograd.Function):
         weight_VD: Tensor,
         targets_S: Tensor,
         chunk: int,
-        loss: Callable[..., Tensor] | None,
+        loss: Loss | None,
     ) -> tuple[Tensor, Tensor]:
         """loss(logprobs_C, entropy_C, slice of S) is the sum of one chunk's losses; None: only
         the log-probabilities are wanted.
@@ -353,7 +351,7 @@ def head_chunk(
     weight_VD: Tensor,
     targets_C1: Tensor,
     part: slice,
-    loss: Callable[..., Tensor] | None,
+    loss: Loss | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probabilities_C of the targets, and with a loss its value and d value / d logits_CV.
 

@@ -12,7 +12,7 @@ architectures have: those are refused (architecture.py).
 import copy
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -63,21 +63,22 @@ def attend(
     lengths, prefix_of = given["lengths"], given.get("prefix_of", {})
     # Positions are rotated in float32, and causal_lower_right comes before autocast.
     queries = query.to(value.dtype).split(lengths, dim=2)
-    keys = seen(key.to(value.dtype).split(lengths, dim=2), prefix_of)
-    values = seen(value.split(lengths, dim=2), prefix_of)
+    keys = key.to(value.dtype).split(lengths, dim=2)
+    values = value.split(lengths, dim=2)
     mixed = []
-    for q, k, v in zip(queries, keys, values, strict=True):
+    for i, q in enumerate(queries):
+        k = seen(keys, i, prefix_of)
+        v = seen(values, i, prefix_of)
         bias = causal_lower_right(q.shape[2], k.shape[2])  # the last query sees the last key
         mixed.append(scaled_dot_product_attention(q, k, v, bias, **options))
     return torch.cat(mixed, dim=2).transpose(1, 2), None
 
 
-def seen(segments: Sequence[Tensor], prefix_of: Mapping[int, int]) -> list[Tensor]:
-    """Keys or values that each segment's queries may look at: its prefix's, then its own."""
-    found = list(segments)
-    for i, prefix in prefix_of.items():
-        found[i] = torch.cat([segments[prefix], segments[i]], dim=2)
-    return found
+def seen(segments: Sequence[Tensor], i: int, prefix_of: Mapping[int, int]) -> Tensor:
+    """What segment i's queries may look at of keys or values: its prefix's, then its own."""
+    if i not in prefix_of:
+        return segments[i]
+    return torch.cat([segments[prefix_of[i]], segments[i]], dim=2)
 
 
 class TokenScorer(nn.Module):
@@ -91,9 +92,7 @@ class TokenScorer(nn.Module):
         self.config = config
         self.dtype = getattr(torch, config.dtype)
 
-    def forward(
-        self, batch: PackedBatch, loss: Callable[..., Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: PackedBatch, loss: grpo.Loss | None = None) -> tuple[Tensor, Tensor]:
         """The sum of the losses of all chunks (grpo.HeadLoss), and log-probabilities_S."""
         device = batch.token_ids_T.device.type
         with torch.autocast(device, self.dtype, enabled=self.dtype == torch.bfloat16):
@@ -198,7 +197,7 @@ class Policy:
             norms.append(self.optimizer_step(rows))
             trained += total
         self.rollouts += 1
-        sums = self.ranks.total(as_floats(sums))
+        sums = self.ranks.total(sums)
         # Means over the tokens that were computed, without the skipped trajectories'; but the loss
         # over all.
         means = {name: sums[name] / max(1, sums["tokens"]) for name in METRICS}
@@ -219,23 +218,22 @@ class Policy:
         always = self.config.kl_coef > 0 or self.config.entropy_coef > 0
         steps = []
         for u in range(count):
-            first, end = (len(questions) * k // count for k in (u, u + 1))
-            rows = list(chain.from_iterable(questions[first:end]))
+            share = slice(len(questions) * u // count, len(questions) * (u + 1) // count)
+            rows = list(chain.from_iterable(questions[share]))
             total = sum(len(row.sampled) for row in rows)
             rows = [row for row in rows if always or row.advantage]
-            batches = []
-            for batch in self.plan(rows):
-                # In the first step old is new; later ones need it from before the weights move.
-                batches.append((batch, self.score(self.scorer, batch) if u else None))
+            batches = self.plan(rows)
+            # In the first step old is new; later ones need it from before the weights move.
+            old = [self.score(self.scorer, batch) if u else None for batch in batches]
             if total:
-                steps.append((rows, batches, total))
+                steps.append((rows, list(zip(batches, old, strict=True)), total))
         return steps
 
     def compare_with(self, engine: str, sums: Counter[str]) -> None:
         """ValueError if the engine's log-probabilities are further from ours than rounding
         explains: another model.
         """
-        found = self.ranks.total(as_floats(sums))
+        found = self.ranks.total(sums)
         mismatch = found["mismatch"] / max(1, found["tokens"])
         limit = MISMATCH_LIMITS[self.config.dtype]
         if not mismatch <= limit:
@@ -255,11 +253,11 @@ class Policy:
             self.model.config.get_text_config().hidden_size,
             grpo.families(rows),
         )
-        mine = plan[self.ranks.rank]
-        return [self.pack([rows[i] for i in indices]) for indices in mine]
-
-    def pack(self, rows: Sequence[TrainingRow]) -> PackedBatch:
-        return grpo.pack(rows, self.ranks.device)
+        batches = []
+        for indices in plan[self.ranks.rank]:
+            mine = [rows[i] for i in indices]
+            batches.append(grpo.pack(mine, self.ranks.device))
+        return batches
 
     @torch.no_grad()
     def score(self, scorer: TokenScorer, batch: PackedBatch) -> Tensor:
@@ -269,7 +267,7 @@ class Policy:
         return logprobs_S
 
     def backward(self, batch: PackedBatch, old_S: Tensor | None, total: int) -> Counter[str]:
-        """Add one micro-batch's gradient to the others'; returns its sums of metrics. total is N."""
+        """Add one micro-batch's gradient to the others'; returns its sums of metrics. total: N."""
         ref_S = None
         if self.reference is not None:
             ref_S = self.score(self.reference, batch)
@@ -292,7 +290,7 @@ class Policy:
         value, logprobs_S = self.scorer(batch, loss)
         check_finite(logprobs_S, batch)
         value.backward()
-        return sums
+        return Counter({name: float(value) for name, value in sums.items()})
 
     def optimizer_step(self, rows: Sequence[TrainingRow]) -> float:
         """Clip, set the learning rate, step; returns the gradient norm before clipping, over all
@@ -325,7 +323,7 @@ class Policy:
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
         for row in rows:
             self.optimizer.zero_grad()
-            self.backward(self.pack([row]), None, 1)
+            self.backward(grpo.pack([row], self.ranks.device), None, 1)
             if not np.isfinite(self.gradient_norm()):
                 return f"from {row.name}"
         return "from all trajectories together, from none alone"
@@ -374,9 +372,9 @@ class Policy:
             return
         config = self.config
         run = Path(config.run_dir)
-        with named("model", config.model, "a checkpoint cannot hold its settings"):
-            with TemporaryDirectory(dir=run) as folder:
-                self.export_settings(folder, tokenizer)
+        remedy = "a checkpoint cannot hold its settings"
+        with named("model", config.model, remedy), TemporaryDirectory(dir=run) as folder:
+            self.export_settings(folder, tokenizer)
         count = config.keep_checkpoints + 1 - len(complete_checkpoints(run))
         parameters = sum(p.numel() for p in self.model.parameters())
         size = parameters * (3 * 4 + self.scorer.dtype.itemsize)
@@ -410,12 +408,8 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def as_floats(sums: Counter[str]) -> Counter[str]:
-    return Counter({name: float(value) for name, value in sums.items()})
-
-
 def check_finite(logprobs_S: Tensor, batch: PackedBatch) -> None:
-    """FloatingPointError naming the first trajectory with a log-probability that is nan or infinite."""
+    """FloatingPointError naming the first trajectory of which one is nan or infinite."""
     bad = (~torch.isfinite(logprobs_S)).nonzero()
     if len(bad):
         first = int(bad[0])
@@ -434,7 +428,7 @@ def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[l
     for ids, count in zip(prompts, counts, strict=True):
         sampled = np.arange(1, len(ids))
         rows.append(TrainingRow("trial", np.array(ids), sampled, np.zeros(count), 0.0, "trial"))
-    logprobs_S = policy.score(policy.scorer, policy.pack(rows))
+    logprobs_S = policy.score(policy.scorer, grpo.pack(rows))
     return list(zip(prompts, logprobs_S.split(counts), strict=True))
 
 
