@@ -10,11 +10,14 @@ architectures have: those are refused (architecture.py).
 """
 
 import copy
+import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from inspect import signature
+from itertools import accumulate, chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +36,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, GenerationConfig, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -47,6 +51,7 @@ from deepresearcher_min.trajectory import Group
 
 LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap")  # of the config
 METRICS = ("loss", "kl", "mismatch", "entropy", "clip_fraction", "capped_fraction")  # of the loss
+CAUSAL = (-1, 0)  # varlen_attn's window: all keys before, none behind; aligned at the last one
 # Between engine and policy, on average, before the first update [nats]: more is another model.
 MISMATCH_LIMITS = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
 
@@ -57,7 +62,7 @@ def attend(
     """Causal attention inside each segment and to its prefix: [1, heads, T, head_dim] -> [1, T,
     heads, head_dim].
 
-    On a GPU, torch.nn.attention.varlen would take one launch for all segments (not tried).
+    Half precision on a GPU: one launch for all segments; elsewhere one for each.
     """
     options = {"scale": given["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
     lengths, prefix_of = given["lengths"], given.get("prefix_of", {})
@@ -65,6 +70,13 @@ def attend(
     queries = query.to(value.dtype).split(lengths, dim=2)
     keys = key.to(value.dtype).split(lengths, dim=2)
     values = value.split(lengths, dim=2)
+    if takes_varlen(value):
+        q, begin_q, longest_q = joined(queries, {})
+        k, begin_k, longest_k = joined(keys, prefix_of)
+        v, _, _ = joined(values, prefix_of)
+        bounds = (begin_q, begin_k, longest_q, longest_k)
+        mixed_THd = varlen_attn(q, k, v, *bounds, window_size=CAUSAL, **options)
+        return mixed_THd[None], None
     mixed = []
     for i, q in enumerate(queries):
         k = seen(keys, i, prefix_of)
@@ -79,6 +91,25 @@ def seen(segments: Sequence[Tensor], i: int, prefix_of: Mapping[int, int]) -> Te
     if i not in prefix_of:
         return segments[i]
     return torch.cat([segments[prefix_of[i]], segments[i]], dim=2)
+
+
+def takes_varlen(value: Tensor) -> bool:
+    """Whether FlashAttention's kernel behind varlen_attn is made for these (never run by us)."""
+    if not value.is_cuda or value.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    head_dim = value.shape[3]
+    fits = {"scale", "window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
+    return fits and head_dim % 8 == 0 and head_dim <= 256
+
+
+def joined(segments: Sequence[Tensor], prefix_of: Mapping[int, int]) -> tuple[Tensor, Tensor, int]:
+    """Segments [1, heads, n, head_dim] as varlen_attn takes them: their tokens [sum of n, heads,
+    head_dim], where in those each begins (and the last ends), and the longest n.
+    """
+    parts = [seen(segments, i, prefix_of) for i in range(len(segments))]
+    lengths = [part.shape[2] for part in parts]
+    begin = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=parts[0].device)
+    return torch.cat(parts, dim=2)[0].transpose(0, 1), begin, max(lengths)
 
 
 class TokenScorer(nn.Module):
@@ -151,6 +182,8 @@ class Policy:
         self.compared = False  # with the engine, in this process
 
     def load_model(self, model_dir: str) -> TokenScorer:
+        # cuDNN's attention makes a plan for every new shape, hundreds of milliseconds each.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         # transformers builds no [T, T] mask for an attention that it does not know
         AttentionInterface.register("packed", attend)
         compute = getattr(torch, self.config.dtype)
@@ -167,7 +200,8 @@ class Policy:
         device = self.ranks.device.type
         offload = OffloadPolicy()
         if self.config.offload_optimizer:
-            # gradients are then reduced on the CPU, by the gloo of "cpu:gloo,cuda:nccl"
+            # Gathered and reduced on the GPU all the same; only the gradient's norm is summed on
+            # the CPU, by the gloo of "cpu:gloo,cuda:nccl".
             offload = CPUOffloadPolicy(pin_memory=device == "cuda")
         shard = partial(
             fully_shard,
@@ -188,6 +222,18 @@ class Policy:
         not finite, before that step touches the weights. The first update is held against the
         engine that sampled, if it is named (compare_with).
         """
+        try:
+            return self.learn(groups, engine)
+        except FloatingPointError as error:
+            if self.ranks.world_size == 1:
+                raise
+            # The others wait for this rank in a collective, and to leave the process group in
+            # order would be to wait for them. torchrun ends them when this process has ended.
+            self.ranks.complain("FloatingPointError", error)
+            sys.stdout.flush()
+            os._exit(2)
+
+    def learn(self, groups: Sequence[Group], engine: str) -> dict[str, float]:
         sums, norms, trained = Counter[str](), [], 0
         for rows, batches, total in self.prepare(groups):
             for batch, old_S in batches:
@@ -271,37 +317,46 @@ class Policy:
         ref_S = None
         if self.reference is not None:
             ref_S = self.score(self.reference, batch)
-        options = {key: getattr(self.config, key) for key in LOSS_KEYS}
         sums = Counter[str]()
-
-        def loss(new: Tensor, entropy: Tensor, part: slice) -> Tensor:
-            losses, metrics = grpo.token_losses(
-                new,
-                new.detach() if old_S is None else old_S[part],
-                batch.rollout_S[part],
-                None if ref_S is None else ref_S[part],
-                batch.advantages_S[part],
-                entropy,
-                **options,
-            )
-            sums.update(metrics)
-            return losses.sum() * (self.ranks.world_size / total)  # FSDP averages over ranks
-
+        loss = self.loss_of(batch, old_S, ref_S, total, sums)
         value, logprobs_S = self.scorer(batch, loss)
         check_finite(logprobs_S, batch)
         value.backward()
         return Counter({name: float(value) for name, value in sums.items()})
 
+    def loss_of(
+        self,
+        batch: PackedBatch,
+        old_S: Tensor | None,
+        ref_S: Tensor | None,
+        total: int,
+        sums: Counter[str],
+    ) -> grpo.Loss:
+        """The loss of one chunk of a micro-batch; its metrics are added to sums."""
+        options = {key: getattr(self.config, key) for key in LOSS_KEYS}
+
+        def loss(new_C: Tensor, entropy_C: Tensor, part: slice) -> Tensor:
+            old_C = new_C.detach() if old_S is None else old_S[part]
+            ref_C = None if ref_S is None else ref_S[part]
+            known = (batch.rollout_S[part], ref_C, batch.advantages_S[part])
+            losses_C, metrics = grpo.token_losses(new_C, old_C, *known, entropy_C, **options)
+            sums.update(metrics)
+            return losses_C.sum() * (self.ranks.world_size / total)  # FSDP averages over ranks
+
+        return loss
+
     def optimizer_step(self, rows: Sequence[TrainingRow]) -> float:
-        """Clip, set the learning rate, step; returns the gradient norm before clipping, over all
-        ranks.
-        """
+        """Clip and step, unless the gradient is not finite; its norm before, over all ranks."""
         norm = self.gradient_norm()
         if not np.isfinite(norm):
             whose = self.blame(rows)
             raise FloatingPointError(
                 f"gradient norm {norm} {whose}; this update changed no weights"
             )
+        self.step(norm)
+        return norm
+
+    def step(self, norm: float) -> None:
         config = self.config
         nn.utils.clip_grads_with_norm_(
             self.model.parameters(), config.max_grad_norm, torch.tensor(norm)
@@ -312,7 +367,6 @@ class Policy:
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm
 
     def gradient_norm(self) -> float:
         # A part of the model that no text passes, as the eyes of one that sees, has no gradients.

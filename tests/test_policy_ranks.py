@@ -3,9 +3,7 @@
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -24,6 +22,7 @@ from policies import (
     reference_update,
     relative,
     spoil,
+    torchrun,
     weights,
 )
 from tokenizers import Tokenizer
@@ -121,24 +120,6 @@ def work_as_rank(models: Path, out: Path, shares: str) -> None:
     ranks.stop()
 
 
-def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-    ]
-    return subprocess.run(
-        [*launcher, __file__, *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("shares", [[5], [3, 2], [0, 5], [1, 0, 4], [2, 2, 1]])
 def test_gradient_and_checkpoints_do_not_depend_on_the_ranks(models, tmp_path, shares):
@@ -146,7 +127,7 @@ def test_gradient_and_checkpoints_do_not_depend_on_the_ranks(models, tmp_path, s
     single = adam_policy(models)
     single.update(groups)
     single.save(tmp_path / "state1")
-    done = torchrun(len(shares), str(models), str(tmp_path), json.dumps(shares))
+    done = torchrun(__file__, len(shares), str(models), str(tmp_path), json.dumps(shares))
     assert done.returncode == 0, done.stderr
     result = torch.load(tmp_path / "result.pt")
     expected = reference_update(models / "llama", groups, config())
@@ -164,7 +145,7 @@ def test_gradient_and_checkpoints_do_not_depend_on_the_ranks(models, tmp_path, s
 
 @pytest.mark.slow
 def test_a_rank_with_bad_numbers_ends_the_job_with_their_name(models, tmp_path):
-    done = torchrun(2, str(models), str(tmp_path), json.dumps("nan on the last rank"))
+    done = torchrun(__file__, 2, str(models), str(tmp_path), json.dumps("nan on the last rank"))
     assert done.returncode != 0
     assert re.search(
         r"FloatingPointError: question 'q\d', trajectory \d: log-probability nan", done.stderr
