@@ -1,28 +1,96 @@
-"""Does our code compute a model exactly as the model itself does? Tried on a small copy before a
-run starts.
+"""The packed attention that the update computes a model with; and does our code compute this model
+exactly as the model itself does?
 
-The update has its own packing, attention and output head, HFEngine its own attention and cache.
-They leave out what few architectures have: scaled, biased or capped heads, sliding windows,
-attention sinks, alibi. No list of names could be complete. So a copy of the architecture (few
-layers, narrow, random weights, biases included) runs through the same code, and its
-log-probabilities must be those of the copy under its own attention and head. Any number in the
-model's config may turn out to be a window: the longest sequence is longer than all of them, as far
-as max_model_len allows.
+That is tried on a small copy before a run starts. The update has its own packing, attention and
+output head, HFEngine its own attention and cache. They leave out what few architectures have:
+scaled, biased or capped heads, sliding windows, attention sinks, alibi. No list of names could be
+complete. So a copy of the architecture (few layers, narrow, random weights, biases included) runs
+through the same code, and its log-probabilities must be those of the copy under its own attention
+and head. Any number in the model's config may turn out to be a window: the longest sequence is
+longer than all of them, as far as max_model_len allows.
 """
 
 import functools
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from deepresearcher_min.config import Config, load_config
+
+# --- attention
+
+CAUSAL = (-1, 0)  # varlen_attn's window: all keys before, none behind; aligned at the last one
+
+
+def attend(
+    _: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **given: Any
+) -> tuple[Tensor, None]:
+    """Causal attention inside each segment and to its prefix: [1, heads, T, head_dim] -> [1, T,
+    heads, head_dim].
+
+    Half precision on a GPU: one launch for all segments; elsewhere one for each.
+    """
+    options = {"scale": given["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
+    lengths, prefix_of = given["lengths"], given.get("prefix_of", {})
+    # Positions are rotated in float32, and causal_lower_right comes before autocast.
+    queries = query.to(value.dtype).split(lengths, dim=2)
+    keys = key.to(value.dtype).split(lengths, dim=2)
+    values = value.split(lengths, dim=2)
+    if takes_varlen(value):
+        q, begin_q, longest_q = joined(queries, {})
+        k, begin_k, longest_k = joined(keys, prefix_of)
+        v, _, _ = joined(values, prefix_of)
+        bounds = (begin_q, begin_k, longest_q, longest_k)
+        mixed_THd = varlen_attn(q, k, v, *bounds, window_size=CAUSAL, **options)
+        return mixed_THd[None], None
+    mixed = []
+    for i, q in enumerate(queries):
+        k = seen(keys, i, prefix_of)
+        v = seen(values, i, prefix_of)
+        bias = causal_lower_right(q.shape[2], k.shape[2])  # the last query sees the last key
+        mixed.append(scaled_dot_product_attention(q, k, v, bias, **options))
+    return torch.cat(mixed, dim=2).transpose(1, 2), None
+
+
+def seen(segments: Sequence[Tensor], i: int, prefix_of: Mapping[int, int]) -> Tensor:
+    """What segment i's queries may look at of keys or values: its prefix's, then its own."""
+    if i not in prefix_of:
+        return segments[i]
+    return torch.cat([segments[prefix_of[i]], segments[i]], dim=2)
+
+
+def takes_varlen(value: Tensor) -> bool:
+    """Whether FlashAttention's kernel behind varlen_attn is made for these (never run by us)."""
+    if not value.is_cuda or value.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    head_dim = value.shape[3]
+    fits = {"scale", "window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
+    return fits and head_dim % 8 == 0 and head_dim <= 256
+
+
+def joined(segments: Sequence[Tensor], prefix_of: Mapping[int, int]) -> tuple[Tensor, Tensor, int]:
+    """Segments [1, heads, n, head_dim] as varlen_attn takes them: their tokens [sum of n, heads,
+    head_dim], where in those each begins (and the last ends), and the longest n.
+    """
+    parts = [seen(segments, i, prefix_of) for i in range(len(segments))]
+    lengths = [part.shape[2] for part in parts]
+    begin = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=parts[0].device)
+    return torch.cat(parts, dim=2)[0].transpose(0, 1), begin, max(lengths)
+
+
+# --- the trial
 
 # (config, folder of the copy, prompts) -> for each, token ids and log-probabilities of the last of
 # them. Of a prompt of n tokens, at least n - 8 come back.
@@ -146,9 +214,9 @@ def small_copy(config: Any, length: int) -> PreTrainedModel:
     # nothing could be seen.
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, 0.0, 4 / parameter.shape[-1] ** 0.5)
+            nn.init.normal_(parameter, 0.0, 4 / parameter.shape[-1] ** 0.5)
         else:
-            torch.nn.init.normal_(parameter, 0.5, 0.5)
+            nn.init.normal_(parameter, 0.5, 0.5)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(0.2)
     return model

@@ -34,6 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepresearcher_min.trajectory import Group
+
 # Of log-probability differences before exp. Beyond it there is no gradient; infinity would make it
 # nan.
 EXPONENT_LIMIT = 20.0
@@ -79,6 +81,25 @@ class TrainingRow:
     group: str = ""  # rows of one group begin alike: what they share is computed once
 
 
+def training_rows(group: Group) -> list[TrainingRow]:
+    """A group's trajectories that sampled anything; a reward or advantage that is not finite is an
+    error.
+    """
+    rows = []
+    for i, trajectory in enumerate(group.trajectories):
+        name = f"question {group.question.id!r}, trajectory {i}"
+        reward = float(group.rewards[i])
+        advantage = float(group.advantages[i])
+        if not np.isfinite(reward + advantage):
+            raise FloatingPointError(f"{name}: reward {reward}, advantage {advantage}")
+        sampled = np.flatnonzero(trajectory.sampled_mask)
+        if len(sampled):
+            ids = trajectory.token_ids[: sampled[-1] + 1]
+            logprobs = trajectory.logprobs[sampled]
+            rows.append(TrainingRow(name, ids, sampled, logprobs, advantage, group.question.id))
+    return rows
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """One micro-batch: segments end to end, and where in them the sampled tokens are predicted.
@@ -118,8 +139,7 @@ def families(rows: Sequence[TrainingRow]) -> list[Family]:
 
 
 def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> PackedBatch:
-    """Join rows into one micro-batch. ValueError when nothing is sampled, or a first token: nothing
-    predicts it.
+    """Join rows into one micro-batch. ValueError when nothing is sampled, or a first token.
 
     No rows give one token and no trained position, since a rank with nothing to do still takes part
     in collectives.

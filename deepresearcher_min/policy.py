@@ -2,11 +2,10 @@
 weights for the engine.
 
 Sequences are joined without padding, and what a group's have in common is computed once; the head
-runs only where a sampled token is predicted (grpo.HeadLoss). With
-several ranks, FSDP2 shards everything, and all compute one plan: the work is balanced, whoever
-sampled what. Never run by us, for want of a GPU: FSDP over NCCL, offload to CPU memory. Omitted:
-tensor, pipeline and sequence parallelism; biased heads, logit scaling and soft-capping, which few
-architectures have: those are refused (architecture.py).
+runs only where a sampled token is predicted (grpo.HeadLoss). With several ranks, FSDP2 shards
+everything, and all compute one plan: the work is balanced, whoever sampled what. Never run by us,
+for want of a GPU: FSDP over NCCL, offload to CPU memory. Omitted: tensor, pipeline and sequence
+parallelism; biased heads, logit scaling and soft-capping: refused (architecture.py).
 """
 
 import copy
@@ -14,10 +13,9 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from inspect import signature
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,85 +29,24 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
-    OffloadPolicy,
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, GenerationConfig, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deepresearcher_min import grpo
-from deepresearcher_min.architecture import check_architecture
+from deepresearcher_min.architecture import attend, check_architecture
 from deepresearcher_min.config import Config, ConfigError, named
 from deepresearcher_min.engine import load_model
-from deepresearcher_min.grpo import PackedBatch, TrainingRow
+from deepresearcher_min.grpo import PackedBatch, TrainingRow, training_rows
 from deepresearcher_min.run import Ranks, complete_checkpoints
 from deepresearcher_min.trajectory import Group
 
 LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap")  # of the config
 METRICS = ("loss", "kl", "mismatch", "entropy", "clip_fraction", "capped_fraction")  # of the loss
-CAUSAL = (-1, 0)  # varlen_attn's window: all keys before, none behind; aligned at the last one
 # Between engine and policy, on average, before the first update [nats]: more is another model.
 MISMATCH_LIMITS = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
-
-
-def attend(
-    _: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **given: Any
-) -> tuple[Tensor, None]:
-    """Causal attention inside each segment and to its prefix: [1, heads, T, head_dim] -> [1, T,
-    heads, head_dim].
-
-    Half precision on a GPU: one launch for all segments; elsewhere one for each.
-    """
-    options = {"scale": given["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
-    lengths, prefix_of = given["lengths"], given.get("prefix_of", {})
-    # Positions are rotated in float32, and causal_lower_right comes before autocast.
-    queries = query.to(value.dtype).split(lengths, dim=2)
-    keys = key.to(value.dtype).split(lengths, dim=2)
-    values = value.split(lengths, dim=2)
-    if takes_varlen(value):
-        q, begin_q, longest_q = joined(queries, {})
-        k, begin_k, longest_k = joined(keys, prefix_of)
-        v, _, _ = joined(values, prefix_of)
-        bounds = (begin_q, begin_k, longest_q, longest_k)
-        mixed_THd = varlen_attn(q, k, v, *bounds, window_size=CAUSAL, **options)
-        return mixed_THd[None], None
-    mixed = []
-    for i, q in enumerate(queries):
-        k = seen(keys, i, prefix_of)
-        v = seen(values, i, prefix_of)
-        bias = causal_lower_right(q.shape[2], k.shape[2])  # the last query sees the last key
-        mixed.append(scaled_dot_product_attention(q, k, v, bias, **options))
-    return torch.cat(mixed, dim=2).transpose(1, 2), None
-
-
-def seen(segments: Sequence[Tensor], i: int, prefix_of: Mapping[int, int]) -> Tensor:
-    """What segment i's queries may look at of keys or values: its prefix's, then its own."""
-    if i not in prefix_of:
-        return segments[i]
-    return torch.cat([segments[prefix_of[i]], segments[i]], dim=2)
-
-
-def takes_varlen(value: Tensor) -> bool:
-    """Whether FlashAttention's kernel behind varlen_attn is made for these (never run by us)."""
-    if not value.is_cuda or value.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    head_dim = value.shape[3]
-    fits = {"scale", "window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
-    return fits and head_dim % 8 == 0 and head_dim <= 256
-
-
-def joined(segments: Sequence[Tensor], prefix_of: Mapping[int, int]) -> tuple[Tensor, Tensor, int]:
-    """Segments [1, heads, n, head_dim] as varlen_attn takes them: their tokens [sum of n, heads,
-    head_dim], where in those each begins (and the last ends), and the longest n.
-    """
-    parts = [seen(segments, i, prefix_of) for i in range(len(segments))]
-    lengths = [part.shape[2] for part in parts]
-    begin = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=parts[0].device)
-    return torch.cat(parts, dim=2)[0].transpose(0, 1), begin, max(lengths)
 
 
 class TokenScorer(nn.Module):
@@ -142,9 +79,7 @@ class TokenScorer(nn.Module):
 
 
 class Policy:
-    """The model under training. With several ranks every method is collective: all ranks call it in
-    step.
-    """
+    """The model under training. With several ranks all call every method together."""
 
     def __init__(self, config: Config, model_dir: str, ranks: Ranks, tried: bool = False) -> None:
         """float32 master weights, compute in config.dtype, reduction in float32; a frozen reference
@@ -198,18 +133,16 @@ class Policy:
         if self.ranks.world_size == 1:
             return scorer.to(self.ranks.device)
         device = self.ranks.device.type
-        offload = OffloadPolicy()
-        if self.config.offload_optimizer:
-            # Gathered and reduced on the GPU all the same; only the gradient's norm is summed on
-            # the CPU, by the gloo of "cpu:gloo,cuda:nccl".
-            offload = CPUOffloadPolicy(pin_memory=device == "cuda")
         shard = partial(
             fully_shard,
             mesh=dist.init_device_mesh(device, (self.ranks.world_size,)),
             mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master),
             reshard_after_forward=True,
-            offload_policy=offload,
         )
+        if self.config.offload_optimizer:
+            # Gathered and reduced on the GPU all the same; only the gradient's norm is summed on
+            # the CPU, by the gloo of "cpu:gloo,cuda:nccl".
+            shard = partial(shard, offload_policy=CPUOffloadPolicy(pin_memory=device == "cuda"))
         for layer in layers:
             shard(layer)
         return shard(scorer)
@@ -473,9 +406,7 @@ def check_finite(logprobs_S: Tensor, batch: PackedBatch) -> None:
 
 
 def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
-    """Log-probabilities of all tokens but the first ones, as the update computes them
-    (architecture.Trial).
-    """
+    """An architecture.Trial: the update's log-probabilities, of all tokens but the first."""
     policy = Policy(config, folder, Ranks(), tried=True)
     counts = [len(ids) - 1 for ids in prompts]
     rows = []
@@ -484,22 +415,3 @@ def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[l
         rows.append(TrainingRow("trial", np.array(ids), sampled, np.zeros(count), 0.0, "trial"))
     logprobs_S = policy.score(policy.scorer, grpo.pack(rows))
     return list(zip(prompts, logprobs_S.split(counts), strict=True))
-
-
-def training_rows(group: Group) -> list[TrainingRow]:
-    """A group's trajectories that sampled anything; a reward or advantage that is not finite is an
-    error.
-    """
-    rows = []
-    for i, trajectory in enumerate(group.trajectories):
-        name = f"question {group.question.id!r}, trajectory {i}"
-        reward = float(group.rewards[i])
-        advantage = float(group.advantages[i])
-        if not np.isfinite(reward + advantage):
-            raise FloatingPointError(f"{name}: reward {reward}, advantage {advantage}")
-        sampled = np.flatnonzero(trajectory.sampled_mask)
-        if len(sampled):
-            ids = trajectory.token_ids[: sampled[-1] + 1]
-            logprobs = trajectory.logprobs[sampled]
-            rows.append(TrainingRow(name, ids, sampled, logprobs, advantage, group.question.id))
-    return rows

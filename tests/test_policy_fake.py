@@ -14,7 +14,7 @@ from policies import config, make_policy
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from deepresearcher_min import grpo
+from deepresearcher_min import architecture, grpo
 from deepresearcher_min import policy as policy_module
 from deepresearcher_min.grpo import TrainingRow
 from deepresearcher_min.policy import Policy
@@ -35,8 +35,8 @@ PRECISE = ["float32", "bfloat16"]
 
 @pytest.fixture
 def current_gpu():
-    """Many operations set "the current GPU" first, and a torch without cuda has no way to. The way of
-    the CPU does nothing, and that is right where no kernel will run.
+    """Many operations set "the current GPU" first, and a torch without cuda has no way to. The CPU
+    has one, which does nothing, and that is right where no kernel will run.
     """
     c10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
     name = "_ZN3c104impl26device_guard_impl_registryE"
@@ -66,7 +66,7 @@ def fake_gpu(monkeypatch, current_gpu):
     monkeypatch.setattr(policy_module.TokenScorer, "to", lambda self, device: self)
     # A CausalBias is a tensor that cannot be fake; this is what it stands for.
     mask = lambda n, m: torch.ones(n, m, dtype=torch.bool, device=GPU).tril(m - n)  # noqa: E731
-    monkeypatch.setattr(policy_module, "causal_lower_right", mask)
+    monkeypatch.setattr(architecture, "causal_lower_right", mask)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
@@ -161,14 +161,14 @@ def test_fake_tensors_of_the_wrong_type_are_found(fake_gpu):
 
 def test_fake_half_precision_takes_one_launch_for_all_segments(fake_gpu, monkeypatch):
     calls = []
-    real = policy_module.varlen_attn
+    real = architecture.varlen_attn
 
     def varlen_attn(*tensors, **options):
         calls.append((tensors, options))
         return real(*tensors, **options)
 
-    varlen_attn.__signature__ = policy_module.signature(real)
-    monkeypatch.setattr(policy_module, "varlen_attn", varlen_attn)
+    varlen_attn.__signature__ = architecture.signature(real)
+    monkeypatch.setattr(architecture, "varlen_attn", varlen_attn)
     policy = fake_policy("bfloat16")
     (batch,) = policy.plan(rows())
     assert batch.lengths == (12, 17, 11, 19)  # what a and b share, their rests, c
@@ -190,12 +190,12 @@ def test_fake_single_precision_and_odd_heads_take_sdpa(fake_gpu, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("not made for this")
 
-    monkeypatch.setattr(policy_module, "varlen_attn", refuse)
+    monkeypatch.setattr(architecture, "varlen_attn", refuse)
     policy = fake_policy("float32")
     policy.score(policy.scorer, *policy.plan(rows()))
     odd = torch.empty(1, 2, 8, 12, dtype=torch.bfloat16, device=GPU)
     wide = torch.empty(1, 2, 8, 512, dtype=torch.bfloat16, device=GPU)
-    assert not policy_module.takes_varlen(odd) and not policy_module.takes_varlen(wide)
+    assert not architecture.takes_varlen(odd) and not architecture.takes_varlen(wide)
 
 
 def by_definition(q, k, v, begin_q, begin_k, longest_q, longest_k, scale, window_size, enable_gqa):
@@ -218,10 +218,10 @@ def test_one_launch_gives_what_a_call_for_each_segment_gives(monkeypatch):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 59, 16) for heads in (4, 2, 2))
     given = {"lengths": (19, 12, 17, 11), "prefix_of": {2: 1, 3: 1}, "scaling": 0.25}
-    expected, _ = policy_module.attend(None, q, k, v, None, **given)
-    monkeypatch.setattr(policy_module, "takes_varlen", lambda _: True)
-    monkeypatch.setattr(policy_module, "varlen_attn", by_definition)
-    found, _ = policy_module.attend(None, q, k, v, None, **given)
+    expected, _ = architecture.attend(None, q, k, v, None, **given)
+    monkeypatch.setattr(architecture, "takes_varlen", lambda _: True)
+    monkeypatch.setattr(architecture, "varlen_attn", by_definition)
+    found, _ = architecture.attend(None, q, k, v, None, **given)
     torch.testing.assert_close(found, expected)
 
 

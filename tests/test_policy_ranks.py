@@ -83,7 +83,7 @@ def test_export_loads_as_a_plain_model(models, tmp_path, name, dtype):
 
 
 def work_as_rank(models: Path, out: Path, shares: str) -> None:
-    """One rank of the tests below: update on a share of the questions, and load and save together."""
+    """One rank of the tests below: update on a share of the questions, load and save together."""
     ranks = Ranks.start()
     rank, world_size = ranks.rank, ranks.world_size
     groups, counts = make_groups(), json.loads(shares)
@@ -91,7 +91,10 @@ def work_as_rank(models: Path, out: Path, shares: str) -> None:
     if counts == "nan on the last rank":
         if rank == world_size - 1:
             spoil(policy, END, backward=False)
-        policy.update(ranks.deal(groups))
+        try:
+            policy.update(ranks.deal(groups))
+        finally:  # whoever gets here goes on to leave the process group, and waits for the others
+            (out / f"rank {rank} left").touch()
     start = sum(counts[:rank])
     moved, metrics = change(policy, groups[start : start + counts[rank]])
     options = {
@@ -147,6 +150,7 @@ def test_gradient_and_checkpoints_do_not_depend_on_the_ranks(models, tmp_path, s
 def test_a_rank_with_bad_numbers_ends_the_job_with_their_name(models, tmp_path):
     done = torchrun(__file__, 2, str(models), str(tmp_path), json.dumps("nan on the last rank"))
     assert done.returncode != 0
+    assert not list(tmp_path.glob("rank * left"))
     assert re.search(
         r"FloatingPointError: question 'q\d', trajectory \d: log-probability nan", done.stderr
     )
