@@ -280,20 +280,22 @@ class Policy:
 
     def optimizer_step(self, rows: Sequence[TrainingRow]) -> float:
         """Clip and step, unless the gradient is not finite; its norm before, over all ranks."""
-        norm = self.gradient_norm()
+        norm = self.clip_gradient()
         if not np.isfinite(norm):
             whose = self.blame(rows)
             raise FloatingPointError(
                 f"gradient norm {norm} {whose}; this update changed no weights"
             )
-        self.step(norm)
+        self.step()
         return norm
 
-    def step(self, norm: float) -> None:
+    def clip_gradient(self) -> float:
+        """To max_grad_norm; its norm before that."""
+        limit = self.config.max_grad_norm
+        return float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
+
+    def step(self) -> None:
         config = self.config
-        nn.utils.clip_grads_with_norm_(
-            self.model.parameters(), config.max_grad_norm, torch.tensor(norm)
-        )
         rate = config.lr * min(1.0, (self.rollouts + 1) / max(1, config.lr_warmup))
         if config.lr_decay:
             rate *= max(0.0, 1 - self.rollouts / config.steps)
@@ -301,17 +303,12 @@ class Policy:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def gradient_norm(self) -> float:
-        # A part of the model that no text passes, as the eyes of one that sees, has no gradients.
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return float(whole(nn.utils.get_total_norm(gradients)))
-
     def blame(self, rows: Sequence[TrainingRow]) -> str:
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
         for row in rows:
             self.optimizer.zero_grad()
             self.backward(grpo.pack([row], self.ranks.device), None, 1)
-            if not np.isfinite(self.gradient_norm()):
+            if not np.isfinite(self.clip_gradient()):
                 return f"from {row.name}"
         return "from all trajectories together, from none alone"
 
