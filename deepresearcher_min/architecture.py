@@ -1,29 +1,96 @@
-"""Does our code compute a model exactly as the model itself does? Tried on a small copy before a
-run starts.
+"""The packed attention that the update computes a model with; and does our code compute this model
+exactly as the model itself does?
 
-The update has its own packing, attention and output head, HFEngine its own attention and cache.
-They leave out what few architectures have: scaled, biased or capped heads, sliding windows,
-attention sinks, alibi. No list of names could be complete. So a copy of the architecture (few
-layers, narrow, random weights, biases included) runs through the same code, and its
-log-probabilities must be those of the copy under its own attention and head. Any number in the
-model's config may turn out to be a window: the longest sequence is longer than all of them, as far
-as max_model_len allows.
+That is tried on a small copy before a run starts. The update has its own packing, attention and
+output head, HFEngine its own attention and cache. They leave out what few architectures have:
+scaled, biased or capped heads, sliding windows, attention sinks, alibi. No list of names could be
+complete. So a copy of the architecture (few layers, narrow, random weights, biases included) runs
+through the same code, and its log-probabilities must be those of the copy under its own attention
+and head. Any number in the model's config may turn out to be a window: the longest sequence is
+longer than all of them, as far as max_model_len allows.
 """
 
-import copy
 import functools
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from deepresearcher_min.config import Config, load_config
+
+# --- attention
+
+CAUSAL = (-1, 0)  # varlen_attn's window: all keys before, none behind; aligned at the last one
+
+
+def attend(
+    _: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **given: Any
+) -> tuple[Tensor, None]:
+    """Causal attention inside each segment and to its prefix: [1, heads, T, head_dim] -> [1, T,
+    heads, head_dim].
+
+    Half precision on a GPU: one launch for all segments; elsewhere one for each.
+    """
+    options = {"scale": given["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
+    lengths, prefix_of = given["lengths"], given.get("prefix_of", {})
+    # Positions are rotated in float32, and causal_lower_right comes before autocast.
+    queries = query.to(value.dtype).split(lengths, dim=2)
+    keys = key.to(value.dtype).split(lengths, dim=2)
+    values = value.split(lengths, dim=2)
+    if takes_varlen(value):
+        q, begin_q, longest_q = joined(queries, {})
+        k, begin_k, longest_k = joined(keys, prefix_of)
+        v, _, _ = joined(values, prefix_of)
+        bounds = (begin_q, begin_k, longest_q, longest_k)
+        mixed_THd = varlen_attn(q, k, v, *bounds, window_size=CAUSAL, **options)
+        return mixed_THd[None], None
+    mixed = []
+    for i, q in enumerate(queries):
+        k = seen(keys, i, prefix_of)
+        v = seen(values, i, prefix_of)
+        bias = causal_lower_right(q.shape[2], k.shape[2])  # the last query sees the last key
+        mixed.append(scaled_dot_product_attention(q, k, v, bias, **options))
+    return torch.cat(mixed, dim=2).transpose(1, 2), None
+
+
+def seen(segments: Sequence[Tensor], i: int, prefix_of: Mapping[int, int]) -> Tensor:
+    """What segment i's queries may look at of keys or values: its prefix's, then its own."""
+    if i not in prefix_of:
+        return segments[i]
+    return torch.cat([segments[prefix_of[i]], segments[i]], dim=2)
+
+
+def takes_varlen(value: Tensor) -> bool:
+    """Whether FlashAttention's kernel behind varlen_attn is made for these (never run by us)."""
+    if not value.is_cuda or value.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    head_dim = value.shape[3]
+    fits = {"scale", "window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
+    return fits and head_dim % 8 == 0 and head_dim <= 256
+
+
+def joined(segments: Sequence[Tensor], prefix_of: Mapping[int, int]) -> tuple[Tensor, Tensor, int]:
+    """Segments [1, heads, n, head_dim] as varlen_attn takes them: their tokens [sum of n, heads,
+    head_dim], where in those each begins (and the last ends), and the longest n.
+    """
+    parts = [seen(segments, i, prefix_of) for i in range(len(segments))]
+    lengths = [part.shape[2] for part in parts]
+    begin = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=parts[0].device)
+    return torch.cat(parts, dim=2)[0].transpose(0, 1), begin, max(lengths)
+
+
+# --- the trial
 
 # (config, folder of the copy, prompts) -> for each, token ids and log-probabilities of the last of
 # them. Of a prompt of n tokens, at least n - 8 come back.
@@ -32,11 +99,15 @@ Trial = Callable[[Config, str, list[list[int]]], list[tuple[list[int], Tensor]]]
 LIMIT = 3e-4  # nats; in float32 what is exact differs by up to 2e-5 here
 SHORT = 32  # tokens of the first trial
 MARGIN = 64  # tokens behind the longest window
-HEADS, VOCABULARY, INNER = 4, 64, 64
-INNERS = (
-    "intermediate_size moe_intermediate_size shared_expert_intermediate_size intermediate_size_mlp"
-)
-WIDTHS = "vocab_size hidden_size num_attention_heads num_key_value_heads head_dim " + INNERS
+SMALL = {  # what the copy has of each, where the architecture has it
+    "vocab_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "intermediate_size_mlp": 64,
+}
+WIDTHS = {*SMALL, "hidden_size", "num_key_value_heads", "head_dim"}  # no windows
 
 
 def load_model(folder: str, dtype: Any, attention: str) -> nn.Module:
@@ -84,31 +155,20 @@ def difference(trial: Trial, kind: Any, architecture: str, max_model_len: int) -
     does.
     """
     for length in trial_lengths(architecture, max_model_len):
-        config = replace(
-            load_config(["--preset=toy", "--kl_coef=0", "--max_in_flight=2"]), max_model_len=length
-        )
-        with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
-            torch.manual_seed(0)
-            try:
-                model = small_copy(kind.from_dict(json.loads(architecture)), length)
-                model.should_save_on_this_rank = lambda _: (
-                    True
-                )  # every rank has a folder of its own
-                model.save_pretrained(folder)
-                first, second = torch.randint(3, VOCABULARY, (2, length)).tolist()
-                off = 0.0
-                for ids, found in trial(
-                    config, folder, [first, first[:4] + second[4:20]]
-                ):  # they begin alike
-                    off = max(
-                        off, float((own_logprobs(model, ids, len(found)) - found).abs().max())
-                    )
-            # whatever an architecture raises that our code or this copy is not made for
-            except Exception as error:
-                return f"{type(error).__name__} at {length} tokens: {' '.join(str(error).split())[:200]}"
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                off = largest_difference(trial, kind.from_dict(json.loads(architecture)), length)
+        # whatever an architecture raises that our code or this copy is not made for
+        except Exception as error:
+            words = " ".join(str(error).split())
+            return f"{type(error).__name__} at {length} tokens: {words[:200]}"
         if not off < LIMIT:
             remedy = "; a lower max_model_len may avoid it" if length > SHORT else ""
-            return f"log-probabilities of {length} tokens differ by {off:.2g} nats (limit {LIMIT:g}){remedy}"
+            return (
+                f"log-probabilities of {length} tokens differ by {off:.2g} nats "
+                f"(limit {LIMIT:g}){remedy}"
+            )
     return ""
 
 
@@ -116,73 +176,75 @@ def trial_lengths(architecture: str, max_model_len: int) -> list[int]:
     """A short sequence, and one that is longer than any window below max_model_len, if there may be
     one.
     """
-    short, longest = max(20, min(SHORT, max_model_len)), 0
-    for name, number in re.findall(r'"(\w+)": (\d+)[,\s]', architecture):
-        if (
-            int(number) < max_model_len
-            and name not in WIDTHS.split()
-            and not name.endswith("_token_id")
-        ):
-            longest = max(longest, int(number))
-    return [short] if longest < short else [short, min(longest + MARGIN, max_model_len)]
+    short = max(20, min(SHORT, max_model_len))
+    longest = 0
+    for name, text in re.findall(r'"(\w+)": (\d+)[,\s]', architecture):
+        number = int(text)
+        if number < max_model_len and name not in WIDTHS and not name.endswith("_token_id"):
+            longest = max(longest, number)
+    if longest < short:
+        return [short]
+    return [short, min(longest + MARGIN, max_model_len)]
+
+
+def largest_difference(trial: Trial, architecture: Any, length: int) -> float:
+    """Between the trial's log-probabilities and the model's own [nats]; two sequences that begin
+    alike, random weights.
+    """
+    config = load_config(["--preset=toy", "--kl_coef=0", "--max_in_flight=2"])
+    model = small_copy(architecture, length)
+    model.should_save_on_this_rank = lambda _: True  # every rank has a folder of its own
+    first, second = torch.randint(3, SMALL["vocab_size"], (2, length)).tolist()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        prompts = [first, first[:4] + second[4:20]]
+        tried = trial(replace(config, max_model_len=length), folder, prompts)
+    differences = [own_logprobs(model, ids, len(found)) - found for ids, found in tried]
+    return float(torch.cat(differences).abs().max())
 
 
 def small_copy(config: Any, length: int) -> PreTrainedModel:
-    """A narrow model of this architecture with random weights on the CPU; its own attention suits
-    the length.
+    """A narrow model of this architecture with random weights on the CPU, and the first layers
+    only: at least two, and one of each kind. Its own attention suits the length.
     """
-    *_, own = key_shape(config)
-    try:
-        model = build(copy.deepcopy(config), 16)
-        own_logprobs(model, [3, 4, 5], 1)
-    except (
-        RuntimeError,
-        ValueError,
-        AssertionError,
-    ):  # its rotary settings may be made for heads of their own width
-        model = build(config, own)
-    # Biases and sinks are zero in a new model, which would hide them. Sharp attention shows caps
-    # and windows, and a head that is not sharp gives no token a probability near one, at which
-    # nothing could be seen.
-    for parameter in model.parameters():
-        matrix = parameter.dim() > 1
-        torch.nn.init.normal_(
-            parameter, *((0.0, 4 / parameter.shape[-1] ** 0.5) if matrix else (0.5, 0.5))
-        )
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(0.2)
-    if length > SHORT and model._supports_sdpa:
-        model.set_attn_implementation(
-            "sdpa"
-        )  # never holds all weights, as eager does, but lacks soft-capping
-    return model
-
-
-def build(config: Any, head_dim: int) -> PreTrainedModel:
-    """A model with narrow heads, and the first layers only: at least two, and one of each kind."""
     text = config.get_text_config()
-    grouped = getattr(text, "num_key_value_heads", None) not in (None, text.num_attention_heads)
-    sizes = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS // 2 if grouped else HEADS}
-    sizes |= {"vocab_size": VOCABULARY, "hidden_size": HEADS * head_dim, "head_dim": head_dim}
-    changes: dict[str, Any] = sizes | dict.fromkeys(INNERS.split(), INNER)
-    kept, lists = 2, dict[str, list]()
+    heads = text.num_attention_heads
+    *_, head_dim = key_shape(config)  # kept: rotary settings may be made for that width
+    changes = SMALL | {"head_dim": head_dim, "hidden_size": head_dim * SMALL["num_attention_heads"]}
+    grouped = getattr(text, "num_key_value_heads", heads) not in (None, heads)
+    changes["num_key_value_heads"] = 2 if grouped else 4
+    kept = 2
+    by_layer = []
     for name, value in text.to_dict().items():
         if name.endswith("_token_id"):
             changes[name] = None
         if isinstance(value, list) and len(value) == text.num_hidden_layers:
-            lists[name] = value
-            if len(set(value)) < len(value) or isinstance(
-                value[0], str
-            ):  # kinds, not numbers of layers
-                kept = max(kept, *(value.index(kind) + 1 for kind in set(value)))
-    changes |= {name: value[:kept] for name, value in lists.items()}
+            by_layer.append(name)
+            kinds = set(value)
+            if len(kinds) < len(value) or isinstance(value[0], str):  # not numbers of layers
+                kept = max(kept, *(value.index(kind) + 1 for kind in kinds))
+    for name in by_layer:
+        changes[name] = getattr(text, name)[:kept]
     changes["num_hidden_layers"] = min(text.num_hidden_layers, kept)
     for name, value in changes.items():
         if hasattr(text, name):
             setattr(text, name, value)
-    return AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
+    # The default, sdpa, never holds all attention weights, as eager does, but lacks soft-capping.
+    attention = "eager" if length <= SHORT else None
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention
     ).eval()
+    # Biases and sinks are zero in a new model, which would hide them. Sharp attention shows caps
+    # and windows, and a head that is not sharp gives no token a probability near one, at which
+    # nothing could be seen.
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, 0.0, 4 / parameter.shape[-1] ** 0.5)
+        else:
+            nn.init.normal_(parameter, 0.5, 0.5)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.2)
+    return model
 
 
 @torch.no_grad()

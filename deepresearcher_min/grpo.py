@@ -1,9 +1,9 @@
 """GRPO as plain tensor math, without a model: advantages, packing into micro-batches, and the loss
 of each token.
 
-    loss = -(1/N) sum over sampled tokens t of [ w_t min(rho_t A, clip(rho_t, 1-clip_low,
-    1+clip_high) A)
-                                                 - kl_coef k3_t + entropy_coef H_t ]
+    loss = -(1/N) sum over sampled tokens t of
+           [ w_t min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) - kl_coef k3_t
+             + entropy_coef H_t ]
     rho_t = exp(new_t - old_t)        w_t = min(exp(old_t - rollout_t), importance_cap)
     k3_t  = exp(ref_t - new_t) - (ref_t - new_t) - 1, clamped to +-10
     N     = sampled tokens of one optimizer step, over all ranks and micro-batches
@@ -21,9 +21,11 @@ shaping and sequence-level ratios; the paper's code uses none of them.
 Shape suffixes of tensor names:
     G  trajectories of one question          T  tokens of one micro-batch, joined without padding
     S  sampled (= trained) tokens in it      D  hidden width of the model      V  vocabulary
+    C  trained tokens of one chunk
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,9 +34,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepresearcher_min.trajectory import Group
+
 # Of log-probability differences before exp. Beyond it there is no gradient; infinity would make it
 # nan.
 EXPONENT_LIMIT = 20.0
+
+Family = tuple[int, list[int]]  # how many first tokens its rows share, and which rows they are
+Plan = list[list[list[int]]]  # of each rank, of each micro-batch: which rows
+Loss = Callable[[Tensor, Tensor, slice], Tensor]  # (logprobs_C, entropy_C, part of S) -> their sum
 
 
 def group_advantages(
@@ -43,8 +51,8 @@ def group_advantages(
     """Advantages of the trajectories of one question: rewards_G -> advantages_G (paper eq. 1).
 
     (r - mean) / (std + 1e-6), std unbiased; undivided if normalize_std is false. Equal rewards give
-    exact zeros, which float arithmetic alone does not. ValueError if a reward is not finite. [0, 0,
-    1] -> [-0.577, -0.577, 1.155].
+    exact zeros, which float arithmetic alone does not. ValueError if a reward is not finite.
+    [0, 0, 1] -> [-0.577, -0.577, 1.155].
     """
     given_G = torch.as_tensor(rewards)
     rewards_G = given_G.double()
@@ -58,6 +66,9 @@ def group_advantages(
     return advantages_G.to(torch.promote_types(given_G.dtype, torch.float32))
 
 
+# --- packing: which trajectories are computed together, and what of them only once
+
+
 @dataclass(frozen=True)
 class TrainingRow:
     """What the loss needs of one trajectory; nothing behind the last sampled token matters."""
@@ -67,7 +78,26 @@ class TrainingRow:
     sampled: np.ndarray  # indices into token_ids
     rollout_logprobs: np.ndarray  # of the sampled tokens
     advantage: float
-    group: str | None = None  # rows of one group begin alike: what they share is computed once
+    group: str = ""  # rows of one group begin alike: what they share is computed once
+
+
+def training_rows(group: Group) -> list[TrainingRow]:
+    """A group's trajectories that sampled anything; a reward or advantage that is not finite is an
+    error.
+    """
+    rows = []
+    for i, trajectory in enumerate(group.trajectories):
+        name = f"question {group.question.id!r}, trajectory {i}"
+        reward = float(group.rewards[i])
+        advantage = float(group.advantages[i])
+        if not np.isfinite(reward + advantage):
+            raise FloatingPointError(f"{name}: reward {reward}, advantage {advantage}")
+        sampled = np.flatnonzero(trajectory.sampled_mask)
+        if len(sampled):
+            ids = trajectory.token_ids[: sampled[-1] + 1]
+            logprobs = trajectory.logprobs[sampled]
+            rows.append(TrainingRow(name, ids, sampled, logprobs, advantage, group.question.id))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -90,27 +120,26 @@ class PackedBatch:
     names_S: np.ndarray  # of the trajectories that the sampled tokens belong to
 
 
-def families(rows: Sequence[TrainingRow]) -> list[tuple[int, list[int]]]:
-    """(tokens that all inputs of a group have in common, indices of its rows) of each group, or of
-    each row alone.
+def families(rows: Sequence[TrainingRow]) -> list[Family]:
+    """What each group's inputs, rows without their last token, begin with; a row without a group is
+    a family of its own.
     """
-    members: dict[int | str, list[int]] = {}
+    members = defaultdict[str | int, list[int]](list)
     for i, row in enumerate(rows):
-        members.setdefault(i if row.group is None else row.group, []).append(i)
+        members[row.group or i].append(i)
     found = []
     for indices in members.values():
-        first = rows[indices[0]].token_ids
-        shared = min(len(rows[i].token_ids) for i in indices) - 1 if len(indices) > 1 else 0
+        common = rows[indices[0]].token_ids[:-1]
         for i in indices:
-            same = rows[i].token_ids[:shared] == first[:shared]
-            shared = shared if same.all() else int(same.argmin())
-        found += [(shared, indices)] if shared else [(0, [i]) for i in indices]
+            length = min(len(common), len(rows[i].token_ids) - 1)
+            same = common[:length] == rows[i].token_ids[:length]
+            common = common[:length][np.logical_and.accumulate(same)]
+        found.append((len(common), indices))
     return found
 
 
 def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> PackedBatch:
-    """Join rows into one micro-batch. ValueError when nothing is sampled, or a first token: nothing
-    predicts it.
+    """Join rows into one micro-batch. ValueError when nothing is sampled, or a first token.
 
     No rows give one token and no trained position, since a rank with nothing to do still takes part
     in collectives.
@@ -118,30 +147,32 @@ def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> Pac
     for row in rows:
         if 0 in row.sampled or not len(row.sampled):
             raise ValueError(f"{row.name}: it needs a prompt and a sampled token")
-    rows = rows or [TrainingRow("nobody", np.zeros(2), np.zeros(0, np.int64), np.zeros(0), 0.0)]
+    nothing = np.arange(0)
+    rows = rows or [TrainingRow("nobody", np.zeros(2), nothing, nothing, 0.0)]
     ids: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    prefix_of, predict, order, length = dict[int, int](), list[np.ndarray](), list[int](), 0
+    prefix_of = {}
+    positions, predict, packed = [], [], []
+
+    def add_segment(part: np.ndarray, first: int) -> np.ndarray:
+        """Append a row's tokens from its position `first` on; where in T they stand."""
+        start = sum(map(len, ids))
+        if len(part):
+            ids.append(part)
+            positions.append(first + np.arange(len(part)))
+        return start + np.arange(len(part))
+
     for shared, indices in families(rows):
-        prefix, start = len(ids), length
-        if shared:
-            ids.append(rows[indices[0]].token_ids[:shared])
-            positions.append(np.arange(shared))
-            length += shared
+        prefix = len(ids)
+        prefix_places = add_segment(rows[indices[0]].token_ids[:shared], 0)
         for i in indices:
-            at = rows[i].sampled - 1
-            predict.append(np.where(at < shared, start + at, length + at - shared))
-            rest = rows[i].token_ids[shared:-1]
-            if not len(rest):
-                continue
-            if shared:
+            row = rows[i]
+            rest = row.token_ids[shared:-1]
+            if shared and len(rest):
                 prefix_of[len(ids)] = prefix
-            ids.append(rest)
-            positions.append(np.arange(shared, shared + len(rest)))
-            length += len(rest)
-        order += indices
-    rows = [rows[i] for i in order]
-    counts = [len(row.sampled) for row in rows]
+            places = np.append(prefix_places, add_segment(rest, shared))
+            predict.append(places[row.sampled - 1])
+            packed.append(row)
+    owner_S = [row for row in packed for _ in row.sampled]
 
     def tensor(arrays: Sequence[np.ndarray], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(device, dtype)
@@ -152,10 +183,10 @@ def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> Pac
         token_ids_T=tensor(ids),
         position_ids_T=tensor(positions),
         predict_S=tensor(predict),
-        targets_S=tensor([row.token_ids[row.sampled] for row in rows]),
-        rollout_S=tensor([row.rollout_logprobs for row in rows], torch.float32),
-        advantages_S=tensor([np.repeat([row.advantage for row in rows], counts)], torch.float32),
-        names_S=np.repeat([row.name for row in rows], counts),
+        targets_S=tensor([row.token_ids[row.sampled] for row in packed]),
+        rollout_S=tensor([row.rollout_logprobs for row in packed], torch.float32),
+        advantages_S=torch.tensor([row.advantage for row in owner_S], device=device),
+        names_S=np.array([row.name for row in owner_S]),
     )
 
 
@@ -164,64 +195,63 @@ def plan_microbatches(
     budget: int,
     world_size: int,
     hidden_size: int,
-    families: Sequence[tuple[int, Sequence[int]]] = (),
-) -> list[list[list[int]]]:
+    families: Sequence[Family] = (),
+) -> Plan:
     """Share sequences out: plan[rank][micro-batch] is a list of indices into lengths, longest
     first.
 
     families: who shares how many first tokens, which then count once in a micro-batch; by default
-    nobody does. budget: tokens of one micro-batch; a longer sequence gets one of its own. A
-    sequence goes to the rank with the least work so far: length + length^2 / (12 hidden_size), as a
-    transformer's linear layers (24 D^2 FLOPs a token) are to its causal attention (2 length D).
-    Families stay together, unless they are over the budget or smaller pieces leave the busiest rank
-    less to do. All ranks get equally many micro-batches, at least one; the last may be empty.
+    nobody does. budget: tokens of one micro-batch; a longer sequence gets one of its own. A piece
+    of a family goes to the rank with the least work so far: a family stays together, unless it is
+    over the budget, or more than a quarter of a rank's share. All ranks get equally many
+    micro-batches, at least one; the last may be empty.
     """
+
+    def work_of(first: int, end: int) -> float:
+        # A transformer's linear layers take 24 D^2 FLOPs a token, attention 4 D for each it sees.
+        return (end - first) * (1 + (first + end) / (12 * hidden_size))
+
     families = families or [(0, [i]) for i in range(len(lengths))]
-    limits = (
-        [budget]
-        if world_size == 1
-        else [budget, *(sum(lengths) // world_size // n for n in (1, 2, 4, 8)), 0]
-    )
-    best, least = list[list[list[int]]](), math.inf
-    for limit in limits:
-        work, load, plan = (
-            [0.0] * world_size,
-            [0] * world_size,
-            [list[list[int]]() for _ in range(world_size)],
-        )
-        for shared, piece in pieces(lengths, families, min(limit, budget)):
-            rank = work.index(min(work))
-            counted = [(1, lengths[i]) for i in piece] + [(1 - len(piece), shared)]
-            tokens = sum(sign * n for sign, n in counted)
-            work[rank] += sum(sign * (n + n**2 / (12 * hidden_size)) for sign, n in counted)
-            if not plan[rank] or load[rank] + tokens > budget:
-                plan[rank].append([])
-                load[rank] = 0
-            plan[rank][-1] += piece
-            load[rank] += tokens
-        if max(work) < least:
-            best, least = plan, max(work)
-    count = max(1, *map(len, best))
-    return [batches + [[] for _ in range(count - len(batches))] for batches in best]
+    limit = budget
+    if world_size > 1:
+        limit = min(budget, sum(lengths) // world_size // 4)
+    plan: Plan = [[] for _ in range(world_size)]
+    work = [0.0] * world_size
+    tokens = [budget] * world_size  # of each rank's last micro-batch: nothing more fits
+    for shared, piece in pieces(lengths, families, limit):
+        rank = work.index(min(work))
+        work[rank] += work_of(0, shared) + sum(work_of(shared, lengths[i]) for i in piece)
+        size = shared + sum(lengths[i] - shared for i in piece)
+        tokens[rank] += size
+        if tokens[rank] > budget:
+            plan[rank].append([])
+            tokens[rank] = size
+        plan[rank][-1] += piece
+    count = max(1, *map(len, plan))
+    for batches in plan:
+        batches.extend([] for _ in range(count - len(batches)))
+    return plan
 
 
-def pieces(
-    lengths: Sequence[int], families: Sequence[tuple[int, Sequence[int]]], limit: int
-) -> list[tuple[int, list[int]]]:
+def pieces(lengths: Sequence[int], families: Sequence[Family], limit: int) -> list[Family]:
     """The families in pieces of at most `limit` tokens, or of one sequence; those with the longest
     come first.
     """
     found = []
     for shared, indices in families:
-        piece, tokens = list[int](), 0
-        for i in sorted(indices, key=lambda i: -lengths[i]):
-            more = lengths[i] - shared
-            if not piece or tokens + more > limit:
-                piece, more, tokens = list[int](), lengths[i], 0
+        room = -1
+        for i in sorted(indices, key=lengths.__getitem__, reverse=True):
+            rest = lengths[i] - shared
+            if rest > room:
+                piece: list[int] = []
                 found.append((shared, piece))
+                room = limit - shared
             piece.append(i)
-            tokens += more
-    return sorted(found, key=lambda piece: -lengths[piece[1][0]])
+            room -= rest
+    return sorted(found, key=lambda family: -lengths[family[1][0]])
+
+
+# --- the loss of a token
 
 
 def kl_k3(new_S: Tensor, ref_S: Tensor) -> Tensor:
@@ -256,14 +286,18 @@ def token_losses(
     importance weight was cut, mismatch of |old - rollout| in nats.
     """
     ratio_S = (new_S - old_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
-    clipped_S = ratio_S.clamp(1 - clip_low, 1 + clip_high)
+    free_S = ratio_S * advantages_S
+    clipped_S = ratio_S.clamp(1 - clip_low, 1 + clip_high) * advantages_S
+    losses_S = -torch.minimum(free_S, clipped_S)
     # The weight corrects for the engine's numerics only; the change since the rollout is the
     # ratio's business.
-    weights_S, cap = (old_S - rollout_S).exp(), importance_cap or math.inf
-    losses_S = -torch.minimum(ratio_S * advantages_S, clipped_S * advantages_S)
+    weights_S = (old_S - rollout_S).exp()
+    cap = importance_cap or math.inf
     if importance_cap:
         losses_S = losses_S * weights_S.clamp(max=cap)
-    kl_S = torch.zeros_like(new_S) if ref_S is None else kl_k3(new_S, ref_S)
+    kl_S = torch.zeros_like(new_S)
+    if ref_S is not None:
+        kl_S = kl_k3(new_S, ref_S)
     losses_S = losses_S + kl_coef * kl_S
     if entropy_coef:  # HeadLoss has less to do for an entropy that is not used
         losses_S = losses_S - entropy_coef * entropy_S
@@ -272,11 +306,14 @@ def token_losses(
         "kl": kl_S,
         "mismatch": (old_S - rollout_S).abs(),
         "entropy": entropy_S,
-        "clip_fraction": ratio_S * advantages_S > clipped_S * advantages_S,
+        "clip_fraction": free_S > clipped_S,
         "capped_fraction": weights_S > cap,
         "tokens": torch.ones_like(new_S),
     }
     return losses_S, {name: value_S.detach().double().sum() for name, value_S in metrics.items()}
+
+
+# --- the output head
 
 
 class HeadLoss(torch.autograd.Function):
@@ -285,8 +322,7 @@ class HeadLoss(torch.autograd.Function):
 
     Returns the sum of the losses, and log-probabilities_S, which carry no gradient. A chunk's
     gradient is formed in the forward pass, while its logits exist; autograd would keep the logits
-    or compute them twice. With p the probabilities, H the entropy and t the target:
-        d logprob[t] / d logits = onehot(t) - p        d H / d logits = -p (log p + H)
+    or compute them twice.
     """
 
     @staticmethod
@@ -296,49 +332,65 @@ class HeadLoss(torch.autograd.Function):
         weight_VD: Tensor,
         targets_S: Tensor,
         chunk: int,
-        loss: Callable[..., Tensor],
+        loss: Loss | None,
     ) -> tuple[Tensor, Tensor]:
-        """loss(logprobs_S, entropy_S, slice of S) is the sum of one chunk's losses; not called
-        under torch.no_grad.
+        """loss(logprobs_C, entropy_C, slice of S) is the sum of one chunk's losses; None: only
+        the log-probabilities are wanted.
         """
-        weight, wide = (
-            weight_VD.to(hidden_SD.dtype),
-            torch.promote_types(hidden_SD.dtype, torch.float32),
-        )
-        total, logprobs_S = (
-            hidden_SD.new_zeros((), dtype=wide),
-            hidden_SD.new_zeros(len(hidden_SD), dtype=wide),
-        )
+        weight_VD = weight_VD.to(hidden_SD.dtype)
+        wide = torch.promote_types(hidden_SD.dtype, torch.float32)
+        total = hidden_SD.new_zeros((), dtype=wide)
+        logprobs_S = hidden_SD.new_zeros(len(hidden_SD), dtype=wide)
         ctx.mark_non_differentiable(logprobs_S)
-        if training := hidden_SD.requires_grad:
-            ctx.gradients = torch.zeros_like(hidden_SD), torch.zeros_like(weight)
+        if loss is not None:
+            ctx.d_hidden_SD = torch.zeros_like(hidden_SD)
+            ctx.d_weight_VD = torch.zeros_like(weight_VD)
         for start in range(0, len(hidden_SD), chunk):
-            logits = logprobs = probs = d_logits = (
-                None  # frees the last chunk's before the next one's are made
-            )
             part = slice(start, start + chunk)
-            hidden, targets = hidden_SD[part], targets_S[part, None]
-            logits = (hidden @ weight.T).to(wide)
-            logprobs = logits.log_softmax(-1)
-            new = logprobs_S[part] = logprobs.gather(-1, targets)[:, 0]
-            if not training:
-                continue
-            probs = torch.exp(logprobs, out=logits)  # takes over the memory of the logits
-            entropy = torch.einsum("cv,cv->c", probs, logprobs).neg_().requires_grad_()
-            with torch.enable_grad():
-                value = loss(new.requires_grad_(), entropy, part)
-            total += value.detach()
-            d_new, d_entropy = torch.autograd.grad(value, (new, entropy), allow_unused=True)
-            factor = -d_new[:, None]
-            if d_entropy is not None:  # with an entropy bonus
-                factor = factor - d_entropy[:, None] * (logprobs + entropy[:, None])
-            d_logits = probs.mul_(factor).scatter_add_(-1, targets, d_new[:, None]).to(hidden.dtype)
-            ctx.gradients[0][part] = d_logits @ weight
-            ctx.gradients[1].addmm_(d_logits.T, hidden)
+            hidden_CD = hidden_SD[part]
+            logprobs_S[part], value, d_logits_CV = head_chunk(
+                hidden_CD, weight_VD, targets_S[part, None], part, loss
+            )
+            if d_logits_CV is not None:
+                total += value
+                ctx.d_hidden_SD[part] = d_logits_CV @ weight_VD
+                ctx.d_weight_VD.addmm_(d_logits_CV.T, hidden_CD)
+                del d_logits_CV  # before the next chunk's logits are made
         return total, logprobs_S
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden_SD, d_weight_VD = (gradient.mul_(d_total) for gradient in ctx.gradients)
-        ctx.gradients = None  # [V, D] is large: let go of it as early as possible
+        d_hidden_SD = ctx.d_hidden_SD.mul_(d_total)
+        d_weight_VD = ctx.d_weight_VD.mul_(d_total)
+        del ctx.d_hidden_SD, ctx.d_weight_VD  # [V, D] is large: let go of it as early as possible
         return d_hidden_SD, d_weight_VD, None, None, None
+
+
+def head_chunk(
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    targets_C1: Tensor,
+    part: slice,
+    loss: Loss | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probabilities_C of the targets, and with a loss its value and d value / d logits_CV.
+
+    Two float32 [C, V] exist at a time. With p the probabilities, H the entropy and t the target:
+        d logprob[t] / d logits = onehot(t) - p        d H / d logits = -p (log p + H)
+    """
+    wide = torch.promote_types(hidden_CD.dtype, torch.float32)
+    logits_CV = (hidden_CD @ weight_VD.T).to(wide)
+    logprobs_CV = logits_CV.log_softmax(-1)
+    new_C = logprobs_CV.gather(-1, targets_C1)[:, 0]
+    if loss is None:
+        return new_C, None, None
+    probs_CV = torch.exp(logprobs_CV, out=logits_CV)  # takes over the memory of the logits
+    entropy_C = torch.einsum("cv,cv->c", probs_CV, logprobs_CV).neg_()
+    with torch.enable_grad():
+        value = loss(new_C.requires_grad_(), entropy_C.requires_grad_(), part)
+    d_new_C, d_entropy_C = torch.autograd.grad(value, (new_C, entropy_C), allow_unused=True)
+    factor = -d_new_C[:, None]
+    if d_entropy_C is not None:  # with an entropy bonus
+        factor = factor - d_entropy_C[:, None] * (logprobs_CV + entropy_C[:, None])
+    d_logits_CV = probs_CV.mul_(factor).scatter_add_(-1, targets_C1, d_new_C[:, None])
+    return new_C.detach(), value.detach(), d_logits_CV.to(hidden_CD.dtype)

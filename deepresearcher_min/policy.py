@@ -2,16 +2,20 @@
 weights for the engine.
 
 Sequences are joined without padding, and what a group's have in common is computed once; the head
-runs only where a sampled token is predicted (grpo.HeadLoss). With
-several ranks, FSDP2 shards everything, and all compute one plan: the work is balanced, whoever
-sampled what. Never run by us, for want of a GPU: FSDP over NCCL, offload to CPU memory. Omitted:
-tensor, pipeline and sequence parallelism; biased heads, logit scaling and soft-capping, which few
-architectures have: those are refused (architecture.py).
+runs only where a sampled token is predicted (grpo.HeadLoss). With several ranks, FSDP2 shards
+everything, and all compute one plan: the work is balanced, whoever sampled what. Never run by us,
+for want of a GPU: FSDP over NCCL, offload to CPU memory. Omitted: tensor, pipeline and sequence
+parallelism; biased heads, logit scaling and soft-capping: refused (architecture.py).
 """
 
+import copy
+import os
 import shutil
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,60 +26,26 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, GenerationConfig, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deepresearcher_min import grpo
-from deepresearcher_min.architecture import check_architecture
+from deepresearcher_min.architecture import attend, check_architecture, load_model
 from deepresearcher_min.config import Config, ConfigError, named
-from deepresearcher_min.engine import load_model
-from deepresearcher_min.grpo import PackedBatch, TrainingRow
+from deepresearcher_min.grpo import PackedBatch, TrainingRow, training_rows
 from deepresearcher_min.run import Ranks, complete_checkpoints
 from deepresearcher_min.trajectory import Group
 
 LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap")  # of the config
-MISMATCH_LIMITS = {
-    "float64": 1e-3,
-    "float32": 1e-3,
-    "bfloat16": 0.1,
-}  # between engine and policy [nats], by dtype
-METRICS = (
-    "loss",
-    "kl",
-    "mismatch",
-    "entropy",
-    "clip_fraction",
-    "capped_fraction",
-)  # of grpo.token_losses
-
-
-def attend(
-    _: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **given: Any
-) -> tuple[Tensor, None]:
-    """Causal attention inside each segment and to its prefix: [1, heads, T, head_dim] -> [1, T,
-    heads, head_dim].
-
-    On a GPU, torch.nn.attention.varlen would take one launch for all segments (not tried).
-    """
-    options = {"scale": given["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
-    # Positions are rotated in float32, and causal_lower_right comes before autocast.
-    queries, keys, values = (
-        x.to(value.dtype).split(given["lengths"], dim=2) for x in (query, key, value)
-    )
-    mixed = []
-    for i, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
-        if (prefix := given.get("prefix_of", {}).get(i)) is None:
-            mixed.append(scaled_dot_product_attention(q, k, v, is_causal=True, **options))
-            continue
-        k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
-        bias = causal_lower_right(q.shape[2], k.shape[2])  # the last query sees the last key
-        mixed.append(scaled_dot_product_attention(q, k, v, bias, **options))
-    return torch.cat(mixed, dim=2).transpose(1, 2), None
+METRICS = ("loss", "kl", "mismatch", "entropy", "clip_fraction", "capped_fraction")  # of the loss
+# Between engine and policy, on average, before the first update [nats]: more is another model.
+MISMATCH_LIMITS = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
 
 
 class TokenScorer(nn.Module):
@@ -85,41 +55,30 @@ class TokenScorer(nn.Module):
 
     def __init__(self, model: nn.Module, config: Config):
         super().__init__()
-        self.model, self.config, self.dtype = model, config, getattr(torch, config.dtype)
+        self.model = model
+        self.config = config
+        self.dtype = getattr(torch, config.dtype)
 
-    def forward(
-        self, batch: PackedBatch, loss: Callable[..., Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The sum of the losses of all chunks, and log-probabilities_S; FloatingPointError if one
-        is not finite.
-        """
-        with torch.autocast(
-            batch.token_ids_T.device.type, self.dtype, enabled=self.dtype == torch.bfloat16
-        ):
-            tokens = {
-                "input_ids": batch.token_ids_T[None],
-                "position_ids": batch.position_ids_T[None],
-            }
-            segments = {"lengths": batch.lengths, "prefix_of": batch.prefix_of}
-            output = self.model.base_model(**tokens, **segments, use_cache=False)
-        hidden_SD = (
-            output.last_hidden_state[0, batch.predict_S].to(self.dtype) / self.config.temperature
-        )
-        weight_VD = self.model.get_output_embeddings().weight
-        total, logprobs_S = grpo.HeadLoss.apply(
-            hidden_SD, weight_VD, batch.targets_S, self.config.logprob_chunk, loss
-        )
-        if bad := (~torch.isfinite(logprobs_S)).nonzero()[:, 0].tolist():
-            raise FloatingPointError(
-                f"{batch.names_S[bad[0]]}: log-probability {logprobs_S[bad[0]].item()}"
+    def forward(self, batch: PackedBatch, loss: grpo.Loss | None = None) -> tuple[Tensor, Tensor]:
+        """The sum of the losses of all chunks (grpo.HeadLoss), and log-probabilities_S."""
+        device = batch.token_ids_T.device.type
+        with torch.autocast(device, self.dtype, enabled=self.dtype == torch.bfloat16):
+            output = self.model.base_model(
+                input_ids=batch.token_ids_T[None],
+                position_ids=batch.position_ids_T[None],
+                lengths=batch.lengths,
+                prefix_of=batch.prefix_of,
+                use_cache=False,
             )
-        return total, logprobs_S
+        hidden_SD = output.last_hidden_state[0, batch.predict_S].to(self.dtype)
+        hidden_SD = hidden_SD / self.config.temperature
+        weight_VD = self.model.get_output_embeddings().weight
+        chunk = self.config.logprob_chunk
+        return grpo.HeadLoss.apply(hidden_SD, weight_VD, batch.targets_S, chunk, loss)
 
 
 class Policy:
-    """The model under training. With several ranks every method is collective: all ranks call it in
-    step.
-    """
+    """The model under training. With several ranks all call every method together."""
 
     def __init__(self, config: Config, model_dir: str, ranks: Ranks, tried: bool = False) -> None:
         """float32 master weights, compute in config.dtype, reduction in float32; a frozen reference
@@ -134,195 +93,221 @@ class Policy:
             raise ValueError(
                 "offload_optimizer=true needs FSDP: start with torchrun and at least 2 processes"
             )
-        self.config, self.ranks, self.device = config, ranks, ranks.device
-        self.compute_dtype = getattr(torch, config.dtype)
+        self.config = config
+        self.ranks = ranks
         self.scorer = self.load_model(model_dir)
         self.model = self.scorer.model
-        # Loaded exactly like the policy, so that the KL of the first step is exactly zero.
-        self.reference = (
-            self.load_model(model_dir).requires_grad_(False) if config.kl_coef > 0 else None
+        self.reference = None
+        if config.kl_coef > 0:
+            # Loaded exactly like the policy, so that the KL of the first step is exactly zero.
+            self.reference = self.load_model(model_dir).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
         )
-        adam = {
-            "betas": (config.adam_beta1, config.adam_beta2),
-            "weight_decay": config.weight_decay,
-            "fused": True,
-        }
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, **adam)
+        # AdamW would make these in its first step only: too late for a checkpoint to load into.
+        for p in self.model.parameters():
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
         self.rollouts = 0  # update() calls so far, for warm-up and decay
         self.compared = False  # with the engine, in this process
-        # makes the optimizer's state of all parameters: those that no text passes need it in a
-        # checkpoint
-        self.state()
 
     def load_model(self, model_dir: str) -> TokenScorer:
-        master = torch.promote_types(self.compute_dtype, torch.float32)
-        AttentionInterface.register(
-            "packed", attend
-        )  # transformers builds no [T, T] mask for a strange attention
+        # cuDNN's attention makes a plan for every new shape, hundreds of milliseconds each.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # transformers builds no [T, T] mask for an attention that it does not know
+        AttentionInterface.register("packed", attend)
+        compute = getattr(torch, self.config.dtype)
+        master = torch.promote_types(compute, torch.float32)
         model = load_model(model_dir, master, "packed")
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            for (
-                layer
-            ) in model.modules():  # checkpointing is off in eval mode, but dropout must stay so
-                layer.training = isinstance(layer, GradientCheckpointingLayer)
+            for layer in layers:
+                layer.training = True  # it checkpoints only then; the dropouts in it stay off
         scorer = TokenScorer(model, self.config)
         if self.ranks.world_size == 1:
-            return scorer.to(self.device)
-        mesh = dist.init_device_mesh(self.device.type, (self.ranks.world_size,))
-        precision = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=master)
-        options: dict[str, Any] = {
-            "mesh": mesh,
-            "mp_policy": precision,
-            "reshard_after_forward": True,
-        }
-        if (
-            self.config.offload_optimizer
-        ):  # gradients are then reduced on the CPU, by the gloo of "cpu:gloo,cuda:nccl"
-            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-        for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                fully_shard(layer, **options)
-        return fully_shard(scorer, **options)
+            return scorer.to(self.ranks.device)
+        device = self.ranks.device.type
+        shard = partial(
+            fully_shard,
+            mesh=dist.init_device_mesh(device, (self.ranks.world_size,)),
+            mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master),
+            reshard_after_forward=True,
+        )
+        if self.config.offload_optimizer:
+            # Gathered and reduced on the GPU all the same; only the gradient's norm is summed on
+            # the CPU, by the gloo of "cpu:gloo,cuda:nccl".
+            shard = partial(shard, offload_policy=CPUOffloadPolicy(pin_memory=device == "cuda"))
+        for layer in layers:
+            shard(layer)
+        return shard(scorer)
 
     def update(self, groups: Sequence[Group], engine: str = "") -> dict[str, float]:
         """Take config.updates_per_rollout optimizer steps on all ranks' groups, of which these are
         ours; their metrics.
 
-        Each step takes its share of the questions. A trajectory without advantage is skipped only
-        if it would get no gradient at all (kl_coef and entropy_coef 0); its tokens stay in N.
         Raises FloatingPointError naming the question whose reward, log-probability or gradient is
         not finite, before that step touches the weights. The first update is held against the
         engine that sampled, if it is named (compare_with).
         """
-        questions = self.ranks.gather([training_rows(group) for group in groups])
-        n, count, updates = len(questions), self.config.updates_per_rollout, []
-        for u in range(count):
-            rows = [
-                row
-                for question in questions[n * u // count : n * (u + 1) // count]
-                for row in question
-            ]
-            total = sum(len(row.sampled) for row in rows)  # N
-            rows = [
-                row
-                for row in rows
-                if row.advantage or self.config.kl_coef > 0 or self.config.entropy_coef > 0
-            ]
-            # For the first step old is new itself; for later ones it must be computed before the
-            # weights move.
-            batches = [
-                (batch, self.score(self.scorer, batch) if u else None) for batch in self.plan(rows)
-            ]
-            updates.append((rows, batches, total))
+        try:
+            return self.learn(groups, engine)
+        except FloatingPointError as error:
+            if self.ranks.world_size == 1:
+                raise
+            # The others wait for this rank in a collective, and to leave the process group in
+            # order would be to wait for them. torchrun ends them when this process has ended.
+            self.ranks.complain("FloatingPointError", error)
+            sys.stdout.flush()
+            os._exit(2)
+
+    def learn(self, groups: Sequence[Group], engine: str) -> dict[str, float]:
         sums, norms, trained = Counter[str](), [], 0
-        for rows, batches, total in updates:
-            if total:
-                for batch, old_S in batches:
-                    sums.update(self.backward(batch, old_S, total))
-                if engine and not self.compared:
-                    self.compare_with(engine, sums)
-                norms.append(self.optimizer_step(rows))
-                trained += total
+        for rows, batches, total in self.prepare(groups):
+            for batch, old_S in batches:
+                sums.update(self.backward(batch, old_S, total))
+            if engine and not self.compared:
+                self.compare_with(engine, sums)
+            norms.append(self.optimizer_step(rows))
+            trained += total
         self.rollouts += 1
-        sums = self.ranks.total(Counter({name: float(value) for name, value in sums.items()}))
-        means = {
-            name: sums[name] / max(1, sums["tokens"]) for name in METRICS
-        }  # without the skipped trajectories
-        means |= {
-            "loss": sums["loss"] / max(1, trained),
-            "grad_norm": sum(norms) / max(1, len(norms)),
-        }
-        return means | {
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "updates": len(norms),
-            "trained_tokens": trained,
-        }
+        sums = self.ranks.total(sums)
+        # Means over the tokens that were computed, without the skipped trajectories'; but the loss
+        # over all.
+        means = {name: sums[name] / max(1, sums["tokens"]) for name in METRICS}
+        means["loss"] = sums["loss"] / max(1, trained)
+        means["grad_norm"] = sum(norms) / max(1, len(norms))
+        rate = self.optimizer.param_groups[0]["lr"]
+        return means | {"lr": rate, "updates": len(norms), "trained_tokens": trained}
+
+    def prepare(self, groups: Sequence[Group]) -> list[Any]:
+        """What each optimizer step needs, made before the first: each takes its share of the
+        questions.
+
+        A trajectory without advantage is skipped only if it would get no gradient at all (kl_coef
+        and entropy_coef 0); its tokens stay in N.
+        """
+        questions = self.ranks.gather([training_rows(group) for group in groups])
+        count = self.config.updates_per_rollout
+        always = self.config.kl_coef > 0 or self.config.entropy_coef > 0
+        steps = []
+        for u in range(count):
+            share = slice(len(questions) * u // count, len(questions) * (u + 1) // count)
+            rows = list(chain.from_iterable(questions[share]))
+            total = sum(len(row.sampled) for row in rows)
+            rows = [row for row in rows if always or row.advantage]
+            batches = self.plan(rows)
+            # In the first step old is new; later ones need it from before the weights move.
+            old = [self.score(self.scorer, batch) if u else None for batch in batches]
+            if total:
+                steps.append((rows, list(zip(batches, old, strict=True)), total))
+        return steps
 
     def compare_with(self, engine: str, sums: Counter[str]) -> None:
         """ValueError if the engine's log-probabilities are further from ours than rounding
         explains: another model.
         """
-        found = self.ranks.total(
-            Counter({name: float(sums[name]) for name in ("mismatch", "tokens")})
-        )
-        mismatch, limit = (
-            found["mismatch"] / max(1, found["tokens"]),
-            MISMATCH_LIMITS[self.config.dtype],
-        )
+        found = self.ranks.total(sums)
+        mismatch = found["mismatch"] / max(1, found["tokens"])
+        limit = MISMATCH_LIMITS[self.config.dtype]
         if not mismatch <= limit:
             raise ValueError(
-                f"engine={engine}: its log-probabilities differ from the policy's by {mismatch:.2g} nats a token on "
-                f"average (mismatch; limit {limit:g} for dtype={self.config.dtype}): it computes another model"
+                f"engine={engine}: its log-probabilities differ from the policy's by "
+                f"{mismatch:.2g} nats a token on average (mismatch; limit {limit:g} for "
+                f"dtype={self.config.dtype}): it computes another model"
             )
         self.compared = bool(found["tokens"])
 
     def plan(self, rows: Sequence[TrainingRow]) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
-        lengths, width = (
+        plan = grpo.plan_microbatches(
             [len(row.token_ids) - 1 for row in rows],
+            self.config.microbatch_tokens,
+            self.ranks.world_size,
             self.model.config.get_text_config().hidden_size,
+            grpo.families(rows),
         )
-        limits = self.config.microbatch_tokens, self.ranks.world_size, width
-        plan = grpo.plan_microbatches(lengths, *limits, grpo.families(rows))
-        return [
-            grpo.pack([rows[i] for i in indices], self.device) for indices in plan[self.ranks.rank]
-        ]
+        batches = []
+        for indices in plan[self.ranks.rank]:
+            mine = [rows[i] for i in indices]
+            batches.append(grpo.pack(mine, self.ranks.device))
+        return batches
 
     @torch.no_grad()
     def score(self, scorer: TokenScorer, batch: PackedBatch) -> Tensor:
-        return scorer(batch)[1]  # log-probabilities_S
+        """log-probabilities_S of a micro-batch."""
+        _, logprobs_S = scorer(batch)
+        check_finite(logprobs_S, batch)
+        return logprobs_S
 
     def backward(self, batch: PackedBatch, old_S: Tensor | None, total: int) -> Counter[str]:
-        """Add one micro-batch's gradient to the others'; returns its sums of metrics. total is N."""
-        ref_S = None if self.reference is None else self.score(self.reference, batch)
-        options = {key: getattr(self.config, key) for key in LOSS_KEYS}
+        """Add one micro-batch's gradient to the others'; returns its sums of metrics. total: N."""
+        ref_S = None
+        if self.reference is not None:
+            ref_S = self.score(self.reference, batch)
         sums = Counter[str]()
+        loss = self.loss_of(batch, old_S, ref_S, total, sums)
+        value, logprobs_S = self.scorer(batch, loss)
+        check_finite(logprobs_S, batch)
+        value.backward()
+        return Counter({name: float(value) for name, value in sums.items()})
 
-        def loss(new: Tensor, entropy: Tensor, part: slice) -> Tensor:
-            old = new.detach() if old_S is None else old_S[part]
-            ref = None if ref_S is None else ref_S[part]
-            tensors = (new, old, batch.rollout_S[part], ref, batch.advantages_S[part], entropy)
-            losses, metrics = grpo.token_losses(*tensors, **options)
+    def loss_of(
+        self,
+        batch: PackedBatch,
+        old_S: Tensor | None,
+        ref_S: Tensor | None,
+        total: int,
+        sums: Counter[str],
+    ) -> grpo.Loss:
+        """The loss of one chunk of a micro-batch; its metrics are added to sums."""
+        options = {key: getattr(self.config, key) for key in LOSS_KEYS}
+
+        def loss(new_C: Tensor, entropy_C: Tensor, part: slice) -> Tensor:
+            old_C = new_C.detach() if old_S is None else old_S[part]
+            ref_C = None if ref_S is None else ref_S[part]
+            known = (batch.rollout_S[part], ref_C, batch.advantages_S[part])
+            losses_C, metrics = grpo.token_losses(new_C, old_C, *known, entropy_C, **options)
             sums.update(metrics)
-            return losses.sum() * (self.ranks.world_size / total)  # FSDP averages over ranks
+            return losses_C.sum() * (self.ranks.world_size / total)  # FSDP averages over ranks
 
-        self.scorer(batch, loss)[0].backward()
-        return sums
+        return loss
 
     def optimizer_step(self, rows: Sequence[TrainingRow]) -> float:
-        """Clip, set the learning rate, step; returns the gradient norm before clipping, over all
-        ranks.
-        """
-        if not np.isfinite(norm := self.gradient_norm()):
+        """Clip and step, unless the gradient is not finite; its norm before, over all ranks."""
+        norm = self.clip_gradient()
+        if not np.isfinite(norm):
+            whose = self.blame(rows)
             raise FloatingPointError(
-                f"gradient norm {norm} {self.blame(rows)}; this update changed no weights"
+                f"gradient norm {norm} {whose}; this update changed no weights"
             )
-        nn.utils.clip_grads_with_norm_(
-            self.model.parameters(), self.config.max_grad_norm, torch.tensor(norm)
-        )
-        warmup = min(1.0, (self.rollouts + 1) / max(1, self.config.lr_warmup))
-        decay = (
-            max(0.0, 1 - self.rollouts / max(1, self.config.steps)) if self.config.lr_decay else 1.0
-        )
-        self.optimizer.param_groups[0]["lr"] = self.config.lr * warmup * decay
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.step()
         return norm
 
-    def gradient_norm(self) -> float:
-        # A part of the model that no text passes, as the eyes of one that sees, has no gradients.
-        norm = nn.utils.get_total_norm(
-            [p.grad for p in self.model.parameters() if p.grad is not None]
-        )
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    def clip_gradient(self) -> float:
+        """To max_grad_norm; its norm before that."""
+        limit = self.config.max_grad_norm
+        return float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
+
+    def step(self) -> None:
+        config = self.config
+        rate = config.lr * min(1.0, (self.rollouts + 1) / max(1, config.lr_warmup))
+        if config.lr_decay:
+            rate *= max(0.0, 1 - self.rollouts / config.steps)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def blame(self, rows: Sequence[TrainingRow]) -> str:
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
         for row in rows:
             self.optimizer.zero_grad()
-            self.backward(grpo.pack([row], self.device), None, 1)
-            if not np.isfinite(self.gradient_norm()):
+            self.backward(grpo.pack([row], self.ranks.device), None, 1)
+            if not np.isfinite(self.clip_gradient()):
                 return f"from {row.name}"
         return "from all trajectories together, from none alone"
 
@@ -331,10 +316,8 @@ class Policy:
         exhaust on every rank.
         """
         for name, parameter in self.model.named_parameters():
-            tensor = parameter.detach().to(
-                self.device, self.compute_dtype
-            )  # a shard is cast before it is gathered
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            # a shard is cast before it is gathered
+            yield name, whole(parameter.detach().to(self.ranks.device, self.scorer.dtype))
 
     def save(self, folder: str | Path) -> None:
         """Write model, optimizer and warm-up position into a new folder; any number of ranks can
@@ -343,110 +326,88 @@ class Policy:
         dcp.save(self.state(), checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
 
     def load(self, folder: str | Path) -> None:
-        state = self.state()
+        state = self.state()  # the tensors themselves: they are loaded in place
         dcp.load(state, checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
-        set_state_dict(
-            self.scorer,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optim"],
-        )
         self.rollouts = int(state["rollouts"])
 
     def state(self) -> dict[str, Any]:
-        untouched = not self.optimizer.state
-        model, optim = get_state_dict(self.scorer, self.optimizer)
-        if (
-            untouched
-        ):  # get_state_dict has made the optimizer's state by a step of size zero, and counted it
-            for slots in self.optimizer.state.values():
-                slots["step"].zero_()
-        return {"model": model, "optim": optim, "rollouts": torch.tensor(self.rollouts)}
+        return {
+            "model": dict(self.model.named_parameters()),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "rollouts": torch.tensor(self.rollouts),
+        }
 
     def export(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a plain Hugging Face folder (rank 0 writes), which transformers and vLLM load."""
-        weights = {
-            name: tensor.cpu().contiguous()
-            for name, tensor in self.named_weights()
-            if self.ranks.rank == 0
-        }
+        weights = {}
+        for name, tensor in self.named_weights():
+            if self.ranks.rank == 0:
+                weights[name] = tensor.cpu().contiguous()
         if self.ranks.rank == 0:
             self.export_settings(folder, tokenizer)
             save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
     def check_saving(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """ConfigError for an export that fails, or checkpoints without room: the weights and
-        AdamW's two moments in
-        float32, and the exported weights; one more than are kept."""
+        AdamW's two moments in float32, and the exported weights; one more than are kept.
+        """
         if self.ranks.rank:
             return
-        run, config = Path(self.config.run_dir), self.config
-        with (
-            named("model", config.model, "a checkpoint cannot hold its settings"),
-            TemporaryDirectory(dir=run) as folder,
-        ):
+        config = self.config
+        run = Path(config.run_dir)
+        remedy = "a checkpoint cannot hold its settings"
+        with named("model", config.model, remedy), TemporaryDirectory(dir=run) as folder:
             self.export_settings(folder, tokenizer)
-        size = sum(p.numel() for p in self.model.parameters()) * (
-            3 * 4 + self.compute_dtype.itemsize
-        )
         count = config.keep_checkpoints + 1 - len(complete_checkpoints(run))
+        parameters = sum(p.numel() for p in self.model.parameters())
+        size = parameters * (3 * 4 + self.scorer.dtype.itemsize)
         free = shutil.disk_usage(run).free
         if count * size > free:
             raise ConfigError(
-                f"keep_checkpoints={config.keep_checkpoints}: {count} more of {size / 1e9:,.3f} GB are needed, and "
-                f"run_dir={config.run_dir} has {free / 1e9:,.3f} GB free; keep fewer, or name another folder"
+                f"keep_checkpoints={config.keep_checkpoints}: {count} more of {size / 1e9:,.3f} GB "
+                f"are needed, and run_dir={config.run_dir} has {free / 1e9:,.3f} GB free; "
+                "keep fewer, or name another folder"
             )
 
     def export_settings(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """All of an exported folder but the weights; of sampling values that contradict each other,
         none.
         """
-        config = self.model.config.from_dict(
-            self.model.config.to_dict() | {"dtype": self.compute_dtype}
-        )
+        config = copy.copy(self.model.config)
+        config.dtype = self.scorer.dtype
         generation = self.model.generation_config
         try:
             generation.validate(strict=True)
         except ValueError:  # many published ones; save_pretrained would refuse them
-            ids = {
-                key: value
-                for key, value in generation.to_dict().items()
-                if key.endswith("_token_id")
-            }
+            values = generation.to_dict().items()
+            ids = {key: value for key, value in values if key.endswith("_token_id")}
             generation = GenerationConfig(**ids)
         for part in (config, generation, tokenizer):
             part.save_pretrained(folder)
 
 
-def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
-    """Log-probabilities of all tokens but the first ones, as the update computes them
-    (architecture.Trial).
-    """
-    policy = Policy(config, folder, Ranks(), tried=True)
-    rows = []
-    for ids in prompts:
-        sampled = np.arange(1, len(ids))
-        rows.append(
-            TrainingRow("trial", np.array(ids), sampled, np.zeros(len(sampled)), 0.0, "trial")
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor of which FSDP keeps a shard on each rank; any other stays as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_finite(logprobs_S: Tensor, batch: PackedBatch) -> None:
+    """FloatingPointError naming the first trajectory of which one is nan or infinite."""
+    bad = (~torch.isfinite(logprobs_S)).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        raise FloatingPointError(
+            f"{batch.names_S[first]}: log-probability {float(logprobs_S[first])}"
         )
-    logprobs_S = policy.score(policy.scorer, grpo.pack(rows))
-    return list(zip(prompts, logprobs_S.split([len(row.sampled) for row in rows]), strict=True))
 
 
-def training_rows(group: Group) -> list[TrainingRow]:
-    """A group's trajectories that sampled anything; a reward or advantage that is not finite is an
-    error.
-    """
+def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
+    """An architecture.Trial: the update's log-probabilities, of all tokens but the first."""
+    policy = Policy(config, folder, Ranks(), tried=True)
+    counts = [len(ids) - 1 for ids in prompts]
     rows = []
-    for i, (trajectory, advantage) in enumerate(
-        zip(group.trajectories, group.advantages, strict=True)
-    ):
-        name = f"question {group.question.id!r}, trajectory {i}"
-        if not np.isfinite([float(group.rewards[i]), float(advantage)]).all():
-            raise FloatingPointError(f"{name}: reward {group.rewards[i]}, advantage {advantage}")
-        if len(sampled := np.flatnonzero(trajectory.sampled_mask)):
-            ids, logprobs = trajectory.token_ids[: sampled[-1] + 1], trajectory.logprobs[sampled]
-            rows.append(
-                TrainingRow(name, ids, sampled, logprobs, float(advantage), group.question.id)
-            )
-    return rows
+    for ids, count in zip(prompts, counts, strict=True):
+        sampled = np.arange(1, len(ids))
+        rows.append(TrainingRow("trial", np.array(ids), sampled, np.zeros(count), 0.0, "trial"))
+    logprobs_S = policy.score(policy.scorer, grpo.pack(rows))
+    return list(zip(prompts, logprobs_S.split(counts), strict=True))

@@ -3,9 +3,7 @@
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -24,6 +22,7 @@ from policies import (
     reference_update,
     relative,
     spoil,
+    torchrun,
     weights,
 )
 from tokenizers import Tokenizer
@@ -84,7 +83,7 @@ def test_export_loads_as_a_plain_model(models, tmp_path, name, dtype):
 
 
 def work_as_rank(models: Path, out: Path, shares: str) -> None:
-    """One rank of the tests below: update on a share of the questions, and load and save together."""
+    """One rank of the tests below: update on a share of the questions, load and save together."""
     ranks = Ranks.start()
     rank, world_size = ranks.rank, ranks.world_size
     groups, counts = make_groups(), json.loads(shares)
@@ -92,7 +91,10 @@ def work_as_rank(models: Path, out: Path, shares: str) -> None:
     if counts == "nan on the last rank":
         if rank == world_size - 1:
             spoil(policy, END, backward=False)
-        policy.update(ranks.deal(groups))
+        try:
+            policy.update(ranks.deal(groups))
+        finally:  # whoever gets here goes on to leave the process group, and waits for the others
+            (out / f"rank {rank} left").touch()
     start = sum(counts[:rank])
     moved, metrics = change(policy, groups[start : start + counts[rank]])
     options = {
@@ -121,24 +123,6 @@ def work_as_rank(models: Path, out: Path, shares: str) -> None:
     ranks.stop()
 
 
-def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-    ]
-    return subprocess.run(
-        [*launcher, __file__, *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("shares", [[5], [3, 2], [0, 5], [1, 0, 4], [2, 2, 1]])
 def test_gradient_and_checkpoints_do_not_depend_on_the_ranks(models, tmp_path, shares):
@@ -146,7 +130,7 @@ def test_gradient_and_checkpoints_do_not_depend_on_the_ranks(models, tmp_path, s
     single = adam_policy(models)
     single.update(groups)
     single.save(tmp_path / "state1")
-    done = torchrun(len(shares), str(models), str(tmp_path), json.dumps(shares))
+    done = torchrun(__file__, len(shares), str(models), str(tmp_path), json.dumps(shares))
     assert done.returncode == 0, done.stderr
     result = torch.load(tmp_path / "result.pt")
     expected = reference_update(models / "llama", groups, config())
@@ -164,8 +148,9 @@ def test_gradient_and_checkpoints_do_not_depend_on_the_ranks(models, tmp_path, s
 
 @pytest.mark.slow
 def test_a_rank_with_bad_numbers_ends_the_job_with_their_name(models, tmp_path):
-    done = torchrun(2, str(models), str(tmp_path), json.dumps("nan on the last rank"))
+    done = torchrun(__file__, 2, str(models), str(tmp_path), json.dumps("nan on the last rank"))
     assert done.returncode != 0
+    assert not list(tmp_path.glob("rank * left"))
     assert re.search(
         r"FloatingPointError: question 'q\d', trajectory \d: log-probability nan", done.stderr
     )

@@ -194,10 +194,8 @@ def table(folder: Path) -> dict[str, list[str]]:
 
 
 def answers(folder: Path) -> dict[str, str | None]:
-    return {
-        one.question.id: one.answer
-        for one in report.read_trajectories(folder / "run/trajectories/eval.jsonl")
-    }
+    rows = report.read_json_lines(folder / "run/trajectories/eval.jsonl")
+    return {row["id"]: row["answer"] for row in rows}
 
 
 @pytest.mark.quick
