@@ -25,7 +25,7 @@ from deepresearcher_min.config import ROOT, Config, ConfigError, require_environ
 from deepresearcher_min.evaluation import Task, ask_all, usable, written
 from deepresearcher_min.reward import explain, judge_rules
 from deepresearcher_min.rollout import Agent, Batch, roll_out
-from deepresearcher_min.run import Ranks, open_run, run_program, starting
+from deepresearcher_min.run import Ranks, check_needs, open_run, run_program, starting
 from deepresearcher_min.trajectory import Question
 from deepresearcher_min.web import RunStopped
 
@@ -130,8 +130,8 @@ def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
         judge_rules(config)
         if not config.judge_model:
             raise ConfigError(f"judge_url={config.judge_url!r}: needs --judge_model=NAME, too")
-    evaluation.check_needs(config, questions=False)
     with starting(config, ranks.rank):
+        check_needs(config, questions=False)
         task = evaluation.load_examination(config, ranks)
         done = ranks.share([usable(tried, config) for tried in written(config, task)])
         _, agent = evaluation.make_agent(config, task, ranks, notes)

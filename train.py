@@ -1,9 +1,7 @@
 """GRPO on a research agent: measure; then act, judge, learn and report at every step.
 
-`torchrun train.py` trains the tiny model on the built-in toy web. Every key of config.yaml can be
-given as --key=value; --preset=wiki|paper are other starting points; --resume continues the newest
-run.
-"""
+`torchrun train.py` trains the tiny model on the toy web; --preset=wiki|paper start from elsewhere,
+every key of config.yaml can be given as --key=value; --resume continues the newest run."""
 
 import sys
 import time
@@ -11,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from deepresearcher_min import evaluation, report, run, toyworld
 from deepresearcher_min.config import Config, named
@@ -25,27 +22,17 @@ from deepresearcher_min.web import RunStopped, raise_if_down
 
 
 def train(
-    task: Task,
-    agent: Agent,
-    examinee: Agent,
-    policy: Policy,
-    state: State,
-    evaluations: dict[int, Row],
-    ranks: Ranks,
-    save: Callable[[], None],
+    task: Task, agent: Agent, examinee: Agent, policy: Policy, state: State, save: Callable
 ) -> None:
-    """All steps that are left. RunStopped (max_cost, a dead service) and KeyboardInterrupt leave the
-    state of the last one.
-    """
-    config, engine, stop = agent.config, agent.engine, Stop()
+    """All steps that are left; a RunStopped or KeyboardInterrupt leaves the state of the last."""
+    config, engine, ranks, stop = agent.config, agent.engine, policy.ranks, Stop()
     while True:
         # 0 measure
         step = state["step"]
         engine.update_weights(policy.named_weights())
         due = step == 0 or (config.eval_every and step % config.eval_every == 0)
-        if due and step not in evaluations:
-            name = f"step-{step:06d}" if step else "before"
-            evaluations[step] = measure(name, state, task, examinee, ranks)
+        if due and state["measured"] < step:
+            measure(f"step-{step:06d}" if step else "before", state, task, examinee, ranks)
             engine.update_weights(policy.named_weights())  # and nothing that it has cached
         if step and (step % config.save_every == 0 or step >= config.steps):
             save()
@@ -61,9 +48,7 @@ def train(
         with ranks.progress(f"step {step}", len(questions) * config.group_size) as bar:
             rollouts = roll_out(batch, agent, lambda _: bar.update())
         # 2 judge: rewards, and advantages inside each group
-        groups = []
-        for question, found in zip(questions, rollouts, strict=True):
-            groups.append(judge(question, found, config, step))
+        groups = [judge(*pair, config, step) for pair in zip(questions, rollouts, strict=True)]
         row = {"step": step, "steps": config.steps, "roll_s": time.monotonic() - lap}
         row |= step_means(ranks.total(step_sums(groups, rollouts)))
         raise_if_down(config, row)
@@ -78,28 +63,23 @@ def train(
         report_step(config, ranks, row, groups)
 
 
-def measure(name: str, state: State, task: Task, examinee: Agent, ranks: Ranks) -> Row:
-    """The scores on the held-out questions. Trajectories and scores are written, the cost is added
-    to the state.
-    """
+def measure(name: str, state: State, task: Task, examinee: Agent, ranks: Ranks) -> None:
+    """Scores on the held-out questions, into files and state; their cost is added to the state."""
     config, step = examinee.config, state["step"]
     with ranks.progress(f"evaluation {name}", len(task.held_out) // ranks.world_size) as bar:
-        share = evaluate(task.held_out, examinee, ranks, lambda _: bar.update())
-    found = ranks.gather(share)
+        found = ranks.gather(evaluate(task.held_out, examinee, ranks, lambda _: bar.update()))
     sums, scores = step_sums([], [found]), summarize(found)
     raise_if_down(config, sums)
-    state["usd"] += sums["cost_usd"]
     if task.world is not None:
         scores |= toyworld.behaviour_rates(found, task.world)
     if ranks.rank == 0:
         groups = [judge(one.question, [one], config, 0) for one in found]
         write_groups(config, f"eval-{name}", step, groups)
+        ranks.print(f"{name}: F1 {scores['f1']:.3f} on {scores['n']} held-out questions")
         if name != "after":  # a run that is continued later has another last one
             file = Path(f"{config.run_dir}/metrics.jsonl")
             report.append_json_line(file, {"step": step, "eval": scores})
-        shown = [f"{key} {value:.3g}" for key, value in scores.items()]
-        tqdm.write(f"{name}: {'  '.join(shown)}")
-    return scores
+    state |= {"usd": state["usd"] + sums["cost_usd"], "measured": step, name: scores}
 
 
 def report_step(config: Config, ranks: Ranks, row: Row, groups: Sequence[Group]) -> None:
@@ -112,40 +92,37 @@ def report_step(config: Config, ranks: Ranks, row: Row, groups: Sequence[Group])
         write_groups(config, ranks.own(f"step-{step:06d}"), step, groups)
 
 
-def conclude(config: Config, state: State, before: Row, after: Row) -> None:
+def conclude(config: Config, state: State) -> None:
     """summary.json, the curve, the report page and the table; ends with what was learned."""
-    folder, scores = Path(config.run_dir), {"before": before, "after": after}
-    rows = report.read_json_lines(folder / "metrics.jsonl")
-    steps = [row for row in rows if "reward" in row]
+    before, after, folder = state["before"], state["after"], Path(config.run_dir)
+    steps = [row for row in report.read_json_lines(folder / "metrics.jsonl") if "reward" in row]
     report.curve_png(steps, folder / "curve.png", before, after)
-    summary = {key: state[key] for key in ("seconds", "cpu_seconds")}
-    summary |= {"seed": config.seed, "steps": state["step"]}
-    evaluation.publish(folder, summary | scores)
+    scores = {"before": before, "after": after}
+    summary = {"seed": config.seed, "steps": state["step"], "seconds": state["seconds"]}
+    evaluation.publish(folder, summary | {"cpu_seconds": state["cpu_seconds"]} | scores)
+    print(f"\n{report.text_table(report.score_rows(scores))}\n")
     print(
-        f"\n{report.text_table(report.score_rows(scores))}\n\n"
         f"F1 on {before['n']} held-out questions went from {before['f1']:.2f} to {after['f1']:.2f} "
         f"in {state['step']} steps of GRPO ({state['seconds']:.0f} s). The curve is in "
-        f"{folder}/curve.png, the logged trajectories in {folder}/report.html, the model in "
-        f"{folder}/checkpoints. Run folder: {folder}"
+        f"{folder}/curve.png, trajectories are in report.html, models in checkpoints beside it."
     )
 
 
 def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
     """Prepare all that the run needs, each tried once, before the run is described; then train."""
-    evaluation.check_needs(config)
-    finished = run.watch(ranks, config.rank_timeout)
     torch.manual_seed(config.seed)
     with run.starting(config, ranks.rank):
+        run.check_needs(config)
         task = load_task(config)
         agent, examinee = evaluation.make_agent(config, task, ranks, notes)
         with named("model", config.model):
             policy = Policy(config, task.model_dir, ranks)
-        state: State = {"step": 0, "asked": 0, "usd": 0.0, "seconds": 0.0, "cpu_seconds": 0.0}
-        state["order"] = {"seed": config.seed, "questions": len(task.questions)}
+        state: State = dict.fromkeys(["step", "asked", "usd", "seconds", "cpu_seconds"], 0)
+        state |= {"measured": -1, "order": {"seed": config.seed, "questions": len(task.questions)}}
         state = run.load_checkpoint(config, ranks, state, lambda at: policy.load(at / "state"))
-        metrics = Path(f"{config.run_dir}/metrics.jsonl")
-        rows = report.resume_metrics(metrics, state["step"]) if ranks.rank == 0 else []
-        evaluations = ranks.share({row["step"]: row["eval"] for row in rows if "eval" in row})
+        if ranks.rank == 0:
+            last = state["measured"] if state["step"] == 0 else state["step"]
+            report.resume_metrics(Path(f"{config.run_dir}/metrics.jsonl"), last)
         policy.check_saving(agent.chat.tokenizer)
         evaluation.begin(config, ranks, notes)
     wall, cpu = time.monotonic() - state["seconds"], time.process_time() - state["cpu_seconds"]
@@ -159,11 +136,11 @@ def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
         run.save_checkpoint(config, ranks, state, write)
 
     try:
-        train(task, agent, examinee, policy, state, evaluations, ranks, save)
-        after = measure("after", state, task, examinee, ranks)
-        save()  # is saved already, but for the times
+        train(task, agent, examinee, policy, state, save)
+        measure("after", state, task, examinee, ranks)
+        save()  # it is saved, but this brings the times up to date
         if ranks.rank == 0:
-            conclude(config, state, evaluations[0], after)
+            conclude(config, state)
         ranks.share(None)  # all wait for the report: vLLM's end is that of the process group
     except (RunStopped, KeyboardInterrupt) as stopped:
         if ranks.world_size == 1 or isinstance(stopped, RunStopped):
@@ -172,7 +149,6 @@ def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
     finally:
         for part in (agent.tools, examinee.tools, agent.engine):
             part.close()
-    finished.set()
 
 
 def main(argv: list[str]) -> int:

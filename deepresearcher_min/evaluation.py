@@ -1,16 +1,13 @@
 """What is asked, who answers, and how well: for train.py's measuring and for eval.py.
 
-First the task and the agent, each tried before the first step, so that a mistake is one
-ConfigError; then the asking, one trajectory for each question and run; then the scores. Left out:
+The parts of a run are tried before its first step, so that a mistake is one ConfigError. Left out:
 tests of significance; the interval and the deviation over runs say what a difference is worth.
 """
 
 import asyncio
 import hashlib
-import importlib
 import json
 import os
-import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,69 +16,38 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mode, stdev
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from deepresearcher_min import report, toyworld
-from deepresearcher_min.config import (
-    Config,
-    ConfigError,
-    describe,
-    host_list,
-    named,
-    replace_file,
-    searches_web,
-    uses_web,
-)
+from deepresearcher_min import config as keys
+from deepresearcher_min import report, reward, rollout, toyworld
+from deepresearcher_min.config import Config, ConfigError, named, replace_file
 from deepresearcher_min.engine import make_engine
 from deepresearcher_min.protocol import ChatFormat, declared_ends, read_tools
-from deepresearcher_min.reward import (
-    ask_judge,
-    explain,
-    judge,
-    measures,
-    step_means,
-    step_sums,
-    summarize,
-    words,
-)
-from deepresearcher_min.rollout import (
-    EVALUATION,
-    Agent,
-    Batch,
-    OnDone,
-    Tools,
-    roll_out,
-    try_services,
-)
+from deepresearcher_min.reward import measures, step_sums
+from deepresearcher_min.rollout import Agent, OnDone, Tools
 from deepresearcher_min.run import Ranks, fetch_model
-from deepresearcher_min.search import INDEX_CACHE, Corpus, check_search
+from deepresearcher_min.search import INDEX_CACHE, Corpus
 from deepresearcher_min.trajectory import Group, Question, Recording, Trajectory, load_questions
 from deepresearcher_min.web import ROLES, RunStopped, Web, WebFailure, raise_if_down
 
 # The revision is the one at which a public copy of the official repository has the file; never
-# fetched by us (there is no internet here). What decides is the checksum, which is that of the
-# published file, 3,197 questions.
+# fetched by us. What decides is the checksum, that of the published file, 3,197 questions.
 OFFICIAL = "https://raw.githubusercontent.com/GAIR-NLP/DeepResearcher"
 TEST_SET_URL = f"{OFFICIAL}/b576f0cc08e1ca39027f29a56a99548b743bfd3b/data/test.parquet"
 TEST_SET_SHA256 = "30c21c7da1872af08d7db1aacb5f45a57d0a7f038dd7f7baed51231bf6c5e10e"
-# Imported late: curves, live pages.
-PARSING = ["matplotlib.figure", "trafilatura", "bs4", "lxml", "pypdf"]
 BILLS = "judge.jsonl"  # in a run folder: what each judging cost
+FAILED = {f"{role}_failed" for role in ROLES}  # counts of a trajectory that met a failed service
 ENOUGH = 50  # calls to a service after which an evaluation stops where most of them failed
 Runs = list[list[Trajectory]]  # of an evaluation that repeats its questions
-Row = dict[str, Any]
 Known = Mapping[str, Trajectory]  # of one run, by question
-Scores = dict[str, Any]
 Verdicts = Mapping[str, float | None]  # of the judge, by question
-
-
-# --- what is asked
+Row = dict[str, Any]  # the scores of an evaluation, or of one answer
 
 
 @dataclass(frozen=True)
@@ -98,10 +64,11 @@ class Task:
 
 def load_task(config: Config, key: str = "eval_data") -> Task:
     """Questions, offline web and model that the config names; ValueError for what cannot be used.
-
     `key` is what messages call eval_data. Without data there is nothing to learn on.
     """
-    model_dir = str(toyworld.MODEL_DIR) if config.model == "toy" else config.model
+    model_dir = config.model
+    if model_dir == "toy":
+        model_dir = str(toyworld.MODEL_DIR)
     seed, count = config.seed, config.eval_questions
     if config.search == "toy":
         world, other = toyworld.World("training", seed), toyworld.World("held out", seed)
@@ -129,10 +96,8 @@ def read_questions(key: str, path: str) -> list[Question]:
 
 
 def load_examination(config: Config, ranks: Ranks) -> Task:
-    """eval.py's task: at most `limit` questions of each data source.
-
-    They are those of eval_data (or --data), else those that the model's run set aside, else the
-    official test set.
+    """eval.py's task: at most `limit` questions of each data source, of eval_data (or --data), else
+    of those that the model's run set aside, else of the official test set.
     """
     file = config.eval_data
     if config.search != "toy" and not (file or config.data or config.question):
@@ -148,9 +113,7 @@ def load_examination(config: Config, ranks: Ranks) -> Task:
 
 
 def test_set(config: Config) -> str:
-    """The official test set, fetched once and kept under ~/.cache; ConfigError if it is not to be
-    had.
-    """
+    """The official test set, fetched once and kept under ~/.cache; ConfigError if it cannot be."""
     path = INDEX_CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
     body = path.read_bytes() if os.path.isfile(path) else b""
     if hashlib.sha256(body).hexdigest() == TEST_SET_SHA256:
@@ -159,50 +122,14 @@ def test_set(config: Config) -> str:
         try:
             body, _ = web.fetch(TEST_SET_URL, Counter(), time.monotonic() + 120, own=True)
         except WebFailure as failure:
-            raise ConfigError(
-                f"the official test set: {failure.words} ({TEST_SET_URL}) Or name --data=FILE"
-            ) from None
+            remedy = f"({TEST_SET_URL}) Or name --data=FILE"
+            raise ConfigError(f"the official test set: {failure.words} {remedy}") from None
     found = hashlib.sha256(body).hexdigest()
     if found != TEST_SET_SHA256:
-        raise ConfigError(
-            f"{TEST_SET_URL} sent another file: sha256 {found}, not {TEST_SET_SHA256}"
-        )
+        wanted = f"sha256 {found}, not {TEST_SET_SHA256}"
+        raise ConfigError(f"{TEST_SET_URL} sent another file: {wanted}")
     replace_file(path, body)
     return str(path)
-
-
-# --- who answers
-
-
-def check_needs(config: Config, questions: bool = True) -> None:
-    """One ConfigError that lists everything that is missing, before anything is loaded."""
-    missing = []
-    try:
-        check_search(config)
-    except ConfigError as error:
-        missing.append(str(error))
-    for key in ("reader_url", "judge_url"):
-        url = getattr(config, key)
-        if not re.match("(https?://|$)", url):
-            missing.append(f"{key}={url!r}: must begin with http:// or https://")
-    packages = PARSING if searches_web(config) else ["matplotlib.figure", "bm25s"]
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except Exception as error:
-            missing.append(
-                f"{package} cannot be imported ({error}); pip install -r requirements-cpu.txt"
-            )
-    if config.dtype == "bfloat16" and not torch.cuda.is_available():
-        missing.append(
-            "dtype=bfloat16: there is no CUDA GPU; on a CPU use --dtype=float32 and a small model"
-        )
-    if questions and config.search != "toy" and not config.data:
-        missing.append(
-            "data is empty: name a file of questions (.parquet or .jsonl) with --data=FILE"
-        )
-    if missing:
-        raise ConfigError("; ".join(missing))
 
 
 def open_web(config: Config, ranks: Ranks) -> Web:
@@ -214,10 +141,9 @@ def open_web(config: Config, ranks: Ranks) -> Web:
     return web
 
 
-def make_agent(config: Config, task: Task, ranks: Ranks, notes: list[str]) -> tuple[Agent, Agent]:
-    """The agent in training, and the same one on the held-out web; all parts are tried.
-
-    A context above the model's own is a line more in `notes`.
+def make_agent(config: Config, task: Task, ranks: Ranks, notes: list) -> tuple[Agent, Agent]:
+    """The agent in training, and the same one on the held-out web; all parts are tried. A context
+    above the model's own is a line more in `notes`.
     """
     fetch_model(task.model_dir, ranks)
     prompt, asked = "", config.max_model_len
@@ -233,48 +159,41 @@ def make_agent(config: Config, task: Task, ranks: Ranks, notes: list[str]) -> tu
         tokenizer = AutoTokenizer.from_pretrained(task.model_dir)
         chat = ChatFormat(tokenizer, config.date, prompt, schemas, declared_ends(task.model_dir))
         ids = chat.prompt_ids("Who?")
-        if max(ids) >= model.vocab_size:
-            raise ValueError(
-                f"token {max(ids)} of its tokenizer is none of the model's {model.vocab_size}"
-            )
+        last, size = max(ids), model.vocab_size
+        if last >= size:
+            raise ValueError(f"token {last} of its tokenizer is none of the model's {size}")
         chat.message_ids(chat.opening("x"))  # as reader: engine asks
     if len(ids) >= asked:
         raise ConfigError(f"max_model_len={asked}: the prompt alone has {len(ids)} tokens")
     limit = getattr(model, "max_position_embeddings", None) or asked
     if asked > limit:
         notes.append(f"max_model_len={asked} is above the model's own limit of {limit} tokens.")
-    web = open_web(config, ranks) if uses_web(config) else None
+    web = open_web(config, ranks) if keys.uses_web(config) else None
     with named("model", config.model):
         engine = make_engine(config, task.model_dir, ranks.world_size)
     agent = Agent(config, engine, Tools(config, chat, task.corpus, web), chat)
     return agent, replace(agent, tools=Tools(config, chat, task.held_out_corpus, web))
 
 
-def begin(
-    config: Config, ranks: Ranks, notes: list[str], asks: bool = True, judges: bool = False
-) -> None:
-    """Try the services that the run will use; then write its config.yaml, and say what is special
-    about it.
-
-    ConfigError on all ranks. One question that is typed leaves no file.
+def begin(config: Config, ranks: Ranks, notes: list, asks: Any = True, judges=False) -> None:
+    """Try the services that the run will use (ConfigError on all ranks); then write its config.yaml
+    and say what is special about it, unless it is for one typed question.
     """
     trouble = ""
     if ranks.rank == 0 and config.cassette_mode != "replay":
-        trouble = try_services(config, asks, judges)
+        trouble = rollout.try_services(config, asks, judges)
     trouble = ranks.share(trouble)
     if trouble:
         raise ConfigError(trouble)
     if ranks.rank == 0 and not config.question:
         text = yaml.safe_dump(asdict(config), sort_keys=False)
         replace_file(Path(config.run_dir) / "config.yaml", text.encode())
-        print(f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n")
+        print(f"Preset {config.preset}; what differs from config.yaml:\n{keys.describe(config)}\n")
         print(*notes, sep="\n", flush=True)
 
 
 class PlainChat(ChatFormat):
-    """The prompt of the baselines: rules and question, no tools, and for rag what a search for the
-    question found.
-    """
+    """The prompt of the baselines: no tools, and for rag what a search for the question found."""
 
     def __init__(self, chat: ChatFormat, found: Mapping[str, str]) -> None:
         vars(self).update(vars(chat))
@@ -288,9 +207,7 @@ class PlainChat(ChatFormat):
 
 
 def search_once(questions: Sequence[Question], agent: Agent) -> tuple[dict, dict]:
-    """For rag: by its text what a search for each question finds, as the agent would see it; and
-    the costs by id.
-    """
+    """For rag, what a search for each question finds, by its text, and what it costs, by its id."""
     texts, costs = dict[str, str](), dict[str, Counter[str]]()
 
     async def search(question: Question) -> None:
@@ -307,30 +224,22 @@ def search_once(questions: Sequence[Question], agent: Agent) -> tuple[dict, dict
     return texts, costs
 
 
-# --- the asking
-
-
 def evaluate(
-    questions: Sequence[Question],
-    agent: Agent,
-    ranks: Ranks,
-    on_done: OnDone,
-    numbers: Sequence[int] = (),
-    run: int = 0,
+    questions: list[Question], agent: Agent, ranks: Ranks, on_done: OnDone, numbers: Any = (), run=0
 ) -> list[Trajectory]:
-    """Ask each question once at config.eval_temperature; the trajectories of this rank's share,
-    which ranks.gather() brings into order.
-
-    Seeds come of their `numbers` among all questions (0, 1, ...) and of the `run` of the repeats.
+    """Ask each question once; the trajectories of this rank's share, for ranks.gather(). Seeds come
+    of their `numbers` among all questions (0, 1, ...) and of the `run` of the repeats.
     """
     share, mine = ranks.deal(questions), ranks.deal(numbers or range(len(questions)))
-    batch = Batch(share, mine, 1, agent.config.eval_temperature, EVALUATION, run)
-    return [trajectory for (trajectory,) in roll_out(batch, agent, on_done)]
+    temperature, step = agent.config.eval_temperature, rollout.EVALUATION
+    batch = rollout.Batch(share, mine, 1, temperature, step, run)
+    return [trajectory for (trajectory,) in rollout.roll_out(batch, agent, on_done)]
 
 
 def write_groups(config: Config, name: str, step: int, groups: Sequence[Group]) -> None:
     """All trajectories as JSON lines, and the best and the worst as text."""
-    path, why = Path(config.run_dir) / f"trajectories/{name}.jsonl", partial(explain, config=config)
+    path = Path(f"{config.run_dir}/trajectories/{name}.jsonl")
+    why = partial(reward.explain, config=config)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # of a step that was run before a kill, and runs again
     report.write_trajectories(path, step, groups, why)
@@ -338,9 +247,7 @@ def write_groups(config: Config, name: str, step: int, groups: Sequence[Group]) 
 
 
 def written(config: Config, task: Task) -> Runs:
-    """What eval.py has written of each run, also what will be asked again; none of what the harness
-    ended.
-    """
+    """What eval.py has written of each run: not what the harness ended, but what is not usable."""
     asked = {question.id for question in task.held_out}
     runs: Runs = [[] for _ in range(config.repeats)]
     for file in sorted(Path(config.run_dir).glob("trajectories/eval*.jsonl")):
@@ -352,32 +259,28 @@ def written(config: Config, task: Task) -> Runs:
 
 def usable(tried: Sequence[Trajectory], config: Config) -> Known:
     """The last trajectory of each question, by its id, that met no failed service; the others are
-    asked again.
-
-    A replay, which would repeat the failures, keeps them.
+    asked again (but in a replay, which would repeat the failures).
     """
     known = {}
-    for one in sorted(tried, key=lambda one: one.question.id):
-        met = [role for role in ROLES if f"{role}_failed" in one.cost]
-        if not met or config.cassette_mode == "replay":
+    for one in tried:
+        if config.cassette_mode == "replay" or not FAILED & one.cost.keys():
             known[one.question.id] = one
-    return known
+    return dict(sorted(known.items()))
 
 
 def ask_all(config: Config, task: Task, agent: Agent, done: Sequence[Known], ranks: Ranks) -> None:
-    """Ask what has no usable result yet; `done` are those of each run.
-
-    Each trajectory is written as it ends, so that no kill loses or repeats one.
+    """Ask what is not `done` yet in each run; a trajectory is written as it ends, so that no kill
+    loses or repeats one.
     """
-    path = Path(config.run_dir) / f"trajectories/{ranks.own('eval')}.jsonl"
-    web, why = agent.tools.browser.web, partial(explain, config=config)
+    path = Path(f"{config.run_dir}/trajectories/{ranks.own('eval')}.jsonl")
+    web, why = agent.tools.browser.web, partial(reward.explain, config=config)
     sums, paid, prepaid = Counter[str](), spent(config, done), dict[str, Counter[str]]()
     left = len(task.held_out) * config.repeats - sum(map(len, done))
     bar = ranks.progress(config.method, left // ranks.world_size)
 
     def on_done(one: Trajectory) -> None:
         one = replace(one, cost={**prepaid.get(one.question.id, {}), **one.cost})
-        group = judge(one.question, [one], config, 0)  # empty for what the harness ended
+        group = reward.judge(one.question, [one], config, 0)  # empty for what the harness ended
         report.write_trajectories(path, 0, [group], why, run)
         sums.update(step_sums([group], [[one]]))
         usd, f1 = sums["cost_usd"], sums["f1"] / max(1, sums["trajectories"])
@@ -386,18 +289,20 @@ def ask_all(config: Config, task: Task, agent: Agent, done: Sequence[Known], ran
         check_budget(config, paid + usd * ranks.world_size)  # the others pay about as much
 
     # One run after the other: alone, the first is what it is without repeats.
-    for run, known in enumerate(done):
-        numbers = [n for n, question in enumerate(task.held_out) if question.id not in known]
-        questions = [task.held_out[number] for number in numbers]
-        found = dict[str, str]()
-        if web:
-            web.run, web.enough = run, ENOUGH
-        if config.method == "rag":
-            found, prepaid = search_once(ranks.deal(questions), agent)
-        if config.method != "agent":
-            agent = replace(agent, chat=PlainChat(agent.chat, found))
-        evaluate(questions, agent, ranks, on_done, numbers, run)
-    bar.close()
+    with bar:
+        for run, known in enumerate(done):
+            numbers, questions, found = [], [], dict[str, str]()
+            for number, question in enumerate(task.held_out):
+                if question.id not in known:
+                    numbers.append(number)
+                    questions.append(question)
+            if web:
+                web.run, web.enough = run, ENOUGH
+            if config.method == "rag":
+                found, prepaid = search_once(ranks.deal(questions), agent)
+            if config.method != "agent":
+                agent = replace(agent, chat=PlainChat(agent.chat, found))
+            evaluate(questions, agent, ranks, on_done, numbers, run)
     raise_if_down(config, ranks.total(sums))  # now that every rank's file is complete
 
 
@@ -415,11 +320,8 @@ def check_budget(config: Config, usd: float) -> None:
 
 
 def ask_judge_all(config: Config, runs: Sequence[Known]) -> tuple[list[Verdicts], str, float]:
-    """MBE by question in each run, a sentence on who judged and what stayed without a verdict, and
-    dollars so far.
-
-    Empty without a judge. RunStopped at max_cost, after which only --resume with a higher one goes
-    on.
+    """MBE by question in each run (empty without a judge), a sentence on who judged and what stayed
+    without a verdict, and dollars so far. RunStopped at max_cost.
     """
     paid = spent(config, runs)
     if not config.judge_url:
@@ -430,7 +332,7 @@ def ask_judge_all(config: Config, runs: Sequence[Known]) -> tuple[list[Verdicts]
     def ask_one(one: Trajectory) -> float | None:
         if config.price_judge_token:
             check_budget(config, paid + counts["usd"])
-        return ask_judge(one, config, web, counts)
+        return reward.ask_judge(one, config, web, counts)
 
     try:
         for web.run, known in enumerate(runs):
@@ -443,84 +345,70 @@ def ask_judge_all(config: Config, runs: Sequence[Known]) -> tuple[list[Verdicts]
     raise_if_down(config, web.totals)
     silent = sum(list(each.values()).count(None) for each in verdicts)
     causes = [f"{amount} {name}" for name, amount in counts.items() if "fail_judge_" in name]
-    why = ", ".join(causes) or "-"
-    sentence = f"by {config.judge_model}; without a verdict, left out: {silent} ({why})"
-    return verdicts, sentence, paid + counts["usd"]
+    words = f"without a verdict, left out: {silent} ({', '.join(causes) or '-'})"
+    return verdicts, f"by {config.judge_model}; {words}", paid + counts["usd"]
 
 
-# --- how well
-
-
-def scores_of(tried: Sequence[Trajectory], verdicts: Verdicts, config: Config) -> Scores:
-    """summarize(), and F1's interval, MBE over the answers with a verdict, behaviours, dollars,
-    what was blocked.
-
-    Of those that are usable; but all that were tried count in the share of failed calls.
-    """
+def scores_of(tried: list[Trajectory], verdicts: Verdicts, config: Config) -> Row:
+    """What reward.summarize says and more, of those that are usable; but all count in `failed`."""
     found = list(usable(tried, config).values())
-    rows = [{**measures(one), "mbe": verdicts.get(one.question.id)} for one in found]
-    shown = Counter(name for one in found for name in report.behaviours(one))
-    costs, scores = step_sums([], [found]), Scores(summarize(found))
-    scores |= {name: shown[name] / len(found) for name in report.BEHAVIOURS}
+    rows, shown = [], Counter[str]()
+    for one in found:
+        rows.append({**measures(one), "mbe": verdicts.get(one.question.id)})
+        shown.update(report.behaviours(one))
+    costs, scores = step_sums([], [found]), Row(reward.summarize(found))
+    for name in report.BEHAVIOURS:
+        scores[name] = shown[name] / len(found)
     scores |= {"f1_interval": interval(rows), "mbe": mean(rows, "mbe"), "usd": costs["cost_usd"]}
-    scores["failed"] = step_means(step_sums([], [tried]))["failed"]
-    if host_list(config):
+    scores["failed"] = reward.step_means(step_sums([], [tried]))["failed"]
+    if keys.host_list(config):
         scores["blocked"] = costs["cost_blocked"] + costs["cost_fail_page_blocked_host"]
     return scores
 
 
-def scores_over_runs(
-    runs: Runs, verdicts: Sequence[Verdicts], config: Config
-) -> tuple[Scores, list[Scores]]:
+def scores_over_runs(runs: Runs, verdicts: list, config: Config) -> tuple[Row, list[Row]]:
     """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's
-    scores, too.
-
-    Their interval draws questions, with the mean F1 of each. What has no result or no verdict is
-    left out.
+    scores, too; their interval draws questions, with the mean F1 of each.
     """
-    each, answers = list[Scores](), defaultdict[str, list[Scores]](list)
+    each, answers = list[Row](), defaultdict[str, list[Row]](list)
     for tried, judged in zip(runs, verdicts, strict=True):
         known = usable(tried, config)
         if known:
             each.append(scores_of(tried, judged, config))
         for key, one in known.items():
-            answers[key].append({**measures(one), "mbe": judged.get(key), "answer": one.answer})
+            text = None if one.answer is None else " ".join(reward.words(one.answer))
+            answers[key].append({**measures(one), "mbe": judged.get(key), "answer": text})
     if config.repeats == 1:
         return each[0], each
-    scores: Scores = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
-    averages = [{"f1": mean(rows, "f1")} for rows in answers.values()]
+    scores: Row = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
+    right = "mbe" if scores["mbe"] is not None else "em"
+    averages, best, chosen = [], [], []
+    for rows in answers.values():
+        averages.append({"f1": mean(rows, "f1")})
+        best.append(max(rows, key=lambda row: row[right] or 0.0))
+        given = [row["answer"] for row in rows if row["answer"] is not None]
+        commonest = mode(given or [None])  # the earliest of equals
+        chosen.append(rows[[row["answer"] for row in rows].index(commonest)])
     scores |= {"n": len(answers), "f1_interval": interval(averages)}
-    chosen = [majority(rows) for rows in answers.values()]
+    scores["pass_at_k"] = mean(best, right)
     for name in ("f1", "em", "mbe"):
         values = [row[name] for row in each if row[name] is not None]
-        scores[f"{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        scores[f"{name}_std"] = stdev(values) if len(values) > 1 else None
         scores[f"majority_{name}"] = mean(chosen, name)
-    right = "em" if scores["mbe"] is None else "mbe"
-    best = [max(rows, key=lambda row: row[right] or 0.0) for rows in answers.values()]
-    return {**scores, "pass_at_k": mean(best, right)}, each
+    return scores, each
 
 
-def interval(rows: Sequence[Scores]) -> list[float]:
+def interval(rows: Sequence[Row]) -> list[float]:
     """The 95 % interval of the mean F1 of questions, from 2,000 draws of as many."""
     f1 = [row["f1"] for row in rows]
     means = np.random.default_rng(0).choice(f1, (2000, len(f1))).mean(axis=1)
     return np.quantile(means, (0.025, 0.975)).round(3).tolist()
 
 
-def mean(rows: Sequence[Scores], name: str) -> float | None:
+def mean(rows: Sequence[Row], name: str) -> float | None:
     """The mean of a score over the rows that have it."""
     known = [row[name] for row in rows if row.get(name) is not None]
     return sum(known) / len(known) if known else None
-
-
-def majority(rows: Sequence[Scores]) -> Scores:
-    """The run with the commonest answer, as the scorer reads it; the earliest of equally common
-    ones.
-    """
-    given = [row for row in rows if row["answer"] is not None]
-    texts = [words(row["answer"]) for row in given]
-    most = [texts.count(text) for text in texts]
-    return given[most.index(max(most))] if given else rows[0]
 
 
 def publish(run: Path, summary: Mapping[str, Any]) -> None:

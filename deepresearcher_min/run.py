@@ -1,5 +1,6 @@
-"""A run in the operating system: its command, its folder, its checkpoints, its ranks, and how it
-is stopped. Left out: uploading anywhere, and a run folder shared by two jobs at once.
+"""A run in the operating system: its command, folder, checkpoints and ranks, and how it is stopped.
+
+Left out: a run folder shared by two jobs at once.
 """
 
 import io
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TextIO
@@ -39,25 +41,23 @@ from deepresearcher_min.config import (
     parse_arguments,
     read_config,
 )
+from deepresearcher_min.search import check_search
 from deepresearcher_min.web import RunStopped
 
 RUNS = Path("runs")
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the hub
 HUB_TIMEOUT = 10.0  # for its first answer [s]
+LATE = ["matplotlib.figure", "bm25s", "trafilatura", "bs4", "lxml", "pypdf"]  # imported late
 State = dict[str, Any]  # step, questions asked, usd, seconds ... up to a checkpoint
 
 
 def run_program(
-    program: str,
-    about: str | None,
-    resolve: Callable[[list[str]], Config],
-    body: Callable,
-    argv: list[str],
+    program: str, about: str | None, resolve: Callable, body: Callable, argv: list[str]
 ) -> int:
     """What train.py and eval.py do around their own work, body(config, ranks, notes).
 
-    The exit code is 0: done, 2: the command, a file or a service is wrong; stopped, so that
-    --resume goes on, 3: by max_cost or a dead service, 130: by Ctrl-C. `about` begins --help.
+    The exit code is 0, or 2: the command, a file or a service is wrong, 3: stopped by max_cost or a
+    dead service, 130: by Ctrl-C; --resume goes on. `about` begins --help.
     """
     quiet_libraries()
     if {"-h", "--help"} & set(argv):
@@ -69,15 +69,16 @@ def run_program(
         run_dir = config.run_dir
         notes = check_inputs(config, argv, "eval.py" if program == "train.py" else "train.py")
         torch.set_num_threads(config.threads)
+        finished = watch(ranks, config.rank_timeout)
         body(config, ranks, notes)
+        finished.set()
     except (ValueError, FloatingPointError) as error:
         ranks.say_once(f"{program}: {' '.join(str(error).split())}", sys.stderr)
         return 2
     except (RunStopped, KeyboardInterrupt) as stopped:
         if os.path.exists(f"{run_dir}/config.yaml"):  # else nothing is begun
-            ranks.say_once(
-                f"{stopped}\nStopped. Go on with: python {program} --resume={run_dir}", sys.stdout
-            )
+            remedy = f"Stopped. Go on with: python {program} --resume={run_dir}"
+            ranks.say_once(f"{stopped}\n{remedy}", sys.stdout)
         return 3 if isinstance(stopped, RunStopped) else 130
     finally:
         ranks.stop()
@@ -90,7 +91,6 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     for name in ("huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # One process: that is meant.
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -100,9 +100,8 @@ def quiet_libraries() -> None:
 def open_run(argv: list[str], evaluates: bool = False) -> Config:
     """The resolved config: of a new run, or with --resume the one that was saved; argv over it.
 
-    A new evaluation starts from the config of the run that its model belongs to, else from a
-    preset. run_dir and date are always filled in. ConfigError where a new run would write into an
-    old one's folder.
+    An evaluation starts from the config of the run that its model belongs to, else from a preset.
+    run_dir and date are always filled in. ConfigError for a folder that holds another run.
     """
     typed, base = parse_arguments(argv), None
     if resume := typed.get("resume"):
@@ -148,13 +147,33 @@ def newest_run(evaluates: bool = False) -> Path:
     return found[-1].parent
 
 
+def check_needs(config: Config, questions: bool = True) -> None:
+    """One ConfigError that lists everything that is missing, before anything is loaded."""
+    missing = []
+    try:
+        check_search(config)
+    except ConfigError as error:
+        missing.append(str(error))
+    for key in ("reader_url", "judge_url"):
+        url = getattr(config, key)
+        if not re.match("(https?://|$)", url):
+            missing.append(f"{key}={url!r}: must begin with http:// or https://")
+    for package in LATE:
+        if find_spec(package) is None:
+            missing.append(f"{package} cannot be imported; pip install -r requirements-cpu.txt")
+    if config.dtype == "bfloat16" and not torch.cuda.is_available():
+        missing.append("dtype=bfloat16: there is no CUDA GPU; on a CPU use --dtype=float32")
+    if questions and config.search != "toy" and not config.data:
+        missing.append("data is empty: name a .parquet or .jsonl of questions with --data=FILE")
+    if missing:
+        raise ConfigError("; ".join(missing))
+
+
 @contextmanager
 def starting(config: Config, rank: int = 0) -> Iterator[None]:
-    """Everything before the first step: if it fails, a run folder that was not there before is gone
-    again.
+    """Everything before the first step: if it fails, a run folder that was not there is gone again.
 
-    Whatever is raised becomes a ConfigError; one that nobody has put into words yet says where it
-    comes from.
+    Whatever is raised becomes a ConfigError, which says where it comes from, if nothing else.
     """
     run = Path(config.run_dir)
     missing = [folder for folder in (run, *run.parents) if not os.path.exists(folder)]
@@ -178,10 +197,8 @@ def starting(config: Config, rank: int = 0) -> Iterator[None]:
 
 
 def fetch_model(model: str, ranks: "Ranks") -> None:
-    """Download a hub's model once on each node, with a bar; the other ranks wait, an hour as in any
-    collective.
-
-    ConfigError where it cannot be had. Left out: weights in other formats than safetensors.
+    """Download a hub's model once on each node, with a bar; the other ranks wait. ConfigError where
+    it cannot be had. Left out: weights in other formats than safetensors.
     """
     if os.path.isfile(f"{model}/{CONFIG_NAME}"):
         return
@@ -196,9 +213,7 @@ def fetch_model(model: str, ranks: "Ranks") -> None:
 
 
 def download(model: str) -> str:
-    """Bring a model's missing files into the hub's cache, on the first rank of a node; what went
-    wrong, unless the cache has the model.
-    """
+    """Bring a model into the hub's cache, by a node's first rank; what keeps it from there."""
     # Here: it takes a while, and only this needs it.
     from huggingface_hub import HfApi, snapshot_download, utils
 
@@ -211,10 +226,7 @@ def download(model: str) -> str:
     # Its own errors, those of its HTTP client and of the disk have no other class in common.
     except Exception as error:
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        problem = (
-            f"no folder here, and the hub cannot give it: {cause}; "
-            "name a chat model with --model=DIR"
-        )
+        problem = f"no folder here, and the hub cannot give it: {cause}; try --model=DIR"
         with suppress(OSError, ValueError):
             snapshot_download(model, allow_patterns=MODEL_FILES, local_files_only=True)
             problem = ""
@@ -232,9 +244,7 @@ class Ranks:
 
     @classmethod
     def start(cls) -> "Ranks":
-        """As torchrun's variables say; joins the process group, if there is one. On GPUs: never run
-        by us.
-        """
+        """As torchrun's variables say; joins their group. On GPUs: never run by us."""
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -250,9 +260,7 @@ class Ranks:
         return self.gather([value])[0]
 
     def deal(self, items: Sequence[Any]) -> list[Any]:
-        """This rank's share of the items, dealt out one by one; gather brings them back into this
-        order.
-        """
+        """This rank's share of the items, dealt out one by one; gather brings them back."""
         return list(items[self.rank :: self.world_size])
 
     def gather(self, items: list[Any]) -> list[Any]:
@@ -285,9 +293,7 @@ class Ranks:
         return tqdm(total=total, desc=name, unit="trajectory", leave=False, disable=disable)
 
     def say_once(self, text: str, stream: TextIO) -> None:
-        """Print how this ends; of several ranks only the first, since torchrun then ends the
-        others.
-        """
+        """Print how this ends; of several ranks only the first: torchrun then ends the others."""
         count = 1
         if self.world_size > 1:
             with suppress(RuntimeError):  # without its store nobody else is there any more
@@ -311,11 +317,9 @@ class Ranks:
 
 
 def watch(ranks: Ranks, limit: float) -> threading.Event:
-    """End this process when another rank's has died or hangs, so that nobody waits for it in a
-    collective for ever.
+    """End this process when another rank's has died or hangs, so that none waits for it for ever.
 
-    Every process counts up its own number in torchrun's store and looks at the others'. A loop that
-    runs wild inside a live process is not seen; the collectives' own timeout ends that. The event
+    Every process counts up its own number in torchrun's store and looks at the others'. The event
     is to be set after the last collective.
     """
     finished = threading.Event()
@@ -355,8 +359,7 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def save_checkpoint(config: Config, ranks: Ranks, state: State, write: Callable) -> None:
-    """checkpoints/step-000020/: what write(folder) puts there on every rank, and the state in
-    state.json.
+    """checkpoints/step-000020/: what write(folder) puts there on every rank, and state.json.
 
     Written aside and renamed, so a kill at any moment leaves the last good one; what is not
     complete is not found. A step that is saved already stays as it is. All but the newest
@@ -384,11 +387,7 @@ def save_checkpoint(config: Config, ranks: Ranks, state: State, write: Callable)
 
 
 def load_checkpoint(config: Config, ranks: Ranks, state: State, read: Callable) -> State:
-    """The state in the newest checkpoint, whose folder is read(folder) on every rank; without one,
-    `state`.
-
-    ConfigError where that run had another order of questions.
-    """
+    """The state in the newest checkpoint, which every rank read(folder)s; without one, `state`."""
     for folder in ranks.share(complete_checkpoints(Path(config.run_dir))[-1:]):
         order = state["order"]
         with named("resume", str(folder), "delete this checkpoint to go on from the one before"):

@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from deepresearcher_min.config import Config, ConfigError, require_environment
-from deepresearcher_min.evaluation import PlainChat, Task, check_needs, make_agent, open_web
+from deepresearcher_min.evaluation import PlainChat, Task, make_agent, open_web
 from deepresearcher_min.reward import measures
 from deepresearcher_min.rollout import Agent, Batch, roll_out
-from deepresearcher_min.run import Ranks, quiet_libraries
+from deepresearcher_min.run import Ranks, check_needs, quiet_libraries
 from deepresearcher_min.trajectory import Question, load_questions
 from deepresearcher_min.web import Web, WebFailure
 from eval import resolve

@@ -18,9 +18,9 @@ import eval as evaluation
 from deepresearcher_min import evaluation as room
 from deepresearcher_min import report
 from deepresearcher_min.config import ROOT, ConfigError, load_config
-from deepresearcher_min.evaluation import PlainChat, check_needs, load_examination
+from deepresearcher_min.evaluation import PlainChat, load_examination
 from deepresearcher_min.protocol import ChatFormat
-from deepresearcher_min.run import Ranks
+from deepresearcher_min.run import Ranks, check_needs
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 TOY = ["--preset=toy", "--model=toy", "--limit=4"]
