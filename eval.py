@@ -70,13 +70,9 @@ def conclude(config: Config, task: Task, started: float) -> None:
     """
     folder, runs = Path(config.run_dir), written(config, task)
     kept = [usable(tried, config) for tried in runs]
-    met = sum(len({one.question.id for one in tried}) for tried in runs)
-    count = sum(map(len, kept))
-    if not count:
-        raise RunStopped(
-            f"not one of {len(task.held_out)} questions has a result; "
-            "see trajectory_timeout and failures"
-        )
+    if not any(kept):
+        asked = f"not one of {len(task.held_out)} questions has a result"
+        raise RunStopped(f"{asked}; see trajectory_timeout and failures")
     verdicts, judge, usd = evaluation.ask_judge_all(config, kept)
     overall, each = evaluation.scores_over_runs(runs, verdicts, config)
     overall["usd"] = usd / config.repeats  # the judge's, too
@@ -90,7 +86,11 @@ def conclude(config: Config, task: Task, started: float) -> None:
         if sources.keys() & row.keys():
             cells = [row.get(name, "-") for name in table[0][1:]]
             table.append([f"paper: {row['method']}", *cells])
-    lost, spoilt = len(task.held_out) * config.repeats - met, met - count
+    lost = spoilt = 0
+    for tried, known in zip(runs, kept, strict=True):
+        met = {one.question.id for one in tried}
+        lost += len(task.held_out) - len(met)
+        spoilt += len(met) - len(known)
     caption = CAPTION + REPEATED * (config.repeats > 1)
     caption = caption.format(**asdict(config), judge=judge, lost=lost, spoilt=spoilt)
     caption = textwrap.fill(caption, 118)
@@ -123,15 +123,15 @@ def ask(config: Config, task: Task, agent: Agent) -> None:
 def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
     """The whole evaluation, or the one question."""
     started, judges = time.monotonic(), config.judge_url != ""
-    if judges:
-        require_environment(
-            "JUDGE_API_KEY", "judge_url needs it (any word, if the server asks for none)"
-        )
-        judge_rules(config)
-        if not config.judge_model:
-            raise ConfigError(f"judge_url={config.judge_url!r}: needs --judge_model=NAME, too")
     with starting(config, ranks.rank):
         check_needs(config, questions=False)
+        if judges:
+            require_environment(
+                "JUDGE_API_KEY", "judge_url needs it (any word, if none is asked for)"
+            )
+            judge_rules(config)
+            if not config.judge_model:
+                raise ConfigError(f"judge_url={config.judge_url!r}: needs --judge_model=NAME, too")
         task = evaluation.load_examination(config, ranks)
         done = ranks.share([usable(tried, config) for tried in written(config, task)])
         _, agent = evaluation.make_agent(config, task, ranks, notes)
@@ -143,11 +143,12 @@ def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
             ask(config, task, agent)
         else:
             ask_all(config, task, agent, done, ranks)
+            if ranks.rank == 0:
+                conclude(config, task, started)
+            ranks.share(None)  # all wait for the table: vLLM's end is that of the process group
     finally:
         agent.tools.close()
         agent.engine.close()
-    if ranks.rank == 0 and not config.question:
-        conclude(config, task, started)
 
 
 def main(argv: list[str]) -> int:
