@@ -230,9 +230,9 @@ def evaluate(
     """Ask each question once; the trajectories of this rank's share, for ranks.gather(). Seeds come
     of their `numbers` among all questions (0, 1, ...) and of the `run` of the repeats.
     """
-    share, mine = ranks.deal(questions), ranks.deal(numbers or range(len(questions)))
-    temperature, step = agent.config.eval_temperature, rollout.EVALUATION
-    batch = rollout.Batch(share, mine, 1, temperature, step, run)
+    share, numbers = ranks.deal(questions), ranks.deal(numbers or range(len(questions)))
+    temperature = agent.config.eval_temperature
+    batch = rollout.Batch(share, numbers, 1, temperature, rollout.EVALUATION, run)
     return [trajectory for (trajectory,) in rollout.roll_out(batch, agent, on_done)]
 
 
@@ -291,18 +291,15 @@ def ask_all(config: Config, task: Task, agent: Agent, done: Sequence[Known], ran
     # One run after the other: alone, the first is what it is without repeats.
     with bar:
         for run, known in enumerate(done):
-            numbers, questions, found = [], [], dict[str, str]()
-            for number, question in enumerate(task.held_out):
-                if question.id not in known:
-                    numbers.append(number)
-                    questions.append(question)
+            missing = {n: one for n, one in enumerate(task.held_out) if one.id not in known}
+            questions, found = list(missing.values()), dict[str, str]()
             if web:
                 web.run, web.enough = run, ENOUGH
             if config.method == "rag":
                 found, prepaid = search_once(ranks.deal(questions), agent)
             if config.method != "agent":
                 agent = replace(agent, chat=PlainChat(agent.chat, found))
-            evaluate(questions, agent, ranks, on_done, numbers, run)
+            evaluate(questions, agent, ranks, on_done, list(missing), run)
     raise_if_down(config, ranks.total(sums))  # now that every rank's file is complete
 
 
