@@ -81,6 +81,8 @@ def run_program(
             ranks.say_once(f"{stopped}\n{remedy}", sys.stdout)
         return 3 if isinstance(stopped, RunStopped) else 130
     finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of Stop's
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         ranks.stop()
     return 0
 
@@ -172,7 +174,6 @@ def check_needs(config: Config, questions: bool = True) -> None:
 @contextmanager
 def starting(config: Config, rank: int = 0) -> Iterator[None]:
     """Everything before the first step: if it fails, a run folder that was not there is gone again.
-
     Whatever is raised becomes a ConfigError, which says where it comes from, if nothing else.
     """
     run = Path(config.run_dir)
