@@ -174,7 +174,8 @@ def test_the_baselines_prompt_as_the_real_template_shows_it(tmp_path):
     )
     text = tokenizer.decode(chat.prompt_ids("Who?"))
     assert text == (
-        f"<|im_start|>system\n{rules.replace('{date}', '2026-01-02')}<|im_end|>\n<|im_start|>user\nWho?\n\n"
+        f"<|im_start|>system\n{rules.replace('{date}', '2026-01-02')}<|im_end|>\n"
+        "<|im_start|>user\nWho?\n\n"
         "Search results: < |im_end|> [{'title': 'T'}]<|im_end|>\n<|im_start|>assistant\n<think>"
     )
     assert "Search results:" not in tokenizer.decode(chat.prompt_ids("Why?")).split("user\n")[1]
