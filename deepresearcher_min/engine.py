@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 
 from deepresearcher_min.architecture import check_architecture, key_shape, load_model
 from deepresearcher_min.config import Config, ConfigError
+from deepresearcher_min.run import missing_gpu
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -407,13 +408,3 @@ def make_engine(config: Config, model_dir: str, world_size: int = 1) -> Engine:
     if missing:
         raise ConfigError(f"engine=vllm: {missing} (see requirements.txt); or use engine=hf")
     return VLLMEngine(config, model_dir, world_size)
-
-
-def missing_gpu() -> str:
-    """Why there is none, by PyTorch's words: no GPU, an old driver, a build for CPUs. Or ""."""
-    try:
-        if not torch.cuda.is_available():
-            torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return f"there is no CUDA GPU that PyTorch can use ({str(error).split('. ')[0]})"
-    return ""

@@ -1,70 +1,53 @@
-"""What train.py and eval.py share: the task, the agent, how a run begins, and the scores of an
-evaluation.
+"""What is asked, who answers, and how well: for train.py's measuring and for eval.py.
 
-Everything that a run needs is loaded and tried here, before its first step: a mistake is one
-ConfigError. Left out: tests of significance; the interval and the deviation over runs say what a
-difference is worth.
+The parts of a run are tried before its first step, so that a mistake is one ConfigError. Left out:
+tests of significance; the interval and the deviation over runs say what a difference is worth.
 """
 
-import importlib
-import io
+import asyncio
+import hashlib
 import json
-import logging
-import re
-import sys
-import warnings
+import os
+import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import mode
+from statistics import mode, stdev
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 import yaml
+from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from deepresearcher_min import report, toyworld
-from deepresearcher_min.config import (
-    Config,
-    ConfigError,
-    check_inputs,
-    describe,
-    help_text,
-    host_list,
-    named,
-    replace_file,
-    searches_web,
-    uses_web,
-)
-from deepresearcher_min.engine import make_engine, missing_gpu
+from deepresearcher_min import config as keys
+from deepresearcher_min import report, reward, rollout, toyworld
+from deepresearcher_min.config import Config, ConfigError, named, replace_file
+from deepresearcher_min.engine import make_engine
 from deepresearcher_min.protocol import ChatFormat, declared_ends, read_tools
-from deepresearcher_min.reward import measures, step_means, step_sums, summarize, words
-from deepresearcher_min.rollout import (
-    EVALUATION,
-    Agent,
-    Batch,
-    OnDone,
-    Tools,
-    roll_out,
-    try_services,
-)
-from deepresearcher_min.run import Ranks
-from deepresearcher_min.search import Corpus, check_search
-from deepresearcher_min.trajectory import Question, Trajectory, load_questions
-from deepresearcher_min.web import ROLES, RunStopped, Web
+from deepresearcher_min.reward import measures, step_sums
+from deepresearcher_min.rollout import Agent, OnDone, Tools
+from deepresearcher_min.run import Ranks, fetch_model
+from deepresearcher_min.search import INDEX_CACHE, Corpus
+from deepresearcher_min.trajectory import Group, Question, Recording, Trajectory, load_questions
+from deepresearcher_min.web import ROLES, RunStopped, Web, WebFailure, raise_if_down
 
-PARSING = [
-    "matplotlib.figure",
-    "trafilatura",
-    "bs4",
-    "lxml",
-    "pypdf",
-]  # imported late: curves, live pages
-Scores = dict[str, Any]
+# The revision is the one at which a public copy of the official repository has the file; never
+# fetched by us. What decides is the checksum, that of the published file, 3,197 questions.
+OFFICIAL = "https://raw.githubusercontent.com/GAIR-NLP/DeepResearcher"
+TEST_SET_URL = f"{OFFICIAL}/b576f0cc08e1ca39027f29a56a99548b743bfd3b/data/test.parquet"
+TEST_SET_SHA256 = "30c21c7da1872af08d7db1aacb5f45a57d0a7f038dd7f7baed51231bf6c5e10e"
+BILLS = "judge.jsonl"  # in a run folder: what each judging cost
+FAILED = {f"{role}_failed" for role in ROLES}  # counts of a trajectory that met a failed service
+ENOUGH = 50  # calls to a service after which an evaluation stops where most of them failed
+Runs = list[list[Trajectory]]  # of an evaluation that repeats its questions
+Known = Mapping[str, Trajectory]  # of one run, by question
 Verdicts = Mapping[str, float | None]  # of the judge, by question
+Row = dict[str, Any]  # the scores of an evaluation, or of one answer
 
 
 @dataclass(frozen=True)
@@ -80,38 +63,31 @@ class Task:
 
 
 def load_task(config: Config, key: str = "eval_data") -> Task:
-    """Questions, offline web and model that the config names; ConfigError or ValueError for what
-    cannot be used.
-
-    `key` is what messages call eval_data. Without data there is nothing to learn on, or to set
-    aside.
+    """Questions, offline web and model that the config names; ValueError for what cannot be used.
+    `key` is what messages call eval_data. Without data there is nothing to learn on.
     """
-    model_dir = str(toyworld.MODEL_DIR) if config.model == "toy" else config.model
+    model_dir = config.model
+    if model_dir == "toy":
+        model_dir = str(toyworld.MODEL_DIR)
+    seed, count = config.seed, config.eval_questions
     if config.search == "toy":
-        world, held_out = (
-            toyworld.World("training", config.seed),
-            toyworld.World("held out", config.seed),
-        )
-        questions = world.questions(1000, config.seed)
-        examination = held_out.questions(config.eval_questions, config.seed)
-        return Task(model_dir, questions, examination, world.corpus, held_out.corpus, held_out)
+        world, other = toyworld.World("training", seed), toyworld.World("held out", seed)
+        questions, held_out = world.questions(1000, seed), other.questions(count, seed)
+        return Task(model_dir, questions, held_out, world.corpus, other.corpus, other)
     questions = read_questions("data", config.data)
-    examination = read_questions(key, config.eval_data)[: config.eval_questions or None]
+    held_out = read_questions(key, config.eval_data)[: count or None]
     if config.data and not config.eval_data:  # set aside, and never trained on
-        if not 0 < config.eval_questions < len(questions):
+        if not 0 < count < len(questions):
             raise ConfigError(
-                f"eval_questions={config.eval_questions}: without eval_data, 1 to {len(questions) - 1} of the "
+                f"eval_questions={count}: without eval_data, 1 to {len(questions) - 1} of the "
                 f"{len(questions)} questions of data={config.data} are set aside"
             )
-        examination, questions = (
-            questions[: config.eval_questions],
-            questions[config.eval_questions :],
-        )
+        held_out, questions = questions[:count], questions[count:]
     corpus = None
     if config.corpus:
         with named("corpus", config.corpus, "it must be a corpus.jsonl (title, url, text)"):
             corpus = Corpus.from_jsonl(config.corpus)
-    return Task(model_dir, questions, examination, corpus, corpus)
+    return Task(model_dir, questions, held_out, corpus, corpus)
 
 
 def read_questions(key: str, path: str) -> list[Question]:
@@ -119,20 +95,58 @@ def read_questions(key: str, path: str) -> list[Question]:
         return load_questions(path) if path else []
 
 
+def load_examination(config: Config, ranks: Ranks) -> Task:
+    """eval.py's task: at most `limit` questions of each data source, of eval_data (or --data), else
+    of those that the model's run set aside, else of the official test set.
+    """
+    file = config.eval_data
+    if config.search != "toy" and not (file or config.data or config.question):
+        file = ranks.share(test_set(config) if ranks.rank == 0 else None)
+    if file:  # all of it, and no training data
+        config = replace(config, data="", eval_data=file, eval_questions=0)
+    task, taken, kept = load_task(config, "data"), Counter[str](), []
+    for question in task.held_out:
+        taken[question.source] += 1
+        if config.limit == 0 or taken[question.source] <= config.limit:
+            kept.append(question)
+    return replace(task, held_out=kept)
+
+
+def test_set(config: Config) -> str:
+    """The official test set, fetched once and kept under ~/.cache; ConfigError if it cannot be."""
+    path = INDEX_CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
+    body = path.read_bytes() if os.path.isfile(path) else b""
+    if hashlib.sha256(body).hexdigest() == TEST_SET_SHA256:
+        return str(path)
+    with closing(Web(replace(config, cassette_mode="live"), ":memory:")) as web:
+        try:
+            body, _ = web.fetch(TEST_SET_URL, Counter(), time.monotonic() + 120, own=True)
+        except WebFailure as failure:
+            remedy = f"({TEST_SET_URL}) Or name --data=FILE"
+            raise ConfigError(f"the official test set: {failure.words} {remedy}") from None
+    found = hashlib.sha256(body).hexdigest()
+    if found != TEST_SET_SHA256:
+        wanted = f"sha256 {found}, not {TEST_SET_SHA256}"
+        raise ConfigError(f"{TEST_SET_URL} sent another file: {wanted}")
+    replace_file(path, body)
+    return str(path)
+
+
 def open_web(config: Config, ranks: Ranks) -> Web:
     """The web through the cassette that the config names, or that of the run folder."""
-    cassette = config.cassette or Path(config.run_dir) / "cassette.sqlite"
-    with named("cassette", str(cassette), "it must be an SQLite file that can be written"):
+    cassette = config.cassette or f"{config.run_dir}/cassette.sqlite"
+    with named("cassette", cassette, "it must be an SQLite file that can be written"):
         web = Web(config, cassette, ranks.rank, ranks.world_size)
         web.db.execute("SELECT key, time, reply FROM replies LIMIT 1")  # or it is another program's
-        return web
+    return web
 
 
-def load_chat(config: Config, task: Task) -> ChatFormat:
-    """The tokenizer and its template, tried with the first question; ConfigError for what the agent
-    cannot use.
+def make_agent(config: Config, task: Task, ranks: Ranks, notes: list) -> tuple[Agent, Agent]:
+    """The agent in training, and the same one on the held-out web; all parts are tried. A context
+    above the model's own is a line more in `notes`.
     """
-    prompt = ""
+    fetch_model(task.model_dir, ranks)
+    prompt, asked = "", config.max_model_len
     if config.system_prompt_file:
         with named("system_prompt_file", config.system_prompt_file):
             prompt = Path(config.system_prompt_file).read_text(encoding="utf-8")
@@ -142,128 +156,158 @@ def load_chat(config: Config, task: Task) -> ChatFormat:
         schemas = read_tools(config.tools_file)
     with named("model", config.model, "name a chat model with --model=DIR"):
         model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
-        tokenizer, ends = (
-            AutoTokenizer.from_pretrained(task.model_dir),
-            declared_ends(task.model_dir),
-        )
-        chat = ChatFormat(tokenizer, config.date, prompt, schemas, ends)
-        questions = task.questions + task.held_out
-        ids = chat.prompt_ids(questions[0].text if questions else "Who?")
-        if max(ids) >= model.vocab_size:
-            raise ValueError(
-                f"token {max(ids)} of its tokenizer is none of the model's {model.vocab_size}"
-            )
+        tokenizer = AutoTokenizer.from_pretrained(task.model_dir)
+        chat = ChatFormat(tokenizer, config.date, prompt, schemas, declared_ends(task.model_dir))
+        ids = chat.prompt_ids("Who?")
+        last, size = max(ids), model.vocab_size
+        if last >= size:
+            raise ValueError(f"token {last} of its tokenizer is none of the model's {size}")
         chat.message_ids(chat.opening("x"))  # as reader: engine asks
-    if len(ids) >= config.max_model_len:
-        raise ConfigError(
-            f"max_model_len={config.max_model_len}: the prompt alone has {len(ids)} tokens"
-        )
-    return chat
-
-
-def make_agent(config: Config, task: Task, ranks: Ranks) -> tuple[Agent, Agent]:
-    """The agent in training, and the same one on the held-out web."""
-    chat = load_chat(config, task)
-    web = open_web(config, ranks) if uses_web(config) else None
-    tools = Tools(config, chat, task.corpus, web)
+    if len(ids) >= asked:
+        raise ConfigError(f"max_model_len={asked}: the prompt alone has {len(ids)} tokens")
+    limit = getattr(model, "max_position_embeddings", None) or asked
+    if asked > limit:
+        notes.append(f"max_model_len={asked} is above the model's own limit of {limit} tokens.")
+    web = open_web(config, ranks) if keys.uses_web(config) else None
     with named("model", config.model):
         engine = make_engine(config, task.model_dir, ranks.world_size)
-    agent = Agent(config, engine, tools, chat)
+    agent = Agent(config, engine, Tools(config, chat, task.corpus, web), chat)
     return agent, replace(agent, tools=Tools(config, chat, task.held_out_corpus, web))
 
 
-def run_program(
-    program: str,
-    about: str | None,
-    resolve: Callable[[list[str]], Config],
-    body: Callable[[Config, Ranks, list[str]], int],
-    argv: list[str],
-) -> int:
-    """What train.py and eval.py do around their own work, `body`; the exit code. `about` is what
-    --help says first.
+def begin(config: Config, ranks: Ranks, notes: list, asks: Any = True, judges=False) -> None:
+    """Try the services that the run will use (ConfigError on all ranks); then write its config.yaml
+    and say what is special about it, unless it is for one typed question.
     """
-    quiet_libraries()
-    if {"-h", "--help"} & set(argv):
-        print(f"{about}\n{help_text()}")
-        return 0
-    ranks, learns = Ranks.start(), program == "train.py"
-    try:
-        config = ranks.share(resolve(argv) if ranks.rank == 0 else None)  # one clock names the run
-        notes = check_inputs(config, argv, "eval.py" if learns else "train.py")
-        check_needs(config, questions=learns)
-        torch.set_num_threads(config.threads)
-        return body(config, ranks, notes)
-    except (ValueError, FloatingPointError) as error:
-        ranks.complain(program, error)
-        return 2
-    except KeyboardInterrupt:  # before the first step: nothing is begun
-        return 130
-    finally:
-        ranks.stop()
+    trouble = ""
+    if ranks.rank == 0 and config.cassette_mode != "replay":
+        trouble = rollout.try_services(config, asks, judges)
+    trouble = ranks.share(trouble)
+    if trouble:
+        raise ConfigError(trouble)
+    if ranks.rank == 0 and not config.question:
+        text = yaml.safe_dump(asdict(config), sort_keys=False)
+        replace_file(Path(config.run_dir) / "config.yaml", text.encode())
+        print(f"Preset {config.preset}; what differs from config.yaml:\n{keys.describe(config)}\n")
+        print(*notes, sep="\n", flush=True)
+
+
+class PlainChat(ChatFormat):
+    """The prompt of the baselines: no tools, and for rag what a search for the question found."""
+
+    def __init__(self, chat: ChatFormat, found: Mapping[str, str]) -> None:
+        vars(self).update(vars(chat))
+        self.tools, self.found = None, found
+
+    def prompt_ids(self, question: str) -> list[int]:
+        found = self.found.get(question)
+        if found:
+            question = f"{question}\n\nSearch results: {found}"
+        return super().prompt_ids(question)
+
+
+def search_once(questions: Sequence[Question], agent: Agent) -> tuple[dict, dict]:
+    """For rag, what a search for each question finds, by its text, and what it costs, by its id."""
+    texts, costs = dict[str, str](), dict[str, Counter[str]]()
+
+    async def search(question: Question) -> None:
+        record, most = Recording(question, []), agent.config.max_observation_tokens
+        entry = await agent.tools.entry("search", question.text, record)
+        texts[question.text], *_ = agent.chat.fit("search", [entry], most)
+        costs[question.id] = record.cost
+
+    async def search_all() -> None:
+        agent.tools.slots = asyncio.Semaphore(agent.config.tool_threads or 1)
+        await asyncio.gather(*map(search, questions))
+
+    asyncio.run(search_all())
+    return texts, costs
 
 
 def evaluate(
-    questions: Sequence[Question], agent: Agent, ranks: Ranks, on_done: OnDone
+    questions: list[Question], agent: Agent, ranks: Ranks, on_done: OnDone, numbers: Any = (), run=0
 ) -> list[Trajectory]:
-    """One trajectory for each question at config.eval_temperature; every rank gets all of them, in
-    order.
+    """Ask each question once; the trajectories of this rank's share, for ranks.gather(). Seeds come
+    of their `numbers` among all questions (0, 1, ...) and of the `run` of the repeats.
     """
-    mine, numbers = ranks.deal(questions), ranks.deal(range(len(questions)))
-    batch = Batch(mine, numbers, 1, agent.config.eval_temperature, step=EVALUATION)
-    return ranks.gather([trajectory for (trajectory,) in roll_out(batch, agent, on_done)])
+    share, numbers = ranks.deal(questions), ranks.deal(numbers or range(len(questions)))
+    temperature = agent.config.eval_temperature
+    batch = rollout.Batch(share, numbers, 1, temperature, rollout.EVALUATION, run)
+    return [trajectory for (trajectory,) in rollout.roll_out(batch, agent, on_done)]
 
 
-def check_needs(config: Config, questions: bool = True) -> None:
-    """One ConfigError that lists everything that is missing, before anything is loaded."""
-    missing = []
-    try:
-        check_search(config)
-    except ConfigError as error:
-        missing.append(str(error))
-    for key in ("reader_url", "judge_url"):
-        if not re.match("(https?://|$)", url := getattr(config, key)):
-            missing.append(f"{key}={url!r}: must begin with http:// or https://")
-    for package in PARSING if searches_web(config) else ["matplotlib.figure", "bm25s"]:
-        try:
-            importlib.import_module(package)
-        except Exception as error:
-            missing.append(
-                f"{package} cannot be imported ({error}); pip install -r requirements-cpu.txt"
-            )
-    if config.dtype == "bfloat16" and (reason := missing_gpu()):
-        missing.append(f"dtype=bfloat16: {reason}; on a CPU use --dtype=float32 and a small model")
-    if questions and config.search != "toy" and not config.data:
-        missing.append(
-            "data is empty: name a file of questions (.parquet or .jsonl) with --data=FILE"
-        )
-    if missing:
-        raise ConfigError("; ".join(missing))
+def write_groups(config: Config, name: str, step: int, groups: Sequence[Group]) -> None:
+    """All trajectories as JSON lines, and the best and the worst as text."""
+    path = Path(f"{config.run_dir}/trajectories/{name}.jsonl")
+    why = partial(reward.explain, config=config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # of a step that was run before a kill, and runs again
+    report.write_trajectories(path, step, groups, why)
+    report.write_readable(path.with_suffix(".txt"), groups, why)
 
 
-def quiet_libraries() -> None:
-    """Bars and warnings of libraries that would only come between the run's own lines; any console
-    will do.
+def written(config: Config, task: Task) -> Runs:
+    """What eval.py has written of each run: not what the harness ended, but what is not usable."""
+    asked = {question.id for question in task.held_out}
+    runs: Runs = [[] for _ in range(config.repeats)]
+    for file in sorted(Path(config.run_dir).glob("trajectories/eval*.jsonl")):
+        for row in report.read_json_lines(file):
+            if row["id"] in asked and row["index"] < config.repeats:
+                runs[row["index"]].append(report.read_trajectory(row))
+    return runs
+
+
+def usable(tried: Sequence[Trajectory], config: Config) -> Known:
+    """The last trajectory of each question, by its id, that met no failed service; the others are
+    asked again (but in a replay, which would repeat the failures).
     """
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    for name in ("huggingface_hub", "matplotlib"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings(
-        "ignore", "torch.distributed is disabled", UserWarning
-    )  # one process: that is meant
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # a console that lacks a character must not end a run
+    known = {}
+    for one in tried:
+        if config.cassette_mode == "replay" or not FAILED & one.cost.keys():
+            known[one.question.id] = one
+    return dict(sorted(known.items()))
 
 
-def check_services(config: Config, ranks: Ranks, agent: bool = True, judge: bool = False) -> None:
-    """Try the services that the run will use, on rank 0; ConfigError on all ranks."""
-    ask = ranks.rank == 0 and config.cassette_mode != "replay"
-    trouble = ranks.share(try_services(config, agent, judge) if ask else "")
-    if trouble:
-        raise ConfigError(trouble)
+def ask_all(config: Config, task: Task, agent: Agent, done: Sequence[Known], ranks: Ranks) -> None:
+    """Ask what is not `done` yet in each run; a trajectory is written as it ends, so that no kill
+    loses or repeats one.
+    """
+    path = Path(f"{config.run_dir}/trajectories/{ranks.own('eval')}.jsonl")
+    web, why = agent.tools.browser.web, partial(reward.explain, config=config)
+    sums, paid, prepaid = Counter[str](), spent(config, done), dict[str, Counter[str]]()
+    left = len(task.held_out) * config.repeats - sum(map(len, done))
+    bar = ranks.progress(config.method, left // ranks.world_size)
+
+    def on_done(one: Trajectory) -> None:
+        one = replace(one, cost={**prepaid.get(one.question.id, {}), **one.cost})
+        group = reward.judge(one.question, [one], config, 0)  # empty for what the harness ended
+        report.write_trajectories(path, 0, [group], why, run)
+        sums.update(step_sums([group], [[one]]))
+        usd, f1 = sums["cost_usd"], sums["f1"] / max(1, sums["trajectories"])
+        bar.update()
+        bar.set_postfix_str(f"F1 {f1:.3f}, ${usd:.2f}")
+        check_budget(config, paid + usd * ranks.world_size)  # the others pay about as much
+
+    # One run after the other: alone, the first is what it is without repeats.
+    with bar:
+        for run, known in enumerate(done):
+            missing = {n: one for n, one in enumerate(task.held_out) if one.id not in known}
+            questions, found = list(missing.values()), dict[str, str]()
+            if web:
+                web.run, web.enough = run, ENOUGH
+            if config.method == "rag":
+                found, prepaid = search_once(ranks.deal(questions), agent)
+            if config.method != "agent":
+                agent = replace(agent, chat=PlainChat(agent.chat, found))
+            evaluate(questions, agent, ranks, on_done, list(missing), run)
+    raise_if_down(config, ranks.total(sums))  # now that every rank's file is complete
+
+
+def spent(config: Config, runs: Sequence[Known]) -> float:
+    """Dollars for these trajectories and for the judge so far."""
+    costs = [one.cost for known in runs for one in known.values()]
+    costs += report.read_json_lines(Path(config.run_dir) / BILLS)
+    return sum(cost.get("usd", 0.0) for cost in costs)
 
 
 def check_budget(config: Config, usd: float) -> None:
@@ -272,118 +316,100 @@ def check_budget(config: Config, usd: float) -> None:
         raise RunStopped(f"The estimated cost, ${usd:.2f}, has reached max_cost={config.max_cost}.")
 
 
-def publish(run: Path, summary: Mapping[str, Any]) -> None:
-    """Write summary.json and report.html."""
-    (run / "summary.json").write_text(
-        json.dumps(report.jsonable(summary), indent=1), encoding="utf-8"
-    )
-    report.write_html(run)
-
-
-def begin(config: Config, task: Task, ranks: Ranks, notes: Sequence[str]) -> None:
-    """Write the run's config.yaml, and say what is special about this run."""
-    if ranks.rank > 0:
-        return
-    replace_file(
-        Path(config.run_dir) / "config.yaml",
-        yaml.safe_dump(asdict(config), sort_keys=False).encode(),
-    )
-    print(
-        f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n",
-        *notes,
-        sep="\n",
-    )
-    model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
-    limit = getattr(model, "max_position_embeddings", None) or config.max_model_len
-    if config.max_model_len > limit:
-        print(
-            f"max_model_len={config.max_model_len} is above the model's own limit of {limit} tokens."
-        )
-    sys.stdout.flush()
-
-
-def usable(tried: Sequence[Trajectory], config: Config) -> dict[str, Trajectory]:
-    """The last trajectory of each question, by its id, that met no failed service; the others are
-    asked again.
-
-    A replay, which would repeat the failures, keeps them.
+def ask_judge_all(config: Config, runs: Sequence[Known]) -> tuple[list[Verdicts], str, float]:
+    """MBE by question in each run (empty without a judge), a sentence on who judged and what stayed
+    without a verdict, and dollars so far. RunStopped at max_cost.
     """
-    known = {}
-    for one in sorted(tried, key=lambda one: one.question.id):
-        met = any(f"{role}_failed" in one.cost for role in ROLES)
-        if not met or config.cassette_mode == "replay":
-            known[one.question.id] = one
-    return known
+    paid = spent(config, runs)
+    if not config.judge_url:
+        return [{} for _ in runs], "not measured (judge_url is empty)", paid
+    web, counts, verdicts = open_web(config, Ranks()), Counter[str](), list[Verdicts]()
+    web.enough = ENOUGH
+
+    def ask_one(one: Trajectory) -> float | None:
+        if config.price_judge_token:
+            check_budget(config, paid + counts["usd"])
+        return reward.ask_judge(one, config, web, counts)
+
+    try:
+        for web.run, known in enumerate(runs):
+            with ThreadPoolExecutor(max(1, config.tool_threads)) as pool:
+                asked = tqdm(pool.map(ask_one, known.values()), "judge", len(known), disable=None)
+                verdicts.append(dict(zip(known, asked, strict=True)))
+    finally:
+        report.append_json_line(Path(config.run_dir) / BILLS, {"usd": counts["usd"]})
+        web.close()
+    raise_if_down(config, web.totals)
+    silent = sum(list(each.values()).count(None) for each in verdicts)
+    causes = [f"{amount} {name}" for name, amount in counts.items() if "fail_judge_" in name]
+    words = f"without a verdict, left out: {silent} ({', '.join(causes) or '-'})"
+    return verdicts, f"by {config.judge_model}; {words}", paid + counts["usd"]
 
 
-def scores_of(tried: Sequence[Trajectory], rows: Sequence[Scores], config: Config) -> Scores:
-    """summarize(), and F1's interval, MBE over the answers with a verdict, behaviours, dollars,
-    what was blocked.
-
-    Of those that are usable, whose measures are the rows; but all that were tried count in the
-    share of failed calls.
-    """
+def scores_of(tried: list[Trajectory], verdicts: Verdicts, config: Config) -> Row:
+    """What reward.summarize says and more, of those that are usable; but all count in `failed`."""
     found = list(usable(tried, config).values())
-    shown = Counter(name for one in found for name in report.behaviours(one))
-    costs = step_sums([], [found])
-    f1 = [row["f1"] for row in rows]
-    scores: Scores = {name: shown[name] / len(found) for name in report.BEHAVIOURS}
-    scores |= {"f1_interval": interval(f1), "mbe": mean(rows, "mbe"), "usd": costs["cost_usd"]}
-    scores["failed"] = step_means(step_sums([], [tried]))["failed"]
-    if host_list(config):
+    rows, shown = [], Counter[str]()
+    for one in found:
+        rows.append({**measures(one), "mbe": verdicts.get(one.question.id)})
+        shown.update(report.behaviours(one))
+    costs, scores = step_sums([], [found]), Row(reward.summarize(found))
+    for name in report.BEHAVIOURS:
+        scores[name] = shown[name] / len(found)
+    scores |= {"f1_interval": interval(rows), "mbe": mean(rows, "mbe"), "usd": costs["cost_usd"]}
+    scores["failed"] = reward.step_means(step_sums([], [tried]))["failed"]
+    if keys.host_list(config):
         scores["blocked"] = costs["cost_blocked"] + costs["cost_fail_page_blocked_host"]
-    return {**summarize(found), **scores}
+    return scores
 
 
-def interval(values: Sequence[Any]) -> list[float]:
-    """The 95 % interval of the mean of a score of questions, from 2,000 draws of as many."""
-    means = np.random.default_rng(0).choice(values, (2000, len(values))).mean(axis=1)
+def scores_over_runs(runs: Runs, verdicts: list, config: Config) -> tuple[Row, list[Row]]:
+    """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's
+    scores, too; their interval draws questions, with the mean F1 of each.
+    """
+    each, answers = list[Row](), defaultdict[str, list[Row]](list)
+    for tried, judged in zip(runs, verdicts, strict=True):
+        known = usable(tried, config)
+        if known:
+            each.append(scores_of(tried, judged, config))
+        for key, one in known.items():
+            text = None if one.answer is None else " ".join(reward.words(one.answer))
+            answers[key].append({**measures(one), "mbe": judged.get(key), "answer": text})
+    if config.repeats == 1:
+        return each[0], each
+    scores: Row = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
+    right = "mbe" if scores["mbe"] is not None else "em"
+    averages, best, chosen = [], [], []
+    for rows in answers.values():
+        averages.append({"f1": mean(rows, "f1")})
+        best.append(max(rows, key=lambda row: row[right] or 0.0))
+        given = [row["answer"] for row in rows if row["answer"] is not None]
+        commonest = mode(given or [None])  # the earliest of equals
+        chosen.append(rows[[row["answer"] for row in rows].index(commonest)])
+    scores |= {"n": len(answers), "f1_interval": interval(averages)}
+    scores["pass_at_k"] = mean(best, right)
+    for name in ("f1", "em", "mbe"):
+        values = [row[name] for row in each if row[name] is not None]
+        scores[f"{name}_std"] = stdev(values) if len(values) > 1 else None
+        scores[f"majority_{name}"] = mean(chosen, name)
+    return scores, each
+
+
+def interval(rows: Sequence[Row]) -> list[float]:
+    """The 95 % interval of the mean F1 of questions, from 2,000 draws of as many."""
+    f1 = [row["f1"] for row in rows]
+    means = np.random.default_rng(0).choice(f1, (2000, len(f1))).mean(axis=1)
     return np.quantile(means, (0.025, 0.975)).round(3).tolist()
 
 
-def mean(rows: Sequence[Scores], name: str) -> float | None:
+def mean(rows: Sequence[Row], name: str) -> float | None:
     """The mean of a score over the rows that have it."""
     known = [row[name] for row in rows if row.get(name) is not None]
     return sum(known) / len(known) if known else None
 
 
-def scores_over_runs(
-    runs: Sequence[Sequence[Trajectory]], verdicts: Sequence[Verdicts], config: Config
-) -> tuple[Scores, list[Scores]]:
-    """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's
-    scores, too.
-
-    Their interval draws questions, with the mean F1 of each. What has no result or no verdict is
-    left out.
-    """
-    each, answers = list[Scores](), defaultdict[str, list[Scores]](list)
-    for tried, judged in zip(runs, verdicts, strict=True):
-        rows = []
-        for key, one in usable(tried, config).items():
-            text = None if one.answer is None else " ".join(words(one.answer))
-            rows.append({**measures(one), "mbe": judged.get(key), "text": text})
-            answers[key].append(rows[-1])
-        if rows:
-            each.append(scores_of(tried, rows, config))
-    if config.repeats == 1:
-        return each[0], each
-    scores: Scores = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
-    averages = [mean(rows, "f1") for rows in answers.values()]
-    scores |= {"n": len(answers), "f1_interval": interval(averages)}
-    chosen = [majority(rows) for rows in answers.values()]
-    for name in ("f1", "em", "mbe"):
-        values = [row[name] for row in each if row[name] is not None]
-        scores[f"{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        scores[f"majority_{name}"] = mean(chosen, name)
-    right = "em" if scores["mbe"] is None else "mbe"
-    best = [max(rows, key=lambda row: row[right] or 0.0) for rows in answers.values()]
-    return {**scores, "pass_at_k": mean(best, right)}, each
-
-
-def majority(rows: Sequence[Scores]) -> Scores:
-    """The run with the commonest answer, as the scorer reads it; the earliest of equally common
-    ones.
-    """
-    texts = [row["text"] for row in rows if row["text"] is not None]
-    commonest = mode(texts) if texts else None
-    return next(row for row in rows if row["text"] == commonest)
+def publish(run: Path, summary: Mapping[str, Any]) -> None:
+    """Write summary.json and report.html."""
+    text = json.dumps(report.jsonable(summary), indent=1)
+    (run / "summary.json").write_text(text, encoding="utf-8")
+    report.write_html(run)

@@ -1,10 +1,11 @@
-"""A run on disk and in the operating system: its folder, its checkpoints, its ranks, and how it is
-stopped.
+"""A run in the operating system: its command, folder, checkpoints and ranks, and how it is stopped.
 
-Left out: uploading anywhere, and a run folder shared by two jobs at once.
+Left out: a run folder shared by two jobs at once.
 """
 
+import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,64 +14,123 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+import transformers
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME
 
 from deepresearcher_min.config import (
     Config,
     ConfigError,
+    check_inputs,
+    help_text,
     load_config,
     named,
     parse_arguments,
     read_config,
 )
+from deepresearcher_min.search import check_search
+from deepresearcher_min.web import RunStopped
 
 RUNS = Path("runs")
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the hub
 HUB_TIMEOUT = 10.0  # for its first answer [s]
+LATE = ["matplotlib.figure", "bm25s", "trafilatura", "bs4", "lxml", "pypdf"]  # imported late
+State = dict[str, Any]  # step, questions asked, usd, seconds ... up to a checkpoint
 
 
-def newest_run(kind: str = "run", files: str = "*/metrics.jsonl") -> Path:
-    """The folder under runs/ that wrote such a file last; ConfigError if there is none."""
-    runs = sorted(RUNS.glob(files), key=lambda file: file.stat().st_mtime)
-    if not runs:
-        raise ConfigError(
-            f"there is no {kind} under runs/ yet; train.py makes runs, eval.py evaluations of them"
-        )
-    return runs[-1].parent
+def run_program(
+    program: str, about: str | None, resolve: Callable, body: Callable, argv: list[str]
+) -> int:
+    """What train.py and eval.py do around their own work, body(config, ranks, notes).
 
-
-def complete_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run that were written to the end, oldest first."""
-    return sorted(file.parent for file in run.glob("checkpoints/step-*/state.json"))
-
-
-def open_run(argv: list[str], base: dict[str, Any] | None = None) -> Config:
-    """The resolved config: of a new run (see load_config), or with --resume the one that was saved;
-    argv over it.
-
-    run_dir and date are always filled in. Raises ConfigError when a new run would write into an old
-    one's folder.
+    The exit code is 0, or 2: the command, a file or a service is wrong, 3: stopped by max_cost or a
+    dead service, 130: by Ctrl-C; --resume goes on. `about` begins --help.
     """
-    if resume := parse_arguments(argv).get("resume"):
-        folder = newest_run() if resume == "newest" else Path(resume)
+    quiet_libraries()
+    if {"-h", "--help"} & set(argv):
+        print(f"{about}\n{help_text()}")
+        return 0
+    ranks, run_dir = Ranks.start(), ""
+    try:
+        config = ranks.share(resolve(argv) if ranks.rank == 0 else None)  # one clock names the run
+        run_dir = config.run_dir
+        notes = check_inputs(config, argv, "eval.py" if program == "train.py" else "train.py")
+        torch.set_num_threads(config.threads)
+        finished = watch(ranks, config.rank_timeout)
+        body(config, ranks, notes)
+        finished.set()
+    except (ValueError, FloatingPointError) as error:
+        ranks.say_once(f"{program}: {' '.join(str(error).split())}", sys.stderr)
+        return 2
+    except (RunStopped, KeyboardInterrupt) as stopped:
+        if os.path.exists(f"{run_dir}/config.yaml"):  # else nothing is begun
+            remedy = f"Stopped. Go on with: python {program} --resume={run_dir}"
+            ranks.say_once(f"{stopped}\n{remedy}", sys.stdout)
+        return 3 if isinstance(stopped, RunStopped) else 130
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of Stop's
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        ranks.stop()
+    return 0
+
+
+def quiet_libraries() -> None:
+    """No bars and warnings of libraries between the run's own lines; any console will do."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    for name in ("huggingface_hub", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a console lacks must not end a run
+
+
+def open_run(argv: list[str], evaluates: bool = False) -> Config:
+    """The resolved config: of a new run, or with --resume the one that was saved; argv over it.
+
+    An evaluation starts from the config of the run that its model belongs to, else from a preset.
+    run_dir and date are always filled in. ConfigError for a folder that holds another run.
+    """
+    typed, base = parse_arguments(argv), None
+    if resume := typed.get("resume"):
+        folder = newest_run(evaluates) if resume == "newest" else Path(resume)
         if not os.path.isfile(folder / "config.yaml"):
             raise ConfigError(f"resume={resume!r}: there is no run with a config.yaml in {folder}")
-        saved = read_config("resume", folder)
-        return replace(load_config(argv, base=saved), run_dir=str(folder), resume=str(folder))
+        config = load_config(argv, read_config("resume", folder))
+        return replace(config, run_dir=str(folder), resume=str(folder))
+    if evaluates:
+        model = Path(typed.get("model") or newest_run())
+        run = model.parent.parent if model.parent.name == "checkpoints" else model
+        if os.path.isfile(run / "config.yaml") and os.path.isdir(run / "checkpoints"):
+            base = read_config("model", run)
+            base |= {"resume": "", "question": "", "run_dir": "", "date": ""}
+            complete = [model] if model != run else complete_checkpoints(run)
+            if not complete:
+                raise ConfigError(f"model={str(run)!r}: this run has no complete checkpoint yet")
+            model = complete[-1]
+        else:
+            preset = "wiki" if typed.get("search") == "local" else "paper"
+            argv = [f"--preset={preset}", *argv]
+        argv = ["--engine_memory=0.9", *argv, f"--model={model}"]  # no optimizer beside it
+        if "data" in typed:
+            argv.append(f"--eval_data={typed['data']}")
     config, now = load_config(argv, base), datetime.now(UTC)
-    run_dir = config.run_dir or str(RUNS / f"{config.preset}-{now:%Y%m%d-%H%M%S}")
+    name = "eval" if evaluates else config.preset
+    run_dir = config.run_dir or f"{RUNS}/{name}-{now:%Y%m%d-%H%M%S}"
     if os.path.exists(f"{run_dir}/config.yaml"):
         raise ConfigError(
             f"run_dir={run_dir!r} holds a run already; continue it with --resume={run_dir}"
@@ -78,21 +138,60 @@ def open_run(argv: list[str], base: dict[str, Any] | None = None) -> Config:
     return replace(config, run_dir=run_dir, date=config.date or f"{now:%Y-%m-%d}")
 
 
+def newest_run(evaluates: bool = False) -> Path:
+    """The folder under runs/ of the newest run or evaluation; ConfigError if there is none."""
+    kind, files = ("evaluation", "eval-*/config.yaml") if evaluates else ("run", "*/metrics.jsonl")
+    found = sorted(RUNS.glob(files), key=os.path.getmtime)
+    if not found:
+        raise ConfigError(
+            f"there is no {kind} under runs/ yet; train.py makes runs, eval.py evaluations of them"
+        )
+    return found[-1].parent
+
+
+def check_needs(config: Config, questions: bool = True) -> None:
+    """One ConfigError that lists everything that is missing, before anything is loaded."""
+    missing = []
+    try:
+        check_search(config)
+    except ConfigError as error:
+        missing.append(str(error))
+    for key in ("reader_url", "judge_url"):
+        url = getattr(config, key)
+        if not re.match("(https?://|$)", url):
+            missing.append(f"{key}={url!r}: must begin with http:// or https://")
+    for package in LATE:
+        if find_spec(package) is None:
+            missing.append(f"{package} cannot be imported; pip install -r requirements-cpu.txt")
+    no_gpu = missing_gpu()
+    if config.dtype == "bfloat16" and no_gpu:
+        missing.append(f"dtype=bfloat16: {no_gpu}; on a CPU use --dtype=float32")
+    if questions and config.search != "toy" and not config.data:
+        missing.append("data is empty: name a .parquet or .jsonl of questions with --data=FILE")
+    if missing:
+        raise ConfigError("; ".join(missing))
+
+
+def missing_gpu() -> str:
+    """Why there is none, by PyTorch's words: no GPU, an old driver, a build for CPUs. Or ""."""
+    try:
+        if not torch.cuda.is_available():
+            torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"there is no CUDA GPU that PyTorch can use ({str(error).split('. ')[0]})"
+    return ""
+
+
 @contextmanager
 def starting(config: Config, rank: int = 0) -> Iterator[None]:
-    """Everything before the first step: if it fails, a run folder that was not there before is gone
-    again.
-
-    Whatever is raised becomes a ConfigError; one that nobody has put into words yet says where it
-    comes from.
+    """Everything before the first step: if it fails, a run folder that was not there is gone again.
+    Whatever is raised becomes a ConfigError, which says where it comes from, if nothing else.
     """
     run = Path(config.run_dir)
     missing = [folder for folder in (run, *run.parents) if not os.path.exists(folder)]
     try:
         if rank == 0 and not config.question:  # one that is only shown needs no folder
-            with named(
-                "run_dir", config.run_dir, "name a folder that can be written: --run_dir=DIR"
-            ):
+            with named("run_dir", config.run_dir, "name one that can be written: --run_dir=DIR"):
                 run.mkdir(parents=True, exist_ok=True)
                 TemporaryFile(dir=run).close()
         yield
@@ -110,50 +209,36 @@ def starting(config: Config, rank: int = 0) -> Iterator[None]:
 
 
 def fetch_model(model: str, ranks: "Ranks") -> None:
-    """Download a hub's model once on each node, with a bar; the other ranks wait, an hour as in any
-    collective.
-
-    ConfigError where it cannot be had. Left out: weights in other formats than safetensors.
+    """Download a hub's model once on each node, with a bar; the other ranks wait. ConfigError where
+    it cannot be had. Left out: weights in other formats than safetensors.
     """
     if os.path.isfile(f"{model}/{CONFIG_NAME}"):
         return
     if os.path.exists(model):
-        raise ConfigError(
-            f"model={model!r}: this is not the folder of a model: there is no {CONFIG_NAME} in it"
-        )
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise ConfigError(
-            f"model={model!r}: there is no such folder; name a chat model with --model=DIR"
-        )
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    for problem in ranks.gather([download(model) if first else ""]):
-        if problem:
-            remedy = "name a chat model with --model=DIR"
-            raise ConfigError(
-                f"model={model!r}: no folder here, and the hub cannot give it: {problem}; {remedy}"
-            )
+        problem = f"this is not the folder of a model: there is no {CONFIG_NAME} in it"
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        problem = "there is no such folder; name a chat model with --model=DIR"
+    else:
+        problem = max(ranks.gather([download(model)]))
+    if problem:
+        raise ConfigError(f"model={model!r}: {problem}")
 
 
 def download(model: str) -> str:
-    """Bring a model's missing files into the hub's cache; what went wrong, unless the cache has the
-    model.
-    """
-    from huggingface_hub import (
-        HfApi,
-        snapshot_download,
-        utils,
-    )  # here: it takes a while, and only this needs it
+    """Bring a model into the hub's cache, by a node's first rank; what keeps it from there."""
+    # Here: it takes a while, and only this needs it.
+    from huggingface_hub import HfApi, snapshot_download, utils
 
     problem = ""
     try:
-        HfApi().model_info(
-            model, timeout=HUB_TIMEOUT
-        )  # a download waits for a silent hub without end
-        utils.enable_progress_bars()
-        snapshot_download(model, allow_patterns=MODEL_FILES)
-    # its own, those of its HTTP client, of the disk: they have no other class in common
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            HfApi().model_info(model, timeout=HUB_TIMEOUT)  # a download would wait without end
+            utils.enable_progress_bars()
+            snapshot_download(model, allow_patterns=MODEL_FILES)
+    # Its own errors, those of its HTTP client and of the disk have no other class in common.
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        problem = f"no folder here, and the hub cannot give it: {cause}; try --model=DIR"
         with suppress(OSError, ValueError):
             snapshot_download(model, allow_patterns=MODEL_FILES, local_files_only=True)
             problem = ""
@@ -171,9 +256,7 @@ class Ranks:
 
     @classmethod
     def start(cls) -> "Ranks":
-        """As torchrun's variables say; joins the process group, if there is one. On GPUs: never run
-        by us.
-        """
+        """As torchrun's variables say; joins their group. On GPUs: never run by us."""
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -189,19 +272,18 @@ class Ranks:
         return self.gather([value])[0]
 
     def deal(self, items: Sequence[Any]) -> list[Any]:
-        """This rank's share of the items, dealt out one by one; gather brings them back into this
-        order.
-        """
+        """This rank's share of the items, dealt out one by one; gather brings them back."""
         return list(items[self.rank :: self.world_size])
 
     def gather(self, items: list[Any]) -> list[Any]:
         """Every rank's items in one list, in the order before they were dealt."""
-        shares = [items] * self.world_size
+        shares, found = [items] * self.world_size, []
         if self.world_size > 1:
             dist.all_gather_object(shares, items)
-        return [
-            share[i] for i in range(max(map(len, shares))) for share in shares if i < len(share)
-        ]
+        for i in range(max(map(len, shares))):
+            for share in shares:
+                found += share[i : i + 1]
+        return found
 
     def total(self, sums: Counter[str]) -> Counter[str]:
         result: Counter[str] = Counter()
@@ -213,41 +295,43 @@ class Ranks:
         if self.rank == 0:
             tqdm.write(text)  # above the progress bar
 
-    def complain(self, program: str, error: Exception) -> None:
-        """Print an error; of several ranks only the first to meet one, since torchrun then ends the
-        others.
-        """
+    def own(self, name: str) -> str:
+        """A name for a file that only this rank writes."""
+        return f"{name}-rank{self.rank}" if self.world_size > 1 else name
+
+    def progress(self, name: str, total: int) -> tqdm:
+        """A bar over trajectories, on rank 0's terminal only; it leaves nothing behind."""
+        disable = self.rank > 0 or None  # None: where there is no terminal
+        return tqdm(total=total, desc=name, unit="trajectory", leave=False, disable=disable)
+
+    def say_once(self, text: str, stream: TextIO) -> None:
+        """Print how this ends; of several ranks only the first: torchrun then ends the others."""
         count = 1
         if self.world_size > 1:
             with suppress(RuntimeError):  # without its store nobody else is there any more
-                count = self.store("errors").add("count", 1)
+                count = self.store("ends").add("count", 1)
         if count == 1:
-            print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(text.strip(), file=stream, flush=True)
 
     def store(self, name: str) -> dist.Store:
         """Numbers in torchrun's store that all ranks count up together."""
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.PrefixStore(
-            name, dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30))
-        )
+        limit = timedelta(seconds=30)
+        return dist.PrefixStore(name, dist.TCPStore(host, port, is_master=False, timeout=limit))
 
     def stop(self) -> None:
         """Leave the process group; to be called last."""
         if dist.is_initialized():
             dist.destroy_process_group()
-            time.sleep(
-                1
-                # gloo's threads free the last collective's tensors late, which aborts an ending
-                # interpreter
-            )
+            # gloo's threads free the last collective's tensors late, which aborts an ending
+            # interpreter.
+            time.sleep(1)
 
 
 def watch(ranks: Ranks, limit: float) -> threading.Event:
-    """End this process when another rank's has died or hangs, so that nobody waits for it in a
-    collective for ever.
+    """End this process when another rank's has died or hangs, so that none waits for it for ever.
 
-    Every process counts up its own number in torchrun's store and looks at the others'. A loop that
-    runs wild inside a live process is not seen; the collectives' own timeout ends that. The event
+    Every process counts up its own number in torchrun's store and looks at the others'. The event
     is to be set after the last collective.
     """
     finished = threading.Event()
@@ -257,37 +341,37 @@ def watch(ranks: Ranks, limit: float) -> threading.Event:
 
 
 def listen(ranks: Ranks, limit: float, finished: threading.Event) -> None:
-    store = ranks.store("watch")
-    heard = [
-        (0, time.monotonic())
-    ] * ranks.world_size  # of every rank: its number, and when that was new
-    while not finished.wait(limit / 10):
-        silent = ""
+    store, silent = ranks.store("watch"), ""
+    numbers = [0] * ranks.world_size
+    since = [time.monotonic()] * ranks.world_size  # when a rank's number was new
+    while not silent:
+        if finished.wait(limit / 10):
+            return
         try:
             store.add(str(ranks.rank), 1)
-            for rank, (known, since) in enumerate(heard):
-                number = store.add(str(rank), 0)
-                if number != known:
-                    heard[rank] = number, time.monotonic()
-                elif time.monotonic() - since > limit:
+            for rank, known in enumerate(numbers):
+                numbers[rank] = store.add(str(rank), 0)
+                if numbers[rank] != known:
+                    since[rank] = time.monotonic()
+                elif time.monotonic() - since[rank] > limit:
                     silent = f"rank {rank}"
-        except (
-            RuntimeError
-        ):  # the store went with the first node, unless the others were only faster to their end
-            silent = "" if finished.wait(limit / 10) else "the first node"
-        if silent:
-            print(
-                f"{silent} has not been heard of for {limit:g} s (rank_timeout): this run ends",
-                flush=True,
-            )
-            os._exit(1)  # torchrun then ends the other ranks
+        # The store went with the first node, unless the others were only faster to their end.
+        except RuntimeError:
+            if not finished.wait(limit / 10):
+                silent = "the first node"
+    print(
+        f"{silent} has not been heard of for {limit:g} s (rank_timeout): this run ends", flush=True
+    )
+    os._exit(1)  # torchrun then ends the other ranks
 
 
-def save_checkpoint(
-    config: Config, ranks: Ranks, state: dict[str, Any], write: Callable[[Path], None]
-) -> None:
-    """checkpoints/step-000020/: what `write(folder)` puts there on every rank, and the state in
-    state.json.
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run that were written to the end, oldest first."""
+    return sorted(file.parent for file in run.glob("checkpoints/step-*/state.json"))
+
+
+def save_checkpoint(config: Config, ranks: Ranks, state: State, write: Callable) -> None:
+    """checkpoints/step-000020/: what write(folder) puts there on every rank, and state.json.
 
     Written aside and renamed, so a kill at any moment leaves the last good one; what is not
     complete is not found. A step that is saved already stays as it is. All but the newest
@@ -303,50 +387,45 @@ def save_checkpoint(
         aside.mkdir(parents=True)
     ranks.share(None)  # nobody writes before the folder is there
     write(aside)
-    ranks.gather([None])  # nobody renames before everybody has written
+    ranks.share(None)  # nobody renames before everybody has written
     if ranks.rank == 0:
         (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
-        for old in set(final.parent.glob("step-*")) - set(
-            complete_checkpoints(run)[-config.keep_checkpoints :]
-        ):
+        kept = complete_checkpoints(run)[-config.keep_checkpoints :]
+        for old in set(final.parent.glob("step-*")) - set(kept):
             shutil.rmtree(old)
     ranks.share(None)
 
 
-def add_times(state: dict[str, Any], started: tuple[float, float]) -> dict[str, Any]:
-    """The state with wall and CPU time [s] since `started` added to what earlier runs took."""
-    wall, cpu = started
-    seconds = state["seconds"] + time.monotonic() - wall
-    return state | {
-        "seconds": seconds,
-        "cpu_seconds": state["cpu_seconds"] + time.process_time() - cpu,
-    }
+def load_checkpoint(config: Config, ranks: Ranks, state: State, read: Callable) -> State:
+    """The state in the newest checkpoint, which every rank read(folder)s; without one, `state`."""
+    for folder in ranks.share(complete_checkpoints(Path(config.run_dir))[-1:]):
+        order = state["order"]
+        with named("resume", str(folder), "delete this checkpoint to go on from the one before"):
+            read(folder)
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            saved = state.get("order")
+        if saved != order:
+            raise ConfigError(
+                f"{folder} belongs to a run with {saved}, not {order}: begin a new one"
+            )
+    return state
 
 
 class Stop:
-    """Ctrl-C and SIGTERM: end a rollout at once, but never in the middle of an update or of saving."""
+    """Ctrl-C and SIGTERM. A rollout hears them itself and ends at once; all else is finished first,
+    since half an update or half a checkpoint is of no use.
+    """
 
     def __init__(self) -> None:
-        self.asked = self.shielded = False
+        self.asked = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
-        first, self.asked = not self.asked, True
-        if first and not self.shielded:
-            raise KeyboardInterrupt
+        self.asked = True
 
-    @contextmanager
-    def shield(self) -> Iterator[None]:
-        asked_before, self.shielded = (
-            self.asked,
-            True,
-        )  # asked before: this is the saving at the end
-        try:
-            yield
-        finally:
-            self.shielded = False
-        if self.asked and not asked_before:
+    def check(self) -> None:
+        if self.asked:
             raise KeyboardInterrupt

@@ -21,13 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from deepresearcher_min.config import Config, ConfigError, require_environment
-from deepresearcher_min.evaluation import Task, check_needs, make_agent, open_web, quiet_libraries
+from deepresearcher_min.evaluation import PlainChat, Task, make_agent, open_web
 from deepresearcher_min.reward import measures
 from deepresearcher_min.rollout import Agent, Batch, roll_out
-from deepresearcher_min.run import Ranks
+from deepresearcher_min.run import Ranks, check_needs, quiet_libraries
 from deepresearcher_min.trajectory import Question, load_questions
 from deepresearcher_min.web import Web, WebFailure
-from eval import PlainChat, resolve
+from eval import resolve
 
 MIX = {"nq": 1, "tq": 1, "hotpotqa": 3, "2wiki": 3}
 RULES = """\
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
             Ranks(),
             Path(config.run_dir) / "questions.jsonl",
         )
-        _, agent = make_agent(config, Task(config.model, questions, [], None, None), ranks)
+        _, agent = make_agent(config, Task(config.model, questions, []), ranks, [])
         agent, web = replace(agent, chat=PlainChat(agent.chat, {})), open_web(config, ranks)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("w", encoding="utf-8") as lines:

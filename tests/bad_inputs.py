@@ -9,7 +9,10 @@ from pathlib import Path
 
 from deepresearcher_min import toyworld
 
-LOCAL = "--preset=wiki --model={}/m --corpus={}/c.jsonl --data={}/q.jsonl --max_model_len=1000 --eval_questions=1"
+LOCAL = (
+    "--preset=wiki --model={}/m --corpus={}/c.jsonl --data={}/q.jsonl --max_model_len=1000 "
+    "--eval_questions=1"
+)
 ASKED = [
     {"question": "Who built the pier of Ormley?", "answers": ["Ada Quill"]},
     {"question": "q2", "answers": ["b"]},
@@ -84,8 +87,7 @@ MODELS = {  # how a copy of the toy's model is broken
 def make(place: Path) -> None:
     """All broken inputs, in this folder."""
     for name, spoil in MODELS.items():
-        shutil.copytree(toyworld.MODEL_DIR, place / name)
-        spoil(place / name)
+        spoil(Path(shutil.copytree(toyworld.MODEL_DIR, place / name)))
     files = {
         "q.jsonl": lines(ASKED),
         "c.jsonl": lines(PAGES),

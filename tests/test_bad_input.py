@@ -22,7 +22,10 @@ from deepresearcher_min.config import ROOT, TYPES
 from deepresearcher_min.search import Corpus
 
 pytestmark = pytest.mark.quick
-LIVE = "--preset=wiki --model={}/m --data={}/q.jsonl --max_model_len=1000 --eval_questions=1 --search=wikipedia"
+LIVE = (
+    "--preset=wiki --model={}/m --data={}/q.jsonl --max_model_len=1000 --eval_questions=1 "
+    "--search=wikipedia"
+)
 VALUES = [  # for both programs
     ("--stepps=1", "unknown key 'stepps' (did you mean 'steps'?)"),
     ("--steps=many", "steps='many': not a whole number"),

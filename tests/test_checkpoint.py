@@ -1,4 +1,4 @@
-"""docs/checkpoint.md: its block runs as it stands, against web, reader and judge on loopback, with a tiny model."""
+"""docs/checkpoint.md: its block runs as it stands, against loopback services, with a tiny model."""
 
 import json
 import re
@@ -24,7 +24,8 @@ from scripts.toy_tokenizer import TEMPLATE
 
 pytestmark = pytest.mark.quick
 HEADING = "The published checkpoint, as its authors judged it"
-TINY = "--max_model_len=768 --max_turn_tokens=64 --max_in_flight=16 --allow_private_hosts"  # the toy model's room
+# the toy model's room
+TINY = "--max_model_len=768 --max_turn_tokens=64 --max_in_flight=16 --allow_private_hosts"
 SEGMENTS = 3
 SYSTEM = "Today is {date}. \nTwo tools, one question. \n"
 TOOLS = []
@@ -39,9 +40,10 @@ for name, argument, meaning in (
             "function": {"name": name, "description": meaning, "parameters": parameters},
         }
     )
+# in front of the toy's own
 SHOWS_TOOLS = """\
 {% if tools %}<|tool|>{{ messages[0].content }}
-{%- for tool in tools %}{{ tool.function.description }}{% endfor %}<|end|>{% endif %}"""  # in front of the toy's own
+{%- for tool in tools %}{{ tool.function.description }}{% endfor %}<|end|>{% endif %}"""
 
 
 def block() -> str:
@@ -51,7 +53,7 @@ def block() -> str:
 
 
 class World(ThreadingHTTPServer):
-    """The toy web online: a Serper, pages of three segments, a reader that copies facts, a judge that says no."""
+    """The toy web online: a Serper, long pages, a reader that copies, a judge that says no."""
 
     def __init__(self, world: toyworld.World) -> None:
         self.world, self.sent = world, list[tuple[str, dict, dict]]()
@@ -103,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """The exit code of the block with its model, URLs, --dtype and --engine replaced; what was sent; prompts."""
+    """The block's exit code (model, URLs, dtype, engine replaced), what was sent, and prompts."""
     world = toyworld.World("held out", 0)
     asked = world.questions(24, 0)
     rows = [
@@ -192,6 +194,10 @@ def test_the_block_under_the_heading_sends_what_the_authors_sent(run):
         path: headers.get("X-API-KEY") or headers.get("Authorization") for path, headers, _ in sent
     }
     assert set(keys.values()) == {"...", "Bearer ..."}
+    look_at_the_run_folder(prompts)
+
+
+def look_at_the_run_folder(prompts):
     summary = json.loads(Path("run/summary.json").read_text())
     assert (
         summary["overall"]["n"] == 24 and summary["overall"]["mbe"] == summary["overall"]["em"] < 1
@@ -238,7 +244,7 @@ class Manager:
             self.system_prompt = f"""No. {strftime("%Y")}"""
         elif config.search_engine == "online_search":
             self.tools = TOOLS
-            self.system_prompt = f"""Day {strftime("%Y-%m-%d", gmtime())} \nspaces before the end  \n"""
+            self.system_prompt = f"""Day {strftime("%F", gmtime())} \nspaces before the end  \n"""
         else:
             assert False
 raise SystemExit("this is not to be run")

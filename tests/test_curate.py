@@ -8,10 +8,10 @@ import pytest
 from loopback import Server
 from scripted import CHAT, Scripted, answer_turn, make_agent
 
+from deepresearcher_min.evaluation import PlainChat
 from deepresearcher_min.toyworld import MODEL_DIR
 from deepresearcher_min.trajectory import Question, load_questions
 from deepresearcher_min.web import Web
-from eval import PlainChat
 from scripts import curate
 
 pytestmark = pytest.mark.quick

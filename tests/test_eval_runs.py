@@ -1,4 +1,4 @@
-"""eval.py --repeats: seeds, files, replies of readers and judges, and the scores of several runs."""
+"""eval.py --repeats: seeds, files, replies of readers and judges, the scores of several runs."""
 
 import json
 import os

@@ -211,7 +211,8 @@ def test_the_judge_is_asked_as_the_keys_say(tmp_path, monkeypatch):
         assert message == {
             "role": "user",
             "content": (
-                f"Asked: {question.text} Golds: {list(question.answers)} Given: {answer}\nReply as JSON.\n"
+                f"Asked: {question.text} Golds: {list(question.answers)} Given: {answer}\n"
+                "Reply as JSON.\n"
             ),
         }
         assert (

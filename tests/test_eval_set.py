@@ -8,7 +8,8 @@ import loopback
 import pytest
 from loopback import Server
 
-import eval as evaluation
+from eval import main, resolve
+from deepresearcher_min import evaluation
 from deepresearcher_min.config import ConfigError, load_config
 from deepresearcher_min.trajectory import load_questions
 
@@ -94,7 +95,7 @@ def test_another_file_is_refused_and_a_dead_server_named(published, monkeypatch,
     published.http.server_close()
     monkeypatch.setattr(evaluation, "TEST_SET_URL", "http://127.0.0.1:9/file")
     arguments = ["--model=nowhere", "--dtype=float32", "--search=wikipedia", "--max_retries=0"]
-    assert evaluation.main(arguments) == 2  # as a user sees it
+    assert main(arguments) == 2  # as a user sees it
     said = capsys.readouterr().err
     assert (
         said.startswith("eval.py: the official test set: The connection to the server failed")
@@ -128,6 +129,6 @@ def test_the_engine_has_the_card_for_itself(two_steps):
         base,
         [f"--model={two_steps}"],
     ):  # a run's own config shared the card with an optimizer
-        assert evaluation.resolve(arguments).engine_memory == 0.9
-        assert evaluation.resolve([*arguments, "--engine_memory=0.5"]).engine_memory == 0.5
+        assert resolve(arguments).engine_memory == 0.9
+        assert resolve([*arguments, "--engine_memory=0.5"]).engine_memory == 0.5
     assert load_config(["--preset=paper"]).engine_memory == 0.6

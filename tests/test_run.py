@@ -1,5 +1,5 @@
-"""A run in the operating system: dealing out, checkpoints that survive kills, folders, and the
-shield against Ctrl-C.
+"""A run in the operating system: dealing out, checkpoints that survive kills, folders, and
+what waits for Ctrl-C.
 
 Several ranks, and kills of whole runs: test_train.py.
 """
@@ -65,20 +65,20 @@ def test_checkpoints_are_whole_the_newest_few_and_written_once(tmp_path):
     assert json.loads((newest() / "state.json").read_text()) == {"step": 3}
 
 
-def test_a_shield_lets_ctrl_c_wait_and_a_second_one_changes_nothing():
+def test_ctrl_c_waits_for_what_would_be_spoilt_and_a_second_one_changes_nothing():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
         stop, done = Stop(), []
-        with pytest.raises(KeyboardInterrupt), stop.shield():
-            os.kill(os.getpid(), signal.SIGTERM)
-            done.append("update")
-        with stop.shield():  # the saving at the end
-            os.kill(os.getpid(), signal.SIGINT)
-            done.append("save")
+        stop.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("update")
+        with pytest.raises(KeyboardInterrupt):
+            stop.check()
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("save")
         assert done == ["update", "save"]
         with pytest.raises(KeyboardInterrupt):
-            Stop()
-            os.kill(os.getpid(), signal.SIGINT)
+            stop.check()
     finally:
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])
