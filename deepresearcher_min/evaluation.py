@@ -230,8 +230,9 @@ def check_needs(config: Config, questions: bool = True) -> None:
             missing.append(
                 f"{package} cannot be imported ({error}); pip install -r requirements-cpu.txt"
             )
-    if config.dtype == "bfloat16" and (reason := missing_gpu()):
-        missing.append(f"dtype=bfloat16: {reason}; on a CPU use --dtype=float32 and a small model")
+    no_gpu = missing_gpu()
+    if config.dtype == "bfloat16" and no_gpu:
+        missing.append(f"dtype=bfloat16: {no_gpu}; on a CPU use --dtype=float32 and a small model")
     if questions and config.search != "toy" and not config.data:
         missing.append(
             "data is empty: name a file of questions (.parquet or .jsonl) with --data=FILE"
