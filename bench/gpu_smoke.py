@@ -1,14 +1,17 @@
-"""Ten minutes on a machine with GPUs that confirm or refute every line that we could not run.
+"""What a machine with GPUs confirms or refutes of all that we could not run, in three parts of at
+most four minutes each. No network; the weights are random.
 
-    python bench/gpu_smoke.py [--model DIR_OR_HUB_ID] [--tokens 16384] [--json PATH]
-    python bench/gpu_smoke.py --cpu [--engine hf|vllm]     the same on CPUs, to test this script:
-    two ranks, float32
+    python bench/gpu_smoke.py [--part 1 2 3] [--shape 0.5B] [--tokens 8192] [--json FILE]
+    python bench/gpu_smoke.py --cpu    the same on CPUs, to test this script: two ranks, float32
 
-Each part is a process of its own: an engine and a policy side by side on one GPU, on all GPUs with
-FSDP (NCCL), and once more with the optimizer in CPU memory; then train.py for two steps on one GPU
-and on all, and a third step on one GPU from the checkpoint of all. With
---model=Qwen/Qwen2.5-7B-Instruct --tokens=32768 on 8 GPUs, the memory by phase is what README's
-table computes. Prints one line for each check and the memory; exits with 1 if a check failed.
+Part 1: policy and HFEngine in bfloat16 on one GPU, and on all with FSDP (NCCL), once with the
+optimizer in CPU memory: do they agree, do new weights arrive, does sleep give memory back, which
+attention ran, memory by phase beside what docs/memory.md computes. It imports nothing beyond torch,
+transformers, numpy, safetensors, pyarrow, pyyaml, requests, urllib3 and tqdm. Part 2: train.py, two
+steps of the toy on one GPU and on all, and a third on one from the checkpoint of all. Part 3: part
+1 with vLLM as engine.
+
+One line for each check; exit code 1 if one failed. FILE holds everything as JSON: please send it.
 """
 
 import argparse
@@ -17,49 +20,118 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+import transformers
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from deepresearcher_min import toyworld  # noqa: E402
 from deepresearcher_min.config import load_config  # noqa: E402
 from deepresearcher_min.engine import Engine, Sampling, make_engine  # noqa: E402
 from deepresearcher_min.grpo import group_advantages, pack  # noqa: E402
 from deepresearcher_min.policy import Policy, training_rows  # noqa: E402
-from deepresearcher_min.protocol import ChatFormat  # noqa: E402
 from deepresearcher_min.run import Ranks  # noqa: E402
 from deepresearcher_min.trajectory import Group, Question, Trajectory  # noqa: E402
 
-# Engine against policy, mean over tokens. float32 was measured, bfloat16 is a guess: whoever runs
-# this corrects it.
-MISMATCH = {"float32": 1e-4, "bfloat16": 0.05}
-SAME_GRADIENT = {
-    "float32": 1e-4,
-    "bfloat16": 0.02,
-}  # relative difference of gradient norms on 1 and N ranks
+PART_SECONDS = 240.0
 GB = 1e9
+# Engine against policy, mean over tokens [nats]: float32 is measured, bfloat16 was measured on CPUs
+# only.
+MISMATCH = {"float32": 1e-4, "bfloat16": 0.05}
+# Gradient norms of the same batch: of ranks among themselves, and of one rank, whose residual
+# stream is float32 under autocast, against several, whose is bfloat16.
+SAME_NORM = {"float32": 1e-4, "bfloat16": 0.02}
+LIKE_NORM = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a published Qwen2.5 (docs/memory.md); tiny is for CPUs."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def parameters(self) -> int:
+        kv = self.hidden // self.heads * self.kv_heads
+        attention = 2 * self.hidden**2 + 2 * self.hidden * kv + self.hidden + 2 * kv
+        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        tables = 1 if self.tied else 2
+        return self.layers * layer + tables * self.vocabulary * self.hidden + self.hidden
+
+
+SHAPES = {
+    "tiny": Shape(64, 2, 128, 2, 1, 4096, True),
+    "0.5B": Shape(896, 24, 4864, 14, 2, 151_936, True),
+    "1.5B": Shape(1536, 28, 8960, 12, 2, 151_936, True),
+    "7B": Shape(3584, 28, 18944, 28, 4, 152_064, False),
+}
 
 
 @dataclass(frozen=True)
 class Plan:
     """What to run, and on what."""
 
-    model: str
+    shape: str
     dtype: str
     engine: str
-    tokens: int  # in each trajectory of the update
+    tokens: int  # in each trajectory of the update, and in a micro-batch
     ranks: int
+    offload: bool = False
+
+
+def computed(shape: Shape, ranks: int, tokens: int) -> dict[str, float]:
+    """What docs/memory.md computes for each GPU [GB]."""
+    count, wide = shape.parameters, 1 if ranks > 1 else 2  # one rank keeps float32 layer inputs
+    kv = shape.hidden // shape.heads * shape.kv_heads
+    layer = 28 * shape.hidden + 4 * kv + 14 * shape.intermediate
+    gathered = 2 * count
+    if ranks > 1:
+        tables = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+        gathered = 2 * (tables + 2 * (count - tables) // shape.layers)
+    update = gathered + 2 * shape.vocabulary * shape.hidden
+    update += wide * 2 * shape.layers * tokens * shape.hidden + tokens * layer
+    return {
+        "policy": 16 * count / ranks / GB,
+        "peak of the update (PyTorch's own)": (20 * count / ranks + update) / GB,
+    }
+
+
+def make_model(shape: Shape, folder: Path) -> None:
+    """Random weights of that shape, with the toy's tokenizer."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=32_768,
+        dtype="bfloat16",
+    )
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    for file in (ROOT / "deepresearcher_min" / "toy_model").glob("*token*"):
+        shutil.copy(file, folder)
 
 
 # --- in a process of its own, one for each rank
@@ -77,104 +149,118 @@ def memory(device: torch.device) -> float:
     return (total - free) / GB
 
 
-def sample_turns(engine: Engine, prompts: list[list[int]], end_id: int) -> list[Trajectory]:
+def prompts() -> list[list[int]]:
+    """Of eight requests, which share their first 100 tokens."""
+    rng = np.random.default_rng(0)
+    shared = rng.integers(10, 400, 100).tolist()
+    return [shared + rng.integers(10, 400, 20 + 7 * i).tolist() for i in range(8)]
+
+
+def sample_turns(engine: Engine) -> list[Trajectory]:
     """One turn at temperature 1 for each prompt; the same seeds at every call."""
-    for i, prompt in enumerate(prompts):
-        engine.submit(str(i), prompt, Sampling(1.0, 64, seed=i, stop_token_ids=(end_id,)))
+    for i, prompt in enumerate(prompts()):
+        engine.submit(str(i), prompt, Sampling(1.0, 64, seed=i, stop_token_ids=()))
     done = {}
-    while len(done) < len(prompts):
+    while len(done) < len(prompts()):
         done |= engine.step()
     trajectories = []
-    for i, prompt in enumerate(prompts):
-        ids, logprobs = done[str(i)].token_ids, done[str(i)].logprobs
-        mask, values = (
-            [False] * len(prompt) + [True] * len(ids),
-            [math.nan] * len(prompt) + logprobs,
-        )
-        trajectories.append(
-            Trajectory(Question(str(i), "", ()), prompt + ids, mask, values, (), None, "answer")
-        )
+    for i, prompt in enumerate(prompts()):
+        turn = done[str(i)]
+        ids = prompt + turn.token_ids
+        mask = [False] * len(prompt) + [True] * len(turn.token_ids)
+        logprobs = [math.nan] * len(prompt) + turn.logprobs
+        asked = Question(str(i), "", ())
+        trajectories.append(Trajectory(asked, ids, mask, logprobs, (), None, "answer"))
     return trajectories
 
 
 def mismatch(policy: Policy, trajectories: list[Trajectory]) -> float:
+    """Mean distance between the policy's and the engine's log-probabilities [nats]."""
     nothing = [0.0] * len(trajectories)
-    rows = training_rows(Group(trajectories[0].question, trajectories, nothing, nothing))
-    batches = [pack([row], policy.device) for row in rows]
-    pairs = [(policy.score(policy.scorer, batch).float(), batch.rollout_S) for batch in batches]
-    return float(torch.cat([(own_S - rollout_S).abs() for own_S, rollout_S in pairs]).mean())
+    distances = []
+    for row in training_rows(Group(trajectories[0].question, trajectories, nothing, nothing)):
+        batch = pack([row], policy.ranks.device)
+        own_S = policy.score(policy.scorer, batch).float()
+        distances.append((own_S - batch.rollout_S).abs())
+    return float(torch.cat(distances).mean())
 
 
 def random_group(vocabulary: int, tokens: int) -> Group:
     """Four trajectories of random tokens, 15 % of them sampled: the same on every rank and in every
-    part.
+    part. They share a prompt of an eighth.
     """
-    rng, question, trajectories = np.random.default_rng(0), Question("random", "", ()), []
+    rng = np.random.default_rng(0)
+    question = Question("random", "", ())
+    prompt = rng.integers(0, vocabulary, tokens // 8)
+    trajectories = []
     for _ in range(4):
         mask = np.arange(tokens) % 100 >= 85
+        mask[: len(prompt)] = False
         logprobs = np.where(mask, -math.log(vocabulary), np.nan)
-        ids = rng.integers(0, vocabulary, tokens)
+        ids = np.concatenate([prompt, rng.integers(0, vocabulary, tokens - len(prompt))])
         trajectories.append(Trajectory(question, ids, mask, logprobs, (), None, "answer"))
     rewards = [1.0, 0.0, 0.5, -1.0]
     return Group(question, trajectories, rewards, group_advantages(rewards).tolist())
 
 
-def work(plan: Plan, offload: bool) -> None:
+def attention_that_runs(policy: Policy, group: Group) -> dict[str, int]:
+    """PyTorch's attention operators in one scoring of two trajectories, and how often each ran."""
+    batch = pack(training_rows(group)[:2], policy.ranks.device)
+    with torch.profiler.profile() as profiled:
+        policy.score(policy.scorer, batch)
+    ran = {}
+    for event in profiled.key_averages():
+        if "_scaled_dot_product" in event.key or "varlen" in event.key:
+            ran[event.key.rpartition("::")[2]] = event.count
+    return ran
+
+
+def work(plan: Plan, folder: str) -> None:
     """The phases of one training step, by hand; rank 0 prints what it found as one line of JSON."""
     ranks = Ranks.start()
     torch.set_num_threads(1)
-    model_dir = str(toyworld.MODEL_DIR) if plan.model == "toy" else plan.model
     length = max(768, plan.tokens)
-    config = load_config(
-        [
-            "--preset=paper",
-            f"--dtype={plan.dtype}",
-            f"--engine={plan.engine}",
-            f"--max_model_len={length}",
-            f"--microbatch_tokens={plan.tokens}",
-            "--max_turn_tokens=64",
-            f"--offload_optimizer={offload}",
-            "--lr=1e-3",
-            "--max_in_flight=16",
-        ]
-    )
-    found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    }
+    arguments = [
+        f"--{key}={value}" for key, value in asdict(plan).items() if key in ("dtype", "engine")
+    ]
+    arguments += [f"--max_model_len={length}", f"--microbatch_tokens={plan.tokens}"]
+    arguments += ["--max_turn_tokens=64", f"--offload_optimizer={plan.offload}", "--lr=1e-3"]
+    config = load_config(["--preset=paper", "--max_in_flight=16", *arguments])
+    gpu = ranks.device.type == "cuda"
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if gpu else "CPU"}
+    found["ranks"] = ranks.world_size
     phases = found["memory_gb"] = {"start": memory(ranks.device)}
 
-    policy = Policy(config, model_dir, ranks)
-    phases["policy"] = memory(ranks.device)
-    engine = make_engine(config, model_dir, ranks.world_size)
+    def phase(name: str) -> None:
+        phases[name] = memory(ranks.device)
+
+    policy = Policy(config, folder, ranks)
+    phase("policy")
+    engine = make_engine(config, folder, ranks.world_size)
     engine.update_weights(policy.named_weights())
-    phases["+ engine"] = memory(ranks.device)
-    chat = ChatFormat(AutoTokenizer.from_pretrained(model_dir), "2025-01-01", "")
-    questions = toyworld.World("training", 0).questions(8, 0)
-    prompts = [list(chat.prompt_ids(question.text)) for question in questions]
-    first = sample_turns(engine, prompts, chat.end_of_turn_id)
+    phase("+ engine")
+    first = sample_turns(engine)
     found["mismatch"] = mismatch(policy, first)
-    phases["after sampling"] = memory(ranks.device)
+    phase("after sampling")
     engine.sleep()
-    phases["asleep"] = memory(ranks.device)
-    if ranks.device.type == "cuda":
+    phase("asleep")
+    group = random_group(SHAPES[plan.shape].vocabulary, plan.tokens)
+    found["attention"] = attention_that_runs(policy, group)
+    if gpu:
         torch.cuda.reset_peak_memory_stats()
-    vocabulary = policy.model.config.vocab_size
     lap = time.monotonic()
-    metrics = policy.update([random_group(vocabulary, plan.tokens)] if ranks.rank == 0 else [])
+    metrics = policy.update([group] if ranks.rank == 0 else [])
     found |= {"grad_norm": metrics["grad_norm"], "update_s": time.monotonic() - lap}
-    if ranks.device.type == "cuda":
+    if gpu:
         phases["peak of the update (PyTorch's own)"] = torch.cuda.max_memory_allocated() / GB
-        found["between_updates_gb"] = torch.cuda.memory_allocated() / GB
-    phases["after the update"] = memory(ranks.device)
+    phase("after the update")
     engine.wake_up()
     lap = time.monotonic()
     engine.update_weights(policy.named_weights())
     found["weights_s"] = time.monotonic() - lap
-    phases["awake"] = memory(ranks.device)
+    phase("awake")
     found["mismatch_if_stale"] = mismatch(policy, first)
-    found["mismatch_after_update"] = mismatch(
-        policy, sample_turns(engine, prompts, chat.end_of_turn_id)
-    )
+    found["mismatch_after_update"] = mismatch(policy, sample_turns(engine))
     engine.close()
     if ranks.rank == 0:
         print(json.dumps({"found": found}), flush=True)
@@ -184,17 +270,28 @@ def work(plan: Plan, offload: bool) -> None:
 # --- the parent
 
 
-def launch(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-    ]
-    return subprocess.run(
-        [*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False
-    )
+class Clock:
+    """What is left of a part's time."""
+
+    def __init__(self) -> None:
+        self.end = time.monotonic() + PART_SECONDS
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+
+def launch(clock: Clock, ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """torchrun; a process that takes longer than the part's time is ended, and says so."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    whole = [*torchrun, f"--nproc_per_node={ranks}", *command]
+    if clock.left() < 5:
+        return subprocess.CompletedProcess(whole, 124, "", "Error: no time was left for it")
+    try:
+        return subprocess.run(
+            whole, cwd=ROOT, capture_output=True, text=True, timeout=clock.left(), check=False
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(whole, 124, "", f"Error: over {PART_SECONDS:g} s")
 
 
 def last_words(done: subprocess.CompletedProcess[str]) -> str:
@@ -202,10 +299,13 @@ def last_words(done: subprocess.CompletedProcess[str]) -> str:
     return f"exit code {done.returncode}: {lines[0].strip() if lines else done.stderr[-300:]}"
 
 
-def run_part(plan: Plan, ranks: int, offload: bool) -> dict[str, Any] | str:
-    """What `work` found, or why it found nothing."""
+Found = dict[str, Any] | str  # what `work` found, or why it found nothing
+Check = tuple[str, bool, str]  # what was checked, whether it holds, what was found
+
+
+def run_work(plan: Plan, folder: str, clock: Clock) -> Found:
     done = launch(
-        ranks, __file__, "--work", json.dumps(vars(plan)), *(["--offload"] if offload else [])
+        clock, plan.ranks, __file__, "--work", json.dumps(asdict(plan)), "--folder", folder
     )
     for line in done.stdout.splitlines():
         if line.startswith('{"found"'):
@@ -213,159 +313,144 @@ def run_part(plan: Plan, ranks: int, offload: bool) -> dict[str, Any] | str:
     return last_words(done)
 
 
-def run_training(plan: Plan, folder: Path) -> Iterator[tuple[str, bool, str]]:
-    """train.py for two steps on one rank and on all, then a third step on one rank from the
-    checkpoint of all.
-    """
-    settings = [
-        "--preset=toy",
-        f"--model={plan.model}",
-        f"--dtype={plan.dtype}",
-        f"--engine={plan.engine}",
-        "--steps=2",
-        "--questions_per_step=4",
-        "--group_size=4",
-        "--eval_questions=4",
-        "--save_every=1",
-        "--max_in_flight=16",
-    ]
-    if plan.model != "toy":  # longer prompts and turns than the toy's
-        settings += [
-            "--max_model_len=4096",
-            "--max_turn_tokens=256",
-            "--lr=1e-6",
-            "--gradient_checkpointing=true",
-        ]
-    last = folder / f"{plan.ranks}"
-    jobs = {
-        f"two steps on {ranks}": (ranks, [*settings, f"--run_dir={folder / str(ranks)}"])
-        for ranks in sorted({1, plan.ranks})
-    }
-    jobs[f"step 3 on 1, from the checkpoint of {plan.ranks}"] = (
-        1,
-        [f"--resume={last}", "--steps=3"],
-    )
+def run_engine(plan: Plan, folder: str) -> dict[str, Found]:
+    """Part 1, or with another engine part 3: on one rank, on all, and with offload."""
+    clock = Clock()
+    plans = {"1 rank": Plan(**{**asdict(plan), "ranks": 1})}
+    if plan.ranks > 1:
+        plans[f"{plan.ranks} ranks"] = plan
+        plans[f"{plan.ranks} ranks, offloaded"] = Plan(**{**asdict(plan), "offload": True})
+    return {name: run_work(each, folder, clock) for name, each in plans.items()}
+
+
+def run_training(plan: Plan, folder: Path) -> Iterator[Check]:
+    """Part 2: train.py."""
+    clock = Clock()
+    settings = [f"--dtype={plan.dtype}", "--engine=hf", "--steps=2", "--questions_per_step=4"]
+    settings += ["--group_size=4", "--eval_questions=4", "--save_every=1", "--max_in_flight=16"]
+    last = folder / str(plan.ranks)
+    jobs = {}
+    for ranks in sorted({1, plan.ranks}):
+        jobs[f"two steps on {ranks}"] = (ranks, [*settings, f"--run_dir={folder / str(ranks)}"])
+    name = f"step 3 on 1, from the checkpoint of {plan.ranks}"
+    jobs[name] = (1, [f"--resume={last}", "--steps=3"])
     for name, (ranks, arguments) in jobs.items():
-        done = launch(ranks, "train.py", *arguments)
+        done = launch(clock, ranks, "train.py", *arguments)
         if done.returncode:
             yield f"train.py: {name}", False, last_words(done)
             continue
         run = last if "step 3" in name else folder / str(ranks)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         row = [row for row in rows if "mismatch" in row][-1]
-        good = row["mismatch"] < MISMATCH[plan.dtype] and math.isfinite(
-            row["kl"] + row["grad_norm"]
-        )
-        shown = "  ".join(
-            f"{key} {row[key]:.3g}" for key in ("step", "mismatch", "kl", "grad_norm", "roll_s")
-        )
-        yield f"train.py: {name}", good, shown
+        finite = math.isfinite(row["kl"] + row["grad_norm"])
+        shown = [f"{key} {row[key]:.3g}" for key in ("step", "mismatch", "kl", "grad_norm")]
+        good = row["mismatch"] < MISMATCH[plan.dtype] and finite
+        yield f"train.py: {name}", good, "  ".join(shown)
 
 
-def checks(plan: Plan, parts: dict[str, dict[str, Any] | str]) -> Iterator[tuple[str, bool, str]]:
-    """(what was checked, whether it holds, what was found), for the parts with an engine and a
-    policy.
-    """
-    limit, gpu = MISMATCH[plan.dtype], plan.dtype == "bfloat16"
-    good = {name: found for name, found in parts.items() if isinstance(found, dict)}
+def checks(plan: Plan, parts: dict[str, Found]) -> Iterator[Check]:
+    """Of the parts with an engine and a policy."""
+    limit = MISMATCH[plan.dtype]
+    norms = {}
     for name, found in parts.items():
+        name = f"{plan.engine}, {name}"
         if isinstance(found, str):
             yield f"{name}: runs", False, found
             continue
-        first, after, stale = (
-            found[key] for key in ("mismatch", "mismatch_after_update", "mismatch_if_stale")
-        )
+        norms[name] = found["grad_norm"]
+        first, after = found["mismatch"], found["mismatch_after_update"]
         yield f"{name}: engine and policy agree", first < limit, f"{first:.2g}, limit {limit:g}"
-        moved = after < limit and stale > 3 * after
-        yield (
-            f"{name}: new weights arrive",
-            moved,
-            f"{after:.2g}, limit {limit:g}; stale ones would show {stale:.2g}",
-        )
+        stale = found["mismatch_if_stale"]
+        said = f"{after:.2g}, limit {limit:g}; stale ones would show {stale:.2g}"
+        yield f"{name}: new weights arrive", after < limit and stale > 3 * after, said
+        ran = found["attention"]
+        said = ", ".join(f"{count} x {operator}" for operator, count in ran.items())
+        fast = bool(ran) and not any("math" in operator for operator in ran)
+        yield f"{name}: attention by a fast operator", fast, said
+        if found["device"] == "CPU":
+            continue
         phases = found["memory_gb"]
-        if gpu:
-            freed, held = (
-                phases["after sampling"] - phases["asleep"],
-                phases["+ engine"] - phases["policy"],
-            )
-            yield (
-                f"{name}: sleep gives memory back",
-                freed > held / 2,
-                f"{freed:.1f} of {held:.1f} GB",
-            )
-            back = phases["awake"] - phases["after the update"]
-            yield f"{name}: wake_up takes it back", back > held / 2, f"{back:.1f} of {held:.1f} GB"
-    for (one, a), (other, b) in itertools.pairwise(good.items()):
-        close = abs(a["grad_norm"] / b["grad_norm"] - 1) < SAME_GRADIENT[plan.dtype]
-        yield (
-            f"gradient norm, {one} | {other}",
-            close,
-            f"{a['grad_norm']:.6g} | {b['grad_norm']:.6g}",
-        )
-        if gpu:
-            less = b["between_updates_gb"] < a["between_updates_gb"]
-            found = (
-                f"{a['between_updates_gb']:.1f} | {b['between_updates_gb']:.1f} GB between updates"
-            )
-            yield f"shards are smaller, {one} | {other}", less, found
+        held = phases["+ engine"] - phases["policy"]
+        freed = phases["after sampling"] - phases["asleep"]
+        said = f"{freed:.1f} of {held:.1f} GB"
+        # HFEngine keeps its weights.
+        yield f"{name}: sleep gives memory back", freed > held / 4, said
+        back = phases["awake"] - phases["after the update"]
+        yield f"{name}: wake_up takes it back", back > held / 4, f"{back:.1f} of {held:.1f} GB"
+        for key, expected in computed(SHAPES[plan.shape], found["ranks"], plan.tokens).items():
+            seen = phases[key] - (phases["start"] if key == "policy" else 0)
+            said = f"{seen:.1f} GB, computed {expected:.1f}"
+            yield f"{name}: memory, {key}", seen < 1.15 * expected + 1, said
+    for (one, a), (other, b) in itertools.pairwise(norms.items()):
+        near = LIKE_NORM if "1 rank" in one else SAME_NORM
+        said = f"{a:.6g} | {b:.6g}"
+        yield f"gradient norm, {one} | {other}", abs(a / b - 1) < near[plan.dtype], said
+
+
+def show_memory(name: str, found: dict[str, Any]) -> None:
+    shown = ", ".join(f"{phase} {value:.2f}" for phase, value in found["memory_gb"].items())
+    times = f"update {found['update_s']:.1f} s, weights {found['weights_s']:.1f} s"
+    print(f"  {name}, {found['device']}: {shown}; {times}")
+
+
+def arguments_of(argv: list[str]) -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--part", type=int, nargs="+", default=[1, 2, 3], choices=(1, 2, 3))
+    parser.add_argument("--shape", choices=SHAPES, help="of the random model; default 0.5B")
+    parser.add_argument("--tokens", type=int, help="of a trajectory and a micro-batch")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="")
-    parser.add_argument("--tokens", type=int, default=0)
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--engine", default="vllm", choices=("vllm", "hf"))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--offload", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = arguments_of(sys.argv[1:])
     if args.work:
-        work(Plan(**args.work), args.offload)
+        work(Plan(**args.work), args.folder)
         return 0
     if args.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        plan = Plan(args.model or "toy", "float32", args.engine, args.tokens or 700, 2)
+        plan = Plan(args.shape or "tiny", "float32", "hf", args.tokens or 700, 2)
     elif torch.cuda.is_available():
-        model = args.model or "Qwen/Qwen2.5-0.5B-Instruct"
-        plan = Plan(model, "bfloat16", args.engine, args.tokens or 16384, torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        plan = Plan(args.shape or "0.5B", "bfloat16", "hf", args.tokens or 8192, count)
     else:
         print(
-            "gpu_smoke.py needs a CUDA GPU, and this machine has none; --cpu tests the script itself on CPUs."
+            "gpu_smoke.py needs a CUDA GPU, and PyTorch sees none here (an old driver looks alike);"
         )
+        print("--cpu tests the script itself.")
         return 2
-    print(
-        f"{plan.model}, {plan.dtype}, {plan.engine}; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs"
-    )
-    parts = {"1 rank": run_part(plan, 1, False)}
-    if plan.ranks > 1:
-        parts[f"{plan.ranks} ranks"] = run_part(plan, plan.ranks, False)
-        parts[f"{plan.ranks} ranks, offloaded"] = run_part(plan, plan.ranks, True)
-    results = []
+    print(f"{plan}; torch {torch.__version__}, transformers {transformers.__version__}")
+    results: list[dict[str, Any]] = []
+    parts: dict[str, Found] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, good, found in itertools.chain(
-            checks(plan, parts), run_training(plan, Path(folder))
-        ):
-            results.append({"check": name, "pass": bool(good), "found": found})
-            print(f"{'pass' if good else 'FAIL'}  {name:55} {found}", flush=True)
-    print(
-        "\nmemory in use by phase [GB]" + (" (CPU: the process's peak so far)" if args.cpu else "")
-    )
-    for name, found in parts.items():
-        if isinstance(found, dict):
-            shown = ", ".join(f"{phase} {value:.2f}" for phase, value in found["memory_gb"].items())
-            times = f"update {found['update_s']:.1f} s, weights {found['weights_s']:.1f} s"
-            print(f"  {name}, {found['device']}: {shown}; {times}")
+        make_model(SHAPES[plan.shape], Path(folder) / "model")
+        for part in args.part:
+            print(f"\npart {part}", flush=True)
+            if part == 2:
+                found = run_training(plan, Path(folder))
+            else:
+                each = Plan(**{**asdict(plan), "engine": "hf" if part == 1 else "vllm"})
+                ran = run_engine(each, str(Path(folder) / "model"))
+                parts |= {f"part {part}, {name}": value for name, value in ran.items()}
+                found = checks(each, ran)
+            for name, good, said in found:
+                results.append({"part": part, "check": name, "pass": bool(good), "found": said})
+                print(f"{'pass' if good else 'FAIL'}  {name:55} {said}", flush=True)
+    print("\nmemory in use by phase [GB]" + (" (CPU: the process's peak)" if args.cpu else ""))
+    for name, seen in parts.items():
+        if isinstance(seen, dict):
+            show_memory(name, seen)
+    passed = sum(result["pass"] for result in results)
+    print(f"\n{passed} of {len(results)} checks passed; load {os.getloadavg()[0]:.1f}")
     if args.json:
-        passed = sum(result["pass"] for result in results)
-        args.json.write_text(
-            json.dumps(
-                {"passed": passed, "checks": len(results), "parts": parts, "results": results}
-            )
-        )
-    return 0 if all(result["pass"] for result in results) else 1
+        about = {"torch": torch.__version__, "transformers": transformers.__version__}
+        whole = {"passed": passed, "checks": len(results), **about, "plan": asdict(plan)}
+        args.json.write_text(json.dumps({**whole, "parts": parts, "results": results}, indent=1))
+    return 0 if passed == len(results) else 1
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from small_runs import SMALL, metrics
 
 import train
@@ -159,20 +158,6 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_end():
     command = [sys.executable, "bench/kill.py", "--kills=4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_what_the_first_person_with_gpus_runs_works_on_cpus(tmp_path):
-    def smoke(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "bench/gpu_smoke.py", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-
-    if not torch.cuda.is_available():
-        done = smoke()
-        assert done.returncode == 2 and "needs a CUDA GPU" in done.stdout
-    done = smoke("--cpu", "--engine=hf", f"--json={tmp_path / 'smoke.json'}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "smoke.json").read_text())
-    assert found["passed"] == found["checks"] == 11
 
 
 def test_the_main_job_learns_the_toy_web(tmp_path):
