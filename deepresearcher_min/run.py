@@ -3,6 +3,7 @@
 Left out: a run folder shared by two jobs at once.
 """
 
+import importlib
 import io
 import json
 import logging
@@ -20,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TextIO
@@ -40,6 +40,7 @@ from deepresearcher_min.config import (
     named,
     parse_arguments,
     read_config,
+    searches_web,
 )
 from deepresearcher_min.search import check_search
 from deepresearcher_min.web import RunStopped
@@ -47,7 +48,8 @@ from deepresearcher_min.web import RunStopped
 RUNS = Path("runs")
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the hub
 HUB_TIMEOUT = 10.0  # for its first answer [s]
-LATE = ["matplotlib.figure", "bm25s", "trafilatura", "bs4", "lxml", "pypdf"]  # imported late
+LATE = ["matplotlib.figure", "bm25s"]  # packages that are imported where they are used
+LATE_ON_THE_WEB = ["matplotlib.figure", "trafilatura", "bs4", "lxml", "pypdf"]
 State = dict[str, Any]  # step, questions asked, usd, seconds ... up to a checkpoint
 
 
@@ -160,9 +162,12 @@ def check_needs(config: Config, questions: bool = True) -> None:
         url = getattr(config, key)
         if not re.match("(https?://|$)", url):
             missing.append(f"{key}={url!r}: must begin with http:// or https://")
-    for package in LATE:
-        if find_spec(package) is None:
-            missing.append(f"{package} cannot be imported; pip install -r requirements-cpu.txt")
+    for package in LATE_ON_THE_WEB if searches_web(config) else LATE:
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # a broken one may raise anything
+            remedy = "pip install -r requirements-cpu.txt"
+            missing.append(f"{package} cannot be imported ({error}); {remedy}")
     no_gpu = missing_gpu()
     if config.dtype == "bfloat16" and no_gpu:
         missing.append(f"dtype=bfloat16: {no_gpu}; on a CPU use --dtype=float32")
