@@ -1,5 +1,4 @@
-"""From an address to notes: the page as text, the text in segments, a reader that takes notes and
-remembers.
+"""From an address to notes: the page as text, its segments, a reader that takes notes of them.
 
 Live pages are parsed in child processes: parsing holds Python's interpreter lock and would stall
 the engine, and a page made to crash or to occupy a parser takes only a child with it. Left out:
@@ -56,17 +55,17 @@ NOT_CONTENT = """head title script style noscript template svg iframe nav footer
     select textarea""".split()  # noqa: SIM905
 # Characters that no page uses: where a line ends, and on both sides of what is a link.
 BREAK, LINK = "\U0010fff0", "\U0010fff1"
-BLOCK = re.compile(
-    r"""(?ix)</?(?:address|article|aside|blockquote|br|caption|center|dd|details|div|dl|dt|fieldset
-    |figcaption|figure|form|h\d|header|hr|legend|li|main|ol|p|pre|section|summary|table|tr|ul)\b"""
-)
-CELL = re.compile(r"(?i)<t[dh]\b[^<>]*>")
-ITEM = re.compile(r"(?i)<li\b[^<>]*>")
-
+LAYOUT = {
+    # One mark for a run of tags: beautifulsoup takes the square of the time for nested texts.
+    r"(?:</?(?:address|article|aside|blockquote|br|caption|center|dd|details|div|dl|dt|fieldset"
+    r"|figcaption|figure|form|h\d|header|hr|legend|li|main|ol|p|pre|section|summary|table|tr|ul)"
+    r"\b[^<>]*>\s*)+": BREAK + r"\g<0>",
+    r"<t[dh]\b[^<>]*>": r"\g<0> | ",
+    r"<li\b[^<>]*>": r"\g<0>- ",
+}
 ORDINALS = "st nd rd th e er re me ère ème o os".split()  # noqa: SIM905
 SIGNED = re.compile(r"^[+\u2212\u2013-]|[+\u2212-]$")
-# What a power stands on: a unit or variable, a function, a number below 1,000, a power of ten, a
-# bracket.
+# Before a power: a unit or variable, a function, a number below 1,000, a power of ten, a bracket.
 BASE = re.compile(
     r"(?<![\w.,$€£¥])(?:[^\W\d_]{1,2}|sin|cos|tan|log|\d{1,3}(?:\.\d+)?|10+)$|[)\]}|]$"
 )
@@ -86,9 +85,7 @@ Notes = tuple[str, bool]  # what a reader took from one segment, and whether it 
 
 
 def main_text(body: bytes, content_type: str) -> str:
-    """The main content of a page (HTML, PDF, plain text), one block a line; empty where there is
-    none. Never raises.
-    """
+    """The main content of a page (HTML, PDF, plain text), one block a line, or ""; never raises."""
     return parse(body, content_type)[0]
 
 
@@ -138,12 +135,17 @@ def pdf_text(body: bytes) -> str:
     return "\n\n".join(texts)
 
 
+def rewrite(text: str, tags: dict[str, Any]) -> str:
+    for pattern, written in tags.items():
+        text = re.sub("(?i)" + pattern, written, text)
+    return text
+
+
 def html_text(text: str) -> str:
     """The library's extract, or, where it has lost the page or its lines, the page's own lines."""
     import trafilatura
 
-    for pattern, written in MARKS.items():
-        text = re.sub("(?i)<" + pattern, written, text)
+    text = rewrite(text, MARKS)
     document = trafilatura.bare_extraction(text, fast=True, include_comments=False)
     found = document.text if document else ""
     one_block = document and len(document.body) == 1  # its last resort: lines torn, or all joined
@@ -168,14 +170,10 @@ def lines_of(found: str, lines: list[str]) -> str:
 
 
 def page_lines(text: str) -> tuple[list[str], list[str]]:
-    """(prose, everything) of an HTML page: its lines, one a block; a line that is mostly links, as
-    in a menu, is no prose.
-    """
+    """(prose, everything) of an HTML page: a line for each block; prose is not mostly links."""
     import bs4
 
-    text = BLOCK.sub(BREAK + r"\g<0>", text)
-    text = CELL.sub(r"\g<0> | ", ITEM.sub(r"\g<0>- ", text))
-    soup = bs4.BeautifulSoup(text, "lxml")
+    soup = bs4.BeautifulSoup(rewrite(text, LAYOUT), "lxml")
     for node in soup(NOT_CONTENT):
         node.decompose()
     for link in soup("a"):
@@ -214,14 +212,14 @@ def superscript(found: re.Match) -> str:
 
 # Mark-up that carries meaning, and how it is written in characters: extractors keep only its text.
 MARKS: dict[str, Any] = {
-    r"/?q(?:\s[^<>]*)?>": '"',
-    r"/?(?:del|s|strike)(?:\s[^<>]*)?>": "~~",
-    r"rp>[^<]*(?:</rp>)?": "",
-    r"rt(?:\s[^<>]*)?>([^<]*)(?:</rt>)?": r"(\1)",
-    r"sub(?:\s[^<>]*)?>([^<]{0,80}[^\w<][^<]{0,80})</sub>": r"_(\1)",  # a_(n+1)
-    r"/?sub(?:\s[^<>]*)?>": "",  # H2O
-    r"time(?:\s[^<>]*)?>([^<]*)</time>(?=\s*[\w,.;)])": r"\1",  # in a sentence
-    r"sup(?:\s[^<>]*)?>((?s:.{0,400}?))</sup>": superscript,
+    r"</?q(?:\s[^<>]*)?>": '"',
+    r"</?(?:del|s|strike)(?:\s[^<>]*)?>": "~~",
+    r"<rp>[^<]*(?:</rp>)?": "",
+    r"<rt(?:\s[^<>]*)?>([^<]*)(?:</rt>)?": r"(\1)",
+    r"<sub(?:\s[^<>]*)?>([^<]{0,80}[^\w<][^<]{0,80})</sub>": r"_(\1)",  # a_(n+1)
+    r"</?sub(?:\s[^<>]*)?>": "",  # H2O
+    r"<time(?:\s[^<>]*)?>([^<]*)</time>(?=\s*[\w,.;)])": r"\1",  # in a sentence
+    r"<sup(?:\s[^<>]*)?>((?s:.{0,400}?))</sup>": superscript,
 }
 
 
@@ -247,7 +245,10 @@ def decode(body: bytes, content_type: str) -> str:
     if western and not enough:
         return text or body.decode("cp1252", "replace")
     if enough:
-        text = body.decode(detect(sample), "replace")
+        from charset_normalizer import from_bytes
+
+        best = from_bytes(sample, cp_isolation=LEGACY).best()
+        text = body.decode(best.encoding if best else "ascii", "replace")
         if fits(text):
             return text
     raise WebFailure("unreadable", "The page's characters are in an unknown encoding.")
@@ -259,17 +260,8 @@ def fits(text: str) -> bool:
     return 10 * text.count("\ufffd") <= beyond
 
 
-def detect(sample: bytes) -> str:
-    """An encoding by statistics of the text."""
-    from charset_normalizer import from_bytes
-
-    best = from_bytes(sample, cp_isolation=LEGACY).best()
-    return best.encoding if best else "ascii"
-
-
 class Parsers:
-    """Child processes that run parse, started when needed; one that takes too long or dies is
-    replaced.
+    """Child processes that run parse, started when needed, replaced where one hangs or dies.
 
     Not Pebble's or the standard library's pools: their children import the program's main module
     again, and torch with it.
@@ -327,9 +319,7 @@ def segments(text: str, max_chars: int) -> list[str]:
 
 
 def extract(question: str, segment: str) -> str:
-    """What the reader without a model notes: the ten sentences that share most content words with
-    the question.
-    """
+    """What the reader without a model notes: the ten sentences with most words of the question."""
     wanted = set(content_words(question))
     text = SENTENCE_END.sub(r"\g<0>\n", segment)
     sentences = re.split(r"(?<=[.!?])\s+|\n+", text)
@@ -339,9 +329,7 @@ def extract(question: str, segment: str) -> str:
 
 
 def parse_notes(reply: str) -> Notes:
-    """Notes from a model's reply; one that keeps to no format is taken as notes as a whole, and
-    ends the page.
-    """
+    """Notes from a model's reply; one in no format is taken as notes, and ends the page."""
     reply = reply.rpartition("</think>")[2]
     further = CONTINUE.search(reply)
     notes = re.sub(r"(?i)^\W*notes\W{0,4}:\W*", "", CONTINUE.sub("", reply, count=1)).strip()
@@ -352,9 +340,7 @@ def parse_notes(reply: str) -> Notes:
 
 @dataclass
 class Browser:
-    """Opens pages, and has them read by whom `reader:` names; raises ConfigError for what that one
-    lacks.
-    """
+    """Opens pages, and has them read by whom `reader:` names; ConfigError for what it lacks."""
 
     config: Config
     web: Any  # None where only the corpus is read
@@ -374,8 +360,7 @@ class Browser:
             require_environment("READER_API_KEY", use)
 
     async def browse(self, url: str, reading: Reading, counts: Counter) -> list[tuple[int, str]]:
-        """(page_number, page_summary) for each segment with new information, from reading.next on,
-        which it moves.
+        """(page_number, page_summary) of what is new in segments from reading.next on, which moves.
 
         Fetching and each reading keep tool_timeout, all together browse_timeout. What ends it early
         leaves the notes so far; raises WebFailure where there are none.
