@@ -261,10 +261,8 @@ def fits(text: str) -> bool:
 
 
 class Parsers:
-    """Child processes that run parse, started when needed, replaced where one hangs or dies.
-
-    Not Pebble's or the standard library's pools: their children import the program's main module
-    again, and torch with it.
+    """Child processes that run parse, started when needed, replaced where one hangs or dies; no
+    pool of Pebble's, whose children import the program's main module again, and torch with it.
     """
 
     def __init__(self, number: int) -> None:
@@ -440,11 +438,8 @@ class Browser:
         """The reply of `reader: openai`, through the cassette."""
         config = self.config
         url = config.reader_url.rstrip("/") + "/chat/completions"
-        payload = {
-            "model": config.reader_model,
-            "messages": messages,
-            "temperature": config.reader_temperature,
-        }
+        payload: dict[str, Any] = {"model": config.reader_model, "messages": messages}
+        payload["temperature"] = config.reader_temperature
         if config.reader_tokens:
             payload["max_tokens"] = config.reader_tokens
 
@@ -456,9 +451,8 @@ class Browser:
             count(counts, "usd", tokens * config.price_reader_token)
             return text
 
-        return await self.in_thread(
-            self.web.cached, "reader", [url, payload], ask, counts, deadline
-        )
+        asked = [url, payload]
+        return await self.in_thread(self.web.cached, "reader", asked, ask, counts, deadline)
 
 
 # A parser: [length, content type] and a body in, one line of JSON out, until no more comes.

@@ -100,11 +100,8 @@ def schemas() -> Schemas:
     described = []
     for tool in TOOLS.values():
         keys = {"type": "array", "items": {"type": "string"}, "description": tool.meaning}
-        parameters = {
-            "type": "object",
-            "properties": {tool.argument: keys},
-            "required": [tool.argument],
-        }
+        properties = {tool.argument: keys}
+        parameters = {"type": "object", "properties": properties, "required": [tool.argument]}
         function = {"name": tool.name, "description": tool.description, "parameters": parameters}
         described.append({"type": "function", "function": function})
     return described
@@ -147,9 +144,7 @@ class Malformed:
 
 
 def parse_turn(text: str) -> Call | Answer | Malformed:
-    """Read one assistant turn, with or without the opening <think>, which is forced: after
-    </think> its first complete <answer> counts, else its first complete <tool_call>.
-    """
+    """What a turn says: behind </think>, its first complete <answer>, or else <tool_call>."""
     thought, closed, rest = text.lstrip().removeprefix(THINK).partition("</think>")
     if not closed:
         return Malformed("the thought is not closed by </think>")
