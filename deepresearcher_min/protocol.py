@@ -17,6 +17,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from transformers import GenerationConfig
 
@@ -25,39 +26,42 @@ from deepresearcher_min.config import ROOT, named
 Schemas = list[dict[str, Any]]
 Messages = list[dict[str, str]]
 THINK = "<think>"  # forced: part of every generation prompt, never sampled, never trained
-load_json = partial(json.loads, strict=False)  # models write raw line breaks inside strings
-PAIR = re.compile(  # of a name and a value
-    r"<(?:parameter=|arg_key>)\s*([^<>]*?)\s*(?:>|</arg_key>\s*<arg_value>)(.*?)</(?:parameter|arg_value)>",
-    re.DOTALL,
-)
-OBSERVATION = "[{'a': \"<b> & \\n é\"}]"  # holds what a template may write otherwise
-TURN, WORDS = (
-    "THE-TURN",
-    "THE-WORDS",
-)  # stand for a turn and a tool's words while a template is looked at
-EMPTY_THOUGHT = re.compile(
-    r"\s*(?:<think>\s*)?(?:</think>\s*)?\Z"
-)  # at the end of a generation prompt
 SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text(encoding="utf-8").strip()
+load_json = partial(json.loads, strict=False)  # models write raw line breaks inside strings
+# A call in tags: its name, and what begins its arguments; an argument's name and value.
+TAGGED = re.compile(r"(?:<function=)?([\w.-]+)>?\s*(?=(<parameter=|<arg_key>|\{))")
+PAIR = re.compile(
+    r"(?s)<(?:parameter=|arg_key>)\s*([^<>]*?)\s*(?:>|</arg_key>\s*<arg_value>)"
+    r"(.*?)</(?:parameter|arg_value)>"
+)
+# Stand for a turn and a tool's words while a template is looked at; the last holds what a template
+# may write otherwise. No page holds the first.
+TURN, WORDS, OBSERVATION = uuid4().hex, "THE-WORDS", "[{'a': \"<b> & \\n é\"}]"
+# An example of a call in each syntax, by the sign of it that a prompt shows.
+CALLS = {
+    "<parameter=": "\n<function=web_search>\n<parameter=query>\n"
+    '["..."]\n</parameter>\n</function>\n',
+    "<function=": '<function=web_search>{"query": ["..."]}</function>',
+    "<arg_key>": 'web_search\n<arg_key>query</arg_key>\n<arg_value>["..."]</arg_value>\n',
+    '"arguments"': '{"name": "web_search", "arguments": {"query": ["..."]}}',
+    '"parameters"': '{"name": "web_search", "parameters": {"query": ["..."]}}',
+}
+EMPTY_THOUGHT = re.compile(r"\s*(?:<think>\s*)?(?:</think>\s*)?\Z")  # of a generation prompt
+TAGS = "</?(?:think|answer|tool_call|tool_response)>"
 
 
 @dataclass(frozen=True)
 class Tool:
-    """One tool: how the model calls it, with a list of strings, and the shape of what each of them
-    brings.
-    """
+    """One tool: how the model calls it, with a list of strings, and what each of them brings."""
 
     name: str
     description: str
     argument: str  # of the call: a list of keys (queries, addresses)
     meaning: str
     most: str  # the config key that limits the number of keys
-    shape: tuple[
-        str, str
-    ]  # in an observation: the name of a key, and that of the list of items that it brought
+    shape: tuple[str, str]  # in an observation: names of a key and of the items that it brought
     item: Callable[[str], dict[str, Any]]  # one item with these words as its content
-    # what is said of a key beyond the limit; empty: it is left out, as in the published system
-    over: str = ""
+    over: str = ""  # what is said of a key beyond the limit; empty: it is left out, as published
 
 
 def search_item(summary: str, title: str = "", url: str = "") -> dict[str, Any]:
@@ -96,27 +100,26 @@ def schemas() -> Schemas:
     described = []
     for tool in TOOLS.values():
         keys = {"type": "array", "items": {"type": "string"}, "description": tool.meaning}
-        parameters = {
-            "type": "object",
-            "properties": {tool.argument: keys},
-            "required": [tool.argument],
-        }
+        properties = {tool.argument: keys}
+        parameters = {"type": "object", "properties": properties, "required": [tool.argument]}
         function = {"name": tool.name, "description": tool.description, "parameters": parameters}
         described.append({"type": "function", "function": function})
     return described
 
 
+def arguments_of(found: Schemas) -> list[list[str]]:
+    """Each tool's name and its arguments' names."""
+    functions = [schema["function"] for schema in found]
+    return sorted([each["name"], *each["parameters"]["properties"]] for each in functions)
+
+
 def read_tools(path: str) -> Schemas | None:
-    """The schemas of tools_file, as they stand there; ConfigError where they describe other tools
-    than these.
-    """
+    """The schemas of tools_file, as they stand there; ConfigError where they are of other tools."""
     if not path:
         return None
-    wanted = sorted([tool.name, tool.argument] for tool in TOOLS.values())
     with named("tools_file", path, "write a JSON list of tool schemas"):
         found = json.loads(Path(path).read_bytes())
-        functions = [schema["function"] for schema in found]
-        described = sorted([each["name"], *each["parameters"]["properties"]] for each in functions)
+        described, wanted = arguments_of(found), arguments_of(schemas())
         if described != wanted:
             raise ValueError(f"tools and arguments are {described}, but must be {wanted}")
     return found
@@ -141,19 +144,17 @@ class Malformed:
 
 
 def parse_turn(text: str) -> Call | Answer | Malformed:
-    """Read one assistant turn, with or without the opening <think>, which is forced.
-
-    After </think> the first complete <answer> counts, else the first complete <tool_call>; the rest
-    is ignored.
-    """
+    """What a turn says: behind </think>, its first complete <answer>, or else <tool_call>."""
     thought, closed, rest = text.lstrip().removeprefix(THINK).partition("</think>")
     if not closed:
         return Malformed("the thought is not closed by </think>")
     if THINK in thought:
         return Malformed("a second <think> opens inside the thought")
-    if answer := re.search("<answer>(.*?)</answer>", rest, re.DOTALL):
+    answer = re.search("(?s)<answer>(.*?)</answer>", rest)
+    if answer:
         return Answer(answer[1].strip())
-    if call := re.search("<tool_call>(.*?)</tool_call>", rest, re.DOTALL):
+    call = re.search("(?s)<tool_call>(.*?)</tool_call>", rest)
+    if call:
         return parse_call(call[1])
     return Malformed("neither a complete <tool_call> nor a complete <answer> follows the thought")
 
@@ -165,11 +166,9 @@ def parse_call(text: str) -> Call | Malformed:
         for kind, tool in TOOLS.items():
             if name == tool.name:
                 keys = read_keys(arguments[tool.argument])
-                return Call(kind, keys) if keys else Malformed(f"{tool.argument} is empty")
+                return Call(kind, keys) if keys else Malformed("the tool's list is empty")
     except Exception:  # a model may write anything: no list, half a list, a list ten thousand deep
-        return Malformed(
-            "the tool call is not JSON, or tags, with the tool's argument, a list of strings"
-        )
+        return Malformed("the tool call is not JSON, or tags, with the tool's list of strings")
     return Malformed("the tool call does not name a tool")
 
 
@@ -180,30 +179,31 @@ def read_call(text: str) -> tuple[Any, Any]:
     <arg_key> and <arg_value>. JSON, also fenced: `name` (or `function`) and `arguments` or
     `parameters`, an object or its text.
     """
-    text = re.sub(r"\A\s*```\w*(.*)```\s*\Z", r"\1", text, flags=re.DOTALL).strip()
-    if tagged := re.match(r"(?:<function=)?([\w.-]+)>?\s*(<parameter=|<arg_key>|\{)", text):
-        body = text[tagged.start(2) :].partition("</function>")[0]
-        if tagged[2] == "{":
-            return tagged[1], load_json(body)
-        arguments: Any = defaultdict(list)
-        for key, value in PAIR.findall(body):
-            arguments[key] += read_keys(value)
-        return tagged[1], arguments
-    call = load_json(text)
-    if isinstance(call, list):
-        call = call[0]
-    if isinstance(call.get("function"), dict):
-        call = call["function"]
-    given = call.get("arguments", call.get("parameters"))
-    return call.get("name", call.get("function")), load_json(given) if isinstance(
-        given, str
-    ) else given
+    text = re.sub(r"(?s)\A\s*```\w*(.*)```\s*\Z", r"\1", text).strip()
+    tagged = TAGGED.match(text)
+    if tagged:
+        name, sign = tagged.groups()
+        given = text[tagged.end() :].partition("</function>")[0]
+        if sign != "{":
+            arguments: Any = defaultdict(list)
+            for key, value in PAIR.findall(given):
+                arguments[key] += read_keys(value)
+            return name, arguments
+    else:
+        call = load_json(text)
+        if isinstance(call, list):
+            call = call[0]
+        if isinstance(call.get("function"), dict):
+            call = call["function"]
+        name = call.get("name", call.get("function"))
+        given = call.get("arguments", call.get("parameters"))
+    if isinstance(given, str):
+        given = load_json(given)
+    return name, given
 
 
 def read_keys(value: Any) -> tuple[str, ...]:
-    """The strings that an argument's value means: a list, a list's text, or plain text with one on
-    each line.
-    """
+    """The strings that a value means: a list, a list's text, or plain text, each on a line."""
     if isinstance(value, str):
         if not re.match(r"\s*\[\s*[\"'\]]", value):
             value = value.splitlines()
@@ -220,30 +220,29 @@ def read_keys(value: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Entry:
-    """What one query or one URL brought; a failure is one item with the reason in words as its
-    content.
-    """
+    """What one query or one URL brought; a failure is one item with the reason as its content."""
 
     key: str  # the query or the URL
     items: tuple[dict[str, Any], ...]  # best first
 
 
-def best(entries: Sequence[Entry], kept: int | None) -> list[Entry]:
-    """The entries with `kept` items together, by rank: every entry's best, then every entry's
-    second, and so on.
-    """
-    ranks = sorted((rank, i) for i, entry in enumerate(entries) for rank in range(len(entry.items)))
-    shown = Counter(i for _, i in ranks[:kept])  # so many items of each entry
+def best(entries: Sequence[Entry], kept: int) -> list[Entry]:
+    """The entries with `kept` items together: every entry's best, every entry's second, ..."""
+    ranked = []
+    for place, entry in enumerate(entries):
+        ranked += [(rank, place) for rank in range(len(entry.items))]
+    shown = Counter(place for _, place in sorted(ranked)[:kept])  # so many items of each entry
     return [Entry(entry.key, entry.items[: shown[i]]) for i, entry in enumerate(entries)]
 
 
-def render(kind: str, entries: Sequence[Entry], kept: int | None = None) -> str:
-    """The observation: the Python repr of a list of dicts with keys in alphabetical order; `kept`
-    as in `best`.
-    """
+def render(kind: str, entries: Sequence[Entry]) -> str:
+    """The observation: the Python repr of a list of dicts with keys in alphabetical order."""
     key_name, items_name = TOOLS[kind].shape
-    found = [{key_name: entry.key, items_name: list(entry.items)} for entry in best(entries, kept)]
-    return repr([dict(sorted(each.items())) for each in found])
+    found = []
+    for entry in entries:
+        parts = {key_name: entry.key, items_name: list(entry.items)}
+        found.append(dict(sorted(parts.items())))
+    return repr(found)
 
 
 def declared_ends(model: str) -> list[int]:
@@ -256,9 +255,7 @@ def declared_ends(model: str) -> list[int]:
 
 
 def template_inputs(date: str) -> dict[str, Any]:
-    """What templates ask for by these names: the run's date, not the clock's, and a thought in
-    every turn.
-    """
+    """What templates ask for by these names: the run's date, not the clock's, and thoughts."""
 
     def strftime_now(form: str) -> str:
         try:
@@ -266,51 +263,28 @@ def template_inputs(date: str) -> dict[str, Any]:
         except ValueError:  # a date in words, or none
             return date
 
-    dates = {
+    return {
         "strftime_now": strftime_now,
-        "date_string": strftime_now("%d %b %Y"),
-    }  # as Llama's write it
-    return {**dates, "enable_thinking": True, "add_generation_prompt": True, "tokenize": False}
+        "date_string": strftime_now("%d %b %Y"),  # as Llama's write it
+        "enable_thinking": True,
+        "add_generation_prompt": True,
+        "tokenize": False,
+    }
 
 
 def open_thought(text: str) -> str:
-    """A generation prompt with one open thought at its end: the template's own, or ours for none or
-    a closed one.
-    """
+    """A generation prompt that ends in one open thought: the template's own, or else ours."""
     if text.rstrip().endswith(THINK):
         return text
     return re.sub(r"<think>\s*</think>\s*\Z|</think>\s*\Z", "", text) + THINK
 
 
-def example_call(once: str, twice: str) -> str:
-    """A call in the syntax that a prompt teaches, else in ours; the prompt with all schemas once,
-    and with all twice.
-
-    What comes with each schema, which may hold the same signs, is twice as often in the second.
-    """
-    name, argument = TOOLS["search"].name, TOOLS["search"].argument
-    keys = '["..."]'
-    ours = f'{{"name": "{name}", "arguments": {{"{argument}": {keys}}}}}'
-    taught = {
-        "<parameter=": f"\n<function={name}>\n<parameter={argument}>\n{keys}\n</parameter>\n</function>\n",
-        "<function=": f'<function={name}>{{"{argument}": {keys}}}</function>',
-        "<arg_key>": f"{name}\n<arg_key>{argument}</arg_key>\n<arg_value>{keys}</arg_value>\n",
-        '"arguments"': ours,
-        '"parameters"': ours.replace("arguments", "parameters"),
-    }
-    forms = [form for sign, form in taught.items() if 2 * once.count(sign) > twice.count(sign)]
-    return f"<tool_call>{[*forms, ours][0]}</tool_call>"
-
-
 class ChatFormat:
-    """Token ids of prompts and observations, as the tokenizer's chat template and the given date
-    make them.
+    """Token ids of prompts and observations, as the tokenizer's chat template makes them.
 
     `tools` are schemas in place of ours. A turn ends with the template's end token, the
-    tokenizer's, or any of
-    `end_ids`, the model's. ValueError where the template, in its own words, cannot carry the
-    agent's conversation, or where the ids that we append would not be those of the conversation as
-    a whole.
+    tokenizer's, or any of `end_ids`, the model's. ValueError where the template, in its own words,
+    cannot carry the agent's conversation, or where the ids that we append would not be the whole's.
     """
 
     tools: Any  # schemas; None in eval.py's baselines
@@ -321,34 +295,33 @@ class ChatFormat:
         tokenizer: Any,
         date: str,
         system_prompt: str = "",
-        tools: Schemas | None = None,
-        end_ids: Sequence[int] = (),
+        tools: Any = None,
+        end_ids: Any = (),
     ) -> None:
         if not tokenizer.chat_template:
-            raise ValueError(
-                "the tokenizer has no chat template; use an instruction-tuned (chat) model"
-            )
-        self.tokenizer, self.encode = tokenizer, partial(tokenizer.encode, add_special_tokens=False)
+            raise ValueError("the tokenizer has no chat template; use an instruction-tuned model")
+        self.tokenizer = tokenizer
+        self.encode = partial(tokenizer.encode, add_special_tokens=False)
         self.inputs, self.tools = template_inputs(date), tools or schemas()
         self.frames: dict[int, list[str]] = {}  # around a result, by the number of earlier ones
         self.system = (system_prompt or SYSTEM_PROMPT).replace("{date}", date)
         self.show_tools(bool(system_prompt), tools is not None)
         added = tokenizer.added_tokens_decoder.values()
-        marks = [
-            str(token) for token in added if token.special or "<" in str(token)
-        ]  # not: runs of spaces
-        marks.sort(key=len, reverse=True)
+        # Added tokens that are not special and have no bracket are runs of spaces.
+        marks = [str(token) for token in added if token.special or "<" in str(token)]
+        marks.sort(reverse=True)  # "<ab" before "<a"
         self.mark = "|".join(map(re.escape, marks)) or "(?!)"
-        self.unsafe = re.compile(f"</?(?:think|answer|tool_call|tool_response)>|{self.mark}")
+        self.unsafe = re.compile(f"(?s)(?={TAGS}|{self.mark})(.)")
         try:
-            ends = self.read_frame()
+            ends = self.read_ends()
         except ValueError:
             self.role = "user"
-            ends = self.read_frame()
+            ends = self.read_ends()
         ids = tokenizer.convert_tokens_to_ids(ends)
         self.end_of_turn, self.end_of_turn_id = ends[0], ids[0]
         self.end_ids = tuple({*ids, *end_ids, tokenizer.eos_token_id} - {None})
-        whole = self.encode(open_thought(self.talk(self.result(WORDS))))
+        before, behind = self.around_turn(self.result(WORDS))
+        whole = self.encode(before + TURN + open_thought(behind))
         appended = [self.end_of_turn_id, *self.observation_ids(WORDS)]
         if whole[-len(appended) :] != appended:
             raise ValueError(
@@ -356,19 +329,23 @@ class ChatFormat:
             )
 
     def show_tools(self, own_prompt: bool, own_tools: bool) -> None:
-        """Put into our system prompt the example of a call, and the schemas if the template leaves
-        them out.
+        """Put into our system prompt an example of a call, and schemas that the template ignores.
+
+        The example is in the syntax that the template teaches, else in ours. What comes with each
+        schema, which may hold the same signs, is twice as often where all schemas are given twice.
         """
         asked = self.opening("x")
         once, twice = self.template(asked, self.tools), self.template(asked, self.tools * 2)
         ignored = once == twice
-        if own_prompt and own_tools and ignored:
-            raise ValueError(
-                "the chat template shows no tools; leave out tools_file, or system_prompt_file"
-            )
         if own_prompt:
+            if own_tools and ignored:
+                raise ValueError(
+                    "the chat template shows no tools; leave out tools_file, or system_prompt_file"
+                )
             return
-        self.system = self.system.replace("{call}", example_call(once, twice))
+        taught = [sign for sign in CALLS if 2 * once.count(sign) > twice.count(sign)]
+        call = CALLS[[*taught, '"arguments"'][0]]
+        self.system = self.system.replace("{call}", f"<tool_call>{call}</tool_call>")
         if ignored:
             self.system += "\n\nTools:\n" + "\n".join(map(json.dumps, self.tools))
 
@@ -380,87 +357,78 @@ class ChatFormat:
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, **self.inputs | inputs)
         except Exception as error:  # a template is a program, and may raise anything
-            words = " ".join(str(error).split())
-            raise ValueError(
-                f"the chat template refuses the agent's conversation: {words}"
-            ) from error
+            words = "the chat template refuses the agent's conversation: " + str(error)
+            raise ValueError(" ".join(words.split())) from error
 
-    def talk(self, last: dict[str, str], earlier: int = 0) -> str:
-        """A conversation that ends with this message behind a turn, and with so many results
-        before.
-        """
+    def around_turn(self, answer: dict[str, str], earlier: int = 0) -> tuple[str, str]:
+        """What the template writes before and behind a turn that has this answer."""
         turn = {"role": "assistant", "content": TURN}
-        messages = [turn, self.result(WORDS)] * earlier + [turn, last]
-        return self.template(self.opening("x") + messages, self.tools)
+        messages = self.opening("x") + [turn, self.result(WORDS)] * earlier
+        before, _, behind = self.template([*messages, turn, answer], self.tools).rpartition(TURN)
+        return before, behind
 
     def result(self, text: str) -> dict[str, str]:
-        """What a tool says as a message; in a user's turn it is wrapped as Qwen's template wraps
-        it.
-        """
+        """What a tool says as a message; a user's turn wraps it as Qwen's template does."""
         if self.role == "user":
             text = f"<tool_response>\n{text}\n</tool_response>"
         return {"role": self.role, "content": text}
 
-    def read_frame(self) -> list[str]:
+    def read_ends(self) -> list[str]:
         """The special tokens behind a turn that a tool, and one that a user answers.
 
         ValueError unless a turn follows the generation prompt, and something ends it.
         """
-        prompt, ends = EMPTY_THOUGHT.sub("", self.template(self.opening("x"), self.tools)), []
-        for last in (self.result(WORDS), {"role": "user", "content": WORDS}):
-            before, _, behind = self.talk(last).partition(TURN)
-            if WORDS not in behind:
+        prompt = EMPTY_THOUGHT.sub("", self.template(self.opening("x"), self.tools))
+        ends = []
+        for answer in (self.result(WORDS), {"role": "user", "content": WORDS}):
+            before, behind = self.around_turn(answer)
+            if not before or WORDS not in behind:
                 raise ValueError(
-                    "the chat template leaves out assistant or tool messages; the agent loop needs both"
+                    "the chat template leaves out assistant or tool messages; "
+                    "the agent loop needs both"
                 )
             if not EMPTY_THOUGHT.fullmatch(before.removeprefix(prompt)):
                 raise ValueError(
-                    f"the chat template's generation prompt is not how it begins a turn: {before[-60:]!r}"
+                    "the chat template's generation prompt is not how it begins a turn: "
+                    f"{before[-60:]!r}"
                 )
             end = re.match(rf"\s*({self.mark})", behind)
             if not end:
                 raise ValueError(
-                    "the chat template puts no special token behind an assistant turn; nothing can end it"
+                    "the chat template puts no special token behind an assistant turn; "
+                    "nothing can end it"
                 )
             ends.append(end[1])
         return ends
 
     def prompt_ids(self, question: str) -> list[int]:
         """[P] ids of system, question and generation prompt, the forced <think> included."""
-        return self.encode(
-            open_thought(self.template(self.opening(self.defuse(question)), self.tools))
-        )
+        messages = self.opening(self.defuse(question))
+        return self.encode(open_thought(self.template(messages, self.tools)))
 
     def message_ids(self, messages: Messages) -> list[int]:
-        """[P] ids of a plain conversation without tools or thoughts, ready for the model to go on
-        (readers use it).
-        """
+        """[P] ids of a plain conversation without tools or thoughts, as readers use it."""
         safe = [{**message, "content": self.defuse(message["content"])} for message in messages]
         return self.encode(self.template(safe, None, enable_thinking=False))
 
     def observation_ids(self, text: str, earlier: int = 0) -> list[int]:
-        """[E] ids of everything between a sampled end-of-turn token and the next turn's first
-        sampled token.
+        """[E] ids of all between a sampled end-of-turn token and the next turn's first token.
 
         They are encoded behind that token, where a tokenizer always splits, so that they are the
-        whole's ids. Some templates write the first result otherwise than those with `earlier` ones
-        in front.
+        whole's ids. Templates may write the first result otherwise than one with `earlier` others.
         """
         if earlier not in self.frames:
             self.frames[earlier] = self.behind_turn(OBSERVATION, earlier).split(OBSERVATION)
         frame, words = self.frames[earlier], self.defuse(text)
-        as_it_is = (
-            len(frame) == 2 and words == words.strip()
-        )  # else the template writes it in its own way
-        whole = words.join(frame) if as_it_is else self.behind_turn(words, earlier)
+        if len(frame) == 2 and words == words.strip():
+            whole = words.join(frame)
+        else:  # the template writes it in its own way
+            whole = self.behind_turn(words, earlier)
         return self.encode(whole)[1:]
 
     def behind_turn(self, words: str, earlier: int) -> str:
-        """What the template puts behind a turn that a tool answers, its end token and the next
-        prompt included.
-        """
-        talk = self.talk(self.result(words), earlier)
-        behind = talk.split(TURN, earlier + 1)[-1].partition(self.end_of_turn)[2]
+        """What the template puts behind a turn: its end token, the result, the next prompt."""
+        behind = self.around_turn(self.result(words), earlier)[1].partition(self.end_of_turn)[2]
         return self.end_of_turn + open_thought(behind)
 
     def fit(
@@ -468,35 +436,32 @@ class ChatFormat:
     ) -> tuple[str, list[int], int]:
         """Render an observation within a token budget: (text, ids, number of items dropped).
 
-        Whole items are dropped, worst rank first; if not even one of them fits, the first ten
-        entries say so in words.
+        The worst ranks are dropped; if no item fits, the first ten entries say so in words.
         """
 
-        def show(kept: int | None) -> tuple[str, list[int]]:
-            text = render(kind, entries, kept)
-            return text, self.observation_ids(text, earlier)
+        def length(kept: int) -> int:
+            return len(self.observation_ids(render(kind, best(entries, kept)), earlier))
 
-        total = kept = sum(len(entry.items) for entry in entries)
-        text, ids = show(total)
-        if len(ids) > max_tokens:
-            kept = bisect_right(range(1, total), max_tokens, key=lambda few: len(show(few)[1]))
-            if not kept:
-                too_long = (TOOLS[kind].item("The result is too long to be shown."),)
-                entries = [Entry(entry.key[:100], too_long) for entry in entries[:10]]
-            text, ids = show(kept or None)
-        return text, ids, total - kept
+        text = render(kind, entries)
+        ids = self.observation_ids(text, earlier)
+        if len(ids) <= max_tokens:
+            return text, ids, 0
+        total = sum(len(entry.items) for entry in entries)
+        kept = bisect_right(range(1, total), max_tokens, key=length)
+        shown = best(entries, kept)
+        if not kept:
+            too_long = TOOLS[kind].item("The result is too long to be shown.")
+            shown = [Entry(entry.key[:100], (too_long,)) for entry in entries[:10]]
+        text = render(kind, shown)
+        return text, self.observation_ids(text, earlier), total - kept
 
     def defuse(self, text: str) -> str:
-        """Break tags and added tokens in foreign text by a space; split_special_tokens spares
-        Qwen's <tool_call>.
-        """
-        return self.unsafe.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+        """Break tags and added tokens in foreign text (split_special_tokens spares <tool_call>)."""
+        return self.unsafe.sub(r"\1 ", text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text for parsing and for people; never encoded again."""
         ids = list(token_ids)
         if ids and ids[-1] in self.end_ids:
             ids.pop()
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
