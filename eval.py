@@ -21,13 +21,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from deepresearcher_min import evaluation, report
-from deepresearcher_min.config import ROOT, Config, ConfigError, require_environment
+from deepresearcher_min.config import ROOT, Config, ConfigError, RunStopped, require_environment
 from deepresearcher_min.evaluation import Task, ask_all, usable, written
 from deepresearcher_min.reward import explain, judge_rules
 from deepresearcher_min.rollout import Agent, Batch, roll_out
 from deepresearcher_min.run import Ranks, check_needs, open_run, run_program, starting
 from deepresearcher_min.trajectory import Question
-from deepresearcher_min.web import RunStopped
 
 CAPTION = """\
 Method {method}, model {model}, search {search} (cot: none), temperature {eval_temperature:g}.

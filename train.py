@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 
 from deepresearcher_min import evaluation, report, run, toyworld
-from deepresearcher_min.config import Config, named
+from deepresearcher_min.config import Config, RunStopped, named, raise_if_down
 from deepresearcher_min.evaluation import Row, Task, evaluate, load_task, write_groups
 from deepresearcher_min.policy import Policy
 from deepresearcher_min.reward import judge, step_means, step_sums, summarize
 from deepresearcher_min.rollout import Agent, Batch, roll_out
 from deepresearcher_min.run import Ranks, State, Stop
 from deepresearcher_min.trajectory import Group, take_questions
-from deepresearcher_min.web import RunStopped, raise_if_down
 
 
 def train(

@@ -27,18 +27,19 @@ from typing import Any
 
 import webencodings
 
-from deepresearcher_min.config import ROOT, Config, ConfigError, require_environment
-from deepresearcher_min.search import ENDS, SENTENCE_END, Corpus, content_words
-from deepresearcher_min.trajectory import Reading
-from deepresearcher_min.web import (
-    BAD_REPLY,
-    TIMEOUT,
+from deepresearcher_min.config import (
+    ROOT,
+    Config,
+    ConfigError,
     WebFailure,
-    code_of,
     count,
     count_failure,
-    seconds_left,
+    require_environment,
 )
+from deepresearcher_min.reward import ask_model
+from deepresearcher_min.search import ENDS, SENTENCE_END, Corpus, content_words
+from deepresearcher_min.trajectory import Reading
+from deepresearcher_min.web import BAD_REPLY, TIMEOUT, code_of, seconds_left
 
 # What a recorded text was made by.
 LIBRARIES = "trafilatura beautifulsoup4 lxml pypdf charset-normalizer"
@@ -444,7 +445,7 @@ class Browser:
             payload["max_tokens"] = config.reader_tokens
 
         def ask() -> str:
-            text, tokens = self.web.chat(url, "READER_API_KEY", payload, counts, deadline)
+            text, tokens = ask_model(self.web, url, "READER_API_KEY", payload, counts, deadline)
             if text is None:
                 raise WebFailure(*BAD_REPLY)
             count(counts, "reader_tokens", tokens)

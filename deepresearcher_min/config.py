@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from configparser import ConfigParser
 from contextlib import contextmanager
@@ -50,10 +51,46 @@ MOST = {  # all others: what the libraries below can count
     "adam_beta2": 0.999999,
 }
 HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
+ROLES = ("search", "reader", "judge")  # the operator's services, whose failures can stop a run
+NO_FAULT = ("no_results", "no_verdict")  # kinds of failure of a service that works
+BAD_REPLY = ("bad_reply", "The service sent a reply that cannot be read.")
+LAST_WORDS: dict = {}  # how a call to each service failed last, for people
+COUNT_LOCK = threading.Lock()
 
 
 class ConfigError(ValueError):
     """A value that cannot be used; the message names the key, the value and what is allowed."""
+
+
+class WebFailure(Exception):
+    """A short name to count, a sentence for the model, and the server's own words for people."""
+
+    counted = False
+
+    def __init__(self, kind: str, words: str, said: str = "") -> None:
+        super().__init__(f"{kind}: {words}" + (f" It said: {said}" if said else ""))
+        self.kind, self.words, self.said = kind, words, said
+
+
+class BlockedURL(WebFailure):
+    """An address that may not be opened, or whose name does not resolve."""
+
+
+class RunStopped(Exception):
+    """Why a run ends before its end, with everything saved: --resume goes on."""
+
+
+def count(counts: dict, name: str, amount: float = 1) -> None:
+    """Add to a counter that several tool threads of one trajectory may share."""
+    with COUNT_LOCK:
+        counts[name] += amount
+
+
+def count_failure(counts: dict, source: str, failure: WebFailure) -> None:
+    """As fail_<source>_<kind>, once for each failure, however many see it on its way."""
+    if not failure.counted:
+        failure.counted = True
+        count(counts, f"fail_{source}_{failure.kind}")
 
 
 @contextmanager
@@ -82,6 +119,18 @@ class Config(make_dataclass("Keys", TYPES.items(), frozen=True)):  # type: ignor
     """All keys of config.yaml, each in its type; never changed (dataclasses.replace makes another,
     unchecked).
     """
+
+
+def raise_if_down(config: Config, counts: dict, least: int = 1) -> None:
+    """RunStopped if most of at least `least` calls to a service failed (keys of metrics.jsonl)."""
+    if config.cassette_mode == "replay":
+        return
+    for role in ROLES:
+        calls, failed = counts.get(f"cost_{role}_calls", 0), counts.get(f"cost_{role}_failed", 0)
+        if calls >= least and failed > calls / 2:
+            share = f"{failed:.0f} of {calls:.0f} calls to the {role} service failed"
+            last = LAST_WORDS.get(role, "see the other ranks")
+            raise RunStopped(f"{share}. The last one: {last}")
 
 
 def load_config(argv: list[str], base: dict[str, Any] | None = None) -> Config:

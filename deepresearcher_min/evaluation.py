@@ -26,7 +26,16 @@ from transformers import AutoConfig, AutoTokenizer
 
 from deepresearcher_min import config as keys
 from deepresearcher_min import report, reward, rollout, toyworld
-from deepresearcher_min.config import Config, ConfigError, named, replace_file
+from deepresearcher_min.config import (
+    ROLES,
+    Config,
+    ConfigError,
+    RunStopped,
+    WebFailure,
+    named,
+    raise_if_down,
+    replace_file,
+)
 from deepresearcher_min.engine import make_engine
 from deepresearcher_min.protocol import ChatFormat, declared_ends, read_tools
 from deepresearcher_min.reward import measures, step_sums
@@ -34,7 +43,7 @@ from deepresearcher_min.rollout import Agent, OnDone, Tools
 from deepresearcher_min.run import Ranks, fetch_model
 from deepresearcher_min.search import INDEX_CACHE, Corpus
 from deepresearcher_min.trajectory import Group, Question, Recording, Trajectory, load_questions
-from deepresearcher_min.web import ROLES, RunStopped, Web, WebFailure, raise_if_down
+from deepresearcher_min.web import Web
 
 # The revision is the one at which a public copy of the official repository has the file; never
 # fetched by us. What decides is the checksum, that of the published file, 3,197 questions.

@@ -7,17 +7,20 @@ for the way (tool use, length, style).
 """
 
 import json
+import os
 import random
 import re
 import string
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from deepresearcher_min.config import Config, named
+from deepresearcher_min.config import BAD_REPLY, Config, WebFailure, count, named
 from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Trajectory
 
@@ -129,6 +132,64 @@ def judge(
 # --- MBE: a language model as judge of answers
 
 
+# --- models at an endpoint: the judge, and the reader of pages
+
+# by endpoint and model: the names of parameters that it refuses
+LEFT_OUT: dict = {}
+# what a message that refuses a parameter calls it
+PARAMETER = re.compile(
+    r"(?i)\b(?:(?P<temperature>temperature)|(?P<max_tokens>max[_ ]?tokens)"
+    r"|(?P<max_completion_tokens>max_completion_tokens))\b"
+)
+
+
+def ask_model(
+    web: Any, url: str, key: str, payload: Any, counts: Counter, deadline: float
+) -> tuple[str | None, int]:
+    """(text, tokens) of a chat completion; (None, 0) without text. `web` is a web.Web.
+
+    `key`: the environment variable of the key. Parameters that the endpoint refuses by name are
+    left out, max_tokens only after it was tried by its newer name.
+    """
+    headers = {"Authorization": f"Bearer {os.environ.get(key, '').strip()}"}
+    known = LEFT_OUT.setdefault((url, payload["model"]), [])
+    refused = list(known)
+    while True:
+        sent = dict(payload)
+        for name in refused:
+            value = sent.pop(name, None)
+            if name == "max_tokens" and value:
+                sent["max_completion_tokens"] = value
+        try:
+            reply = web.fetch_json(url, headers, sent, counts, deadline)
+            text = reply["choices"][0]["message"].get("content")
+            break
+        except WebFailure as failure:
+            refused.append(refused_parameter(failure, sent))
+            said = failure.said
+        except (LookupError, TypeError, AttributeError):
+            raise WebFailure(*BAD_REPLY) from None
+    if len(refused) > len(known):
+        known[:] = refused
+        if web.rank == 0:
+            words = f"{url} refuses {', '.join(refused)}, and is asked without: {said}"
+            print(words, file=sys.stderr, flush=True)
+    if not isinstance(text, str):
+        return None, 0
+    with suppress(LookupError, TypeError):
+        return text, reply["usage"]["total_tokens"] + 0
+    return text, len(f"{payload['messages']}{text}") // 4  # an estimate
+
+
+def refused_parameter(failure: WebFailure, sent: dict) -> Any:
+    """The first of them that an endpoint's words name; raises the failure if it is no refusal."""
+    if failure.kind in ("http_400", "http_422") and "context length" not in failure.said:
+        for found in PARAMETER.finditer(failure.said):
+            if found.lastgroup in sent:
+                return found.lastgroup
+    raise failure
+
+
 def judge_rules(config: Config) -> str:
     """The text of judge_prompt_file, or ours; ConfigError where it cannot be used."""
     with named("judge_prompt_file", config.judge_prompt_file):
@@ -170,8 +231,6 @@ def ask_judge(trajectory: Trajectory, config: Config, web: Any, counts: Counter)
 
     No answer is wrong and an exact match is right without asking, as in the official code.
     """
-    from deepresearcher_min.web import WebFailure, count  # here: the reward itself needs no web
-
     answer = trajectory.answer
     golds = list(trajectory.question.answers)
     if answer is None or exact_match(answer, golds):
@@ -189,7 +248,7 @@ def ask_judge(trajectory: Trajectory, config: Config, web: Any, counts: Counter)
 
     def ask() -> float:
         for _ in range(3):  # replies without a verdict, before an answer stays without one
-            text, tokens = web.chat(url, "JUDGE_API_KEY", payload, counts, deadline)
+            text, tokens = ask_model(web, url, "JUDGE_API_KEY", payload, counts, deadline)
             count(counts, "usd", tokens * config.price_judge_token)
             verdict = parse_verdict(text or "")
             if verdict is not None:

@@ -22,7 +22,15 @@ import numpy as np
 
 from deepresearcher_min import protocol
 from deepresearcher_min.browse import Browser
-from deepresearcher_min.config import Config, host_list
+from deepresearcher_min.config import (
+    NO_FAULT,
+    Config,
+    RunStopped,
+    WebFailure,
+    count,
+    count_failure,
+    host_list,
+)
 from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import (
     THINK,
@@ -33,18 +41,10 @@ from deepresearcher_min.protocol import (
     Malformed,
     parse_turn,
 )
+from deepresearcher_min.reward import ask_model
 from deepresearcher_min.search import SERVICES, Corpus, LiveSearch, make_search
 from deepresearcher_min.trajectory import Question, Reading, Recording, Trajectory, Turn
-from deepresearcher_min.web import (
-    BLOCKED,
-    NO_FAULT,
-    RunStopped,
-    Web,
-    WebFailure,
-    count,
-    count_failure,
-    is_blocked,
-)
+from deepresearcher_min.web import BLOCKED, Web, is_blocked
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
 GRACE = 1.0  # after a tool's own deadline its thread is given up, although it cannot be ended [s]
@@ -239,7 +239,7 @@ def try_services(config: Config, agent: bool = True, judge: bool = False) -> str
                 hello = [{"role": "user", "content": "Hello"}]
                 payload = {"model": getattr(config, f"{role}_model"), "messages": hello}
                 url = f"{address.rstrip('/')}/chat/completions"
-                web.chat(url, key, payload, Counter(), time.monotonic() + config.tool_timeout)
+                ask_model(web, url, key, payload, Counter(), time.monotonic() + config.tool_timeout)
         except WebFailure as failure:
             if failure.kind not in NO_FAULT:
                 remedy = f"check that it runs, {role}_url, {key} and what is left of its quota"

@@ -34,6 +34,7 @@ from transformers.utils import CONFIG_NAME
 from deepresearcher_min.config import (
     Config,
     ConfigError,
+    RunStopped,
     check_inputs,
     help_text,
     load_config,
@@ -43,7 +44,6 @@ from deepresearcher_min.config import (
     searches_web,
 )
 from deepresearcher_min.search import check_search
-from deepresearcher_min.web import RunStopped
 
 RUNS = Path("runs")
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the hub

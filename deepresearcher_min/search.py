@@ -25,8 +25,15 @@ from urllib.parse import quote
 
 import numpy as np
 
-from deepresearcher_min.config import Config, ConfigError, host_list, require_environment
-from deepresearcher_min.web import BAD_REPLY, Web, WebFailure, code_of, count, is_blocked
+from deepresearcher_min.config import (
+    Config,
+    ConfigError,
+    WebFailure,
+    count,
+    host_list,
+    require_environment,
+)
+from deepresearcher_min.web import BAD_REPLY, Web, code_of, is_blocked
 
 # Letters and digits, and the signs that belong to letters from Hindi to Khmer, which are no \w.
 WORD = re.compile(

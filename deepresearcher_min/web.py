@@ -1,7 +1,6 @@
 """The only place that opens a socket to the web: search.py and browse.py go through it.
 
-Failures (what the world did, in words for the model, and a counter) · addresses (which may be
-opened) · the cassette (cache and recording at once) · the exchange (the only adapter of our one
+Failures (kinds, and words for the model) · addresses (which may be opened) · the cassette (cache and recording at once) · the exchange (the only adapter of our one
 requests.Session: whatever that sends, redirects too, is checked, pinned and limited there) · Web,
 for pages and services. Every wait ends at the deadline of the tool call.
 
@@ -15,13 +14,11 @@ import http.client
 import io
 import ipaddress
 import json
-import os
 import random
 import re
 import socket
 import sqlite3
 import ssl
-import sys
 import threading
 import time
 from collections import Counter
@@ -39,64 +36,29 @@ import urllib3
 from urllib3 import exceptions as errors
 from urllib3.util import Url, parse_url
 
-from deepresearcher_min.config import Config, ConfigError, host_list, plain_host
+from deepresearcher_min.config import (
+    BAD_REPLY,
+    LAST_WORDS,
+    NO_FAULT,
+    BlockedURL,
+    Config,
+    ConfigError,
+    WebFailure,
+    count,
+    count_failure,
+    host_list,
+    plain_host,
+    raise_if_down,
+)
 
-# --- failures: kinds and words, counters, and when a run must stop
+# --- failures: kinds, and words for the model
 
 TIMEOUT = ("timeout", "The server did not answer in time.")
 CONNECTION = ("connection", "The connection to the server failed.")
-BAD_REPLY = ("bad_reply", "The service sent a reply that cannot be read.")
 ONLY_PUBLIC = "Only plain http and https addresses of the public internet can be opened."
 REFUSED = ("refused_address", ONLY_PUBLIC)
 DATA_SETS = "This host is blocked: data sets are kept there, with the answers to questions."
 BLOCKED = ("blocked_host", DATA_SETS)
-ROLES = ("search", "reader", "judge")  # the operator's services, whose failures can stop a run
-NO_FAULT = ("no_results", "no_verdict")  # kinds of failure of a service that works
-LAST_WORDS: dict = {}  # how a call to each service failed last, for people
-COUNT_LOCK = threading.Lock()
-
-
-class WebFailure(Exception):
-    """A short name to count, a sentence for the model, and the server's own words for people."""
-
-    counted = False
-
-    def __init__(self, kind: str, words: str, said: str = "") -> None:
-        super().__init__(f"{kind}: {words}" + (f" It said: {said}" if said else ""))
-        self.kind, self.words, self.said = kind, words, said
-
-
-class BlockedURL(WebFailure):
-    """An address that may not be opened, or whose name does not resolve."""
-
-
-class RunStopped(Exception):
-    """Why a run ends before its end, with everything saved: --resume goes on."""
-
-
-def count(counts: dict, name: str, amount: float = 1) -> None:
-    """Add to a counter that several tool threads of one trajectory may share."""
-    with COUNT_LOCK:
-        counts[name] += amount
-
-
-def count_failure(counts: dict, source: str, failure: WebFailure) -> None:
-    """As fail_<source>_<kind>, once for each failure, however many see it on its way."""
-    if not failure.counted:
-        failure.counted = True
-        count(counts, f"fail_{source}_{failure.kind}")
-
-
-def raise_if_down(config: Config, counts: dict, least: int = 1) -> None:
-    """RunStopped if most of at least `least` calls to a service failed (keys of metrics.jsonl)."""
-    if config.cassette_mode == "replay":
-        return
-    for role in ROLES:
-        calls, failed = counts.get(f"cost_{role}_calls", 0), counts.get(f"cost_{role}_failed", 0)
-        if calls >= least and failed > calls / 2:
-            share = f"{failed:.0f} of {calls:.0f} calls to the {role} service failed"
-            last = LAST_WORDS.get(role, "see the other ranks")
-            raise RunStopped(f"{share}. The last one: {last}")
 
 
 def seconds_left(deadline: float) -> float:
@@ -386,14 +348,6 @@ def server_words(body: bytes, headers: Any) -> str:
 
 # --- pages and services, through cassette and exchange
 
-# by endpoint and model: the names of parameters that it refuses
-LEFT_OUT: dict = {}
-# what a message that refuses a parameter calls it
-PARAMETER = re.compile(
-    r"(?i)\b(?:(?P<temperature>temperature)|(?P<max_tokens>max[_ ]?tokens)"
-    r"|(?P<max_completion_tokens>max_completion_tokens))\b"
-)
-
 
 class Web(Cassette):
     """All traffic of one rank, by any thread; each call ends at its deadline [monotonic s]."""
@@ -458,53 +412,7 @@ class Web(Cassette):
                 return reply
         raise WebFailure(*BAD_REPLY, server_words(body, headers))
 
-    def chat(
-        self, url: str, key: str, payload: Any, counts: Counter, deadline: float
-    ) -> tuple[str | None, int]:
-        """(text, tokens) of a chat completion; (None, 0) without text.
-
-        `key`: the environment variable of the key. Parameters that the endpoint refuses by name are
-        left out, max_tokens only after it was tried by its newer name.
-        """
-        headers = {"Authorization": f"Bearer {os.environ.get(key, '').strip()}"}
-        known = LEFT_OUT.setdefault((url, payload["model"]), [])
-        refused = list(known)
-        while True:
-            sent = dict(payload)
-            for name in refused:
-                value = sent.pop(name, None)
-                if name == "max_tokens" and value:
-                    sent["max_completion_tokens"] = value
-            try:
-                reply = self.fetch_json(url, headers, sent, counts, deadline)
-                text = reply["choices"][0]["message"].get("content")
-                break
-            except WebFailure as failure:
-                refused.append(refused_parameter(failure, sent))
-                said = failure.said
-            except (LookupError, TypeError, AttributeError):
-                raise WebFailure(*BAD_REPLY) from None
-        if len(refused) > len(known):
-            known[:] = refused
-            if self.rank == 0:
-                words = f"{url} refuses {', '.join(refused)}, and is asked without: {said}"
-                print(words, file=sys.stderr, flush=True)
-        if not isinstance(text, str):
-            return None, 0
-        with suppress(LookupError, TypeError):
-            return text, reply["usage"]["total_tokens"] + 0
-        return text, len(f"{payload['messages']}{text}") // 4  # an estimate
-
     def close(self) -> None:
         self.session.close()
         with self.db_lock:  # not under the hands of a thread that was given up
             self.db.close()
-
-
-def refused_parameter(failure: WebFailure, sent: dict) -> Any:
-    """The first of them that an endpoint's words name; raises the failure if it is no refusal."""
-    if failure.kind in ("http_400", "http_422") and "context length" not in failure.said:
-        for found in PARAMETER.finditer(failure.said):
-            if found.lastgroup in sent:
-                return found.lastgroup
-    raise failure

@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from deepresearcher_min.config import Config, ConfigError, require_environment
+from deepresearcher_min.config import Config, ConfigError, WebFailure, require_environment
 from deepresearcher_min.evaluation import PlainChat, Task, make_agent, open_web
-from deepresearcher_min.reward import measures
+from deepresearcher_min.reward import ask_model, measures
 from deepresearcher_min.rollout import Agent, Batch, roll_out
 from deepresearcher_min.run import Ranks, check_needs, quiet_libraries
 from deepresearcher_min.trajectory import Question, load_questions
-from deepresearcher_min.web import Web, WebFailure
+from deepresearcher_min.web import Web
 from eval import resolve
 
 MIX = {"nq": 1, "tq": 1, "hotpotqa": 3, "2wiki": 3}
@@ -59,7 +59,7 @@ def verdict(question: Question, config: Config, web: Web) -> str:
     deadline = time.monotonic() + config.tool_timeout
 
     def ask() -> str:
-        text, _ = web.chat(url, "JUDGE_API_KEY", payload, counts, deadline)
+        text, _ = ask_model(web, url, "JUDGE_API_KEY", payload, counts, deadline)
         lines = (text or "").strip().splitlines()
         found = VERDICT.fullmatch(lines[-1]) if lines else None
         if found is None:

@@ -140,21 +140,9 @@ def permute_names(ids: np.ndarray, parts: list[np.ndarray], rng: np.random.Gener
     return np.where(ids < len(table), table[np.minimum(ids, len(table) - 1)], ids)
 
 
-def warm_start(
-    config: Config, folder: Path, steps: int = 3600, tokens: int = 3000, demos: int = 9000
-) -> None:
-    """Train the tiny model on demonstrations from plain initialisation, and save it as a Hugging
-    Face folder.
-
-    Next-token loss with weight 1 on the beginners' tokens, 0.1 on observations (they repeat names,
-    too, but little of them can be known), 0 on the prompt; AdamW, learning rate 2e-3 with linear
-    decay. No weight is set by hand.
-    """
-    started = time.process_time()
-    torch.manual_seed(config.seed)
-    torch.set_num_threads(config.threads)
-    tokenizer = build_tokenizer()
-    model = LlamaForCausalLM(
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Half a million random weights."""
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
@@ -169,6 +157,23 @@ def warm_start(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def warm_start(
+    config: Config, folder: Path, steps: int = 3600, tokens: int = 3000, demos: int = 9000
+) -> None:
+    """Train the tiny model on demonstrations from plain initialisation, and save it as a Hugging
+    Face folder.
+
+    Next-token loss with weight 1 on the beginners' tokens, 0.1 on observations (they repeat names,
+    too, but little of them can be known), 0 on the prompt; AdamW, learning rate 2e-3 with linear
+    decay. No weight is set by hand.
+    """
+    started = time.process_time()
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads)
+    tokenizer = build_tokenizer()
+    model = new_model(tokenizer)
     data = demonstrations(tokenizer, config, worlds=61, each=demos // 60)
     data, fresh = (
         data[: -(demos // 60)],

@@ -8,10 +8,10 @@ import loopback
 import pytest
 from loopback import Server
 
-from eval import main, resolve
 from deepresearcher_min import evaluation
 from deepresearcher_min.config import ConfigError, load_config
 from deepresearcher_min.trajectory import load_questions
+from eval import main, resolve
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 

@@ -12,6 +12,7 @@ from service_world import KEY, World, arguments, completion, keys, training  # n
 
 import eval as evaluation
 import train
+from deepresearcher_min.reward import ask_model
 from deepresearcher_min.rollout import try_services
 from deepresearcher_min.web import WebFailure
 
@@ -184,8 +185,8 @@ def test_a_refused_parameter_is_left_out_from_then_on(
         )
         for _ in range(3):
             assert (
-                web.chat(
-                    server.url + "/chat/completions", "READER_API_KEY", payload, Counter(), 1e9
+                ask_model(
+                    web, server.url + "/chat/completions", "READER_API_KEY", payload, Counter(), 1e9
                 )[0]
                 == "Fine."
             )
@@ -213,16 +214,17 @@ def test_two_refused_parameters_and_what_is_no_refusal(open_web):
             {"model": "m", "messages": [], "temperature": 0, "max_tokens": 600},
         )
         assert (
-            web.chat(server.url + "/both", "READER_API_KEY", payload, Counter(), 1e9)[0] == "Fine."
+            ask_model(web, server.url + "/both", "READER_API_KEY", payload, Counter(), 1e9)[0]
+            == "Fine."
         )
         assert len(server.sent) == 3
         with pytest.raises(WebFailure, match="all is wrong"):
-            web.chat(server.url + "/never", "READER_API_KEY", payload, Counter(), 1e9)
+            ask_model(web, server.url + "/never", "READER_API_KEY", payload, Counter(), 1e9)
         assert server.requests["/never"] == 3
         server.pages["/never"] = (400, {}, {"error": "context length: lower max_tokens"})
         server.sent.clear()
         with pytest.raises(WebFailure, match="context length"):
-            web.chat(server.url + "/never", "READER_API_KEY", payload, Counter(), 1e9)
+            ask_model(web, server.url + "/never", "READER_API_KEY", payload, Counter(), 1e9)
         assert [json.loads(body)["max_tokens"] for _, _, body in server.sent] == [
             600
         ]  # nothing was remembered
