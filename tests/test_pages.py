@@ -2,7 +2,6 @@
 processes.
 """
 
-import io
 import json
 import random
 import re
@@ -11,14 +10,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pypdf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_pdf import pdf, pdf_of_three
 
 from bench.tools import quality, trafilatura_mode
 from deepresearcher_min import browse as browse_module
-from deepresearcher_min.browse import Parsers, decode, main_text, parse
+from deepresearcher_min.browse import Parsers, main_text, parse
 from deepresearcher_min.config import ROOT
 from deepresearcher_min.web import WebFailure
 
@@ -167,189 +166,6 @@ def test_where_the_extractor_loses_the_page_all_its_text_is_kept():
     )
     text = main_text(page(f"<nav>Menu</nav>{sentences}{formulas}").encode(), HTML)
     assert "x = 39" in text and "Menu" not in text
-
-
-@pytest.mark.parametrize(
-    ("body", "content_type", "expected"),
-    [
-        ("Grüße".encode(), "text/html", "Grüße"),
-        ("Grüße €".encode("cp1252"), "text/html; charset=ISO-8859-1", "Grüße €"),
-        ("Grüße".encode("cp1252"), "text/html", "Grüße"),
-        (
-            b'<meta charset="windows-1251">' + "Река".encode("cp1251"),
-            "text/html",
-            '<meta charset="windows-1251">Река',
-        ),
-        (b'<meta charset="utf-16">' + "Река".encode(), "text/html", '<meta charset="utf-16">Река'),
-        ("川".encode("cp932"), "text/html; charset=Shift_JIS", "川"),
-        ("河".encode("gb18030"), 'text/html; charset="gb2312"', "河"),
-        (b"\xef\xbb\xbf" + "ü".encode(), "text/html; charset=latin-1", "ü"),
-        (b"\xff\xfe" + "ü".encode("utf-16-le"), "text/html", "ü"),
-        (b"abc", "text/html; charset=rot13", "abc"),
-        (b"abc", "text/html; charset=hex", "abc"),
-        (b"+ADw-script+AD4-", "text/html; charset=utf-7", "+ADw-script+AD4-"),
-        (b"ok \xff\xfe\xfa", "text/html; charset=utf-8", "ok \ufffd\ufffd\ufffd"),
-    ],
-)
-def test_encodings_are_read_as_browsers_read_them(body, content_type, expected):
-    assert decode(body, content_type) == expected
-
-
-SCRIPTS = {
-    "gb18030": "这条河发源于山区，流经商人在十八世纪中叶建立的城市，每年春天仍然举行集市。",
-    "big5": "這條河發源於山區，流經商人在十八世紀中葉建立的城市，每年春天仍然舉行市集。",
-    "shift_jis": "この川は山地に源を発し、十八世紀の半ばに商人たちが築いた町を流れている。①",
-    "euc-jp": "この川は山地に源を発し、十八世紀の半ばに商人たちが築いた町を流れている。",
-    "euc-kr": "이 강은 산에서 시작하여 십팔 세기 중반에 상인들이 세운 도시를 지나 흐른다.",
-    "windows-1251": "Река берёт начало в горах и течёт мимо города, который основали купцы.",
-    "koi8-r": "Река берёт начало в горах и течёт мимо города, который основали купцы.",
-    "windows-1253": "Ο ποταμός πηγάζει στα βουνά και περνά από την πόλη που ίδρυσαν έμποροι.",
-    "windows-1255": "הנהר נובע בהרים ועובר ליד העיר שנוסדה על ידי סוחרים באמצע המאה.",
-    "windows-1256": "ينبع النهر من الجبال ويمر بالمدينة التي أسسها التجار في القرن.",
-    "windows-874": "แม่น้ำไหลจากภูเขาผ่านเมืองที่พ่อค้าก่อตั้งขึ้นในกลางศตวรรษ",
-    "windows-1250": "Rzeka wypływa z gór i przepływa przez miasto Łódź, które założyli także źli kupcy.",
-    "windows-1252": "Der Fluß entspringt in den Hügeln, fließt durch größere Städte und heißt schöner Ost.",
-}
-PYTHON = {"windows-874": "cp874", "shift_jis": "cp932"}
-
-
-@pytest.mark.parametrize("label", SCRIPTS)
-def test_a_page_is_read_in_its_encoding_wherever_that_is_said_or_not_said_at_all(label):
-    sentence = SCRIPTS[label]
-
-    def read(content, content_type="text/html", encoding=None):
-        return main_text(content.encode(encoding or PYTHON.get(label, label)), content_type)
-
-    paragraphs = f"<p>{sentence}</p>" * 12
-    late = (
-        "<script>"
-        + "/* < */" * 400
-        + f"</script><meta http-equiv=a content='text/html; charset={label}'>"
-    )
-    hidden = f"<!-- <meta charset=utf-8> --><meta charset='{label}'>"
-    assert sentence in read(page(paragraphs)), "not declared"
-    assert sentence in read(sentence * 4, "text/plain"), "not declared"
-    assert sentence in read(page(paragraphs), "text/html; charset=x-unknown")
-    assert sentence in read(page(paragraphs), "text/html; charset=utf-8"), "declared wrongly"
-    assert label == "windows-1250" or sentence in read(
-        page(paragraphs), "text/html; charset=iso-8859-1"
-    )
-    assert sentence in read(page(sentence), f"text/html; charset={label}")
-    assert sentence in read(page(sentence, late))
-    assert sentence in read(page(sentence, hidden))
-    assert sentence in read(page(sentence, f"<meta charset={label}>"), "text/html; charset=utf-8")
-    assert sentence in read(
-        f"<?xml version='1.0' encoding='{label}'?>" + page(sentence), "application/xhtml+xml"
-    )
-    # What is valid UTF-8 is UTF-8, and so is what has one broken byte in it.
-    assert sentence in read(page(sentence, f"<meta charset={label}>"), encoding="utf-8")
-    assert sentence in read(page(sentence), f"text/html; charset={label}", "utf-8")
-    assert sentence in main_text(
-        page(paragraphs, f"<meta charset={label}>").encode() + b"\xe4<p>", "text/html"
-    )
-
-
-@pytest.mark.parametrize("label", list(SCRIPTS)[:5])
-def test_bytes_too_few_to_be_judged_are_no_text_rather_than_a_wrong_one(label):
-    body = SCRIPTS[label][:8].encode(PYTHON.get(label, label))
-    assert parse(b"<p>" + body, "text/html") == (
-        "",
-        "The page's characters are in an unknown encoding.",
-    )
-    assert parse(b"<p>Only ASCII.", "text/html") == ("Only ASCII.", "")
-    assert parse("<p>Grüße aus Köln.".encode("cp1252"), "text/html") == ("Grüße aus Köln.", "")
-
-
-def pdf(text):
-    """A PDF file of one page."""
-    content = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode()
-    objects = [
-        b"<</Type/Catalog/Pages 2 0 R>>",
-        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
-        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
-        b"<</Length %d>>stream\n%s\nendstream" % (len(content), content),
-        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
-    ]
-    out, places = b"%PDF-1.4\n", []
-    for number, body in enumerate(objects, start=1):
-        places.append(len(out))
-        out += b"%d 0 obj%s endobj\n" % (number, body)
-    rows = b"".join(b"%010d 00000 n \n" % place for place in places)
-    return (
-        out
-        + b"xref\n0 6\n0000000000 65535 f \n%strailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF"
-        % (
-            rows,
-            len(out),
-        )
-    )
-
-
-def test_pdf_and_plain_text():
-    assert main_text(pdf("The Ost is a river."), "application/pdf") == "The Ost is a river."
-    assert main_text(pdf("The Ost is a river."), "text/html") == "The Ost is a river."
-    assert main_text(b"a <b> c\r\n\r\n\r\nd\x07", "text/plain") == "a <b> c\n\nd"
-    for broken in (
-        b"%PDF-1.7",
-        b"%PDF-1.4 trailer<</Root 1 0 R>>",
-        pdf("x")[:200],
-        pdf("x").replace(b"/Kids[3", b"/Kids[2"),
-    ):
-        assert isinstance(main_text(broken, "application/pdf"), str)
-
-
-def pdf_of_three(**encryption):
-    writer = pypdf.PdfWriter()
-    for number in range(3):
-        writer.append(io.BytesIO(pdf(f"Page {number} tells of the Ost.")))
-    if encryption:
-        writer.encrypt(**encryption)
-    out = io.BytesIO()
-    writer.write(out)
-    return out.getvalue()
-
-
-KIDS = rb"(/Kids \[ \d+ 0 R )\d+"  # the reference to the second page follows
-BROKEN_PAGES = {
-    "content": lambda file: file.replace(b"12 Tf 72 720 Td (Page 1", b"zz Tf [ << 720 Td (Page 1"),
-    "compression": lambda file: file.replace(
-        b"stream\nBT /F1 12 Tf 72 720 Td (Page 1", b"stream\nBT ] >> (Page 1"
-    ),
-    "missing": lambda file: re.sub(KIDS, rb"\g<1>99", file),
-    "no page": lambda file: re.sub(KIDS, rb"\g<1>1", file),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_PAGES)
-def test_a_broken_page_of_a_pdf_costs_only_itself(name):
-    whole = pdf_of_three()
-    broken = BROKEN_PAGES[name](whole)
-    text = main_text(broken, "application/pdf")
-    assert (
-        broken != whole
-        and "Page 0 tells of the Ost." in text
-        and "Page 2 tells of the Ost." in text
-    )
-
-
-@pytest.mark.parametrize("cut", ["startxref", "trailer", "xref", "endobj"])
-def test_a_pdf_without_its_end_gives_what_can_be_read(cut):
-    whole = pdf_of_three()
-    text = main_text(whole[: whole.rfind(cut.encode())], "application/pdf")
-    assert "Page 0 tells of the Ost." in text and "Page 1 tells of the Ost." in text
-
-
-@pytest.mark.parametrize("algorithm", ["RC4-40", "RC4-128", "AES-128", "AES-256-R5", "AES-256"])
-def test_an_encrypted_pdf_is_read_if_it_opens_without_a_password(algorithm):
-    free = pdf_of_three(user_password="", owner_password="no printing", algorithm=algorithm)
-    assert [f"Page {number}" in main_text(free, "application/pdf") for number in range(3)] == [
-        True
-    ] * 3
-    locked = pdf_of_three(user_password="secret", owner_password="other", algorithm=algorithm)
-    assert (
-        main_text(locked, "application/pdf") == ""
-        and "password" in parse(locked, "application/pdf")[1]
-    )
 
 
 def test_parsers_say_why_a_page_cannot_be_read():
