@@ -25,7 +25,7 @@ from deepresearcher_min.grpo import TrainingRow, pack
 from deepresearcher_min.policy import Policy
 from deepresearcher_min.run import Ranks
 
-pytestmark = pytest.mark.quick
+pytestmark = pytest.mark.slow
 T = 32_768
 DOCUMENT = Path(__file__).parents[1] / "docs/memory.md"
 SHAPES = {
@@ -81,7 +81,11 @@ def fake_ranks(count: int):
 def computed(row: str) -> list[float]:
     """The figures in bold or not of a row of the document's tables [GB]."""
     line = next(text for text in DOCUMENT.read_text().splitlines() if text.startswith(f"| {row}"))
-    return [float(cell.strip(" *")) for cell in line.split("|") if re.fullmatch(r"[ *\d.]+", cell)]
+    return [
+        float(cell.strip(" *"))
+        for cell in line.split("|")
+        if re.fullmatch(r" \**\d[\d.]*\** ", cell)
+    ]
 
 
 def gigabytes(tensors) -> float:
@@ -134,7 +138,6 @@ def test_fake_bytes_of_7b_on_eight_are_what_the_document_computes(monkeypatch, u
         monkeypatch.setattr(dist, "init_device_mesh", lambda *_: mesh)  # it reads values
         with FakeTensorMode(allow_non_fake_inputs=True):
             stays, peak = update_bytes("7B", ranks)
-    print(stays, peak)
     assert stays["weights"] == pytest.approx(*computed("master weights"), abs=0.05)
     assert stays["moments"] == pytest.approx(*computed("AdamW's two moments"), abs=0.05)
     assert stays["reference"] == pytest.approx(*computed("reference model"), abs=0.05)
@@ -148,8 +151,9 @@ def test_fake_bytes_of_7b_on_eight_are_what_the_document_computes(monkeypatch, u
 def test_fake_bytes_of_1_5b_on_one_are_what_the_document_computes(update_bytes):
     with FakeTensorMode(allow_non_fake_inputs=True):
         stays, peak = update_bytes("1.5B", Ranks())
-    print(stays, peak)
-    always, *_, update, _ = computed("1.5B on 1")
+    always, copies, *_, update, _ = computed("1.5B on 1")
     assert sum(stays.values()) == pytest.approx(always * 16 / 20, abs=0.1)
+    gradients = always * 4 / 20
     total = peak["Total"] + stays["reference"]
-    assert total == pytest.approx(update, rel=0.07)
+    assert total < update  # whose copies autocast lets go at the end of the forward pass
+    assert total == pytest.approx(update - gradients - copies, rel=0.06)

@@ -150,7 +150,7 @@ def test_gradient_and_checkpoints_do_not_depend_on_the_ranks(models, tmp_path, s
 def test_a_rank_with_bad_numbers_ends_the_job_with_their_name(models, tmp_path):
     done = torchrun(__file__, 2, str(models), str(tmp_path), json.dumps("nan on the last rank"))
     assert done.returncode != 0
-    assert not list(tmp_path.glob("rank * left"))
+    assert not (tmp_path / "rank 1 left").exists()  # rank 0 does: over gloo it hears of the end
     assert re.search(
         r"FloatingPointError: question 'q\d', trajectory \d: log-probability nan", done.stderr
     )
