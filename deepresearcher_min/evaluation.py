@@ -41,7 +41,7 @@ from deepresearcher_min.protocol import ChatFormat, declared_ends, read_tools
 from deepresearcher_min.reward import measures, step_sums
 from deepresearcher_min.rollout import Agent, OnDone, Tools
 from deepresearcher_min.run import Ranks, fetch_model
-from deepresearcher_min.search import INDEX_CACHE, Corpus
+from deepresearcher_min.search import Corpus
 from deepresearcher_min.trajectory import Group, Question, Recording, Trajectory, load_questions
 from deepresearcher_min.web import Web
 
@@ -50,6 +50,8 @@ from deepresearcher_min.web import Web
 OFFICIAL = "https://raw.githubusercontent.com/GAIR-NLP/DeepResearcher"
 TEST_SET_URL = f"{OFFICIAL}/b576f0cc08e1ca39027f29a56a99548b743bfd3b/data/test.parquet"
 TEST_SET_SHA256 = "30c21c7da1872af08d7db1aacb5f45a57d0a7f038dd7f7baed51231bf6c5e10e"
+# What is fetched once for all runs is kept here.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepresearcher_min"
 BILLS = "judge.jsonl"  # in a run folder: what each judging cost
 FAILED = {f"{role}_failed" for role in ROLES}  # counts of a trajectory that met a failed service
 ENOUGH = 50  # calls to a service after which an evaluation stops where most of them failed
@@ -123,7 +125,7 @@ def load_examination(config: Config, ranks: Ranks) -> Task:
 
 def test_set(config: Config) -> str:
     """The official test set, fetched once and kept under ~/.cache; ConfigError if it cannot be."""
-    path = INDEX_CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
+    path = CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
     body = path.read_bytes() if os.path.isfile(path) else b""
     if hashlib.sha256(body).hexdigest() == TEST_SET_SHA256:
         return str(path)

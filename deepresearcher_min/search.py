@@ -56,10 +56,6 @@ ENDS = "。！？｡।॥។៕။"
 SENTENCE_END = re.compile(rf"[{ENDS}]+[」』”’）]*|[\u0e00-\u0eff](?=\s+[\u0e00-\u0eff])")
 NO_RESULTS = ("no_results", "Nothing was found for this query.")
 SNIPPET_CHARS = 300
-# What is fetched once for all runs is kept here.
-INDEX_CACHE = (
-    Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "deepresearcher_min"
-)
 SOURCE = code_of(__file__)
 SearchResult = namedtuple("SearchResult", ["title", "url", "snippet"])
 

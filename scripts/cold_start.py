@@ -38,11 +38,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from deepresearcher_min.config import Config, ConfigError, load_config, named  # noqa: E402
-from deepresearcher_min.evaluation import load_chat, load_task  # noqa: E402
+from deepresearcher_min.evaluation import load_task, make_agent  # noqa: E402
 from deepresearcher_min.policy import Policy  # noqa: E402
 from deepresearcher_min.protocol import ChatFormat  # noqa: E402
 from deepresearcher_min.reward import reward  # noqa: E402
-from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out  # noqa: E402
+from deepresearcher_min.rollout import Agent, Batch, roll_out  # noqa: E402
 from deepresearcher_min.run import Ranks  # noqa: E402
 from deepresearcher_min.search import Corpus, content_words  # noqa: E402
 from deepresearcher_min.trajectory import (  # noqa: E402
@@ -279,9 +279,10 @@ def cold_start(config: Config, recipe: Recipe, ranks: Ranks) -> None:
     task = load_task(config)
     if task.corpus is None:
         raise ConfigError("corpus='': the demonstrations are made of a corpus.jsonl")
-    chat = load_chat(config, task)
-    idle = ScriptedEngine(chat.tokenizer, chat.end_of_turn_id, partial(begin, [], 0, recipe))
-    agent = Agent(config, idle, Tools(config, chat, task.corpus), chat)
+    idle, _ = make_agent(config, task, ranks, [])
+    chat = idle.chat
+    engine = ScriptedEngine(chat.tokenizer, chat.end_of_turn_id, partial(begin, [], 0, recipe))
+    agent = replace(idle, engine=engine)
     real = read_items(config.data, task.corpus)
     invented = made_up(task.corpus, held_out_titles(config.eval_data), random.Random(config.seed))
     draw = Draw(real, invented, recipe.made_up, config.seed)

@@ -68,11 +68,11 @@ def nothing_begun(place, monkeypatch):
     """No keys, an empty cache and home, no run folder before and after, and no folder between."""
     import shutil
 
-    from deepresearcher_min import search
+    from deepresearcher_min import evaluation
 
     for name in ("SERPER_API_KEY", "JUDGE_API_KEY", "READER_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(search, "INDEX_CACHE", place / "cache")
+    monkeypatch.setattr(evaluation, "CACHE", place / "cache")
     before = {path: path.stat().st_mtime_ns for path in place.glob("r_*/*")}
     shutil.rmtree(place / "new", ignore_errors=True)
     yield

@@ -17,9 +17,8 @@ from small_runs import SMALL
 
 import eval as evaluation
 import train
-from deepresearcher_min import search
+from deepresearcher_min import evaluation as package_evaluation
 from deepresearcher_min.config import ROOT, TYPES
-from deepresearcher_min.search import Corpus
 
 pytestmark = pytest.mark.quick
 LIVE = (
@@ -243,7 +242,7 @@ def test_the_corrected_command_starts_and_dies_of_nothing_late(
     (model / "generation_config.json").write_text(
         json.dumps({**settings, "temperature": 0.6, "top_k": 3})
     )
-    monkeypatch.setattr(search, "INDEX_CACHE", place / "file" / "cache")
+    monkeypatch.setattr(package_evaluation, "CACHE", place / "file" / "cache")
     monkeypatch.setenv("HOME", str(tmp_path))
     words = arguments(LOCAL, f"--run_dir={tmp_path}/run", place)
     words += [
@@ -303,11 +302,6 @@ def test_a_package_that_is_needed_at_the_end_is_missed_at_the_start(monkeypatch,
         "matplotlib.figure cannot be imported" in capsys.readouterr().err
         and not (tmp_path / "run").exists()
     )
-
-
-def test_a_corpus_is_indexed_without_a_cache(place, monkeypatch):
-    monkeypatch.setattr(search, "INDEX_CACHE", place / "file/cache")
-    assert Corpus.from_jsonl(place / "c.jsonl").search("Ormley", 1)[0].title == "Ormley"
 
 
 def test_every_text_file_is_utf8_whatever_the_machine_says():

@@ -14,11 +14,10 @@ from test_eval_scores import answered, judging, reply
 
 import eval as evaluation
 from deepresearcher_min import report
-from deepresearcher_min.config import ROOT, load_config
+from deepresearcher_min.config import ROOT, RunStopped, load_config
 from deepresearcher_min.evaluation import scores_over_runs
 from deepresearcher_min.reward import ask_judge
 from deepresearcher_min.trajectory import Group
-from deepresearcher_min.web import RunStopped
 
 pytestmark = pytest.mark.quick
 TOY = ["--preset=toy", "--model=toy", "--limit=2", "--eval_temperature=1"]

@@ -23,7 +23,7 @@ def published(tmp_path, monkeypatch):
     """
     body = b"PAR1 small but real" * 1000
     with Server({"/file": (200, {"Content-Type": "application/octet-stream"}, body)}) as server:
-        monkeypatch.setattr(evaluation, "INDEX_CACHE", tmp_path / "cache")
+        monkeypatch.setattr(evaluation, "CACHE", tmp_path / "cache")
         monkeypatch.setattr(evaluation, "TEST_SET_URL", server.url + "/file")
         monkeypatch.setattr(evaluation, "TEST_SET_SHA256", hashlib.sha256(body).hexdigest())
         server.body = body
@@ -81,7 +81,7 @@ def test_a_failed_download_is_one_clear_error(published, monkeypatch, path, word
     monkeypatch.setattr(evaluation, "TEST_SET_URL", published.url + path)
     with pytest.raises(ConfigError, match=rf"official test set: .*{words}.*{path}.*--data=FILE"):
         evaluation.test_set(CONFIG)
-    assert not (evaluation.INDEX_CACHE).exists()
+    assert not (evaluation.CACHE).exists()
 
 
 @pytest.mark.quick
@@ -108,7 +108,7 @@ def test_another_file_is_refused_and_a_dead_server_named(published, monkeypatch,
 def test_the_checksum_is_that_of_the_official_file(tmp_path, monkeypatch):
     body = (SHARED / "official/test.parquet").read_bytes()
     with Server({"/test.parquet": (200, {}, body)}) as server:
-        monkeypatch.setattr(evaluation, "INDEX_CACHE", tmp_path)
+        monkeypatch.setattr(evaluation, "CACHE", tmp_path)
         monkeypatch.setattr(evaluation, "TEST_SET_URL", server.url + "/test.parquet")
         questions = load_questions(evaluation.test_set(CONFIG))
     assert Counter(question.source for question in questions) == {
