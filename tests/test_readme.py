@@ -28,6 +28,11 @@ SAID = {  # README's line -> what is added here, the exit code, and what must be
         0,
         ("Answer: ",),
     ),
+    "pip install -r requirements-lesson.txt jupyterlab && jupyter lab docs/lesson.ipynb": (
+        None,  # tests/test_lesson.py runs the notebook
+        0,
+        (),
+    ),
     "pip install -r requirements-dev.txt && pip uninstall -y torchvision torchaudio torchcodec "
     "&& pytest": (
         " --collect-only -q",
