@@ -20,7 +20,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from shapes import GB, SHAPES, computed, make_model
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,7 +44,6 @@ from deepresearcher_min.run import Ranks  # noqa: E402
 from deepresearcher_min.trajectory import Group, Question, Trajectory  # noqa: E402
 
 PART_SECONDS = 240.0
-GB = 1e9
 # Engine against policy, mean over tokens [nats]: float32 is measured, bfloat16 was measured on CPUs
 # only.
 MISMATCH = {"float32": 1e-4, "bfloat16": 0.05}
@@ -53,35 +51,6 @@ MISMATCH = {"float32": 1e-4, "bfloat16": 0.05}
 # stream is float32 under autocast, against several, whose is bfloat16.
 SAME_NORM = {"float32": 1e-4, "bfloat16": 0.02}
 LIKE_NORM = {"float32": 1e-4, "bfloat16": 0.1}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a published Qwen2.5 (docs/memory.md); tiny is for CPUs."""
-
-    hidden: int
-    layers: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    tied: bool
-
-    @property
-    def parameters(self) -> int:
-        kv = self.hidden // self.heads * self.kv_heads
-        attention = 2 * self.hidden**2 + 2 * self.hidden * kv + self.hidden + 2 * kv
-        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        tables = 1 if self.tied else 2
-        return self.layers * layer + tables * self.vocabulary * self.hidden + self.hidden
-
-
-SHAPES = {
-    "tiny": Shape(64, 2, 128, 2, 1, 4096, True),
-    "0.5B": Shape(896, 24, 4864, 14, 2, 151_936, True),
-    "1.5B": Shape(1536, 28, 8960, 12, 2, 151_936, True),
-    "7B": Shape(3584, 28, 18944, 28, 4, 152_064, False),
-}
 
 
 @dataclass(frozen=True)
@@ -94,44 +63,6 @@ class Plan:
     tokens: int  # in each trajectory of the update, and in a micro-batch
     ranks: int
     offload: bool = False
-
-
-def computed(shape: Shape, ranks: int, tokens: int) -> dict[str, float]:
-    """What docs/memory.md computes for each GPU [GB]."""
-    count, wide = shape.parameters, 1 if ranks > 1 else 2  # one rank keeps float32 layer inputs
-    kv = shape.hidden // shape.heads * shape.kv_heads
-    layer = 28 * shape.hidden + 4 * kv + 14 * shape.intermediate
-    gathered = 2 * count
-    if ranks > 1:
-        tables = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
-        gathered = 2 * (tables + 2 * (count - tables) // shape.layers)
-    update = gathered + 2 * shape.vocabulary * shape.hidden
-    update += wide * 2 * shape.layers * tokens * shape.hidden + tokens * layer
-    return {
-        "policy": 16 * count / ranks / GB,
-        "peak of the update (PyTorch's own)": (20 * count / ranks + update) / GB,
-    }
-
-
-def make_model(shape: Shape, folder: Path) -> None:
-    """Random weights of that shape, with the toy's tokenizer."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocabulary,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=32_768,
-        dtype="bfloat16",
-    )
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    for file in (ROOT / "deepresearcher_min" / "toy_model").glob("*token*"):
-        shutil.copy(file, folder)
 
 
 # --- in a process of its own, one for each rank
@@ -219,6 +150,7 @@ def work(plan: Plan, folder: str) -> None:
     """The phases of one training step, by hand; rank 0 prints what it found as one line of JSON."""
     ranks = Ranks.start()
     torch.set_num_threads(1)
+    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"  # at ERROR it hides "weights were not loaded"
     length = max(768, plan.tokens)
     arguments = [
         f"--{key}={value}" for key, value in asdict(plan).items() if key in ("dtype", "engine")

@@ -35,11 +35,11 @@ def test_without_a_gpu_it_says_so():
 
 @pytest.mark.quick
 def test_the_computed_memory_is_that_of_the_document(monkeypatch):
-    spec = importlib.util.spec_from_file_location("gpu_smoke", ROOT / "bench" / "gpu_smoke.py")
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_smoke", script)
-    spec.loader.exec_module(script)
-    counts = {name: shape.parameters / 1e9 for name, shape in script.SHAPES.items()}
+    spec = importlib.util.spec_from_file_location("shapes", ROOT / "bench" / "shapes.py")
+    shapes = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "shapes", shapes)
+    spec.loader.exec_module(shapes)
+    counts = {name: shape.parameters / 1e9 for name, shape in shapes.SHAPES.items()}
     assert counts["0.5B"] == pytest.approx(0.494, abs=5e-4)
     assert counts["1.5B"] == pytest.approx(1.544, abs=5e-4)
     assert counts["7B"] == pytest.approx(7.616, abs=5e-4)
@@ -47,7 +47,7 @@ def test_the_computed_memory_is_that_of_the_document(monkeypatch):
     for name, ranks in (("0.5B", 1), ("1.5B", 1), ("1.5B", 8), ("7B", 8)):
         row = re.search(rf"^\| {name} on {ranks} \|.*$", text, re.MULTILINE)[0]
         update = float(row.split("|")[7].strip(" *"))
-        found = script.computed(script.SHAPES[name], ranks, 32_768)
+        found = shapes.computed(shapes.SHAPES[name], ranks, 32_768)
         assert found["peak of the update (PyTorch's own)"] == pytest.approx(update, abs=0.15), row
 
 
