@@ -47,11 +47,12 @@ def computed(shape: Shape, ranks: int, tokens: int) -> dict[str, float]:
     count, wide = shape.parameters, 1 if ranks > 1 else 2  # one rank keeps float32 layer inputs
     kv = shape.hidden // shape.heads * shape.kv_heads
     layer = 28 * shape.hidden + 4 * kv + 14 * shape.intermediate
-    gathered = 2 * count
+    gathered, reduced = 2 * count, 0
     if ranks > 1:
         tables = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
         gathered = 2 * (tables + 2 * (count - tables) // shape.layers)
-    update = gathered + 2 * shape.vocabulary * shape.hidden
+        reduced = 4 * (count - tables) // shape.layers
+    update = gathered + reduced + 2 * shape.vocabulary * shape.hidden
     update += wide * 2 * shape.layers * tokens * shape.hidden + tokens * layer
     return {
         "policy": 16 * count / ranks / GB,
