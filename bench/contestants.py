@@ -5,8 +5,9 @@ ours           Policy.backward on the micro-batches that Policy.plan made
 ours, apart    the same, with a shared prompt computed in every trajectory
 GRPOTrainer    as it runs here: padded, the head at every position
 GRPO compact   the same with the head at completion tokens only, as on a GPU; the switch is patched
-for this bench AsyncGRPO      packed, prefixes shared, the head at trained tokens only; its GPU
-attention is replaced by ours
+               for this bench
+AsyncGRPO      packed, prefixes shared, the head at trained tokens only; its GPU attention is
+               replaced by ours
 """
 
 import math
@@ -172,6 +173,50 @@ def trl_grpo_compact(folder: str, group: Group) -> Contestant:
     return trl_grpo(folder, group, compact=True)
 
 
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ends_q: torch.Tensor,
+    ends_k: torch.Tensor,
+    *_: Any,
+    **options: Any,
+) -> torch.Tensor:
+    """Causal attention within packed pieces [tokens, heads, size], in place of FlashAttention's."""
+
+    def pieces(x: torch.Tensor, ends: torch.Tensor) -> Sequence[torch.Tensor]:
+        return x.transpose(0, 1)[None].split(ends.diff().tolist(), 2)
+
+    done = []
+    for piece in zip(pieces(q, ends_q), pieces(k, ends_k), pieces(v, ends_k), strict=True):
+        settings = {"scale": options["softmax_scale"], "enable_gqa": True}
+        new, past = piece[0].shape[2], piece[1].shape[2]
+        bias = None if new == past else causal_lower_right(new, past)
+        done.append(sdpa(*piece, bias, is_causal=bias is None, **settings))
+    return torch.cat(done, dim=2)[0].transpose(0, 1)
+
+
+def tree_row(folder: str, group: Group) -> Any:
+    """The group as AsyncGRPO gets it. With one update old = new, and this trainer must be told."""
+    from trl.experimental.async_grpo import packing
+
+    row = packing.TreeRow()
+    policy = Policy(load_config(SETTINGS), folder, Ranks())
+    old = [policy.score(policy.scorer, grpo.pack([scored])) for scored in training_rows(group)]
+    members = zip(group.trajectories, group.advantages, old, strict=True)
+    for trajectory, advantage, logprobs_S in members:
+        known = np.zeros(len(trajectory.token_ids), np.float32)
+        known[trajectory.sampled_mask] = logprobs_S
+        arrays = {
+            "input_ids": trajectory.token_ids,
+            "completion_mask": trajectory.sampled_mask,
+            "old_log_probs": known,
+        }
+        tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
+        row.add(tensors | {"advantage": advantage, "group_id": 0, "metrics": {}})
+    return row
+
+
 def trl_async(folder: str, group: Group) -> Contestant:
     from queue import Queue
     from types import SimpleNamespace
@@ -185,36 +230,11 @@ def trl_async(folder: str, group: Group) -> Contestant:
     )
     from trl.trainer import utils
 
-    def attention(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        ends_q: Any,
-        ends_k: Any,
-        *_: Any,
-        **options: Any,
-    ):
-        pieces = []
-        for piece in zip(
-            *(
-                x.transpose(0, 1)[None].split(ends.diff().tolist(), 2)
-                for x, ends in ((q, ends_q), (k, ends_k), (v, ends_k))
-            ),
-            strict=True,
-        ):
-            settings = {"scale": options["softmax_scale"], "enable_gqa": True}
-            new, past = piece[0].shape[2], piece[1].shape[2]
-            bias = None if new == past else causal_lower_right(new, past)
-            pieces.append(sdpa(*piece, bias, is_causal=bias is None, **settings))
-        return torch.cat(pieces, dim=2)[0].transpose(0, 1)
-
-    async_grpo_trainer.get_peak_flops_per_device = lambda *_: (
-        1.0
-    )  # asks for a GPU's name, for a figure in the log
+    # It asks for a GPU's name, for a figure in the log.
+    async_grpo_trainer.get_peak_flops_per_device = lambda *_: 1.0
     packing._flash_attn = lambda: SimpleNamespace(flash_attn_varlen_func=attention)
-    utils._use_triton = lambda device: (
-        True
-    )  # only of the module that selects the positions, see above
+    # Only of the module that selects the positions, see above.
+    utils._use_triton = lambda device: True
     options = AsyncGRPOConfig(
         output_dir=folder,
         use_cpu=True,
@@ -233,24 +253,8 @@ def trl_async(folder: str, group: Group) -> Contestant:
         weight_transfer=SimpleNamespace(),
     )
     model = as_trained(trainer)
-    row = packing.TreeRow()
-    policy = Policy(load_config(SETTINGS), folder, Ranks())
-    old = [policy.score(policy.scorer, grpo.pack([scored])) for scored in training_rows(group)]
-    for trajectory, advantage, logprobs_S in zip(
-        group.trajectories, group.advantages, old, strict=True
-    ):
-        known = np.zeros(
-            len(trajectory.token_ids), np.float32
-        )  # one update: old = new; this trainer must be told
-        known[trajectory.sampled_mask] = logprobs_S
-        arrays = {
-            "input_ids": trajectory.token_ids,
-            "completion_mask": trajectory.sampled_mask,
-            "old_log_probs": known,
-        }
-        tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
-        row.add(tensors | {"advantage": advantage, "group_id": 0, "metrics": {}})
-    inputs = async_grpo_trainer.DataCollatorForRollout(pad_token_id=0).torch_call([[row]])
+    collator = async_grpo_trainer.DataCollatorForRollout(pad_token_id=0)
+    inputs = collator.torch_call([[tree_row(folder, group)]])
 
     def run() -> float:
         loss = trainer.compute_loss(model, inputs)
