@@ -64,7 +64,8 @@ def appended_ids(
 
 SWITCH = MESSAGES + (
     "{% if add_generation_prompt %}<|assistant|>"
-    "{% if enable_thinking is defined and enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking %}<think>\n"
+    "{% else %}<think>\n\n</think>\n\n{% endif %}"
     "{% endif %}"
 )
 
@@ -106,7 +107,8 @@ def test_a_switch_for_thinking_is_on_for_the_agent_and_off_for_a_reader():
 REASONS = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
     "{% set parts = m.content.split('</think>') %}<think>\n"
-    "{{ parts[0].split('<think>')[-1].strip() if parts | length > 1 }}\n</think>\n\n{{ parts[-1].strip() }}"
+    "{{ parts[0].split('<think>')[-1].strip() if parts | length > 1 }}\n</think>\n\n"
+    "{{ parts[-1].strip() }}"
     "{% else %}{{ m.content | trim }}{% endif %}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
 )
@@ -128,7 +130,8 @@ def test_a_conversation_with_thoughts_equals_the_templates_own(result):
         ("{{ strftime_now('%d %b %Y') }}", "01 Apr 2025"),
         ("{{ strftime_now('%Y-%m-%d') }}", "2025-04-01"),
         (
-            "{% if not date_string is defined %}{% set date_string = 'x' %}{% endif %}{{ date_string }}",
+            "{% if not date_string is defined %}{% set date_string = 'x' %}{% endif %}"
+            "{{ date_string }}",
             "01 Apr 2025",
         ),
     ],
@@ -286,7 +289,10 @@ def test_a_template_may_write_the_first_result_otherwise():
 
 # --- the call that the prompt teaches
 
-TOOLS_SHOWN = "{% if tools %}<|system|>{% for t in tools %}{{ t | tojson(indent=2) }}{% endfor %}TAUGHT<|end|>{% endif %}"
+TOOLS_SHOWN = (
+    "{% if tools %}<|system|>{% for t in tools %}{{ t | tojson(indent=2) }}{% endfor %}"
+    "TAUGHT<|end|>{% endif %}"
+)
 
 
 @pytest.mark.parametrize(
