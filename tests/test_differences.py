@@ -11,7 +11,8 @@ CALL = '<tool_call>{"name": "web_search", "arguments": {"query": ["ice"]}}</tool
 
 
 def search(value: str) -> str:
-    return f'Hm.</think><tool_call>{{"name": "web_search", "arguments": {{"query": {value}}}}}</tool_call>'
+    call = f'{{"name": "web_search", "arguments": {{"query": {value}}}}}'
+    return f"Hm.</think><tool_call>{call}</tool_call>"
 
 
 OURS_REFUSES = [
