@@ -46,8 +46,12 @@ SCRIPTS = {
     "windows-1255": "הנהר נובע בהרים ועובר ליד העיר שנוסדה על ידי סוחרים באמצע המאה.",
     "windows-1256": "ينبع النهر من الجبال ويمر بالمدينة التي أسسها التجار في القرن.",
     "windows-874": "แม่น้ำไหลจากภูเขาผ่านเมืองที่พ่อค้าก่อตั้งขึ้นในกลางศตวรรษ",
-    "windows-1250": "Rzeka wypływa z gór i przepływa przez miasto Łódź, które założyli także źli kupcy.",
-    "windows-1252": "Der Fluß entspringt in den Hügeln, fließt durch größere Städte und heißt schöner Ost.",
+    "windows-1250": (
+        "Rzeka wypływa z gór i przepływa przez miasto Łódź, które założyli także źli kupcy."
+    ),
+    "windows-1252": (
+        "Der Fluß entspringt in den Hügeln, fließt durch größere Städte und heißt schöner Ost."
+    ),
 }
 PYTHON = {"windows-874": "cp874", "shift_jis": "cp932"}
 
