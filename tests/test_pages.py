@@ -51,13 +51,12 @@ def test_main_content_is_kept_legible_and_the_frame_around_it_is_left_out():
     table = (
         "<table><tr><th>Town</th><th>People</th></tr><tr><td>Marn</td><td>4,100</td></tr></table>"
     )
-    content = f"<nav><a href=/a>Shop now</a></nav><article><h1>The Ost</h1>{ARTICLE}<ul><li>one</li><li>two</li></ul>{table}"
-    text = main_text(
-        page(
-            content + "</article><footer>All rights reserved</footer><script>evil()</script>"
-        ).encode(),
-        HTML,
+    content = (
+        f"<nav><a href=/a>Shop now</a></nav><article><h1>The Ost</h1>{ARTICLE}"
+        f"<ul><li>one</li><li>two</li></ul>{table}</article>"
+        "<footer>All rights reserved</footer><script>evil()</script>"
     )
+    text = main_text(page(content).encode(), HTML)
     assert "The Ost\n" in text and "- one\n- two" in text and re.search(r"Marn \| 4,100", text)
     assert not re.search("Shop now|rights reserved|evil", text)
 
@@ -66,8 +65,9 @@ SENTENCE = (
     "The <i>Ost</i> is a <b>river</b> in <a href='/v'>Velden</a>, <em>he</em> <code>wrote</code>."
 )
 SHORT = (
-    "The river Ost rises in the hills above Velden and flows past the towns of Marn and Sool before it meets the "
-    "Tarn near Kell, where <a href=/m>merchants</a> held the first <b>market</b> in 1750, as they still do in spring."
+    "The river Ost rises in the hills above Velden and flows past the towns of Marn and Sool "
+    "before it meets the Tarn near Kell, where <a href=/m>merchants</a> held the first "
+    "<b>market</b> in 1750, as they still do in spring."
 )
 
 
@@ -113,7 +113,10 @@ def test_text_that_a_page_holds_as_data_is_not_replaced_by_the_frame():
 @pytest.mark.parametrize("block", ["p", "div", "main", "span", "article"])
 def test_a_short_article_between_two_menus_is_given_without_them(entry, block):
     menu = "<div>" + "".join(entry.format(number) for number in range(400)) + "</div>"
-    notice = "<div>We use cookies to remember what you like, and so do those who advertise on our pages.</div>"
+    notice = (
+        "<div>We use cookies to remember what you like, "
+        "and so do those who advertise on our pages.</div>"
+    )
     with_notice = main_text(
         page(f"{menu}<article><p>{SHORT}</p></article>{menu}{notice * 6}").encode(), HTML
     )
