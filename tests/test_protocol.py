@@ -116,7 +116,10 @@ def test_calls_in_tags(form, value, tool):
         f'{{"type": "function", "name": "web_search", "parameters": {OBJECT}, "id": 3}}',
         f'{{"name": "web_search", "arguments": {json.dumps(OBJECT)}}}',
         f'{{"name": "web_search", "parameters": {json.dumps(OBJECT)}}}',
-        f'{{"type": "function", "function": {{"name": "web_search", "arguments": {json.dumps(OBJECT)}}}}}',
+        (
+            '{"type": "function", "function": '
+            f'{{"name": "web_search", "arguments": {json.dumps(OBJECT)}}}}}'
+        ),
         f'{{"function": "web_search", "arguments": {OBJECT}}}',
         f'[{{"name": "web_search", "arguments": {OBJECT}}}]',
         '{"name": "web_search", "arguments": {"query": "[\\"a\\", \\"b\\"]"}}',
@@ -252,7 +255,8 @@ def test_an_observation_is_the_repr_with_keys_in_alphabetical_order():
     ]
     text = render("search", entries)
     assert text.startswith(
-        "[{'search_query': 'q', 'web_page_info_list': [{'quick_summary': \"It's here\", 'title': 'T'"
+        "[{'search_query': 'q', 'web_page_info_list': "
+        "[{'quick_summary': \"It's here\", 'title': 'T'"
     )
     assert ast.literal_eval(text)[0]["web_page_info_list"][1]["url"] == "http://v"
     assert render("browse", [Entry("http://u", (page_item("s", 3),))]) == (
