@@ -144,9 +144,8 @@ def main() -> int:
     args.results.touch()
     results = [json.loads(line) for line in args.results.read_text().splitlines()]
     finished = {(result["variant"], result["seed"], result["steps"]) for result in results}
-    for seed in range(
-        args.seeds if args.run else 0
-    ):  # seed by seed, so that an early table compares all variants
+    # Seed by seed, so that an early table compares all variants.
+    for seed in range(args.seeds if args.run else 0):
         for name in args.only:
             if (name, seed, args.steps) in finished:
                 continue

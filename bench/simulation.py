@@ -36,10 +36,8 @@ from deepresearcher_min.protocol import Entry
 from deepresearcher_min.rollout import Agent, Batch, roll_out_async
 from deepresearcher_min.trajectory import Question
 
-STEP, STEP_PER_REQUEST = (
-    9e-3,
-    1.2e-4,
-)  # one decoding step: weights, and the cache of each running request [s]
+# One decoding step: weights, and the cache of each running request [s].
+STEP, STEP_PER_REQUEST = 9e-3, 1.2e-4
 PREFILL = 25_000.0  # tokens a second, during which nothing is decoded
 SLOTS, KV_TOKENS = 128, 900_000  # requests that decode together; tokens that the cache holds
 ENGINES, SEARCHES_PER_SECOND = 8, 200.0
@@ -75,9 +73,8 @@ class SimulatedEngine:
         self.running: list[
             tuple[int, int, str, int, int]
         ] = []  # a heap: (last step, order, request, plan, turn)
-        self.idle: OrderedDict[int, int] = (
-            OrderedDict()
-        )  # contexts of plans that wait for a tool, oldest first
+        # Contexts of plans that wait for a tool, oldest first.
+        self.idle: OrderedDict[int, int] = OrderedDict()
         self.used = self.steps = self.prefilled = 0
         self.order = itertools.count()
 
@@ -101,9 +98,8 @@ class SimulatedEngine:
             self.queue.popleft()
             self.idle.pop(plan, None)
             self.used += room
-            known = held or (
-                SHARED if self.keep else 0
-            )  # of an evicted context, the shared beginning is still there
+            # Of an evicted context, the shared beginning is still there.
+            known = held or (SHARED if self.keep else 0)
             self.prefilled += context - known
             heappush(self.running, (self.steps + length, next(self.order), request, plan, turn))
         return (self.prefilled - before) / PREFILL

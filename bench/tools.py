@@ -36,15 +36,10 @@ from deepresearcher_min.config import load_config  # noqa: E402
 from deepresearcher_min.search import make_search  # noqa: E402
 from deepresearcher_min.web import Web  # noqa: E402
 
-SEARCH_MEDIAN, SEARCH_SIGMA = (
-    0.8,
-    math.log(10) / 2.3263,
-)  # log-normal: median 0.8 s, 99th percentile 8 s
-GROUP, QUERIES, CANDIDATES = (
-    16,
-    3,
-    30,
-)  # trajectories of a question, queries of each, different ones that occur to them
+# Log-normal: median 0.8 s, 99th percentile 8 s.
+SEARCH_MEDIAN, SEARCH_SIGMA = 0.8, math.log(10) / 2.3263
+# Trajectories of a question, queries of each, different ones that occur to them.
+GROUP, QUERIES, CANDIDATES = 16, 3, 30
 PAPER = load_config(["--preset=paper"])
 
 
@@ -101,14 +96,12 @@ def bench_extraction(folder: Path) -> dict[str, float]:
         "trafilatura": trafilatura_mode(),
         "all text": all_text,
     }
-    scores = {
-        name: quality(pages, extract) for name, extract in extractors.items()
-    }  # the first round warms up
+    # The first round warms up.
+    scores = {name: quality(pages, extract) for name, extract in extractors.items()}
     times: dict[str, list[list[float]]] = {name: [[] for _ in pages] for name in extractors}
     order = list(extractors.items())
-    for _ in range(
-        6
-    ):  # interleaved: a busy neighbour slows all of them; shuffled: the second finds warm caches
+    # Interleaved: a busy neighbour slows all of them; shuffled: the second finds warm caches.
+    for _ in range(6):
         for number, (_, body) in enumerate(pages):
             random.shuffle(order)
             for name, extract in order:

@@ -35,12 +35,8 @@ import numpy as np
 import torch
 from contestants import Contestant, make_group, save_model
 
-TRL = (
-    "trl==1.16.0",
-    "accelerate==1.15.0",
-    "datasets==5.2.0",
-    "requests==2.34.2",
-)  # its client needs the last
+# TRL's client needs the last.
+TRL = ("trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "requests==2.34.2")
 NEEDED = (
     "import requests; from trl import GRPOTrainer; "
     "from trl.experimental.async_grpo import AsyncGRPOTrainer"
@@ -49,11 +45,8 @@ NEEDED = (
 SHARED = ("torch", "transformers", "safetensors", "numpy", "pyyaml", "pyarrow")
 TAIL = (96, 112, 128, 144, 160, 192, 224, 256, 288, 320, 352, 448, 640, 1024, 1600, 2560)
 EVEN = (307, 358, 410, 461, 563, 614, 666, 717)  # 0.6 to 1.4 times 512
-CASES = {
-    "152k": (151_936, EVEN),
-    "4k": (4096, EVEN),
-    "tail_4k": (4096, TAIL),
-}  # vocabulary, lengths [tokens]
+# Vocabulary, lengths [tokens].
+CASES = {"152k": (151_936, EVEN), "4k": (4096, EVEN), "tail_4k": (4096, TAIL)}
 SLOPE = {f"{n}": (4096, (n,)) for n in (1024, 2048, 4096, 8192)}  # one sequence of growing length
 # Eight trajectories of 512 tokens on average begin with one prompt, which is so many percent of
 # them.
@@ -112,9 +105,8 @@ def work(name: str, models: str) -> None:
                     f"{models}/{vocabulary}", make_group(vocabulary, *shape)
                 )
             }
-            assert all(
-                p.isfinite().all() for p in ready[case][0].parameters()
-            )  # pages the mapped weights in
+            # Pages the mapped weights in.
+            assert all(p.isfinite().all() for p in ready[case][0].parameters())
         print(json.dumps(measure(*ready[case])), file=out, flush=True)
 
 

@@ -36,10 +36,8 @@ class Plan:
 
 
 PROMPT, SHARED = 900, 850  # tokens of a prompt; those that all prompts have in common
-LATENCY = {
-    "search": 0.8,
-    "browse": 4.0,
-}  # median of the log-normal latency of one request [s]; 99th percentile: 10 x
+# Median of the log-normal latency of one request [s]; 99th percentile: 10 x.
+LATENCY = {"search": 0.8, "browse": 4.0}
 SIGMA = math.log(10) / 2.3263
 MAX_CALLS, CUT = 10, 120.0  # latencies are cut here [s]
 

@@ -68,10 +68,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     makes copying learnable.
     """
     special = ["<unk>", "<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<|tool|>"]
-    words = [
-        *WORDS,
-        *chain(*NAMES.values(), *RELATIONS.values(), *FILLERS.values()),
-    ]  # of dicts, the keys
+    # Of dicts, the keys.
+    words = [*WORDS, *chain(*NAMES.values(), *RELATIONS.values(), *FILLERS.values())]
     values = " ".join(chain(*(facts.values() for facts in FILLERS.values()))).split()
     vocab = {
         token: i for i, token in enumerate(dict.fromkeys([*special, *PIECES, *words, *values]))

@@ -175,10 +175,8 @@ def warm_start(
     tokenizer = build_tokenizer()
     model = new_model(tokenizer)
     data = demonstrations(tokenizer, config, worlds=61, each=demos // 60)
-    data, fresh = (
-        data[: -(demos // 60)],
-        data[-(demos // 60) :],
-    )  # the last world is for copy_accuracy
+    # The last world is for copy_accuracy.
+    data, fresh = data[: -(demos // 60)], data[-(demos // 60) :]
     names = [np.array(tokenizer.convert_tokens_to_ids(words)) for words in NAMES.values()]
     rng = np.random.default_rng(config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)

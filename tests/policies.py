@@ -122,14 +122,12 @@ def make_groups(questions: int = 5, size: int = 4, seed: int = 0) -> list[Group]
     for i in range(questions):
         question = Question(f"q{i}", "text", ("gold",))
         trajectories = [make_trajectory(question, rng)]
-        while (
-            len(trajectories) < size
-        ):  # a common prompt, or more; those of question 2 have nothing in common
+        # A common prompt, or more; those of question 2 have nothing in common.
+        while len(trajectories) < size:
             shared = 0 if i == 2 else max(2, rng.integers(0, len(trajectories[-1].token_ids) + 1))
             trajectories.append(branch(trajectories[-1], rng, shared))
-        rewards = (
-            rng.choice([-1.0, 0.0, 0.4, 1.0], size) if i != 1 else np.ones(size)
-        )  # question 1 is tied
+        # Question 1 is tied.
+        rewards = rng.choice([-1.0, 0.0, 0.4, 1.0], size) if i != 1 else np.ones(size)
         groups.append(Group(question, trajectories, rewards, group_advantages(rewards).tolist()))
     return groups
 

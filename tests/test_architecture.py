@@ -71,12 +71,8 @@ CASES = [  # architecture, settings, does the update compute it, does HFEngine; 
     ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}, False, False),
     ("bloom", {"n_layer": 2, "n_head": 4}, False, False),
     ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 100}, False, False),
-    (
-        "gpt2",
-        {"n_positions": 256, "resid_pdrop": 0.1, "num_key_value_heads": 4},
-        True,
-        True,
-    ),  # its dropout must be off
+    # Its dropout must be off.
+    ("gpt2", {"n_positions": 256, "resid_pdrop": 0.1, "num_key_value_heads": 4}, True, True),
     ("gpt_neox", {"num_key_value_heads": 4}, True, True),
     ("olmo2", {}, True, True),
     ("mixtral", {"num_local_experts": 4}, True, True),
@@ -144,6 +140,5 @@ def test_the_engine_is_held_against_the_policy_in_the_first_update_only(models):
             trajectories.append(dataclasses.replace(one, logprobs=known))
         exact.append(dataclasses.replace(group, trajectories=trajectories))
     assert policy.update(exact, "VLLMEngine")["mismatch"] < 1e-6
-    assert (
-        policy.update(make_groups(), "VLLMEngine")["mismatch"] > 0.1
-    )  # later the policy may have moved away
+    # Later the policy may have moved away.
+    assert policy.update(make_groups(), "VLLMEngine")["mismatch"] > 0.1

@@ -220,9 +220,8 @@ def test_a_slow_reader_meets_the_deadline_of_the_call(live):
     server, config, web = live
     server.pages["/v1/chat/completions"] = completion("NOTES: none")
     with pytest.raises(WebFailure, match="no_information"):
-        read_page(
-            server.url + "/page", "another question", None, [], config, web
-        )  # the page is in the cassette now
+        # The page is in the cassette now.
+        read_page(server.url + "/page", "another question", None, [], config, web)
     server.pages["/v1/chat/completions"] = lambda _: server.over.wait(2) or completion("late")
     start = time.monotonic()
     with pytest.raises(WebFailure, match="timeout"):
@@ -230,9 +229,8 @@ def test_a_slow_reader_meets_the_deadline_of_the_call(live):
     assert time.monotonic() - start < 1.2
     replay = Web(replace(config, cassette_mode="replay"), web.cassette)
     with pytest.raises(WebFailure, match="timeout"):
-        read_page(
-            server.url + "/page", "q", None, [], config, replay
-        )  # what is recorded is that it was late
+        # What is recorded is that it was late.
+        read_page(server.url + "/page", "q", None, [], config, replay)
     replay.close()
 
 
@@ -295,9 +293,8 @@ def test_a_whole_browse_has_a_deadline_of_its_own_and_each_reading_keeps_tool_ti
         time.sleep(0.25) or completion("CONTINUE: yes\nNOTES: More.")
     )
     config = replace(config, segment_chars=190, max_segments=0)
-    read_page(
-        url, "q", None, [], replace(config, max_segments=1), web
-    )  # the page is in the cassette now
+    # The page is in the cassette now.
+    read_page(url, "q", None, [], replace(config, max_segments=1), web)
     config, read = replace(config, tool_timeout=0.7), {}
     for limit in (-1.0, 0.0, 1.3):
         notes, counts = read_page(
@@ -306,9 +303,8 @@ def test_a_whole_browse_has_a_deadline_of_its_own_and_each_reading_keeps_tool_ti
         read[limit] = len(notes), counts["fail_page_timeout"] + counts["fail_reader_timeout"]
     assert read[0.0][0] >= 6 and read[0.0][1] == 0 and read[-1.0][1] == read[1.3][1] == 1
     assert 1 <= read[-1.0][0] <= 2 < read[1.3][0] <= 5
-    with pytest.raises(
-        WebFailure, match="timeout"
-    ):  # one reading alone has no longer than tool_timeout
+    # One reading alone has no longer than tool_timeout.
+    with pytest.raises(WebFailure, match="timeout"):
         read_page(url, "late", None, [], replace(config, browse_timeout=0.0, tool_timeout=0.1), web)
 
 

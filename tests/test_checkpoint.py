@@ -86,9 +86,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply("application/json", json.dumps(self.server.answer(self.path, asked)))
 
     def do_GET(self) -> None:
-        filler = "".join(
-            f"<p>filler {'word ' * 100}{i}.</p>" for i in range(210)
-        )  # 107,000 characters
+        # 107,000 characters.
+        filler = "".join(f"<p>filler {'word ' * 100}{i}.</p>" for i in range(210))
         self.reply(
             "text/html",
             f"<html><body><article><p>{self.server.texts[self.path]}</p>{filler}</article></body>",
@@ -153,9 +152,8 @@ def test_the_block_under_the_heading_sends_what_the_authors_sent(run):
     code, sent, prompts = run
     assert code == 0
     searches = [asked for path, _, asked in sent if path == "/search"]
-    asked = [
-        (path, each) for path, _, each in sent if path != "/search"
-    ]  # a trial call of the start may be among them
+    # A trial call of the start may be among them.
+    asked = [(path, each) for path, _, each in sent if path != "/search"]
     readings = [
         each for path, each in asked if path.startswith("/reader") and "Page segment" in str(each)
     ]
@@ -209,9 +207,8 @@ def look_at_the_run_folder(prompts):
         "authors/system.txt",
     )
     system = SYSTEM.replace("{date}", config["date"])
-    prompts = [
-        prompt for prompt in prompts if prompt.startswith("<|tool|>")
-    ]  # not those of the start's trial
+    # Not those of the start's trial.
+    prompts = [prompt for prompt in prompts if prompt.startswith("<|tool|>")]
     assert len(prompts) >= 24 and all(
         prompt.startswith(f"<|tool|>{system}Find.Read.") for prompt in prompts
     )
@@ -225,10 +222,8 @@ def test_the_block_names_every_key_of_the_authors_with_the_value_that_config_yam
     for key, value in re.findall(
         r"^(\w+): .*\(paper(?:'s code)?: ([\w.,-]+)\)", keys, re.MULTILINE
     ):
-        if typed.get(key, "0") == "0" or key in (
-            "model",
-            "max_tool_calls",
-        ):  # ten calls, of which nine are read
+        # Ten calls, of which nine are read.
+        if typed.get(key, "0") == "0" or key in ("model", "max_tool_calls"):
             continue
         assert typed[key] in (value.replace(",", ""), value.removesuffix(".0")), key
         checked += 1

@@ -44,9 +44,8 @@ def test_the_code_reads_only_keys_that_exist():
         set(re.findall(r"(?<!model\.)\bconfig\.([a-z]\w*)(?![\w(])", text)) - {"yaml"}
         <= TYPES.keys()
     )
-    assert not [
-        key for key in TYPES if not re.search(rf"[.\"]{key}\b", text)
-    ]  # and there is none that nothing reads
+    # And there is none that nothing reads.
+    assert not [key for key in TYPES if not re.search(rf"[.\"]{key}\b", text)]
 
 
 @pytest.mark.parametrize("preset", ["toy", "wiki", "paper"])

@@ -83,14 +83,16 @@ PASSAGES = [
         {"title": "Ulm", "url": "https://u.example/", "text": "A city."},
         ("Ulm", "https://u.example/", "A city."),
     ),
+    # BEIR
     (
         {"_id": "7", "title": "Ulm", "text": "A city.", "metadata": {}},
         ("Ulm", "passage:7", "A city."),
-    ),  # BEIR
+    ),
+    # wiki-18
     (
         {"id": 0, "contents": '"Ulm"\nA city.\nOn a river.'},
         ("Ulm", "passage:0", "A city.\nOn a river."),
-    ),  # wiki-18
+    ),
     ({"id": "7", "contents": "A city."}, ("", "passage:7", "A city.")),  # without a title line
     (
         {"id": "7", "title": "Ulm", "contents": "A city.\nOn a river."},
@@ -102,10 +104,8 @@ PASSAGES = [
         ("", "passage:7", "A city."),
     ),
     ("Ulm\nA city.", ("Ulm", "passage:2a9069d38f8b", "A city.")),
-    (
-        {"title": "Ulm", "text": "A city.", "id": None},
-        ("Ulm", "passage:2a9069d38f8b", "A city."),
-    ),  # the same
+    # The same.
+    ({"title": "Ulm", "text": "A city.", "id": None}, ("Ulm", "passage:2a9069d38f8b", "A city.")),
 ]
 
 
@@ -114,9 +114,8 @@ def test_passages_are_read_with_whatever_they_lack(tmp_path, row, passage):
     assert search.read_passage(row) == passage
     (tmp_path / "corpus.jsonl").write_text("\ufeff" + json.dumps(row) + "\r\n", "utf-8")
     corpus = Corpus.from_jsonl(tmp_path / "corpus.jsonl")
-    assert corpus.documents == [passage] and corpus.pages == {
-        passage[1]: passage[2]
-    }  # which can be opened
+    # They can be opened.
+    assert corpus.documents == [passage] and corpus.pages == {passage[1]: passage[2]}
 
 
 def test_an_address_with_several_passages_opens_as_all_of_them(tmp_path):

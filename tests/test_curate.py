@@ -98,9 +98,8 @@ def test_what_a_judge_objects_to_and_what_it_does_not_judge_is_left_out(tmp_path
         assert "judged: 19 fine, 2 no_verdict, 1 time-bound, 1 subjective, 1 harmful" in printed
         sent = len(server.sent)
         assert curate.curate(QUESTIONS, agent, web) == chosen
-        assert (
-            len(server.sent) <= sent + 2
-        )  # verdicts come from the cassette, for a minute even missing ones
+        # Verdicts come from the cassette, for a minute even missing ones.
+        assert len(server.sent) <= sent + 2
         web.close()
 
 

@@ -234,9 +234,8 @@ def test_cudnn_s_attention_is_off(model_dir):
 
 # --- the size of the cache
 
-ROW = (
-    2 * 2 * 4 * 256 * 32 * 2
-)  # bytes: layers, keys and values, heads, max_model_len, head_dim, type
+# Bytes: layers, keys and values, heads, max_model_len, head_dim, type.
+ROW = 2 * 2 * 4 * 256 * 32 * 2
 
 
 @pytest.mark.parametrize(

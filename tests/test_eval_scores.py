@@ -56,9 +56,8 @@ def test_the_table_stands_beside_the_papers(tmp_path, capsys):
         and len(cells) == 5 + 8 + 8 + 1
     )
     low, high = summary["sources"]["nq"]["f1_interval"]
-    assert (
-        0.3 < low < 0.722 < high <= 1
-    )  # six values of mean .722 and deviation .40: about .72 +- .32
+    # Six values of mean .722 and deviation .40: about .72 +- .32.
+    assert 0.3 < low < 0.722 < high <= 1
     assert "Ended by the harness, left out: 1." in " ".join(printed.split())
     assert "F1 " in printed and "paper: CoT + RAG" in printed and "not measured" in printed
     markdown = (tmp_path / "results.md").read_text()
@@ -327,9 +326,8 @@ def test_mbe_in_the_table_says_what_was_left_out(tmp_path, capsys):
             "--tool_threads=0",
         ]
         summary = evaluated(tmp_path, load_config(["--preset=toy", *arguments]))
-        assert (
-            server.requests["/v1/chat/completions"] == 5
-        )  # two verdicts, and three tries without one
+        # Two verdicts, and three tries without one.
+        assert server.requests["/v1/chat/completions"] == 5
     cells = {row[0]: row[1:] for row in summary["table"]}
     assert cells["MBE"] == ["0.500", "0.800", "0.667"]  # nq: 4 of the 5 with a verdict
     words = " ".join(capsys.readouterr().out.split())

@@ -125,10 +125,8 @@ def test_the_checksum_is_that_of_the_official_file(tmp_path, monkeypatch):
 @pytest.mark.quick
 def test_the_engine_has_the_card_for_itself(two_steps):
     base = ["--model=nowhere", "--dtype=float32", "--search=wikipedia"]
-    for arguments in (
-        base,
-        [f"--model={two_steps}"],
-    ):  # a run's own config shared the card with an optimizer
+    # A run's own config shared the card with an optimizer.
+    for arguments in (base, [f"--model={two_steps}"]):
         assert resolve(arguments).engine_memory == 0.9
         assert resolve([*arguments, "--engine_memory=0.5"]).engine_memory == 0.5
     assert load_config(["--preset=paper"]).engine_memory == 0.6

@@ -85,10 +85,8 @@ def test_a_model_is_fetched_once_with_a_bar(hub, tmp_path):
     sent = [path for path, _, _ in hub.sent if "resolve" in path]
     assert fetch(hub.url, tmp_path)[0] == "fetched\n"
     assert [path for path, _, _ in hub.sent if "resolve" in path] == sent  # nothing is sent again
-    for options in (
-        {"HF_HUB_OFFLINE": "1"},
-        {"HF_ENDPOINT": "http://127.0.0.1:9"},
-    ):  # what is there needs no hub
+    # What is there needs no hub.
+    for options in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         assert fetch(hub.url, tmp_path, **options)[0] == "fetched\n"
 
 

@@ -118,11 +118,8 @@ def test_both_clip_sides(ratio, advantage, loss, gradient):
 
 
 @pytest.mark.parametrize(
-    (
-        "difference",
-        "value",
-        "gradient",
-    ),  # ref - new; k3; its derivative with regard to new, 1 - exp(difference)
+    # ref - new; k3; its derivative with regard to new, 1 - exp(difference).
+    ("difference", "value", "gradient"),
     [
         (0.0, 0.0, 0.0),
         (math.log(2), 1 - math.log(2), -1.0),
@@ -155,9 +152,8 @@ def test_importance_weight_and_its_cap(cap, weight, capped):
     )
     losses.sum().backward()
     assert losses.tolist() == pytest.approx([-w for w in weight])
-    assert new.grad.tolist() == pytest.approx(
-        [-w for w in weight]
-    )  # the weight itself carries no gradient
+    # The weight itself carries no gradient.
+    assert new.grad.tolist() == pytest.approx([-w for w in weight])
     assert sums["capped_fraction"] == capped
 
 
@@ -307,9 +303,8 @@ def test_pack_of_a_group_worked_by_hand():
     rows = [
         TrainingRow("a", np.array([7, 8, 20, 9, 30]), sampled, logprobs, 1.0, "q"),
         TrainingRow("alone", np.array([7, 8, 5]), np.array([2]), np.array([-1.0]), 0.5, "other"),
-        TrainingRow(
-            "b", np.array([7, 8, 20, 9, 31]), sampled, logprobs, -1.0, "q"
-        ),  # all its inputs are a's, too
+        # All its inputs are a's, too.
+        TrainingRow("b", np.array([7, 8, 20, 9, 31]), sampled, logprobs, -1.0, "q"),
         TrainingRow("c", np.array([7, 8, 21, 9, 30]), sampled, logprobs, 0.0, "q"),
     ]
     batch = pack(rows)
@@ -399,9 +394,10 @@ def test_plan_keeps_families_together_unless_ranks_would_be_idle():
         (100, [12, 13, 14, 15]),
     ]
     plan = plan_microbatches([150] * 16, 600, 2, 64, four)
+    # 2 x (100 + 4 x 50) tokens in a micro-batch, where without sharing it would be 1,200.
     assert sorted(sorted(batch) for batches in plan for batch in batches) == [
         sorted(a + b) for a, b in ((four[0][1], four[2][1]), (four[1][1], four[3][1]))
-    ]  # 2 x (100 + 4 x 50) tokens in a micro-batch, where without sharing it would be 1,200
+    ]
     (first,), (second,) = plan_microbatches([150] * 4, 600, 2, 64, four[:1])
     assert len(first) == len(second) == 2  # one family, two ranks
 

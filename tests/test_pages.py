@@ -181,9 +181,8 @@ def test_parsers_say_why_a_page_cannot_be_read():
     ):
         with pytest.raises(WebFailure, match=f"unreadable.*{words}"):
             own.text(body, content_type, time.monotonic() + 30)
-    assert (
-        own.text(pdf("The Ost."), "application/pdf", time.monotonic() + 30) == "The Ost."
-    )  # by the same child
+    # By the same child.
+    assert own.text(pdf("The Ost."), "application/pdf", time.monotonic() + 30) == "The Ost."
     own.idle.get().communicate()
 
 
@@ -317,9 +316,8 @@ def test_a_parser_that_takes_too_long_or_dies_is_replaced():
     child.kill()
     child.wait()
     own.idle.put(child)
-    assert "Velden" in own.text(
-        body, HTML, time.monotonic() + 30
-    )  # one that died meanwhile harms no page
+    # One that died meanwhile harms no page.
+    assert "Velden" in own.text(body, HTML, time.monotonic() + 30)
     held = own.idle.get()
     with pytest.raises(WebFailure, match="timeout"):
         own.text(body, HTML, time.monotonic() + 0.1)

@@ -72,9 +72,8 @@ def test_several_updates_use_the_logprobs_before_the_first(models, updates):
     moved, metrics = change(policy, groups)
     check_against_reference(moved, metrics, *expected)
     assert metrics["updates"] == updates
-    assert (metrics["clip_fraction"] > 0.02) == (
-        updates > 1
-    )  # the first update cannot clip, later ones do here
+    # The first update cannot clip, later ones do here.
+    assert (metrics["clip_fraction"] > 0.02) == (updates > 1)
 
 
 @settings(deadline=None, max_examples=6, phases=[Phase.generate])
@@ -132,9 +131,8 @@ def test_a_shared_prompt_is_computed_once(models):
         n for n in range(length, 0, -1) if len({tuple(row.token_ids[:n]) for row in rows}) == 1
     )
     assert len(batch.token_ids_T) == sum(len(row.token_ids) - 1 for row in rows) - 3 * shared
-    (planned,) = make_policy(models, microbatch_tokens=len(batch.token_ids_T)).plan(
-        rows
-    )  # fits into the budget
+    # Fits into the budget.
+    (planned,) = make_policy(models, microbatch_tokens=len(batch.token_ids_T)).plan(rows)
     assert sorted(planned.lengths) == sorted(batch.lengths)
 
 
@@ -282,9 +280,8 @@ def test_clipping_and_warmup_bound_the_step(models):
 def test_the_learning_rate_decays_to_zero_over_the_steps(models):
     policy = make_policy(models, lr=0.5, lr_warmup=2, lr_decay=True, steps=4)
     rates = [policy.update(make_groups(2))["lr"] for _ in range(5)]
-    assert rates == pytest.approx(
-        [0.25, 0.375, 0.25, 0.125, 0.0]
-    )  # warm-up 1/2, 1 times decay 4/4, 3/4, 2/4, 1/4, 0
+    # Warm-up 1/2, 1 times decay 4/4, 3/4, 2/4, 1/4, 0.
+    assert rates == pytest.approx([0.25, 0.375, 0.25, 0.125, 0.0])
 
 
 def test_inputs_stay_as_they_were(models):

@@ -13,10 +13,8 @@ from deepresearcher_min.grpo import HeadLoss
 from deepresearcher_min.policy import Policy, whole
 from deepresearcher_min.run import Ranks
 
-OPTIONS = {
-    "importance_cap": 0.0,
-    "microbatch_tokens": 200,
-}  # the cap's edge is no matter of rounding
+# The cap's edge is no matter of rounding.
+OPTIONS = {"importance_cap": 0.0, "microbatch_tokens": 200}
 
 
 def gradient(policy: Policy, groups) -> tuple[torch.Tensor, dict[str, float]]:

@@ -53,14 +53,10 @@ def toy() -> ChatFormat:
         ("x </think><answer>Oslo</answer> and more", Answer("Oslo")),
         (f"<think>x</think>{CALL}", Call("search", ("a", "b"))),
         (f"<think>x</think>{CALL}<answer>y</answer>", Answer("y")),  # an answer wins over a call
-        (
-            f"<think>x</think>{CALL}{CALL.replace('a', 'z')}",
-            Call("search", ("a", "b")),
-        ),  # the first pair counts
-        (
-            "<think>a <answer>no</answer> </think><answer>yes</answer>",
-            Answer("yes"),
-        ),  # thoughts do not answer
+        # The first pair counts.
+        (f"<think>x</think>{CALL}{CALL.replace('a', 'z')}", Call("search", ("a", "b"))),
+        # Thoughts do not answer.
+        ("<think>a <answer>no</answer> </think><answer>yes</answer>", Answer("yes")),
         ("<think>x</think><answer></answer>", Answer("")),
         (
             '<think>x</think><tool_call>\n{"name":"browse_webpage","arguments":{"url_list":["http://a"]}}\n</tool_call>',
@@ -388,9 +384,8 @@ def test_an_observation_keeps_to_its_budget_by_dropping_whole_results(qwen):
         text, ids, dropped = qwen.fit("search", entries, budget)
         assert len(ids) <= budget and ids == qwen.observation_ids(text) and dropped > 0
         kept = [len(part["web_page_info_list"]) for part in ast.literal_eval(text)]
-        assert (
-            sum(kept) == 20 - dropped and max(kept) - min(kept) <= 1
-        )  # the best of each query first
+        # The best of each query first.
+        assert sum(kept) == 20 - dropped and max(kept) - min(kept) <= 1
         assert qwen.fit("search", entries, len(ids))[2] == dropped  # not one more would fit
         sizes.append(sum(kept))
     assert sizes == sorted(sizes, reverse=True)

@@ -277,9 +277,8 @@ def test_a_failed_segment_is_read_again_and_one_that_did_not_fit_into_the_observ
     ]
     assert pages_of(trajectory, 1) == [(0, "first")] and trajectory.cost["fail_page_timeout"] == 1
     assert "too long to be shown" in pages_of(trajectory, 2)[0][1]
-    assert (
-        words_of(prompts[3], "Earlier notes") == "first"
-    )  # of the second, the agent has seen nothing
+    # Of the second, the agent has seen nothing.
+    assert words_of(prompts[3], "Earlier notes") == "first"
     assert pages_of(trajectory, 3) == [(1, "third")]
 
 

@@ -164,9 +164,8 @@ def test_page_holds_the_run_and_nothing_from_outside(tmp_path):
     ]
     assert data["config"]["lr"] == 0.0004 and data["metrics"][1]["step"] == 1
     turn = data["trajectories"][0]["turns"][0]
-    assert (
-        turn["observation"][0]["web_page_info_list"][0]["title"] == "Ray Lake"
-    )  # unfolded for the page
+    # Unfolded for the page.
+    assert turn["observation"][0]["web_page_info_list"][0]["title"] == "Ray Lake"
     assert "token_ids" not in data["trajectories"][0] and data["trajectories"][0]["tokens"] > 40
     script = text.split("<script>")[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

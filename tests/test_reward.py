@@ -42,9 +42,8 @@ def trajectory(
 @pytest.mark.skipif(not ORACLE.exists(), reason="needs the recorded scores in ../shared")
 def test_equals_the_official_scorer():
     rows = [json.loads(line) for line in ORACLE.read_text().splitlines()]
-    scored = [
-        row for row in rows if row["official_f1"] != -1
-    ]  # -1: tags missing or out of balance, no answer to score
+    # -1: tags missing or out of balance, no answer to score.
+    scored = [row for row in rows if row["official_f1"] != -1]
     assert len(scored) == 138
     for row in scored:
         answer = re.search(r"<answer>(.*?)</answer>", row["response"], re.DOTALL).group(1)
@@ -57,12 +56,8 @@ def test_equals_the_official_scorer():
     ("prediction", "answers", "f1", "em"),
     [
         ("downtown diner", ["A DINER"], 0.5, 0.0),  # articles count: 1 of 2 given, 1 of 2 wanted
-        (
-            "the the the diner",
-            ["the diner"],
-            1.0,
-            0.0,
-        ),  # sets for F1, the whole text for exact match
+        # Sets for F1, the whole text for exact match.
+        ("the the the diner", ["the diner"], 1.0, 0.0),
         ("born 1976 in Oslo", ["Oslo", "Oslo 1976"], 2 / 3, 0.0),  # 2 of 4 and 2 of 2
         ("U.S.", ["u s"], 1.0, 1.0),
         ("don't", ["don t"], 1.0, 1.0),
@@ -101,9 +96,8 @@ def test_unusable_answers_are_errors(score):
 
 def test_every_stop_reason_has_its_reward():
     assert reward(trajectory("answer", "Paris, France"), CONFIG) == pytest.approx(2 / 3)
-    assert (
-        reward(trajectory("answer", ""), CONFIG) == 0.0
-    )  # an empty answer is wrong, not malformed
+    # An empty answer is wrong, not malformed.
+    assert reward(trajectory("answer", ""), CONFIG) == 0.0
     for stop_reason in set(POLICY_STOPS) - {"answer"}:
         assert reward(trajectory(stop_reason), CONFIG) == -0.75
         assert FORMAT_FAILURES[stop_reason] in explain(trajectory(stop_reason), CONFIG)

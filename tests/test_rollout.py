@@ -113,9 +113,8 @@ def test_same_seed_same_trajectories_to_the_bit_and_another_seed_others(toy):
     )
     assert all(map(same, first, again))
     assert not all(map(same, first, other))
-    assert (
-        len({t.token_ids.tobytes() for t in first[:4]}) > 1
-    )  # the indices of a group draw different numbers
+    # The indices of a group draw different numbers.
+    assert len({t.token_ids.tobytes() for t in first[:4]}) > 1
 
 
 def test_seeds_depend_on_seed_step_question_index_and_turn_only():
@@ -245,9 +244,8 @@ def test_hostile_pages_neither_end_a_trajectory_nor_become_trained(words):
     special = set(CHAT.tokenizer.all_special_ids)
     frames = CHAT.prompt_ids("x") + 2 * CHAT.observation_ids("x")
     ids = trajectory.token_ids[~trajectory.sampled_mask].tolist()
-    assert [i for i in ids if i in special] == [
-        i for i in frames if i in special
-    ]  # the frames' own and no others
+    # The frames' own and no others.
+    assert [i for i in ids if i in special] == [i for i in frames if i in special]
     for turn in trajectory.turns[:2]:
         text = CHAT.tokenizer.decode(trajectory.token_ids[slice(*turn.observed)])
         assert PERSON in text

@@ -189,17 +189,15 @@ def test_a_hostile_world_leaves_every_trajectory_accounted_for_and_nothing_behin
     engine = Unreliable(config)
     rounds = []
     with server:
-        for number, count in enumerate(
-            (6, 32)
-        ):  # the first warms up what stays: connections, parsers, the cache
+        # The first warms up what stays: connections, parsers, the cache.
+        for number, count in enumerate((6, 32)):
             web = LoopbackWeb(config, tmp_path / f"{number}.sqlite")
             agent = Agent(config, engine, Tools(config, TOY_CHAT, web=web), TOY_CHAT)
             finished = []
             groups = roll_out(batch(count, repeats=16, step=number), agent, finished.append)
             agent.tools.close()
-            agent.tools.pool.shutdown(
-                wait=True
-            )  # no thread hangs for longer than its tool's deadline
+            # No thread hangs for longer than its tool's deadline.
+            agent.tools.pool.shutdown(wait=True)
             web.close()
             assert engine.at_rest() and len(finished) == count * 16
             finished.clear()
@@ -218,16 +216,13 @@ def test_a_hostile_world_leaves_every_trajectory_accounted_for_and_nothing_behin
     assert sums["cost_searches"] == sum(t.cost.get("searches", 0) for t in trajectories) > 500
     failures = {name: int(count) for name, count in sums.items() if name.startswith("cost_fail")}
     assert sum(failures.values()) > 30 and len(failures) > 4
-    assert not any(
-        name.endswith("_error") for name in failures
-    )  # the tools themselves know every one of these failures
+    # The tools themselves know every one of these failures.
+    assert not any(name.endswith("_error") for name in failures)
     before = rounds[0]
     print(stops, failures, before, after, sep="\n")
     for name in ("tasks", "futures", "requests", "recordings"):
         assert after[name] <= before[name], (before, after)
     assert after["threads"] <= before["threads"] + 1, (before, after)
     assert after["files"] <= before["files"] + 4, (before, after)
-    assert after["MB"] <= before["MB"] + 150, (
-        before,
-        after,
-    )  # the 512 trajectories themselves among it
+    # The 512 trajectories themselves among it.
+    assert after["MB"] <= before["MB"] + 150, (before, after)

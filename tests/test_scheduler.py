@@ -42,9 +42,8 @@ def test_turns_share_the_engine_s_steps():
     engine = Scripted(turns(search_turn(), search_turn(), answer_turn()), lambda *_: 10)
     roll_out(batch(16), make_agent(engine))
     assert engine.most_running == 16
-    assert (
-        engine.steps == 30
-    )  # three turns of ten steps, nobody late for one; one after another would be 480
+    # Three turns of ten steps, nobody late for one; one after another would be 480.
+    assert engine.steps == 30
 
 
 def test_a_simulated_step_is_faster_than_lock_step(monkeypatch):
@@ -192,9 +191,8 @@ def test_next_in_line_goes_first_and_groups_end_together():
             batch(12, repeats=4), make_agent(engine, **limits), lambda t: done.append(t.question.id)
         )
         first = list(dict.fromkeys(name for name, _, _ in engine.submitted))
-        assert first == [
-            f"1/{n}/{i}" for n in range(12) for i in range(4)
-        ]  # nobody starts before an older one
+        # Nobody starts before an older one.
+        assert first == [f"1/{n}/{i}" for n in range(12) for i in range(4)]
         spans = {name: [i for i, other in enumerate(done) if other == name] for name in done}
         return engine, max(last[-1] - last[0] for last in spans.values())
 
@@ -210,9 +208,8 @@ def test_a_trajectory_larger_than_the_cache_goes_alone():
     engine = Scripted(
         turns(search_turn(), search_turn(), answer_turn()), lambda *_: 3, capacity=600
     )
-    found = flat(
-        roll_out(batch(3), make_agent(engine))
-    )  # a turn alone may take 500 tokens, its prompt more than 100
+    # A turn alone may take 500 tokens, its prompt more than 100.
+    found = flat(roll_out(batch(3), make_agent(engine)))
     assert [t.stop_reason for t in found] == ["answer"] * 3
     assert all(len(t.token_ids) > 600 for t in found)
     assert engine.most_running == 1
@@ -247,9 +244,8 @@ def test_a_deadline_in_the_queue_blocks_nobody():
     st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=5), min_size=1, max_size=25),
     st.integers(20, 200),
     st.integers(1, 8),
-    st.integers(0, 2**32).map(
-        random.Random
-    ),  # not st.randoms: its end of data would surface inside a task
+    # Not st.randoms: its end of data would surface inside a task.
+    st.integers(0, 2**32).map(random.Random),
 )
 def test_admission_never_overfills_never_overtakes_and_never_stops(growth, capacity, most, draw):
     engine, cancelled = Scripted(never, capacity=capacity), set()
@@ -286,9 +282,8 @@ def test_admission_never_overfills_never_overtakes_and_never_stops(growth, capac
         ]
         for _ in range(draw.randint(0, 30)):
             await asyncio.sleep(0)
-        for number in draw.sample(
-            range(len(growth)), draw.randint(0, len(growth) // 3)
-        ):  # deadlines
+        # Deadlines.
+        for number in draw.sample(range(len(growth)), draw.randint(0, len(growth) // 3)):
             cancelled.add(number)
             tasks[number].cancel()
         results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)

@@ -317,9 +317,8 @@ def test_requests_keep_to_the_rate_that_the_ranks_share(tmp_path):
     config = replace(CONFIG, search="serper", requests_per_second=80.0)
     with Server({"/search": (200, {}, SERPER)}) as server, ThreadPoolExecutor(8) as threads:
         config = replace(config, search_url=server.url)
-        web = Web(
-            config, tmp_path / "cassette.sqlite", rank=1, world_size=2
-        )  # half of it: 40 a second
+        # Half of it: 40 a second.
+        web = Web(config, tmp_path / "cassette.sqlite", rank=1, world_size=2)
         live, start = make_search(config, web, None), time.monotonic()
         list(threads.map(lambda i: live(f"query {i}", Counter()), range(8)))
         assert time.monotonic() - start >= 7 / 40

@@ -225,6 +225,5 @@ def test_two_refused_parameters_and_what_is_no_refusal(open_web):
         server.sent.clear()
         with pytest.raises(WebFailure, match="context length"):
             ask_model(web, server.url + "/never", "READER_API_KEY", payload, Counter(), 1e9)
-        assert [json.loads(body)["max_tokens"] for _, _, body in server.sent] == [
-            600
-        ]  # nothing was remembered
+        # Nothing was remembered.
+        assert [json.loads(body)["max_tokens"] for _, _, body in server.sent] == [600]

@@ -163,9 +163,8 @@ def test_two_ranks_stop_and_go_on_together(tmp_path):
             and "exitcode  : 2" in said
             and "Preset" not in said
         )
-        server.fails = lambda role, number: (
-            number > 12
-        )  # two trials, the first measurement, and not much more
+        # Two trials, the first measurement, and not much more.
+        server.fails = lambda role, number: number > 12
         said = run(*training(server, tmp_path))
         assert said.count("calls to the search service failed") == 1 and "exitcode  : 3" in said
         server.fails = lambda role, number: False
@@ -226,9 +225,8 @@ def test_an_evaluation_stops_when_search_dies_and_asks_again_what_it_spoilt(
 @pytest.mark.quick
 def test_a_small_or_half_dead_evaluation(tmp_path, capsys):
     with World(lambda role, number: number > 1) as server:
-        assert (
-            evaluate(server, tmp_path, "--limit=6") == 3
-        )  # fewer than 50 calls, and all of them failed
+        # Fewer than 50 calls, and all of them failed.
+        assert evaluate(server, tmp_path, "--limit=6") == 3
         server.fails = lambda role, number: number % 3 == 0
         assert evaluation.main([f"--resume={tmp_path / 'run'}"]) == 0
         shown = " ".join(capsys.readouterr().out.split())
@@ -256,7 +254,6 @@ def test_a_dead_judge_makes_no_table(tmp_path, capsys):
         assert evaluation.main([f"--resume={tmp_path / 'run'}"]) == 0
         assert server.calls["search"] == searches and "MBE" in table(tmp_path)
         verdicts = server.calls["judge"]
-        assert (
-            evaluation.main([f"--resume={tmp_path / 'run'}"]) == 0
-        )  # verdicts come from the cassette
+        # Verdicts come from the cassette.
+        assert evaluation.main([f"--resume={tmp_path / 'run'}"]) == 0
         assert server.calls["judge"] == verdicts + 1  # the trial

@@ -29,9 +29,8 @@ def test_a_held_out_world_shares_no_fact_with_other_worlds():
     others += [asked_facts(World("training", seed)) for seed in range(3)]
     for one, other in itertools.product(held_out, others):
         assert not one & other
-    assert any(
-        one & other for one, other in itertools.combinations(others, 2)
-    )  # other worlds do, now and then
+    # Other worlds do, now and then.
+    assert any(one & other for one, other in itertools.combinations(others, 2))
 
 
 def test_the_same_seed_makes_the_same_world_and_another_seed_another():

@@ -118,9 +118,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(two_steps, tmp_path):
         folder / "checkpoints" / "step-000009"
     ).mkdir()  # without state.json: not a complete checkpoint
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write(
-            '{"step": 2, "reward": 9}\n{"step"'
-        )  # a step whose checkpoint was never written, and a torn line
+        # A step whose checkpoint was never written, and a torn line.
+        file.write('{"step": 2, "reward": 9}\n{"step"')
     assert train.main([f"--resume={folder}", "--steps=2"]) == 0
     assert metrics(folder) == metrics(two_steps)
     for name, tensor in weights(two_steps, 2).items():

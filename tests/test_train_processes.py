@@ -148,9 +148,8 @@ def test_a_run_of_one_rank_goes_on_with_two_and_through_vllm_which_then_loads_wh
     exported, engine = (
         json.loads((f / "summary.json").read_text()) for f in (tmp_path / "eval", folder)
     )
-    assert exported["overall"]["f1"] == pytest.approx(
-        engine["after"]["f1"], abs=0.11
-    )  # rounding may turn one of ten
+    # Rounding may turn one of ten.
+    assert exported["overall"]["f1"] == pytest.approx(engine["after"]["f1"], abs=0.11)
 
 
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_end():

@@ -94,9 +94,8 @@ def test_published_files_load_completely(name, count, sources):
         assert question.text == row["prompt"][0]["content"]
         assert question.id == row["extra_info"]["index"]
         golds = row["reward_model"]["ground_truth"].split("<|answer_split|>")
-        assert question.answers == tuple(
-            gold.strip() for gold in golds
-        )  # 40 kB, emoji, newlines and all
+        # 40 kB, emoji, newlines and all.
+        assert question.answers == tuple(gold.strip() for gold in golds)
 
 
 @needs_shared

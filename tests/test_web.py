@@ -109,9 +109,8 @@ def test_certificates_are_checked_for_the_name_and_not_for_the_dialled_address(
     lead_to(monkeypatch, "127.0.0.1")
     with Server({"/": (200, {}, b"secret")}, ssl_context=context) as server:
         port = server.http.server_port
-        assert (
-            failure_of(open_web("a"), f"https://name.example:{port}/")[0] == "tls"
-        )  # nobody vouches for it
+        # Nobody vouches for it.
+        assert failure_of(open_web("a"), f"https://name.example:{port}/")[0] == "tls"
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         web = open_web("b")
         assert (
@@ -207,9 +206,8 @@ def test_retry_after_is_honoured_within_the_deadline_and_else_not_waited_for(ope
 
     with Server({"/": limited}) as server:
         open_web(max_retries=4).fetch(server.url + "/", Counter(), time.monotonic() + 30)
-        assert (
-            len(times) == 2 and times[1] - times[0] >= 0.95
-        )  # a pause of our own is 0.75 s at most
+        # A pause of our own is 0.75 s at most.
+        assert len(times) == 2 and times[1] - times[0] >= 0.95
         kind, _, seconds = failure_of(
             open_web("b", max_retries=4), server.url + "/fault/busy", seconds=30
         )
