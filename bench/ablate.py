@@ -1,8 +1,9 @@
 """Which detail matters: the toy trained with one thing changed at a time, several seeds each.
 
-    python bench/ablate.py --run [--seeds N] [--only NAME ...] [--steps N]      train what is
-    missing, then the table python bench/ablate.py [--json PATH]
-       the table of what is finished
+    python bench/ablate.py --run [--seeds N] [--only NAME ...] [--steps N]
+        train what is missing, then the table
+    python bench/ablate.py [--json PATH]
+        the table of what is finished
 
 Every finished run is one line of the results file, so a killed bench goes on where it was, losing
 at most one run (about five CPU minutes each, thirty seeds and variants by default). All variants

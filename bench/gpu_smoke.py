@@ -7,9 +7,10 @@ most four minutes each. No network; the weights are random.
 Part 1: policy and HFEngine in bfloat16 on one GPU, and on all with FSDP (NCCL), once with the
 optimizer in CPU memory: do they agree, do new weights arrive, does sleep give memory back, which
 attention ran, memory by phase beside what docs/memory.md computes. It imports nothing beyond torch,
-transformers, numpy, safetensors, pyarrow, pyyaml, requests, urllib3 and tqdm. Part 2: train.py, two
-steps of the toy on one GPU and on all, and a third on one from the checkpoint of all. Part 3: part
-1 with vLLM as engine.
+transformers, numpy, safetensors, pyarrow, pyyaml, requests, urllib3 and tqdm.
+Part 2: train.py, two steps of the toy on one GPU and on all, and a third on one from the checkpoint
+of all.
+Part 3: part 1 with vLLM as engine.
 
 One line for each check; exit code 1 if one failed. FILE holds everything as JSON: please send it.
 """

@@ -2,8 +2,7 @@
 of engines and web.
 
 The constants are assumptions about an H100 that serves a 7B model; nothing of it was measured on
-one. `bench/rollout.py
---only sim` runs it.
+one. `bench/rollout.py --only sim` runs it.
 """
 
 import asyncio

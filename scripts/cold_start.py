@@ -1,7 +1,7 @@
 """Teach a chat model the form of research before reinforcement learning: rule-made demonstrations,
 imitated by the policy's own update.
 
-    python -m scripts.cold_start --model=DIR --corpus=corpus.jsonl --data=train.jsonl \
+    python -m scripts.cold_start --model=DIR --corpus=corpus.jsonl --data=train.jsonl \\
         --eval_data=held_out.jsonl --run_dir=OUT
 
 The questions need `gold_titles` (scripts/question_sets.py writes them). OUT becomes a Hugging Face
