@@ -210,7 +210,8 @@ def small_copy(config: Any, length: int) -> PreTrainedModel:
     text = config.get_text_config()
     heads = text.num_attention_heads
     *_, head_dim = key_shape(config)  # kept: rotary settings may be made for that width
-    changes = SMALL | {"head_dim": head_dim, "hidden_size": head_dim * SMALL["num_attention_heads"]}
+    hidden_size = head_dim * SMALL["num_attention_heads"]
+    changes: dict[str, Any] = {**SMALL, "head_dim": head_dim, "hidden_size": hidden_size}
     grouped = getattr(text, "num_key_value_heads", heads) not in (None, heads)
     changes["num_key_value_heads"] = 2 if grouped else 4
     kept = 2

@@ -161,7 +161,7 @@ class Policy:
                 raise
             # The others wait for this rank in a collective, and to leave the process group in
             # order would be to wait for them. torchrun ends them when this process has ended.
-            self.ranks.complain("FloatingPointError", error)
+            self.ranks.say_once(f"FloatingPointError: {error}", sys.stderr)
             sys.stdout.flush()
             os._exit(2)
 

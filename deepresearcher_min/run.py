@@ -171,6 +171,9 @@ def check_needs(config: Config, questions: bool = True) -> None:
     no_gpu = missing_gpu()
     if config.dtype == "bfloat16" and no_gpu:
         missing.append(f"dtype=bfloat16: {no_gpu}; on a CPU use --dtype=float32")
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes > gpus > 0:
+        missing.append(f"{processes} processes for {gpus} GPUs: give --nproc_per_node={gpus}")
     if questions and config.search != "toy" and not config.data:
         missing.append("data is empty: name a .parquet or .jsonl of questions with --data=FILE")
     if missing:
@@ -265,7 +268,9 @@ class Ranks:
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = torch.device("cpu")
         if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            # Where there are more processes than GPUs, check_needs says so.
+            number = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+            device = torch.device("cuda", number)
             torch.cuda.set_device(device)
         if world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

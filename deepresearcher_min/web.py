@@ -1,8 +1,9 @@
 """The only place that opens a socket to the web: search.py and browse.py go through it.
 
-Failures (kinds, and words for the model) · addresses (which may be opened) · the cassette (cache and recording at once) · the exchange (the only adapter of our one
-requests.Session: whatever that sends, redirects too, is checked, pinned and limited there) · Web,
-for pages and services. Every wait ends at the deadline of the tool call.
+Failures (kinds, and words for the model) · addresses (which may be opened) · the cassette (cache
+and recording at once) · the exchange (the only adapter of our one requests.Session: whatever that
+sends, redirects too, is checked, pinned and limited there) · Web, for pages and services. Every
+wait ends at the deadline of the tool call.
 
 Left out: cookies, scripts, robots.txt, HTTP/2, proxies, ~/.netrc. Retries are a loop of ours:
 urllib3's Retry sleeps past a deadline, drains refused replies without a limit, and does not ask

@@ -60,7 +60,7 @@ def test_toy_size_query_is_cheap():
 
 
 def test_another_rule_for_words_holds_at_once_and_nothing_is_kept_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "INDEX_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / "corpus.jsonl"
     file.write_text('{"title": "Ost", "url": "u:1", "text": "C++ and C# are languages."}')
     assert Corpus.from_jsonl(file).search("c", 3) and Corpus.from_jsonl(file).search("c", 3)

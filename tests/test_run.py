@@ -102,3 +102,12 @@ def test_a_run_folder_is_never_taken_twice_and_resume_finds_the_newest(tmp_path,
     config = open_run(["--resume", "--steps=9"])
     assert (config.run_dir, config.resume) == (str(tmp_path / "new"),) * 2
     assert (config.seed, config.steps) == (1, 9)
+
+
+def test_more_processes_than_gpus_are_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match="8 processes for 2 GPUs: give --nproc_per_node=2"):
+        run.check_needs(load_config([]))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    run.check_needs(load_config([]))

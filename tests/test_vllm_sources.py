@@ -106,12 +106,15 @@ def our_keywords(method: str) -> set[str]:
                 found.add(keyword.arg)
             elif "asdict" in ast.unparse(keyword.value):
                 found |= {field.name for field in dataclasses.fields(engine.Sampling)}
-            else:
-                found |= dict_keys(keyword.value.id)
+            else:  # **name, or **(name if ... else name)
+                for node in ast.walk(keyword.value):
+                    if isinstance(node, ast.Name) and node.id != "self":
+                        found |= dict_keys(node.id)
     return found
 
 
-def dict_keys(variable: str) -> set[str]:
+def dict_keys(variable: str, default: tuple | None = None) -> set[str]:
+    """Of all dicts that are assigned to a name, and of those that they unpack."""
     found = set()
     for node in ast.walk(our_class()):
         if not isinstance(node, ast.Assign | ast.AnnAssign):
@@ -123,8 +126,10 @@ def dict_keys(variable: str) -> set[str]:
             if isinstance(inner, ast.Call):
                 found |= {keyword.arg for keyword in inner.keywords}
             if isinstance(inner, ast.Dict):
-                found |= {key.value for key in inner.keys}
-    assert found, variable
+                found |= {key.value for key in inner.keys if key is not None}
+            if isinstance(inner, ast.Name) and inner.id != variable:
+                found |= dict_keys(inner.id, ())
+    assert found or default is not None, variable
     return found
 
 
