@@ -28,7 +28,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,13 +40,10 @@ from deepresearcher_min.trajectory import Group
 EXPONENT_LIMIT = 20.0
 
 Family = tuple[int, list[int]]  # how many first tokens its rows share, and which rows they are
-Plan = list[list[list[int]]]  # of each rank, of each micro-batch: which rows
-Loss = Callable[[Tensor, Tensor, slice], Tensor]  # (logprobs_C, entropy_C, part of S) -> their sum
+Loss = Callable  # (logprobs_C, entropy_C, slice of S) -> the sum of one chunk's losses
 
 
-def group_advantages(
-    rewards: Sequence[float] | np.ndarray | Tensor, normalize_std: bool = True
-) -> Tensor:
+def group_advantages(rewards: list | Tensor, normalize_std: bool = True) -> Tensor:
     """Advantages of the trajectories of one question: rewards_G -> advantages_G (paper eq. 1).
 
     (r - mean) / (std + 1e-6), std unbiased; undivided if normalize_std is false. Equal rewards give
@@ -69,7 +65,7 @@ def group_advantages(
 # --- packing: which trajectories are computed together, and what of them only once
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingRow:
     """What the loss needs of one trajectory; nothing behind the last sampled token matters."""
 
@@ -100,7 +96,7 @@ def training_rows(group: Group) -> list[TrainingRow]:
     return rows
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedBatch:
     """One micro-batch: segments end to end, and where in them the sampled tokens are predicted.
 
@@ -124,7 +120,7 @@ def families(rows: Sequence[TrainingRow]) -> list[Family]:
     """What each group's inputs, rows without their last token, begin with; a row without a group is
     a family of its own.
     """
-    members = defaultdict[str | int, list[int]](list)
+    members: dict = defaultdict(list)
     for i, row in enumerate(rows):
         members[row.group or i].append(i)
     found = []
@@ -138,7 +134,7 @@ def families(rows: Sequence[TrainingRow]) -> list[Family]:
     return found
 
 
-def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> PackedBatch:
+def pack(rows: list[TrainingRow], device="cpu") -> PackedBatch:
     """Join rows into one micro-batch. ValueError when nothing is sampled, or a first token.
 
     No rows give one token and no trained position, since a rank with nothing to do still takes part
@@ -149,7 +145,7 @@ def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> Pac
             raise ValueError(f"{row.name}: it needs a prompt and a sampled token")
     nothing = np.arange(0)
     rows = rows or [TrainingRow("nobody", np.zeros(2), nothing, nothing, 0.0)]
-    ids: list[np.ndarray] = []
+    ids: list = []
     prefix_of = {}
     positions, predict, packed = [], [], []
 
@@ -174,48 +170,43 @@ def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> Pac
             packed.append(row)
     owner_S = [row for row in packed for _ in row.sampled]
 
-    def tensor(arrays: Sequence[np.ndarray], dtype: torch.dtype = torch.int64) -> Tensor:
+    def tensor(arrays: list, dtype=torch.int64) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(device, dtype)
 
     return PackedBatch(
-        lengths=tuple(map(len, ids)),
-        prefix_of=prefix_of,
-        token_ids_T=tensor(ids),
-        position_ids_T=tensor(positions),
-        predict_S=tensor(predict),
-        targets_S=tensor([row.token_ids[row.sampled] for row in packed]),
-        rollout_S=tensor([row.rollout_logprobs for row in packed], torch.float32),
-        advantages_S=torch.tensor([row.advantage for row in owner_S], device=device),
-        names_S=np.array([row.name for row in owner_S]),
+        tuple(map(len, ids)),
+        prefix_of,
+        tensor(ids),
+        tensor(positions),
+        tensor(predict),
+        tensor([row.token_ids[row.sampled] for row in packed]),
+        tensor([row.rollout_logprobs for row in packed], torch.float32),
+        torch.tensor([row.advantage for row in owner_S], device=device),
+        np.array([row.name for row in owner_S]),
     )
 
 
 def plan_microbatches(
-    lengths: Sequence[int],
-    budget: int,
-    world_size: int,
-    hidden_size: int,
-    families: Sequence[Family] = (),
-) -> Plan:
+    lengths: list, budget: int, world_size: int, hidden_size: int, families: list[Family]
+) -> list:
     """Share sequences out: plan[rank][micro-batch] is a list of indices into lengths, longest
     first.
 
-    families: who shares how many first tokens, which then count once in a micro-batch; by default
-    nobody does. budget: tokens of one micro-batch; a longer sequence gets one of its own. A piece
-    of a family goes to the rank with the least work so far: a family stays together, unless it is
-    over the budget, or more than a quarter of a rank's share. All ranks get equally many
-    micro-batches, at least one; the last may be empty.
+    families: who shares how many first tokens, which then count once in a micro-batch.
+    budget: tokens of one micro-batch; a longer sequence gets one of its own. A piece of a family
+    goes to the rank with the least work so far: a family stays together, unless it is over the
+    budget, or more than a quarter of a rank's share. All ranks get equally many micro-batches, at
+    least one; the last may be empty.
     """
 
     def work_of(first: int, end: int) -> float:
         # A transformer's linear layers take 24 D^2 FLOPs a token, attention 4 D for each it sees.
         return (end - first) * (1 + (first + end) / (12 * hidden_size))
 
-    families = families or [(0, [i]) for i in range(len(lengths))]
     limit = budget
     if world_size > 1:
         limit = min(budget, sum(lengths) // world_size // 4)
-    plan: Plan = [[] for _ in range(world_size)]
+    plan: list = [[] for _ in range(world_size)]
     work = [0.0] * world_size
     tokens = [budget] * world_size  # of each rank's last micro-batch: nothing more fits
     for shared, piece in pieces(lengths, families, limit):
@@ -233,7 +224,7 @@ def plan_microbatches(
     return plan
 
 
-def pieces(lengths: Sequence[int], families: Sequence[Family], limit: int) -> list[Family]:
+def pieces(lengths: list, families: list[Family], limit: int) -> list[Family]:
     """The families in pieces of at most `limit` tokens, or of one sequence; those with the longest
     come first.
     """
@@ -275,7 +266,7 @@ def token_losses(
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
     importance_cap: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict]:
     """The loss of each sampled token, [S], not yet divided by N (module docstring), and sums of
     metrics.
 
@@ -327,12 +318,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_SD: Tensor,
-        weight_VD: Tensor,
-        targets_S: Tensor,
-        chunk: int,
-        loss: Loss | None,
+        ctx, hidden_SD: Tensor, weight_VD: Tensor, targets_S: Tensor, chunk: int, loss: Loss | None
     ) -> tuple[Tensor, Tensor]:
         """loss(logprobs_C, entropy_C, slice of S) is the sum of one chunk's losses; None: only
         the log-probabilities are wanted.
@@ -359,7 +345,7 @@ class HeadLoss(torch.autograd.Function):
         return total, logprobs_S
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, d_total: Tensor, _) -> tuple:
         d_hidden_SD = ctx.d_hidden_SD.mul_(d_total)
         d_weight_VD = ctx.d_weight_VD.mul_(d_total)
         del ctx.d_hidden_SD, ctx.d_weight_VD  # [V, D] is large: let go of it as early as possible
@@ -367,12 +353,8 @@ class HeadLoss(torch.autograd.Function):
 
 
 def head_chunk(
-    hidden_CD: Tensor,
-    weight_VD: Tensor,
-    targets_C1: Tensor,
-    part: slice,
-    loss: Loss | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    hidden_CD: Tensor, weight_VD: Tensor, targets_C1: Tensor, part: slice, loss: Loss | None
+) -> tuple:
     """Log-probabilities_C of the targets, and with a loss its value and d value / d logits_CV.
 
     Two float32 [C, V] exist at a time. With p the probabilities, H the entropy and t the target:
