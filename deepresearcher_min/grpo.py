@@ -18,7 +18,7 @@ token-level mean, over the whole step. w: truncated importance sampling (TIS), f
 round otherwise than the trainer. The entropy bonus is older. Omitted: a value function, reward
 shaping and sequence-level ratios; the paper's code uses none of them.
 
-Shape suffixes of tensor names:
+Shape suffixes of tensor names (a parameter that has one is a Tensor):
     G  trajectories of one question          T  tokens of one micro-batch, joined without padding
     S  sampled (= trained) tokens in it      D  hidden width of the model      V  vocabulary
     C  trained tokens of one chunk
@@ -58,7 +58,7 @@ def group_advantages(rewards: list | Tensor, normalize_std: bool = True) -> Tens
     if (rewards_G == rewards_G[:1]).all():
         advantages_G = torch.zeros_like(rewards_G)
     elif normalize_std:
-        advantages_G = advantages_G / (rewards_G.std(unbiased=True) + 1e-6)
+        advantages_G = advantages_G / (rewards_G.std() + 1e-6)
     return advantages_G.to(torch.promote_types(given_G.dtype, torch.float32))
 
 
@@ -245,7 +245,7 @@ def pieces(lengths: list, families: list[Family], limit: int) -> list[Family]:
 # --- the loss of a token
 
 
-def kl_k3(new_S: Tensor, ref_S: Tensor) -> Tensor:
+def kl_k3(new_S, ref_S) -> Tensor:
     """The k3 estimate of KL(new || ref) of each sampled token; beyond the clamp, the official
     code's, no gradient.
     """
@@ -254,12 +254,12 @@ def kl_k3(new_S: Tensor, ref_S: Tensor) -> Tensor:
 
 
 def token_losses(
-    new_S: Tensor,
-    old_S: Tensor,
-    rollout_S: Tensor,
-    ref_S: Tensor | None,
-    advantages_S: Tensor,
-    entropy_S: Tensor,
+    new_S,
+    old_S,
+    rollout_S,
+    ref_S,
+    advantages_S,
+    entropy_S,
     *,
     clip_low: float,
     clip_high: float,
@@ -318,7 +318,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden_SD: Tensor, weight_VD: Tensor, targets_S: Tensor, chunk: int, loss: Loss | None
+        ctx, hidden_SD, weight_VD, targets_S, chunk: int, loss: Loss | None
     ) -> tuple[Tensor, Tensor]:
         """loss(logprobs_C, entropy_C, slice of S) is the sum of one chunk's losses; None: only
         the log-probabilities are wanted.
@@ -345,16 +345,14 @@ class HeadLoss(torch.autograd.Function):
         return total, logprobs_S
 
     @staticmethod
-    def backward(ctx, d_total: Tensor, _) -> tuple:
+    def backward(ctx, d_total, _) -> tuple:
         d_hidden_SD = ctx.d_hidden_SD.mul_(d_total)
         d_weight_VD = ctx.d_weight_VD.mul_(d_total)
         del ctx.d_hidden_SD, ctx.d_weight_VD  # [V, D] is large: let go of it as early as possible
         return d_hidden_SD, d_weight_VD, None, None, None
 
 
-def head_chunk(
-    hidden_CD: Tensor, weight_VD: Tensor, targets_C1: Tensor, part: slice, loss: Loss | None
-) -> tuple:
+def head_chunk(hidden_CD, weight_VD, targets_C1, part: slice, loss: Loss | None) -> tuple:
     """Log-probabilities_C of the targets, and with a loss its value and d value / d logits_CV.
 
     Two float32 [C, V] exist at a time. With p the probabilities, H the entropy and t the target:
