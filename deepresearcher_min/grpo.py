@@ -39,7 +39,6 @@ from deepresearcher_min.trajectory import Group
 # nan.
 EXPONENT_LIMIT = 20.0
 
-Family = tuple[int, list[int]]  # how many first tokens its rows share, and which rows they are
 Loss = Callable  # (logprobs_C, entropy_C, slice of S) -> the sum of one chunk's losses
 
 
@@ -116,9 +115,9 @@ class PackedBatch:
     names_S: np.ndarray  # of the trajectories that the sampled tokens belong to
 
 
-def families(rows: Sequence[TrainingRow]) -> list[Family]:
-    """What each group's inputs, rows without their last token, begin with; a row without a group is
-    a family of its own.
+def families(rows: Sequence[TrainingRow]) -> list:
+    """The groups as families (how many first tokens its inputs, rows without their last token,
+    share; which rows they are); a row without a group is a family of its own.
     """
     members: dict = defaultdict(list)
     for i, row in enumerate(rows):
@@ -187,12 +186,12 @@ def pack(rows: list[TrainingRow], device="cpu") -> PackedBatch:
 
 
 def plan_microbatches(
-    lengths: list, budget: int, world_size: int, hidden_size: int, families: list[Family]
+    lengths: list, budget: int, world_size: int, hidden_size: int, families: list
 ) -> list:
     """Share sequences out: plan[rank][micro-batch] is a list of indices into lengths, longest
     first.
 
-    families: who shares how many first tokens, which then count once in a micro-batch.
+    families: as families() gives them; what one shares counts once in a micro-batch.
     budget: tokens of one micro-batch; a longer sequence gets one of its own. A piece of a family
     goes to the rank with the least work so far: a family stays together, unless it is over the
     budget, or more than a quarter of a rank's share. All ranks get equally many micro-batches, at
@@ -224,7 +223,7 @@ def plan_microbatches(
     return plan
 
 
-def pieces(lengths: list, families: list[Family], limit: int) -> list[Family]:
+def pieces(lengths: list, families: list, limit: int) -> list:
     """The families in pieces of at most `limit` tokens, or of one sequence; those with the longest
     come first.
     """

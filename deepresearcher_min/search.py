@@ -15,7 +15,7 @@ import threading
 import time
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -100,7 +100,7 @@ def content_words(text: str) -> list:
     return [word for word in found if word not in FUNCTION_WORDS] or found
 
 
-def read_passage(row: Any) -> tuple:
+def read_passage(row) -> tuple:
     """(title, address, text) of a passage as this package, BEIR, Search-R1 or their servers write
     it.
 
@@ -129,7 +129,7 @@ class Corpus:
     `pages`: by url, the texts of all its documents, in their order.
     """
 
-    def __init__(self, documents: Sequence, snippet: Callable | None = None):
+    def __init__(self, documents: Sequence, snippet=None):
         if not documents:
             raise ConfigError("the corpus has no documents")
         import bm25s  # here, because importing it takes 0.7 s and a live run does not need it
@@ -242,7 +242,7 @@ class LiveSearch:
         return reply
 
 
-def one_line(text: Any) -> str:
+def one_line(text) -> str:
     """Text without line breaks and without the half characters that JSON can bring; empty for what
     is no text.
     """
@@ -324,9 +324,9 @@ def check_search(config: Config) -> None:
         )
 
 
-def make_search(config: Config, web: Web | None, corpus: Corpus | None) -> Callable:
-    """What `search:` names: local and toy need a corpus, all others a Web, and that check_search
-    finds nothing.
+def make_search(config: Config, web: Web | None, corpus: Corpus | None):
+    """What `search:` names, as a function (query, counts) -> SearchResults: local and toy need a
+    corpus, all others a Web, and that check_search finds nothing.
 
     Results at `blocked_hosts` are dropped from what it finds, and so from what a cassette holds,
     too.

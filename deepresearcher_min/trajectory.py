@@ -132,13 +132,13 @@ class Recording:
         self.token_ids: Any = []
         self.sampled_mask: Any = []
         self.logprobs: Any = []
-        self.turns: list[Turn] = []
+        self.turns: list = []
         self.cost: Counter = Counter()
         self.shown: dict = {}  # every URL that a search has shown: the latest query
         # What the reader noted in earlier turns, by query, and how many segments it read, by URL.
         self.memory: dict = defaultdict(list)
         self.read: Counter = Counter()
-        self.readings: dict[str, Reading] = {}  # of this turn, by URL
+        self.readings: dict = {}  # each Reading of this turn, by URL
         self.append(prompt_ids)
 
     def append(self, ids: Sequence, logprobs: Sequence | None = None) -> tuple:
@@ -208,7 +208,7 @@ def load_questions(path: str | Path) -> list[Question]:
     return list(questions.values())
 
 
-def parse_row(row: Any) -> Question:
+def parse_row(row) -> Question:
     """A question from an object, or from a line of JSON (bytes); of several columns for one thing
     the first counts.
 
@@ -249,7 +249,7 @@ def parse_row(row: Any) -> Question:
     return question
 
 
-def first_of(row: dict, *columns: str) -> Any:
+def first_of(row: dict, *columns: str):
     """What the first of these columns holds that is there and not null, else None; outer.inner is
     one of an object in a column.
     """
@@ -263,7 +263,7 @@ def first_of(row: dict, *columns: str) -> Any:
     return None
 
 
-def unpacked(value: Any) -> Any:
+def unpacked(value):
     """The list or dict that a text stores, as JSON or as Python and numpy print them; anything else
     as it is.
     """
@@ -274,14 +274,14 @@ def unpacked(value: Any) -> Any:
     return value
 
 
-def read_printed(text: str) -> Any:
+def read_printed(text: str):
     """numpy prints no commas, and Python joins texts that stand side by side."""
     return ast.literal_eval(
         PRINTED.sub(lambda found: (found[1] or "") + "," * bool(found[2]), text)
     )
 
 
-def gold_answers(value: Any) -> tuple:
+def gold_answers(value) -> tuple:
     """The texts in a text, a number, a list of them or {"target": ...}; none where anything else is
     in it.
 
