@@ -18,7 +18,7 @@ token-level mean, over the whole step. w: truncated importance sampling (TIS), f
 round otherwise than the trainer. The entropy bonus is older. Omitted: a value function, reward
 shaping and sequence-level ratios; the paper's code uses none of them.
 
-Shape suffixes of tensor names:
+Shape suffixes of tensor names (a parameter that has one is a Tensor):
     G  trajectories of one question          T  tokens of one micro-batch, joined without padding
     S  sampled (= trained) tokens in it      D  hidden width of the model      V  vocabulary
     C  trained tokens of one chunk
@@ -28,7 +28,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,14 +39,10 @@ from deepresearcher_min.trajectory import Group
 # nan.
 EXPONENT_LIMIT = 20.0
 
-Family = tuple[int, list[int]]  # how many first tokens its rows share, and which rows they are
-Plan = list[list[list[int]]]  # of each rank, of each micro-batch: which rows
-Loss = Callable[[Tensor, Tensor, slice], Tensor]  # (logprobs_C, entropy_C, part of S) -> their sum
+Loss = Callable  # (logprobs_C, entropy_C, slice of S) -> the sum of one chunk's losses
 
 
-def group_advantages(
-    rewards: Sequence[float] | np.ndarray | Tensor, normalize_std: bool = True
-) -> Tensor:
+def group_advantages(rewards: list | Tensor, normalize_std: bool = True) -> Tensor:
     """Advantages of the trajectories of one question: rewards_G -> advantages_G (paper eq. 1).
 
     (r - mean) / (std + 1e-6), std unbiased; undivided if normalize_std is false. Equal rewards give
@@ -62,14 +57,14 @@ def group_advantages(
     if (rewards_G == rewards_G[:1]).all():
         advantages_G = torch.zeros_like(rewards_G)
     elif normalize_std:
-        advantages_G = advantages_G / (rewards_G.std(unbiased=True) + 1e-6)
+        advantages_G = advantages_G / (rewards_G.std() + 1e-6)
     return advantages_G.to(torch.promote_types(given_G.dtype, torch.float32))
 
 
 # --- packing: which trajectories are computed together, and what of them only once
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingRow:
     """What the loss needs of one trajectory; nothing behind the last sampled token matters."""
 
@@ -100,7 +95,7 @@ def training_rows(group: Group) -> list[TrainingRow]:
     return rows
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedBatch:
     """One micro-batch: segments end to end, and where in them the sampled tokens are predicted.
 
@@ -120,11 +115,11 @@ class PackedBatch:
     names_S: np.ndarray  # of the trajectories that the sampled tokens belong to
 
 
-def families(rows: Sequence[TrainingRow]) -> list[Family]:
-    """What each group's inputs, rows without their last token, begin with; a row without a group is
-    a family of its own.
+def families(rows: Sequence[TrainingRow]) -> list:
+    """The groups as families (how many first tokens its inputs, rows without their last token,
+    share; which rows they are); a row without a group is a family of its own.
     """
-    members = defaultdict[str | int, list[int]](list)
+    members: dict = defaultdict(list)
     for i, row in enumerate(rows):
         members[row.group or i].append(i)
     found = []
@@ -138,7 +133,7 @@ def families(rows: Sequence[TrainingRow]) -> list[Family]:
     return found
 
 
-def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> PackedBatch:
+def pack(rows: list[TrainingRow], device="cpu") -> PackedBatch:
     """Join rows into one micro-batch. ValueError when nothing is sampled, or a first token.
 
     No rows give one token and no trained position, since a rank with nothing to do still takes part
@@ -149,7 +144,7 @@ def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> Pac
             raise ValueError(f"{row.name}: it needs a prompt and a sampled token")
     nothing = np.arange(0)
     rows = rows or [TrainingRow("nobody", np.zeros(2), nothing, nothing, 0.0)]
-    ids: list[np.ndarray] = []
+    ids: list = []
     prefix_of = {}
     positions, predict, packed = [], [], []
 
@@ -174,48 +169,43 @@ def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> Pac
             packed.append(row)
     owner_S = [row for row in packed for _ in row.sampled]
 
-    def tensor(arrays: Sequence[np.ndarray], dtype: torch.dtype = torch.int64) -> Tensor:
+    def tensor(arrays: list, dtype=torch.int64) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(device, dtype)
 
     return PackedBatch(
-        lengths=tuple(map(len, ids)),
-        prefix_of=prefix_of,
-        token_ids_T=tensor(ids),
-        position_ids_T=tensor(positions),
-        predict_S=tensor(predict),
-        targets_S=tensor([row.token_ids[row.sampled] for row in packed]),
-        rollout_S=tensor([row.rollout_logprobs for row in packed], torch.float32),
-        advantages_S=torch.tensor([row.advantage for row in owner_S], device=device),
-        names_S=np.array([row.name for row in owner_S]),
+        tuple(map(len, ids)),
+        prefix_of,
+        tensor(ids),
+        tensor(positions),
+        tensor(predict),
+        tensor([row.token_ids[row.sampled] for row in packed]),
+        tensor([row.rollout_logprobs for row in packed], torch.float32),
+        torch.tensor([row.advantage for row in owner_S], device=device),
+        np.array([row.name for row in owner_S]),
     )
 
 
 def plan_microbatches(
-    lengths: Sequence[int],
-    budget: int,
-    world_size: int,
-    hidden_size: int,
-    families: Sequence[Family] = (),
-) -> Plan:
+    lengths: list, budget: int, world_size: int, hidden_size: int, families: list
+) -> list:
     """Share sequences out: plan[rank][micro-batch] is a list of indices into lengths, longest
     first.
 
-    families: who shares how many first tokens, which then count once in a micro-batch; by default
-    nobody does. budget: tokens of one micro-batch; a longer sequence gets one of its own. A piece
-    of a family goes to the rank with the least work so far: a family stays together, unless it is
-    over the budget, or more than a quarter of a rank's share. All ranks get equally many
-    micro-batches, at least one; the last may be empty.
+    families: as families() gives them; what one shares counts once in a micro-batch.
+    budget: tokens of one micro-batch; a longer sequence gets one of its own. A piece of a family
+    goes to the rank with the least work so far: a family stays together, unless it is over the
+    budget, or more than a quarter of a rank's share. All ranks get equally many micro-batches, at
+    least one; the last may be empty.
     """
 
     def work_of(first: int, end: int) -> float:
         # A transformer's linear layers take 24 D^2 FLOPs a token, attention 4 D for each it sees.
         return (end - first) * (1 + (first + end) / (12 * hidden_size))
 
-    families = families or [(0, [i]) for i in range(len(lengths))]
     limit = budget
     if world_size > 1:
         limit = min(budget, sum(lengths) // world_size // 4)
-    plan: Plan = [[] for _ in range(world_size)]
+    plan: list = [[] for _ in range(world_size)]
     work = [0.0] * world_size
     tokens = [budget] * world_size  # of each rank's last micro-batch: nothing more fits
     for shared, piece in pieces(lengths, families, limit):
@@ -233,7 +223,7 @@ def plan_microbatches(
     return plan
 
 
-def pieces(lengths: Sequence[int], families: Sequence[Family], limit: int) -> list[Family]:
+def pieces(lengths: list, families: list, limit: int) -> list:
     """The families in pieces of at most `limit` tokens, or of one sequence; those with the longest
     come first.
     """
@@ -254,7 +244,7 @@ def pieces(lengths: Sequence[int], families: Sequence[Family], limit: int) -> li
 # --- the loss of a token
 
 
-def kl_k3(new_S: Tensor, ref_S: Tensor) -> Tensor:
+def kl_k3(new_S, ref_S) -> Tensor:
     """The k3 estimate of KL(new || ref) of each sampled token; beyond the clamp, the official
     code's, no gradient.
     """
@@ -263,19 +253,19 @@ def kl_k3(new_S: Tensor, ref_S: Tensor) -> Tensor:
 
 
 def token_losses(
-    new_S: Tensor,
-    old_S: Tensor,
-    rollout_S: Tensor,
-    ref_S: Tensor | None,
-    advantages_S: Tensor,
-    entropy_S: Tensor,
+    new_S,
+    old_S,
+    rollout_S,
+    ref_S,
+    advantages_S,
+    entropy_S,
     *,
     clip_low: float,
     clip_high: float,
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
     importance_cap: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict]:
     """The loss of each sampled token, [S], not yet divided by N (module docstring), and sums of
     metrics.
 
@@ -327,12 +317,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_SD: Tensor,
-        weight_VD: Tensor,
-        targets_S: Tensor,
-        chunk: int,
-        loss: Loss | None,
+        ctx, hidden_SD, weight_VD, targets_S, chunk: int, loss: Loss | None
     ) -> tuple[Tensor, Tensor]:
         """loss(logprobs_C, entropy_C, slice of S) is the sum of one chunk's losses; None: only
         the log-probabilities are wanted.
@@ -359,20 +344,14 @@ class HeadLoss(torch.autograd.Function):
         return total, logprobs_S
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, d_total, _) -> tuple:
         d_hidden_SD = ctx.d_hidden_SD.mul_(d_total)
         d_weight_VD = ctx.d_weight_VD.mul_(d_total)
         del ctx.d_hidden_SD, ctx.d_weight_VD  # [V, D] is large: let go of it as early as possible
         return d_hidden_SD, d_weight_VD, None, None, None
 
 
-def head_chunk(
-    hidden_CD: Tensor,
-    weight_VD: Tensor,
-    targets_C1: Tensor,
-    part: slice,
-    loss: Loss | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def head_chunk(hidden_CD, weight_VD, targets_C1, part: slice, loss: Loss | None) -> tuple:
     """Log-probabilities_C of the targets, and with a loss its value and d value / d logits_CV.
 
     Two float32 [C, V] exist at a time. With p the probabilities, H the entropy and t the target:

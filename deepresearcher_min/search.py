@@ -15,7 +15,7 @@ import threading
 import time
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -57,10 +57,10 @@ SENTENCE_END = re.compile(rf"[{ENDS}]+[」』”’）]*|[\u0e00-\u0eff](?=\s+[\
 NO_RESULTS = ("no_results", "Nothing was found for this query.")
 SNIPPET_CHARS = 300
 SOURCE = code_of(__file__)
-SearchResult = namedtuple("SearchResult", ["title", "url", "snippet"])
+SearchResult = namedtuple("SearchResult", "title url snippet")
 
 
-def words(text: str) -> list[str]:
+def words(text: str) -> list:
     """The lower-case words of a text, in order.
 
     Where a script has no spaces, each two neighbouring signs (Chinese, Japanese, Korean) or three
@@ -92,7 +92,7 @@ FUNCTION_WORDS = set(
 )
 
 
-def content_words(text: str) -> list[str]:
+def content_words(text: str) -> list:
     """The lower-case words of a text without function words; all of its words where nothing else is
     there.
     """
@@ -100,7 +100,7 @@ def content_words(text: str) -> list[str]:
     return [word for word in found if word not in FUNCTION_WORDS] or found
 
 
-def read_passage(row: Any) -> tuple[str, str, str]:
+def read_passage(row) -> tuple:
     """(title, address, text) of a passage as this package, BEIR, Search-R1 or their servers write
     it.
 
@@ -129,7 +129,7 @@ class Corpus:
     `pages`: by url, the texts of all its documents, in their order.
     """
 
-    def __init__(self, documents: Sequence, snippet: Callable[[int], str] | None = None) -> None:
+    def __init__(self, documents: Sequence, snippet=None):
         if not documents:
             raise ConfigError("the corpus has no documents")
         import bm25s  # here, because importing it takes 0.7 s and a live run does not need it
@@ -155,8 +155,9 @@ class Corpus:
                 passage = read_passage(json.loads(line))
                 "".join(passage).encode()  # no tokenizer takes half of a two-part sign
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                where = f"corpus={str(path)!r}: line {number}"
-                raise ConfigError(f"{where} is not title, url, text: {error!r}") from error
+                raise ConfigError(
+                    f"corpus={str(path)!r}: line {number} is not title, url, text: {error!r}"
+                ) from error
             documents.append(passage)
         return cls(documents)
 
@@ -168,7 +169,7 @@ class Corpus:
             return flat[:SNIPPET_CHARS] + " ..."
         return short
 
-    def search(self, query: str, k: int) -> list[SearchResult]:
+    def search(self, query: str, k: int) -> list:
         """The k best documents, best first, equal scores in corpus order; none that shares no word
         with the query.
         """
@@ -186,26 +187,24 @@ class Corpus:
 class LiveSearch:
     """One of the SERVICES, asked through web.py at this rank's share of `requests_per_second`."""
 
-    def __init__(self, config: Config, web: Web) -> None:
+    def __init__(self, config: Config, web: Web):
         self.config, self.web = config, web
         self.service, base, key = SERVICES[config.search]
         self.base = (config.search_url or base).rstrip("/")
-        self.headers, self.price, self.place = {}, 0.0, dict[str, str]()
+        self.headers, self.price, place = {}, 0.0, {}
         if key:
             self.headers = {"X-API-KEY": os.environ.get(key, "").strip()}
             self.price = config.price_search
-            if config.search_country:
-                self.place["gl"] = config.search_country
-            if config.search_language:
-                self.place["hl"] = config.search_language
+            place = {"gl": config.search_country, "hl": config.search_language}
+        self.place = {name: value for name, value in place.items() if value}
         self.lock, self.next_slot = threading.Lock(), 0.0
 
-    def search(self, query: str, counts: Counter) -> list[SearchResult]:
+    def search(self, query: str, counts: Counter) -> list:
         """Ask once, whoever asks; results without an address are left out. Raises WebFailure."""
         query, results = one_line(query), self.config.search_results
         deadline = time.monotonic() + self.config.tool_timeout
 
-        def find() -> list[list[str]]:
+        def find() -> list:
             rows = []
             try:
                 for row in self.service(query, results, partial(self.ask, counts, deadline)):
@@ -227,7 +226,7 @@ class LiveSearch:
             found.append(SearchResult(title, url, snippet))
         return found
 
-    def ask(self, counts: Counter, deadline: float, path: str, payload: dict | None = None) -> Any:
+    def ask(self, counts: Counter, deadline: float, path: str, payload=None):
         """What the service replies to a GET, or to a POST of `payload`."""
         # A bucket of one token: a larger one would break the service's limit in its first second.
         with self.lock:
@@ -243,7 +242,7 @@ class LiveSearch:
         return reply
 
 
-def one_line(text: Any) -> str:
+def one_line(text) -> str:
     """Text without line breaks and without the half characters that JSON can bring; empty for what
     is no text.
     """
@@ -257,7 +256,7 @@ def one_line(text: Any) -> str:
 # found are rows of title, url (or path of the service) and snippet: texts, or whatever was sent.
 
 
-def serper(query: str, results: int, ask: Callable) -> Iterable:
+def serper(query: str, results: int, ask):
     """Google's results by serper.dev, as in the paper; without `organic` where there are none."""
     reply = ask("/search", {"q": query, "num": results})
     if "searchParameters" not in reply or "organic" in reply:
@@ -265,14 +264,14 @@ def serper(query: str, results: int, ask: Callable) -> Iterable:
             yield row.get("title"), row.get("link"), row.get("snippet")
 
 
-def searxng(query: str, results: int, ask: Callable) -> Iterable:
+def searxng(query: str, results: int, ask):
     """A SearXNG of your own; its settings must allow the format json."""
     reply = ask(f"/search?format=json&q={quote(query)}")
     for row in reply["results"]:
         yield row.get("title"), row.get("url"), row.get("content")
 
 
-def wikipedia(query: str, results: int, ask: Callable) -> Iterable:
+def wikipedia(query: str, results: int, ask):
     """Wikipedia's own search, which needs no key; `search_url` chooses another language or wiki."""
     api = "/w/api.php?action=query&list=search&format=json&formatversion=2"
     reply = ask(f"{api}&srlimit={results}&srsearch={quote(query)}")
@@ -282,7 +281,7 @@ def wikipedia(query: str, results: int, ask: Callable) -> Iterable:
         yield row["title"], path, html.unescape(plain)
 
 
-def retriever(query: str, results: int, ask: Callable) -> Iterable:
+def retriever(query: str, results: int, ask):
     """A server that speaks Search-R1's protocol; passages without an address cannot be browsed, so
     all is shown.
     """
@@ -325,11 +324,9 @@ def check_search(config: Config) -> None:
         )
 
 
-def make_search(
-    config: Config, web: Web | None, corpus: Corpus | None
-) -> Callable[[str, Counter], list[SearchResult]]:
-    """What `search:` names: local and toy need a corpus, all others a Web, and that check_search
-    finds nothing.
+def make_search(config: Config, web: Web | None, corpus: Corpus | None):
+    """What `search:` names, as a function (query, counts) -> SearchResults: local and toy need a
+    corpus, all others a Web, and that check_search finds nothing.
 
     Results at `blocked_hosts` are dropped from what it finds, and so from what a cassette holds,
     too.
@@ -341,7 +338,7 @@ def make_search(
         raise ConfigError(f"search={config.search!r} needs a corpus")
     blocked = host_list(config)
 
-    def search(query: str, counts: Counter) -> list[SearchResult]:
+    def search(query: str, counts: Counter) -> list:
         found = source.search(query, config.search_results if source is corpus else counts)
         kept = [one for one in found if not is_blocked(one.url, blocked)]
         if len(kept) < len(found):

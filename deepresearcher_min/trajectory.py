@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,12 +76,12 @@ class Trajectory:
     answer: str | None
     stop_reason: str
     # searches, pages, bytes, failures by kind, ...
-    cost: Mapping[str, float] = field(default_factory=dict)
+    cost: dict = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         types = {"token_ids": np.int32, "sampled_mask": np.bool_, "logprobs": np.float32}
         for name, dtype in types.items():
-            array: np.ndarray = np.array(getattr(self, name), dtype)  # a copy: nobody changes it
+            array = np.array(getattr(self, name), dtype)  # a copy: nobody changes it
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         whose = f"trajectory of question {self.question.id!r}"
@@ -93,7 +93,7 @@ class Trajectory:
         if self.stop_reason not in POLICY_STOPS + HARNESS_STOPS:
             raise ValueError(f"unknown stop reason {self.stop_reason!r}")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict:
         """What json.dumps accepts; log-probabilities only of the sampled tokens, in order."""
         asked, mask = self.question, self.sampled_mask
         return vars(self) | {
@@ -114,11 +114,11 @@ class Reading:
 
     question: str
     query: str = ""  # the latest that showed the page
-    memory: Sequence[str] = ()  # what earlier calls noted for this query
+    memory: Sequence = ()  # what earlier calls noted for this query
     next: int = 0  # number of the segment to go on with, from 0
     total: int = 0  # segments of the page, known when it is opened
     # of this call: page_number, page_summary
-    notes: list[tuple[int, str]] = field(default_factory=list)
+    notes: list = field(default_factory=list)
 
 
 class Recording:
@@ -126,36 +126,35 @@ class Recording:
     the agent knows.
     """
 
-    def __init__(self, question: Question, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, question: Question, prompt_ids: Sequence):
         self.question = question
-        self.token_ids: list[int] = []
-        self.sampled_mask: list[bool] = []
-        self.logprobs: list[float] = []
-        self.turns: list[Turn] = []
+        # Of int, bool and float; a Trajectory makes arrays of them.
+        self.token_ids: Any = []
+        self.sampled_mask: Any = []
+        self.logprobs: Any = []
+        self.turns: list = []
         self.cost: Counter = Counter()
-        self.shown: dict[str, str] = {}  # every URL that a search has shown: the latest query
+        self.shown: dict = {}  # every URL that a search has shown: the latest query
         # What the reader noted in earlier turns, by query, and how many segments it read, by URL.
-        self.memory: dict[str, list[str]] = defaultdict(list)
-        self.read: Counter[str] = Counter()
-        self.readings: dict[str, Reading] = {}  # of this turn, by URL
+        self.memory: dict = defaultdict(list)
+        self.read: Counter = Counter()
+        self.readings: dict = {}  # each Reading of this turn, by URL
         self.append(prompt_ids)
 
-    def append(
-        self, ids: Sequence[int], logprobs: Sequence[float] | None = None
-    ) -> tuple[int, int]:
+    def append(self, ids: Sequence, logprobs: Sequence | None = None) -> tuple:
         """Add given tokens, or with logprobs sampled ones; returns their span [start, end)."""
         start = len(self.token_ids)
         self.token_ids += ids
         self.sampled_mask += [logprobs is not None] * len(ids)
-        self.logprobs += [math.nan] * len(ids) if logprobs is None else logprobs
+        self.logprobs += logprobs or [math.nan] * len(ids)
         return start, len(self.token_ids)
 
     def finish(self, stop_reason: str, answer: str | None = None) -> Trajectory:
         return Trajectory(
             self.question,
-            np.array(self.token_ids),
-            np.array(self.sampled_mask),
-            np.array(self.logprobs),
+            self.token_ids,
+            self.sampled_mask,
+            self.logprobs,
             tuple(self.turns),
             answer,
             stop_reason,
@@ -163,7 +162,7 @@ class Recording:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group:
     """The G trajectories of one question, with their rewards and group-relative advantages ([G]
     each).
@@ -171,8 +170,8 @@ class Group:
 
     question: Question
     trajectories: Sequence[Trajectory]
-    rewards: Sequence[float]
-    advantages: Sequence[float]
+    rewards: Sequence
+    advantages: Sequence
 
 
 def load_questions(path: str | Path) -> list[Question]:
@@ -183,7 +182,9 @@ def load_questions(path: str | Path) -> list[Question]:
     gets the row appended. Raises ValueError naming the file and the row (parquet: from 0; jsonl:
     the line, from 1) of the first that is unusable.
     """
-    path, where, questions = Path(path), "", dict[str, Question]()
+    path = Path(path)
+    where = ""
+    questions: dict = {}
     if path.suffix not in (".parquet", ".jsonl") or not path.is_file():
         raise ValueError(f"{path}: must be an existing file that ends in .parquet or .jsonl")
     try:
@@ -207,7 +208,7 @@ def load_questions(path: str | Path) -> list[Question]:
     return list(questions.values())
 
 
-def parse_row(row: Any) -> Question:
+def parse_row(row) -> Question:
     """A question from an object, or from a line of JSON (bytes); of several columns for one thing
     the first counts.
 
@@ -236,8 +237,10 @@ def parse_row(row: Any) -> Question:
     )
     golds = gold_answers(found)
     if not golds:
-        expected = "answers must hold a text, or be a list that holds texts"
-        raise ValueError(f"{expected}, not {str(found)[:80]!r}{columns}")
+        raise ValueError(
+            "answers must hold a text, or be a list that holds texts, "
+            f"not {str(found)[:80]!r}{columns}"
+        )
     name = first_of(row, "id", "_id", "index", "extra_info.index")
     source = first_of(row, "source", "data_source")
     question = Question("" if name is None else str(name), text, golds, str(source or ""))
@@ -246,7 +249,7 @@ def parse_row(row: Any) -> Question:
     return question
 
 
-def first_of(row: dict, *columns: str) -> Any:
+def first_of(row: dict, *columns: str):
     """What the first of these columns holds that is there and not null, else None; outer.inner is
     one of an object in a column.
     """
@@ -260,25 +263,25 @@ def first_of(row: dict, *columns: str) -> Any:
     return None
 
 
-def unpacked(value: Any) -> Any:
+def unpacked(value):
     """The list or dict that a text stores, as JSON or as Python and numpy print them; anything else
     as it is.
     """
     if isinstance(value, str) and value.lstrip().startswith(("[", "{", "array(")):
         for read in (json.loads, read_printed):
-            with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            with suppress(Exception):  # literal_eval alone has five for what it cannot read
                 return read(value)
     return value
 
 
-def read_printed(text: str) -> Any:
+def read_printed(text: str):
     """numpy prints no commas, and Python joins texts that stand side by side."""
     return ast.literal_eval(
         PRINTED.sub(lambda found: (found[1] or "") + "," * bool(found[2]), text)
     )
 
 
-def gold_answers(value: Any) -> tuple[str, ...]:
+def gold_answers(value) -> tuple:
     """The texts in a text, a number, a list of them or {"target": ...}; none where anything else is
     in it.
 
@@ -287,7 +290,7 @@ def gold_answers(value: Any) -> tuple[str, ...]:
     """
     if isinstance(value, dict):
         value = unpacked(value.get("target"))
-    golds: list[str] = []
+    golds: list = []
     for part in value if isinstance(value, list) else [value]:
         if isinstance(part, bool):
             part = "yes" if part else "no"
@@ -299,16 +302,14 @@ def gold_answers(value: Any) -> tuple[str, ...]:
     return tuple(gold.strip() for gold in golds if gold.strip())
 
 
-def take_questions(
-    questions: Sequence[Question], seed: int, start: int, count: int
-) -> list[Question]:
+def take_questions(questions: Sequence, seed: int, start: int, count: int) -> list[Question]:
     """Questions `start` to `start + count` of an endless order, a function of the seed and so the
     same on all ranks.
 
     Each epoch is a shuffle of its own. A checkpoint needs only the number of questions taken so
     far.
     """
-    order: list[int] = []
+    order: list = []
     while len(order) < start + count:
         epoch = len(order) // len(questions)
         order += np.random.default_rng([seed, epoch]).permutation(len(questions)).tolist()

@@ -338,7 +338,8 @@ def test_pack_refuses_what_nothing_can_predict(mask):
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 400), max_size=60), st.integers(1, 1000), st.integers(1, 5))
 def test_plan_covers_everything_once_within_budget_and_balanced(lengths, budget, world_size):
-    plan = plan_microbatches(lengths, budget, world_size, hidden_size=16)
+    alone = [(0, [i]) for i in range(len(lengths))]
+    plan = plan_microbatches(lengths, budget, world_size, 16, alone)
     assert len({len(batches) for batches in plan}) == 1  # every rank takes part in every collective
     assert len(plan[0]) >= 1
     assert sorted(i for batches in plan for batch in batches for i in batch) == list(
@@ -405,7 +406,8 @@ def test_plan_keeps_families_together_unless_ranks_would_be_idle():
 def test_plan_counts_attention_as_quadratic():
     # Work 2,400 against 5 x 533: by tokens alone (1,200 against 5 x 400) the first rank would get
     # one of the short.
-    plan = plan_microbatches([1200, 400, 400, 400, 400, 400], 10_000, 2, hidden_size=100)
+    alone = [(0, [i]) for i in range(6)]
+    plan = plan_microbatches([1200, 400, 400, 400, 400, 400], 10_000, 2, 100, alone)
     work = [
         sum(n + n * n / 1200 for n in ([1200, 400, 400, 400, 400, 400][i] for i in batches[0]))
         for batches in plan
