@@ -63,7 +63,7 @@ def resolve(argv: list[str]) -> Config:
     return config
 
 
-def conclude(config: Config, task: Task, started: float) -> None:
+def conclude(config: Config, task: Task, started: float):
     """Judge the answers; write summary.json, results.md and report.html from the files; print the
     table.
     """
@@ -106,7 +106,7 @@ def conclude(config: Config, task: Task, started: float) -> None:
     )
 
 
-def ask(config: Config, task: Task, agent: Agent) -> None:
+def ask(config: Config, task: Task, agent: Agent):
     """Answer one question and print the whole trajectory; a known question is scored, too."""
     known = {question.text: question for question in task.held_out}
     question = known.get(config.question, Question("typed", config.question, ("",)))
@@ -119,7 +119,7 @@ def ask(config: Config, task: Task, agent: Agent) -> None:
     print("Sources:", *dict.fromkeys(urls), sep="\n  ")
 
 
-def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
+def start(config: Config, ranks: Ranks, notes: list[str]):
     """The whole evaluation, or the one question."""
     started, judges = time.monotonic(), config.judge_url != ""
     with starting(config, ranks.rank):

@@ -20,9 +20,7 @@ from deepresearcher_min.run import Ranks, State, Stop
 from deepresearcher_min.trajectory import Group, take_questions
 
 
-def train(
-    task: Task, agent: Agent, examinee: Agent, policy: Policy, state: State, save: Callable
-) -> None:
+def train(task: Task, agent: Agent, examinee: Agent, policy: Policy, state: State, save: Callable):
     """All steps that are left; a RunStopped or KeyboardInterrupt leaves the state of the last."""
     config, engine, ranks, stop = agent.config, agent.engine, policy.ranks, Stop()
     while True:
@@ -62,7 +60,7 @@ def train(
         report_step(config, ranks, row, groups)
 
 
-def measure(name: str, state: State, task: Task, examinee: Agent, ranks: Ranks) -> None:
+def measure(name: str, state: State, task: Task, examinee: Agent, ranks: Ranks):
     """Scores on the held-out questions, into files and state; their cost is added to the state."""
     config, step = examinee.config, state["step"]
     with ranks.progress(f"evaluation {name}", len(task.held_out) // ranks.world_size) as bar:
@@ -81,7 +79,7 @@ def measure(name: str, state: State, task: Task, examinee: Agent, ranks: Ranks) 
     state |= {"usd": state["usd"] + sums["cost_usd"], "measured": step, name: scores}
 
 
-def report_step(config: Config, ranks: Ranks, row: Row, groups: Sequence[Group]) -> None:
+def report_step(config: Config, ranks: Ranks, row: Row, groups: Sequence[Group]):
     """The console line, the row of metrics.jsonl and, every `log_every` steps, the trajectories."""
     step = row["step"]
     ranks.print(report.step_line(row))
@@ -91,7 +89,7 @@ def report_step(config: Config, ranks: Ranks, row: Row, groups: Sequence[Group])
         write_groups(config, ranks.own(f"step-{step:06d}"), step, groups)
 
 
-def conclude(config: Config, state: State) -> None:
+def conclude(config: Config, state: State):
     """summary.json, the curve, the report page and the table; ends with what was learned."""
     before, after, folder = state["before"], state["after"], Path(config.run_dir)
     steps = [row for row in report.read_json_lines(folder / "metrics.jsonl") if "reward" in row]
@@ -107,7 +105,7 @@ def conclude(config: Config, state: State) -> None:
     )
 
 
-def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
+def start(config: Config, ranks: Ranks, notes: list[str]):
     """Prepare all that the run needs, each tried once, before the run is described; then train."""
     torch.manual_seed(config.seed)
     with run.starting(config, ranks.rank):
@@ -126,11 +124,11 @@ def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
         evaluation.begin(config, ranks, notes)
     wall, cpu = time.monotonic() - state["seconds"], time.process_time() - state["cpu_seconds"]
 
-    def write(folder: Path) -> None:
+    def write(folder: Path):
         policy.save(folder / "state")
         policy.export(folder, agent.chat.tokenizer)
 
-    def save() -> None:
+    def save():
         state["seconds"], state["cpu_seconds"] = time.monotonic() - wall, time.process_time() - cpu
         run.save_checkpoint(config, ranks, state, write)
 

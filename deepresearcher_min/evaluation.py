@@ -186,7 +186,7 @@ def make_agent(config: Config, task: Task, ranks: Ranks, notes: list) -> tuple[A
     return agent, replace(agent, tools=Tools(config, chat, task.held_out_corpus, web))
 
 
-def begin(config: Config, ranks: Ranks, notes: list, asks: Any = True, judges=False) -> None:
+def begin(config: Config, ranks: Ranks, notes: list, asks: Any = True, judges=False):
     """Try the services that the run will use (ConfigError on all ranks); then write its config.yaml
     and say what is special about it, unless it is for one typed question.
     """
@@ -206,7 +206,7 @@ def begin(config: Config, ranks: Ranks, notes: list, asks: Any = True, judges=Fa
 class PlainChat(ChatFormat):
     """The prompt of the baselines: no tools, and for rag what a search for the question found."""
 
-    def __init__(self, chat: ChatFormat, found: Mapping[str, str]) -> None:
+    def __init__(self, chat: ChatFormat, found: Mapping[str, str]):
         vars(self).update(vars(chat))
         self.tools, self.found = None, found
 
@@ -221,13 +221,13 @@ def search_once(questions: Sequence[Question], agent: Agent) -> tuple[dict, dict
     """For rag, what a search for each question finds, by its text, and what it costs, by its id."""
     texts, costs = dict[str, str](), dict[str, Counter[str]]()
 
-    async def search(question: Question) -> None:
+    async def search(question: Question):
         record, most = Recording(question, []), agent.config.max_observation_tokens
         entry = await agent.tools.entry("search", question.text, record)
         texts[question.text], *_ = agent.chat.fit("search", [entry], most)
         costs[question.id] = record.cost
 
-    async def search_all() -> None:
+    async def search_all():
         agent.tools.slots = asyncio.Semaphore(agent.config.tool_threads or 1)
         await asyncio.gather(*map(search, questions))
 
@@ -247,7 +247,7 @@ def evaluate(
     return [trajectory for (trajectory,) in rollout.roll_out(batch, agent, on_done)]
 
 
-def write_groups(config: Config, name: str, step: int, groups: Sequence[Group]) -> None:
+def write_groups(config: Config, name: str, step: int, groups: Sequence[Group]):
     """All trajectories as JSON lines, and the best and the worst as text."""
     path = Path(f"{config.run_dir}/trajectories/{name}.jsonl")
     why = partial(reward.explain, config=config)
@@ -279,7 +279,7 @@ def usable(tried: Sequence[Trajectory], config: Config) -> Known:
     return dict(sorted(known.items()))
 
 
-def ask_all(config: Config, task: Task, agent: Agent, done: Sequence[Known], ranks: Ranks) -> None:
+def ask_all(config: Config, task: Task, agent: Agent, done: Sequence[Known], ranks: Ranks):
     """Ask what is not `done` yet in each run; a trajectory is written as it ends, so that no kill
     loses or repeats one.
     """
@@ -289,7 +289,7 @@ def ask_all(config: Config, task: Task, agent: Agent, done: Sequence[Known], ran
     left = len(task.held_out) * config.repeats - sum(map(len, done))
     bar = ranks.progress(config.method, left // ranks.world_size)
 
-    def on_done(one: Trajectory) -> None:
+    def on_done(one: Trajectory):
         one = replace(one, cost={**prepaid.get(one.question.id, {}), **one.cost})
         group = reward.judge(one.question, [one], config, 0)  # empty for what the harness ended
         report.write_trajectories(path, 0, [group], why, run)
@@ -321,7 +321,7 @@ def spent(config: Config, runs: Sequence[Known]) -> float:
     return sum(cost.get("usd", 0.0) for cost in costs)
 
 
-def check_budget(config: Config, usd: float) -> None:
+def check_budget(config: Config, usd: float):
     """RunStopped where the estimated cost of a run has reached max_cost."""
     if 0 < config.max_cost <= usd:
         raise RunStopped(f"The estimated cost, ${usd:.2f}, has reached max_cost={config.max_cost}.")
@@ -419,7 +419,7 @@ def mean(rows: Sequence[Row], name: str) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def publish(run: Path, summary: Mapping[str, Any]) -> None:
+def publish(run: Path, summary: Mapping[str, Any]):
     """Write summary.json and report.html."""
     text = json.dumps(report.jsonable(summary), indent=1)
     (run / "summary.json").write_text(text, encoding="utf-8")

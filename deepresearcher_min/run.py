@@ -89,7 +89,7 @@ def run_program(
     return 0
 
 
-def quiet_libraries() -> None:
+def quiet_libraries():
     """No bars and warnings of libraries between the run's own lines; any console will do."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -151,7 +151,7 @@ def newest_run(evaluates: bool = False) -> Path:
     return found[-1].parent
 
 
-def check_needs(config: Config, questions: bool = True) -> None:
+def check_needs(config: Config, questions: bool = True):
     """One ConfigError that lists everything that is missing, before anything is loaded."""
     missing = []
     try:
@@ -216,7 +216,7 @@ def starting(config: Config, rank: int = 0) -> Iterator[None]:
         raise ConfigError(f"the start failed: {type(error).__name__}: {error} ({where})") from error
 
 
-def fetch_model(model: str, ranks: "Ranks") -> None:
+def fetch_model(model: str, ranks: "Ranks"):
     """Download a hub's model once on each node, with a bar; the other ranks wait. ConfigError where
     it cannot be had. Left out: weights in other formats than safetensors.
     """
@@ -301,7 +301,7 @@ class Ranks:
             result.update(share)  # `+` would drop negative sums
         return result
 
-    def print(self, text: str) -> None:
+    def print(self, text: str):
         if self.rank == 0:
             tqdm.write(text)  # above the progress bar
 
@@ -314,7 +314,7 @@ class Ranks:
         disable = self.rank > 0 or None  # None: where there is no terminal
         return tqdm(total=total, desc=name, unit="trajectory", leave=False, disable=disable)
 
-    def say_once(self, text: str, stream: TextIO) -> None:
+    def say_once(self, text: str, stream: TextIO):
         """Print how this ends; of several ranks only the first: torchrun then ends the others."""
         count = 1
         if self.world_size > 1:
@@ -329,7 +329,7 @@ class Ranks:
         limit = timedelta(seconds=30)
         return dist.PrefixStore(name, dist.TCPStore(host, port, is_master=False, timeout=limit))
 
-    def stop(self) -> None:
+    def stop(self):
         """Leave the process group; to be called last."""
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -350,7 +350,7 @@ def watch(ranks: Ranks, limit: float) -> threading.Event:
     return finished
 
 
-def listen(ranks: Ranks, limit: float, finished: threading.Event) -> None:
+def listen(ranks: Ranks, limit: float, finished: threading.Event):
     store, silent = ranks.store("watch"), ""
     numbers = [0] * ranks.world_size
     since = [time.monotonic()] * ranks.world_size  # when a rank's number was new
@@ -380,7 +380,7 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return sorted(file.parent for file in run.glob("checkpoints/step-*/state.json"))
 
 
-def save_checkpoint(config: Config, ranks: Ranks, state: State, write: Callable) -> None:
+def save_checkpoint(config: Config, ranks: Ranks, state: State, write: Callable):
     """checkpoints/step-000020/: what write(folder) puts there on every rank, and state.json.
 
     Written aside and renamed, so a kill at any moment leaves the last good one; what is not
@@ -428,14 +428,14 @@ class Stop:
     since half an update or half a checkpoint is of no use.
     """
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.asked = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
-    def handle(self, number: int, frame: Any) -> None:
+    def handle(self, number: int, frame: Any):
         self.asked = True
 
-    def check(self) -> None:
+    def check(self):
         if self.asked:
             raise KeyboardInterrupt
