@@ -41,7 +41,7 @@ at least; majority: the commonest answer. Each run has seeds, reader and judge r
 searches and pages are shared."""
 
 
-def resolve(argv: list[str]) -> Config:
+def resolve(argv: list) -> Config:
     """The config of an evaluation (see open_run) with its blocked hosts spelled out, and what the
     baselines change. ConfigError for several runs that would be the same.
     """
@@ -70,8 +70,10 @@ def conclude(config: Config, task: Task, started: float):
     folder, runs = Path(config.run_dir), written(config, task)
     kept = [usable(tried, config) for tried in runs]
     if not any(kept):
-        asked = f"not one of {len(task.held_out)} questions has a result"
-        raise RunStopped(f"{asked}; see trajectory_timeout and failures")
+        raise RunStopped(
+            f"not one of {len(task.held_out)} questions has a result; "
+            "see trajectory_timeout and failures"
+        )
     verdicts, judge, usd = evaluation.ask_judge_all(config, kept)
     overall, each = evaluation.scores_over_runs(runs, verdicts, config)
     overall["usd"] = usd / config.repeats  # the judge's, too
@@ -94,9 +96,9 @@ def conclude(config: Config, task: Task, started: float):
     caption = caption.format(**asdict(config), judge=judge, lost=lost, spoilt=spoilt)
     caption = textwrap.fill(caption, 118)
     seconds = time.monotonic() - started
-    summary = {"seed": config.seed, "model": config.model, "method": config.method}
-    summary |= {"seconds": seconds, "usd": usd, "sources": sources, "overall": overall}
-    evaluation.publish(folder, summary | {"runs": each, "table": table, "caption": caption})
+    summary = {"seed": config.seed, "model": config.model, "method": config.method, "usd": usd}
+    summary |= {"seconds": seconds, "sources": sources, "overall": overall, "runs": each}
+    evaluation.publish(folder, summary | {"table": table, "caption": caption})
     markdown = report.text_table(table, markdown=True)
     (folder / "results.md").write_text(f"{markdown}\n\n{caption}\n", encoding="utf-8")
     print(f"{report.text_table(table)}\n\n{caption}\n")
@@ -119,12 +121,12 @@ def ask(config: Config, task: Task, agent: Agent):
     print("Sources:", *dict.fromkeys(urls), sep="\n  ")
 
 
-def start(config: Config, ranks: Ranks, notes: list[str]):
+def start(config: Config, ranks: Ranks, notes: list):
     """The whole evaluation, or the one question."""
-    started, judges = time.monotonic(), config.judge_url != ""
+    started = time.monotonic()
     with starting(config, ranks.rank):
         check_needs(config, questions=False)
-        if judges:
+        if config.judge_url:
             require_environment(
                 "JUDGE_API_KEY", "judge_url needs it (any word, if none is asked for)"
             )
@@ -135,8 +137,8 @@ def start(config: Config, ranks: Ranks, notes: list[str]):
         done = ranks.share([usable(tried, config) for tried in written(config, task)])
         _, agent = evaluation.make_agent(config, task, ranks, notes)
         left = len(task.held_out) * config.repeats - sum(map(len, done))
-        asks = left > 0 or config.question != ""
-        evaluation.begin(config, ranks, notes, asks, judges and not config.question)
+        judges = config.judge_url and not config.question
+        evaluation.begin(config, ranks, notes, left or config.question, judges)
     try:
         if config.question:
             ask(config, task, agent)
@@ -150,7 +152,7 @@ def start(config: Config, ranks: Ranks, notes: list[str]):
         agent.engine.close()
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list) -> int:
     return run_program("eval.py", __doc__, resolve, start, argv)
 
 
