@@ -52,13 +52,13 @@ def resolve(argv: list) -> Config:
             "add --eval_temperature=1 (or --repeats=1)"
         )
     if config.blocked_hosts == "auto":
-        listed = (ROOT / "deepresearcher_min/blocked_hosts.txt").read_text(encoding="utf-8")
-        hosts = re.findall(r"^[^#\s]+", listed, re.MULTILINE)
+        listed = (ROOT / "deepresearcher_min/blocked_hosts.txt").read_text()
+        hosts = re.findall(r"(?m)^[^#\s]+", listed)
         config = replace(config, blocked_hosts=" ".join(hosts))
     if config.method == "cot" and config.search != "toy":
         config = replace(config, search="wikipedia")  # never asked: it needs no key and no corpus
     if config.method != "agent":
-        prompt = config.system_prompt_file or str(ROOT / "prompts/baseline.txt")
+        prompt = config.system_prompt_file or f"{ROOT}/prompts/baseline.txt"
         config = replace(config, max_tool_calls=0, system_prompt_file=prompt)
     return config
 
@@ -82,7 +82,7 @@ def conclude(config: Config, task: Task, started: float):
         part = [[one for one in tried if one.question.source == name] for tried in runs]
         sources[name or "no source"], _ = evaluation.scores_over_runs(part, verdicts, config)
     table = report.score_rows({**sources, "all": overall})
-    published = (ROOT / "docs/paper.csv").read_text(encoding="utf-8").splitlines()
+    published = (ROOT / "docs/paper.csv").read_text().splitlines()
     for row in csv.DictReader(published):
         if sources.keys() & row.keys():
             cells = [row.get(name, "-") for name in table[0][1:]]
@@ -99,8 +99,8 @@ def conclude(config: Config, task: Task, started: float):
     summary = {"seed": config.seed, "model": config.model, "method": config.method, "usd": usd}
     summary |= {"seconds": seconds, "sources": sources, "overall": overall, "runs": each}
     evaluation.publish(folder, summary | {"table": table, "caption": caption})
-    markdown = report.text_table(table, markdown=True)
-    (folder / "results.md").write_text(f"{markdown}\n\n{caption}\n", encoding="utf-8")
+    text = f"{report.text_table(table, markdown=True)}\n\n{caption}\n"
+    (folder / "results.md").write_text(text, encoding="utf-8")
     print(f"{report.text_table(table)}\n\n{caption}\n")
     print(
         f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {folder}/report.html, the table in "
@@ -114,10 +114,8 @@ def ask(config: Config, task: Task, agent: Agent):
     question = known.get(config.question, Question("typed", config.question, ("",)))
     [[one]] = roll_out(Batch([question], [0], 1, config.eval_temperature, step=0), agent)
     print(report.readable(one, explain(one, config) if config.question in known else ""))
-    seen = [turn.observation for turn in one.turns if turn.kind == "browse"]
-    if not seen:
-        seen = [turn.observation for turn in one.turns]
-    urls = re.findall(r"'url': '([^']+)'", " ".join(seen))
+    seen = [turn for turn in one.turns if turn.kind == "browse"] or one.turns
+    urls = re.findall(r"'url': '([^']+)'", " ".join(turn.observation for turn in seen))
     print("Sources:", *dict.fromkeys(urls), sep="\n  ")
 
 
@@ -136,14 +134,14 @@ def start(config: Config, ranks: Ranks, notes: list):
         task = evaluation.load_examination(config, ranks)
         done = ranks.share([usable(tried, config) for tried in written(config, task)])
         _, agent = evaluation.make_agent(config, task, ranks, notes)
-        left = len(task.held_out) * config.repeats - sum(map(len, done))
+        left = len(task.held_out) * config.repeats - sum(map(len, done))  # questions to ask
         judges = config.judge_url and not config.question
         evaluation.begin(config, ranks, notes, left or config.question, judges)
     try:
         if config.question:
             ask(config, task, agent)
         else:
-            ask_all(config, task, agent, done, ranks)
+            ask_all(config, task, agent, done, left, ranks)
             if ranks.rank == 0:
                 conclude(config, task, started)
             ranks.share(None)  # all wait for the table: vLLM's end is that of the process group

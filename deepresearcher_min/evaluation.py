@@ -15,15 +15,14 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import mode, stdev
-from typing import Any
+from statistics import stdev
 
 import numpy as np
 import yaml
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from deepresearcher_min import report, reward, rollout, toyworld
+from deepresearcher_min import report, reward, toyworld
 from deepresearcher_min.config import (
     ROLES,
     Config,
@@ -40,7 +39,7 @@ from deepresearcher_min.config import (
 from deepresearcher_min.engine import make_engine
 from deepresearcher_min.protocol import ChatFormat, declared_ends, read_tools
 from deepresearcher_min.reward import measures, step_sums
-from deepresearcher_min.rollout import Agent, Tools
+from deepresearcher_min.rollout import EVALUATION, Agent, Batch, Tools, roll_out, try_services
 from deepresearcher_min.run import Ranks, fetch_model
 from deepresearcher_min.search import Corpus
 from deepresearcher_min.trajectory import Question, Recording, Trajectory, load_questions
@@ -183,13 +182,13 @@ def make_agent(config: Config, task: Task, ranks: Ranks, notes: list) -> tuple[A
     return agent, replace(agent, tools=Tools(config, chat, task.held_out_corpus, web))
 
 
-def begin(config: Config, ranks: Ranks, notes: list, asks: Any = True, judges: Any = False):
+def begin(config: Config, ranks: Ranks, notes: list, asks=True, judges=False):
     """Try the services that the run will use (ConfigError on all ranks); then write its config.yaml
     and say what is special about it, unless it is for one typed question.
     """
     trouble = ""
     if ranks.rank == 0 and config.cassette_mode != "replay":
-        trouble = rollout.try_services(config, asks, judges)
+        trouble = try_services(config, asks, judges)
     trouble = ranks.share(trouble)
     if trouble:
         raise ConfigError(trouble)
@@ -214,7 +213,7 @@ class PlainChat(ChatFormat):
         return super().prompt_ids(question)
 
 
-def search_once(questions: list, agent: Agent) -> tuple[dict, dict]:
+def search_once(questions: list, agent: Agent) -> tuple:
     """For rag, what a search for each question finds, by its text, and what it costs, by its id."""
     texts: dict = {}
     costs: dict = {}
@@ -234,15 +233,14 @@ def search_once(questions: list, agent: Agent) -> tuple[dict, dict]:
 
 
 def evaluate(
-    questions: list[Question], agent: Agent, ranks: Ranks, on_done: Any, numbers: Any = (), run=0
+    questions: list[Question], agent: Agent, ranks: Ranks, on_done, numbers=(), run=0
 ) -> list[Trajectory]:
     """Ask each question once; the trajectories of this rank's share, for ranks.gather(). Seeds come
     of their `numbers` among all questions (0, 1, ...) and of the `run` of the repeats.
     """
     share, numbers = ranks.deal(questions), ranks.deal(numbers or range(len(questions)))
-    temperature = agent.config.eval_temperature
-    batch = rollout.Batch(share, numbers, 1, temperature, rollout.EVALUATION, run)
-    return [trajectory for (trajectory,) in rollout.roll_out(batch, agent, on_done)]
+    batch = Batch(share, numbers, 1, agent.config.eval_temperature, EVALUATION, run)
+    return [trajectory for (trajectory,) in roll_out(batch, agent, on_done)]
 
 
 def write_groups(config: Config, name: str, step: int, groups: list):
@@ -255,7 +253,7 @@ def write_groups(config: Config, name: str, step: int, groups: list):
     report.write_readable(path.with_suffix(".txt"), groups, why)
 
 
-def written(config: Config, task: Task) -> list[list[Trajectory]]:
+def written(config: Config, task: Task) -> list[list]:
     """What eval.py has written of each run: not what the harness ended, but what is not usable."""
     asked = {question.id for question in task.held_out}
     runs: list = [[] for _ in range(config.repeats)]
@@ -278,14 +276,15 @@ def usable(tried: list, config: Config) -> dict[str, Trajectory]:
     return dict(sorted(known.items()))
 
 
-def ask_all(config: Config, task: Task, agent: Agent, done: list, ranks: Ranks):
-    """Ask what is not `done` yet in each run; a trajectory is written as it ends, so that no kill
-    loses or repeats one.
+def ask_all(config: Config, task: Task, agent: Agent, done: list, left: int, ranks: Ranks):
+    """Ask what is not `done` yet in each run, `left` in all; a trajectory is written as it ends, so
+    that no kill loses or repeats one.
     """
     path = Path(f"{config.run_dir}/trajectories/{ranks.own('eval')}.jsonl")
     web, why = agent.tools.browser.web, partial(reward.explain, config=config)
-    sums, paid, prepaid = Counter[str](), spent(config, done), dict[str, Counter]()
-    left = len(task.held_out) * config.repeats - sum(map(len, done))
+    sums, paid = Counter[str](), spent(config, done)
+    found: dict = {}
+    prepaid: dict = {}
     bar = ranks.progress(config.method, left // ranks.world_size)
 
     def on_done(one: Trajectory):
@@ -293,16 +292,16 @@ def ask_all(config: Config, task: Task, agent: Agent, done: list, ranks: Ranks):
         group = reward.judge(one.question, [one], config, 0)  # empty for what the harness ended
         report.write_trajectories(path, 0, [group], why, run)
         sums.update(step_sums([group], [[one]]))
-        usd, f1 = sums["cost_usd"], sums["f1"] / max(1, sums["trajectories"])
+        usd = sums["cost_usd"]
         bar.update()
-        bar.set_postfix_str(f"F1 {f1:.3f}, ${usd:.2f}")
+        bar.set_postfix_str(f"F1 {reward.mean(sums, 'f1'):.3f}, ${usd:.2f}")
         check_budget(config, paid + usd * ranks.world_size)  # the others pay about as much
 
     # One run after the other: alone, the first is what it is without repeats.
     with bar:
         for run, known in enumerate(done):
             missing = {n: one for n, one in enumerate(task.held_out) if one.id not in known}
-            questions, found = list(missing.values()), dict[str, str]()
+            questions = list(missing.values())
             if web:
                 web.run, web.enough = run, ENOUGH
             if config.method == "rag":
@@ -326,14 +325,15 @@ def check_budget(config: Config, usd: float):
         raise RunStopped(f"The estimated cost, ${usd:.2f}, has reached max_cost={config.max_cost}.")
 
 
-def ask_judge_all(config: Config, runs: list) -> tuple[list[dict], str, float]:
+def ask_judge_all(config: Config, runs: list) -> tuple:
     """MBE by question in each run (empty without a judge), a sentence on who judged and what stayed
     without a verdict, and dollars so far. RunStopped at max_cost.
     """
     paid = spent(config, runs)
     if not config.judge_url:
         return [{} for _ in runs], "not measured (judge_url is empty)", paid
-    web, counts, verdicts = open_web(config, Ranks()), Counter[str](), list[dict]()
+    web, counts = open_web(config, Ranks()), Counter[str]()
+    verdicts: list = []
     web.enough = ENOUGH
 
     def ask_one(one: Trajectory) -> float | None:
@@ -352,18 +352,19 @@ def ask_judge_all(config: Config, runs: list) -> tuple[list[dict], str, float]:
     raise_if_down(config, web.totals)
     silent = sum(list(each.values()).count(None) for each in verdicts)
     causes = [f"{amount} {name}" for name, amount in counts.items() if "fail_judge_" in name]
-    words = f"without a verdict, left out: {silent} ({', '.join(causes) or '-'})"
-    return verdicts, f"by {config.judge_model}; {words}", paid + counts["usd"]
+    words = f"by {config.judge_model}; without a verdict, left out: {silent}"
+    return verdicts, f"{words} ({', '.join(causes) or '-'})", paid + counts["usd"]
 
 
-def scores_of(tried: list, verdicts: dict, config: Config) -> dict:
-    """What reward.summarize says and more, of those that are usable; but all count in `failed`."""
-    found = list(usable(tried, config).values())
-    rows, shown = [], Counter[str]()
+def scores_of(tried: list, found: list, rows: list, config: Config) -> dict:
+    """What reward.summarize says of the usable trajectories, `found`, and more, of their `rows` of
+    measures; but all that were `tried` count in `failed`.
+    """
+    shown = Counter[str]()
     for one in found:
-        rows.append({**measures(one), "mbe": verdicts.get(one.question.id)})
         shown.update(report.behaviours(one))
-    costs, scores = step_sums([], [found]), dict[str, Any](reward.summarize(found))
+    costs = step_sums([], [found])
+    scores: dict = reward.summarize(found)
     for name in report.BEHAVIOURS:
         scores[name] = shown[name] / len(found)
     scores |= {"f1_interval": interval(rows), "mbe": mean(rows, "mbe"), "usd": costs["cost_usd"]}
@@ -373,18 +374,20 @@ def scores_of(tried: list, verdicts: dict, config: Config) -> dict:
     return scores
 
 
-def scores_over_runs(runs: list, verdicts: list, config: Config) -> tuple[dict, list[dict]]:
+def scores_over_runs(runs: list, verdicts: list, config: Config) -> tuple:
     """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's
     scores, too; their interval draws questions, with the mean F1 of each.
     """
-    each, answers = list[dict](), defaultdict[str, list](list)
+    each: list = []
+    answers: dict = defaultdict(list)
     for tried, judged in zip(runs, verdicts, strict=True):
-        known = usable(tried, config)
-        if known:
-            each.append(scores_of(tried, judged, config))
+        known, rows = usable(tried, config), []
         for key, one in known.items():
             text = None if one.answer is None else " ".join(reward.words(one.answer))
-            answers[key].append({**measures(one), "mbe": judged.get(key), "answer": text})
+            rows.append({**measures(one), "mbe": judged.get(key), "answer": text})
+            answers[key].append(rows[-1])
+        if known:
+            each.append(scores_of(tried, list(known.values()), rows, config))
     if config.repeats == 1:
         return each[0], each
     scores: dict = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
@@ -394,8 +397,8 @@ def scores_over_runs(runs: list, verdicts: list, config: Config) -> tuple[dict, 
         averages.append({"f1": mean(rows, "f1")})
         best.append(max(rows, key=lambda row: row[right] or 0.0))
         given = [row["answer"] for row in rows if row["answer"] is not None]
-        commonest = mode(given or [None])  # the earliest of equals
-        chosen.append(rows[[row["answer"] for row in rows].index(commonest)])
+        # The earliest of equals.
+        chosen.append(max(rows, key=lambda row: given.count(row["answer"])))
     scores |= {"n": len(answers), "f1_interval": interval(averages)}
     scores["pass_at_k"] = mean(best, right)
     for name in ("f1", "em", "mbe"):

@@ -23,13 +23,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
-from transformers.utils import CONFIG_NAME
 
 from deepresearcher_min.config import (
     Config,
@@ -51,7 +49,7 @@ LATE = ["matplotlib.figure", "bm25s"]  # packages that are imported where they a
 LATE_ON_THE_WEB = ["matplotlib.figure", "trafilatura", "bs4", "lxml", "pypdf"]
 
 
-def run_program(program: str, about: Any, resolve: Callable, body: Callable, argv: list) -> int:
+def run_program(program: str, about, resolve: Callable, body: Callable, argv: list) -> int:
     """What train.py and eval.py do around their own work, body(config, ranks, notes).
 
     The exit code is 0, or 2: the command, a file or a service is wrong, 3: stopped by max_cost or a
@@ -107,14 +105,14 @@ def open_run(argv: list, evaluates=False) -> Config:
     typed, base = parse_arguments(argv), None
     if resume := typed.get("resume"):
         folder = newest_run(evaluates) if resume == "newest" else Path(resume)
-        if not os.path.isfile(folder / "config.yaml"):
+        if not os.path.isfile(f"{folder}/config.yaml"):
             raise ConfigError(f"resume={resume!r}: there is no run with a config.yaml in {folder}")
         config = load_config(argv, read_config("resume", folder))
         return replace(config, run_dir=str(folder), resume=str(folder))
     if evaluates:
         model = Path(typed.get("model") or newest_run())
         run = model.parent.parent if model.parent.name == "checkpoints" else model
-        if os.path.isfile(run / "config.yaml") and os.path.isdir(run / "checkpoints"):
+        if os.path.isfile(f"{run}/config.yaml") and os.path.isdir(f"{run}/checkpoints"):
             base = read_config("model", run)
             base |= {"resume": "", "question": "", "run_dir": "", "date": ""}
             complete = [model] if model != run else complete_checkpoints(run)
@@ -194,7 +192,7 @@ def starting(config: Config, rank: int) -> Iterator[None]:
     Whatever is raised becomes a ConfigError, which says where it comes from, if nothing else.
     """
     run = Path(config.run_dir)
-    missing = [folder for folder in (run, *run.parents) if not os.path.exists(folder)]
+    new = not os.path.exists(run)
     try:
         if rank == 0 and not config.question:  # one that is only shown needs no folder
             with named("run_dir", config.run_dir, "name one that can be written: --run_dir=DIR"):
@@ -202,11 +200,8 @@ def starting(config: Config, rank: int) -> Iterator[None]:
                 TemporaryFile(dir=run).close()
         yield
     except BaseException as error:
-        if rank == 0 and run in missing:
+        if rank == 0 and new:
             shutil.rmtree(run, ignore_errors=True)
-        for folder in missing[1:]:
-            with suppress(OSError):  # another run is in it by now
-                folder.rmdir()
         if isinstance(error, ValueError) or not isinstance(error, Exception):
             raise
         *_, place = traceback.extract_tb(error.__traceback__)
@@ -219,10 +214,10 @@ def fetch_model(model: str, ranks: "Ranks"):
     """Download a hub's model once on each node, with a bar; the other ranks wait. ConfigError where
     it cannot be had. Left out: weights in other formats than safetensors.
     """
-    if os.path.isfile(f"{model}/{CONFIG_NAME}"):
+    if os.path.isfile(f"{model}/config.json"):
         return
     if os.path.exists(model):
-        problem = f"this is not the folder of a model: there is no {CONFIG_NAME} in it"
+        problem = "this is not the folder of a model: there is no config.json in it"
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         problem = "there is no such folder; name a chat model with --model=DIR"
     else:
@@ -234,13 +229,13 @@ def fetch_model(model: str, ranks: "Ranks"):
 def download(model: str) -> str:
     """Bring a model into the hub's cache, by a node's first rank; what keeps it from there."""
     # Here: it takes a while, and only this needs it.
-    from huggingface_hub import HfApi, snapshot_download, utils
+    from huggingface_hub import model_info, snapshot_download, utils
 
     problem = ""
     try:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             # A download would wait for its first answer without end; this for 10 s.
-            HfApi().model_info(model, timeout=10.0)
+            model_info(model, timeout=10.0)
             utils.enable_progress_bars()
             snapshot_download(model, allow_patterns=MODEL_FILES)
     # Its own errors, those of its HTTP client and of the disk have no other class in common.
@@ -277,7 +272,7 @@ class Ranks:
             dist.init_process_group(backend, timeout=timedelta(minutes=60))
         return cls(rank, world_size, device)
 
-    def share(self, value: Any) -> Any:
+    def share(self, value):
         """Rank 0's value on every rank."""
         return self.gather([value])[0]
 
@@ -312,10 +307,11 @@ class Ranks:
     def progress(self, name: str, total: int) -> tqdm:
         """A bar over trajectories, on rank 0's terminal only; it leaves nothing behind."""
         # disable=None: where there is no terminal
-        hidden = self.rank > 0 or None
-        return tqdm(total=total, desc=name, unit="trajectory", leave=False, disable=hidden)
+        return tqdm(
+            total=total, desc=name, unit="trajectory", leave=False, disable=self.rank > 0 or None
+        )
 
-    def say_once(self, text: str, stream: Any):
+    def say_once(self, text: str, stream):
         """Print how this ends; of several ranks only the first: torchrun then ends the others."""
         count = 1
         if self.world_size > 1:
@@ -328,7 +324,7 @@ class Ranks:
         """Numbers in torchrun's store that all ranks count up together."""
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         limit = timedelta(seconds=30)
-        return dist.PrefixStore(name, dist.TCPStore(host, port, is_master=False, timeout=limit))
+        return dist.PrefixStore(name, dist.TCPStore(host, port, timeout=limit))
 
     def stop(self):
         """Leave the process group; to be called last."""
@@ -376,7 +372,7 @@ def listen(ranks: Ranks, limit: float, finished: threading.Event):
     os._exit(1)  # torchrun then ends the other ranks
 
 
-def complete_checkpoints(run: Any) -> list[Path]:
+def complete_checkpoints(run) -> list[Path]:
     """The checkpoints of a run that were written to the end, oldest first."""
     return sorted(file.parent for file in Path(run).glob("checkpoints/step-*/state.json"))
 
