@@ -112,7 +112,7 @@ def ask(config: Config, task: Task, agent: Agent):
     """Answer one question and print the whole trajectory; a known question is scored, too."""
     known = {question.text: question for question in task.held_out}
     question = known.get(config.question, Question("typed", config.question, ("",)))
-    [[one]] = roll_out(Batch([question], [0], 1, config.eval_temperature, step=0), agent)
+    [[one]] = roll_out(Batch([question], [0], 1, config.eval_temperature, 0), agent)
     print(report.readable(one, explain(one, config) if config.question in known else ""))
     seen = [turn for turn in one.turns if turn.kind == "browse"] or one.turns
     urls = re.findall(r"'url': '([^']+)'", " ".join(turn.observation for turn in seen))

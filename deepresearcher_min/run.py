@@ -90,7 +90,7 @@ def quiet_libraries():
     transformers.utils.logging.set_verbosity_error()
     for name in ("huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what a console lacks must not end a run
@@ -261,7 +261,7 @@ class Ranks:
     def start(cls) -> "Ranks":
         """As torchrun's variables say; joins their group. On GPUs: never run by us."""
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        device = torch.device("cpu")
+        device = cls.device
         if torch.cuda.is_available():
             # Where there are more processes than GPUs, check_needs says so.
             number = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
