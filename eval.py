@@ -41,7 +41,7 @@ at least; majority: the commonest answer. Each run has seeds, reader and judge r
 searches and pages are shared."""
 
 
-def resolve(argv: list[str]) -> Config:
+def resolve(argv: list) -> Config:
     """The config of an evaluation (see open_run) with its blocked hosts spelled out, and what the
     baselines change. ConfigError for several runs that would be the same.
     """
@@ -52,26 +52,28 @@ def resolve(argv: list[str]) -> Config:
             "add --eval_temperature=1 (or --repeats=1)"
         )
     if config.blocked_hosts == "auto":
-        listed = (ROOT / "deepresearcher_min/blocked_hosts.txt").read_text(encoding="utf-8")
-        hosts = re.findall(r"^[^#\s]+", listed, re.MULTILINE)
+        listed = (ROOT / "deepresearcher_min/blocked_hosts.txt").read_text()
+        hosts = re.findall(r"(?m)^[^#\s]+", listed)
         config = replace(config, blocked_hosts=" ".join(hosts))
     if config.method == "cot" and config.search != "toy":
         config = replace(config, search="wikipedia")  # never asked: it needs no key and no corpus
     if config.method != "agent":
-        prompt = config.system_prompt_file or str(ROOT / "prompts/baseline.txt")
+        prompt = config.system_prompt_file or f"{ROOT}/prompts/baseline.txt"
         config = replace(config, max_tool_calls=0, system_prompt_file=prompt)
     return config
 
 
-def conclude(config: Config, task: Task, started: float) -> None:
+def conclude(config: Config, task: Task, started: float):
     """Judge the answers; write summary.json, results.md and report.html from the files; print the
     table.
     """
     folder, runs = Path(config.run_dir), written(config, task)
     kept = [usable(tried, config) for tried in runs]
     if not any(kept):
-        asked = f"not one of {len(task.held_out)} questions has a result"
-        raise RunStopped(f"{asked}; see trajectory_timeout and failures")
+        raise RunStopped(
+            f"not one of {len(task.held_out)} questions has a result; "
+            "see trajectory_timeout and failures"
+        )
     verdicts, judge, usd = evaluation.ask_judge_all(config, kept)
     overall, each = evaluation.scores_over_runs(runs, verdicts, config)
     overall["usd"] = usd / config.repeats  # the judge's, too
@@ -80,7 +82,7 @@ def conclude(config: Config, task: Task, started: float) -> None:
         part = [[one for one in tried if one.question.source == name] for tried in runs]
         sources[name or "no source"], _ = evaluation.scores_over_runs(part, verdicts, config)
     table = report.score_rows({**sources, "all": overall})
-    published = (ROOT / "docs/paper.csv").read_text(encoding="utf-8").splitlines()
+    published = (ROOT / "docs/paper.csv").read_text().splitlines()
     for row in csv.DictReader(published):
         if sources.keys() & row.keys():
             cells = [row.get(name, "-") for name in table[0][1:]]
@@ -94,11 +96,11 @@ def conclude(config: Config, task: Task, started: float) -> None:
     caption = caption.format(**asdict(config), judge=judge, lost=lost, spoilt=spoilt)
     caption = textwrap.fill(caption, 118)
     seconds = time.monotonic() - started
-    summary = {"seed": config.seed, "model": config.model, "method": config.method}
-    summary |= {"seconds": seconds, "usd": usd, "sources": sources, "overall": overall}
-    evaluation.publish(folder, summary | {"runs": each, "table": table, "caption": caption})
-    markdown = report.text_table(table, markdown=True)
-    (folder / "results.md").write_text(f"{markdown}\n\n{caption}\n", encoding="utf-8")
+    summary = {"seed": config.seed, "model": config.model, "method": config.method, "usd": usd}
+    summary |= {"seconds": seconds, "sources": sources, "overall": overall, "runs": each}
+    evaluation.publish(folder, summary | {"table": table, "caption": caption})
+    text = f"{report.text_table(table, markdown=True)}\n\n{caption}\n"
+    (folder / "results.md").write_text(text, encoding="utf-8")
     print(f"{report.text_table(table)}\n\n{caption}\n")
     print(
         f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {folder}/report.html, the table in "
@@ -106,25 +108,23 @@ def conclude(config: Config, task: Task, started: float) -> None:
     )
 
 
-def ask(config: Config, task: Task, agent: Agent) -> None:
+def ask(config: Config, task: Task, agent: Agent):
     """Answer one question and print the whole trajectory; a known question is scored, too."""
     known = {question.text: question for question in task.held_out}
     question = known.get(config.question, Question("typed", config.question, ("",)))
-    [[one]] = roll_out(Batch([question], [0], 1, config.eval_temperature, step=0), agent)
+    [[one]] = roll_out(Batch([question], [0], 1, config.eval_temperature, 0), agent)
     print(report.readable(one, explain(one, config) if config.question in known else ""))
-    seen = [turn.observation for turn in one.turns if turn.kind == "browse"]
-    if not seen:
-        seen = [turn.observation for turn in one.turns]
-    urls = re.findall(r"'url': '([^']+)'", " ".join(seen))
+    seen = [turn for turn in one.turns if turn.kind == "browse"] or one.turns
+    urls = re.findall(r"'url': '([^']+)'", " ".join(turn.observation for turn in seen))
     print("Sources:", *dict.fromkeys(urls), sep="\n  ")
 
 
-def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
+def start(config: Config, ranks: Ranks, notes: list):
     """The whole evaluation, or the one question."""
-    started, judges = time.monotonic(), config.judge_url != ""
+    started = time.monotonic()
     with starting(config, ranks.rank):
         check_needs(config, questions=False)
-        if judges:
+        if config.judge_url:
             require_environment(
                 "JUDGE_API_KEY", "judge_url needs it (any word, if none is asked for)"
             )
@@ -134,14 +134,14 @@ def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
         task = evaluation.load_examination(config, ranks)
         done = ranks.share([usable(tried, config) for tried in written(config, task)])
         _, agent = evaluation.make_agent(config, task, ranks, notes)
-        left = len(task.held_out) * config.repeats - sum(map(len, done))
-        asks = left > 0 or config.question != ""
-        evaluation.begin(config, ranks, notes, asks, judges and not config.question)
+        left = len(task.held_out) * config.repeats - sum(map(len, done))  # questions to ask
+        judges = config.judge_url and not config.question
+        evaluation.begin(config, ranks, notes, left or config.question, judges)
     try:
         if config.question:
             ask(config, task, agent)
         else:
-            ask_all(config, task, agent, done, ranks)
+            ask_all(config, task, agent, done, left, ranks)
             if ranks.rank == 0:
                 conclude(config, task, started)
             ranks.share(None)  # all wait for the table: vLLM's end is that of the process group
@@ -150,7 +150,7 @@ def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
         agent.engine.close()
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list) -> int:
     return run_program("eval.py", __doc__, resolve, start, argv)
 
 

@@ -5,24 +5,22 @@ every key of config.yaml can be given as --key=value; --resume continues the new
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from deepresearcher_min import evaluation, report, run, toyworld
 from deepresearcher_min.config import Config, RunStopped, named, raise_if_down
-from deepresearcher_min.evaluation import Row, Task, evaluate, load_task, write_groups
+from deepresearcher_min.evaluation import Task, evaluate, load_task, write_groups
 from deepresearcher_min.policy import Policy
 from deepresearcher_min.reward import judge, step_means, step_sums, summarize
 from deepresearcher_min.rollout import Agent, Batch, roll_out
-from deepresearcher_min.run import Ranks, State, Stop
-from deepresearcher_min.trajectory import Group, take_questions
+from deepresearcher_min.run import Ranks, Stop
+from deepresearcher_min.trajectory import take_questions
 
 
-def train(
-    task: Task, agent: Agent, examinee: Agent, policy: Policy, state: State, save: Callable
-) -> None:
+def train(task: Task, agent: Agent, examinee: Agent, policy: Policy, state: dict, save: Callable):
     """All steps that are left; a RunStopped or KeyboardInterrupt leaves the state of the last."""
     config, engine, ranks, stop = agent.config, agent.engine, policy.ranks, Stop()
     while True:
@@ -42,9 +40,9 @@ def train(
         # 1 act: G trajectories for each question
         lap, step, count = time.monotonic(), step + 1, config.questions_per_step
         asked = take_questions(task.questions, config.seed, state["asked"], count)
-        questions, numbers = ranks.deal(asked), ranks.deal(range(count))
-        batch = Batch(questions, numbers, config.group_size, config.temperature, step)
-        with ranks.progress(f"step {step}", len(questions) * config.group_size) as bar:
+        questions, size = ranks.deal(asked), config.group_size
+        batch = Batch(questions, ranks.deal(range(count)), size, config.temperature, step)
+        with ranks.progress(f"step {step}", len(questions) * size) as bar:
             rollouts = roll_out(batch, agent, lambda _: bar.update())
         # 2 judge: rewards, and advantages inside each group
         groups = [judge(*pair, config, step) for pair in zip(questions, rollouts, strict=True)]
@@ -59,10 +57,14 @@ def train(
         state["usd"] += row["cost_usd"]
         state |= {"step": step, "asked": state["asked"] + count}
         row |= {"update_s": time.monotonic() - lap - row["roll_s"], "usd": state["usd"]}
-        report_step(config, ranks, row, groups)
+        ranks.print(report.step_line(row))
+        if ranks.rank == 0:
+            report.append_json_line(Path(f"{config.run_dir}/metrics.jsonl"), row)
+        if step % config.log_every == 0:
+            write_groups(config, ranks.own(f"step-{step:06d}"), step, groups)
 
 
-def measure(name: str, state: State, task: Task, examinee: Agent, ranks: Ranks) -> None:
+def measure(name: str, state: dict, task: Task, examinee: Agent, ranks: Ranks):
     """Scores on the held-out questions, into files and state; their cost is added to the state."""
     config, step = examinee.config, state["step"]
     with ranks.progress(f"evaluation {name}", len(task.held_out) // ranks.world_size) as bar:
@@ -76,22 +78,12 @@ def measure(name: str, state: State, task: Task, examinee: Agent, ranks: Ranks) 
         write_groups(config, f"eval-{name}", step, groups)
         ranks.print(f"{name}: F1 {scores['f1']:.3f} on {scores['n']} held-out questions")
         if name != "after":  # a run that is continued later has another last one
-            file = Path(f"{config.run_dir}/metrics.jsonl")
-            report.append_json_line(file, {"step": step, "eval": scores})
+            row = {"step": step, "eval": scores}
+            report.append_json_line(Path(f"{config.run_dir}/metrics.jsonl"), row)
     state |= {"usd": state["usd"] + sums["cost_usd"], "measured": step, name: scores}
 
 
-def report_step(config: Config, ranks: Ranks, row: Row, groups: Sequence[Group]) -> None:
-    """The console line, the row of metrics.jsonl and, every `log_every` steps, the trajectories."""
-    step = row["step"]
-    ranks.print(report.step_line(row))
-    if ranks.rank == 0:
-        report.append_json_line(Path(f"{config.run_dir}/metrics.jsonl"), row)
-    if step % config.log_every == 0:
-        write_groups(config, ranks.own(f"step-{step:06d}"), step, groups)
-
-
-def conclude(config: Config, state: State) -> None:
+def conclude(config: Config, state: dict):
     """summary.json, the curve, the report page and the table; ends with what was learned."""
     before, after, folder = state["before"], state["after"], Path(config.run_dir)
     steps = [row for row in report.read_json_lines(folder / "metrics.jsonl") if "reward" in row]
@@ -107,7 +99,7 @@ def conclude(config: Config, state: State) -> None:
     )
 
 
-def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
+def start(config: Config, ranks: Ranks, notes: list):
     """Prepare all that the run needs, each tried once, before the run is described; then train."""
     torch.manual_seed(config.seed)
     with run.starting(config, ranks.rank):
@@ -116,9 +108,9 @@ def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
         agent, examinee = evaluation.make_agent(config, task, ranks, notes)
         with named("model", config.model):
             policy = Policy(config, task.model_dir, ranks)
-        state: State = dict.fromkeys(["step", "asked", "usd", "seconds", "cpu_seconds"], 0)
-        state |= {"measured": -1, "order": {"seed": config.seed, "questions": len(task.questions)}}
-        state = run.load_checkpoint(config, ranks, state, lambda at: policy.load(at / "state"))
+        begun: dict = dict.fromkeys(["step", "asked", "usd", "seconds", "cpu_seconds"], 0)
+        begun |= {"measured": -1, "order": {"seed": config.seed, "questions": len(task.questions)}}
+        state = run.load_checkpoint(config, ranks, begun, lambda at: policy.load(at / "state"))
         if ranks.rank == 0:
             last = state["measured"] if state["step"] == 0 else state["step"]
             report.resume_metrics(Path(f"{config.run_dir}/metrics.jsonl"), last)
@@ -126,11 +118,11 @@ def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
         evaluation.begin(config, ranks, notes)
     wall, cpu = time.monotonic() - state["seconds"], time.process_time() - state["cpu_seconds"]
 
-    def write(folder: Path) -> None:
+    def write(folder: Path):
         policy.save(folder / "state")
         policy.export(folder, agent.chat.tokenizer)
 
-    def save() -> None:
+    def save():
         state["seconds"], state["cpu_seconds"] = time.monotonic() - wall, time.process_time() - cpu
         run.save_checkpoint(config, ranks, state, write)
 
@@ -150,7 +142,7 @@ def start(config: Config, ranks: Ranks, notes: list[str]) -> None:
             part.close()
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list) -> int:
     return run.run_program("train.py", __doc__, run.open_run, start, argv)
 
 

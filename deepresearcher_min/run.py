@@ -23,13 +23,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
-from transformers.utils import CONFIG_NAME
 
 from deepresearcher_min.config import (
     Config,
@@ -47,15 +45,11 @@ from deepresearcher_min.search import check_search
 
 RUNS = Path("runs")
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the hub
-HUB_TIMEOUT = 10.0  # for its first answer [s]
 LATE = ["matplotlib.figure", "bm25s"]  # packages that are imported where they are used
 LATE_ON_THE_WEB = ["matplotlib.figure", "trafilatura", "bs4", "lxml", "pypdf"]
-State = dict[str, Any]  # step, questions asked, usd, seconds ... up to a checkpoint
 
 
-def run_program(
-    program: str, about: str | None, resolve: Callable, body: Callable, argv: list[str]
-) -> int:
+def run_program(program: str, about, resolve: Callable, body: Callable, argv: list) -> int:
     """What train.py and eval.py do around their own work, body(config, ranks, notes).
 
     The exit code is 0, or 2: the command, a file or a service is wrong, 3: stopped by max_cost or a
@@ -79,8 +73,9 @@ def run_program(
         return 2
     except (RunStopped, KeyboardInterrupt) as stopped:
         if os.path.exists(f"{run_dir}/config.yaml"):  # else nothing is begun
-            remedy = f"Stopped. Go on with: python {program} --resume={run_dir}"
-            ranks.say_once(f"{stopped}\n{remedy}", sys.stdout)
+            ranks.say_once(
+                f"{stopped}\nStopped. Go on with: python {program} --resume={run_dir}", sys.stdout
+            )
         return 3 if isinstance(stopped, RunStopped) else 130
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of Stop's
@@ -89,19 +84,19 @@ def run_program(
     return 0
 
 
-def quiet_libraries() -> None:
+def quiet_libraries():
     """No bars and warnings of libraries between the run's own lines; any console will do."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     for name in ("huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what a console lacks must not end a run
 
 
-def open_run(argv: list[str], evaluates: bool = False) -> Config:
+def open_run(argv: list, evaluates=False) -> Config:
     """The resolved config: of a new run, or with --resume the one that was saved; argv over it.
 
     An evaluation starts from the config of the run that its model belongs to, else from a preset.
@@ -110,14 +105,14 @@ def open_run(argv: list[str], evaluates: bool = False) -> Config:
     typed, base = parse_arguments(argv), None
     if resume := typed.get("resume"):
         folder = newest_run(evaluates) if resume == "newest" else Path(resume)
-        if not os.path.isfile(folder / "config.yaml"):
+        if not os.path.isfile(f"{folder}/config.yaml"):
             raise ConfigError(f"resume={resume!r}: there is no run with a config.yaml in {folder}")
         config = load_config(argv, read_config("resume", folder))
         return replace(config, run_dir=str(folder), resume=str(folder))
     if evaluates:
         model = Path(typed.get("model") or newest_run())
         run = model.parent.parent if model.parent.name == "checkpoints" else model
-        if os.path.isfile(run / "config.yaml") and os.path.isdir(run / "checkpoints"):
+        if os.path.isfile(f"{run}/config.yaml") and os.path.isdir(f"{run}/checkpoints"):
             base = read_config("model", run)
             base |= {"resume": "", "question": "", "run_dir": "", "date": ""}
             complete = [model] if model != run else complete_checkpoints(run)
@@ -140,7 +135,7 @@ def open_run(argv: list[str], evaluates: bool = False) -> Config:
     return replace(config, run_dir=run_dir, date=config.date or f"{now:%Y-%m-%d}")
 
 
-def newest_run(evaluates: bool = False) -> Path:
+def newest_run(evaluates=False) -> Path:
     """The folder under runs/ of the newest run or evaluation; ConfigError if there is none."""
     kind, files = ("evaluation", "eval-*/config.yaml") if evaluates else ("run", "*/metrics.jsonl")
     found = sorted(RUNS.glob(files), key=os.path.getmtime)
@@ -151,7 +146,7 @@ def newest_run(evaluates: bool = False) -> Path:
     return found[-1].parent
 
 
-def check_needs(config: Config, questions: bool = True) -> None:
+def check_needs(config: Config, questions=True):
     """One ConfigError that lists everything that is missing, before anything is loaded."""
     missing = []
     try:
@@ -166,8 +161,9 @@ def check_needs(config: Config, questions: bool = True) -> None:
         try:
             importlib.import_module(package)
         except Exception as error:  # a broken one may raise anything
-            remedy = "pip install -r requirements-cpu.txt"
-            missing.append(f"{package} cannot be imported ({error}); {remedy}")
+            missing.append(
+                f"{package} cannot be imported ({error}); pip install -r requirements-cpu.txt"
+            )
     no_gpu = missing_gpu()
     if config.dtype == "bfloat16" and no_gpu:
         missing.append(f"dtype=bfloat16: {no_gpu}; on a CPU use --dtype=float32")
@@ -191,12 +187,12 @@ def missing_gpu() -> str:
 
 
 @contextmanager
-def starting(config: Config, rank: int = 0) -> Iterator[None]:
+def starting(config: Config, rank: int) -> Iterator[None]:
     """Everything before the first step: if it fails, a run folder that was not there is gone again.
     Whatever is raised becomes a ConfigError, which says where it comes from, if nothing else.
     """
     run = Path(config.run_dir)
-    missing = [folder for folder in (run, *run.parents) if not os.path.exists(folder)]
+    new = not os.path.exists(run)
     try:
         if rank == 0 and not config.question:  # one that is only shown needs no folder
             with named("run_dir", config.run_dir, "name one that can be written: --run_dir=DIR"):
@@ -204,26 +200,24 @@ def starting(config: Config, rank: int = 0) -> Iterator[None]:
                 TemporaryFile(dir=run).close()
         yield
     except BaseException as error:
-        if rank == 0 and run in missing:
+        if rank == 0 and new:
             shutil.rmtree(run, ignore_errors=True)
-        for folder in missing[1:]:
-            with suppress(OSError):  # another run is in it by now
-                folder.rmdir()
         if isinstance(error, ValueError) or not isinstance(error, Exception):
             raise
         *_, place = traceback.extract_tb(error.__traceback__)
-        where = f"{place.filename}:{place.lineno}"
-        raise ConfigError(f"the start failed: {type(error).__name__}: {error} ({where})") from error
+        raise ConfigError(
+            f"the start failed: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+        ) from error
 
 
-def fetch_model(model: str, ranks: "Ranks") -> None:
+def fetch_model(model: str, ranks: "Ranks"):
     """Download a hub's model once on each node, with a bar; the other ranks wait. ConfigError where
     it cannot be had. Left out: weights in other formats than safetensors.
     """
-    if os.path.isfile(f"{model}/{CONFIG_NAME}"):
+    if os.path.isfile(f"{model}/config.json"):
         return
     if os.path.exists(model):
-        problem = f"this is not the folder of a model: there is no {CONFIG_NAME} in it"
+        problem = "this is not the folder of a model: there is no config.json in it"
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         problem = "there is no such folder; name a chat model with --model=DIR"
     else:
@@ -235,12 +229,13 @@ def fetch_model(model: str, ranks: "Ranks") -> None:
 def download(model: str) -> str:
     """Bring a model into the hub's cache, by a node's first rank; what keeps it from there."""
     # Here: it takes a while, and only this needs it.
-    from huggingface_hub import HfApi, snapshot_download, utils
+    from huggingface_hub import model_info, snapshot_download, utils
 
     problem = ""
     try:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            HfApi().model_info(model, timeout=HUB_TIMEOUT)  # a download would wait without end
+            # A download would wait for its first answer without end; this for 10 s.
+            model_info(model, timeout=10.0)
             utils.enable_progress_bars()
             snapshot_download(model, allow_patterns=MODEL_FILES)
     # Its own errors, those of its HTTP client and of the disk have no other class in common.
@@ -266,7 +261,7 @@ class Ranks:
     def start(cls) -> "Ranks":
         """As torchrun's variables say; joins their group. On GPUs: never run by us."""
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        device = torch.device("cpu")
+        device = cls.device
         if torch.cuda.is_available():
             # Where there are more processes than GPUs, check_needs says so.
             number = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
@@ -277,15 +272,15 @@ class Ranks:
             dist.init_process_group(backend, timeout=timedelta(minutes=60))
         return cls(rank, world_size, device)
 
-    def share(self, value: Any) -> Any:
+    def share(self, value):
         """Rank 0's value on every rank."""
         return self.gather([value])[0]
 
-    def deal(self, items: Sequence[Any]) -> list[Any]:
+    def deal(self, items: Sequence) -> list:
         """This rank's share of the items, dealt out one by one; gather brings them back."""
         return list(items[self.rank :: self.world_size])
 
-    def gather(self, items: list[Any]) -> list[Any]:
+    def gather(self, items: list) -> list:
         """Every rank's items in one list, in the order before they were dealt."""
         shares, found = [items] * self.world_size, []
         if self.world_size > 1:
@@ -295,13 +290,13 @@ class Ranks:
                 found += share[i : i + 1]
         return found
 
-    def total(self, sums: Counter[str]) -> Counter[str]:
-        result: Counter[str] = Counter()
+    def total(self, sums: Counter) -> Counter:
+        result: Counter = Counter()
         for share in self.gather([sums]):
             result.update(share)  # `+` would drop negative sums
         return result
 
-    def print(self, text: str) -> None:
+    def print(self, text: str):
         if self.rank == 0:
             tqdm.write(text)  # above the progress bar
 
@@ -311,10 +306,12 @@ class Ranks:
 
     def progress(self, name: str, total: int) -> tqdm:
         """A bar over trajectories, on rank 0's terminal only; it leaves nothing behind."""
-        disable = self.rank > 0 or None  # None: where there is no terminal
-        return tqdm(total=total, desc=name, unit="trajectory", leave=False, disable=disable)
+        # disable=None: where there is no terminal
+        return tqdm(
+            total=total, desc=name, unit="trajectory", leave=False, disable=self.rank > 0 or None
+        )
 
-    def say_once(self, text: str, stream: TextIO) -> None:
+    def say_once(self, text: str, stream):
         """Print how this ends; of several ranks only the first: torchrun then ends the others."""
         count = 1
         if self.world_size > 1:
@@ -327,9 +324,9 @@ class Ranks:
         """Numbers in torchrun's store that all ranks count up together."""
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         limit = timedelta(seconds=30)
-        return dist.PrefixStore(name, dist.TCPStore(host, port, is_master=False, timeout=limit))
+        return dist.PrefixStore(name, dist.TCPStore(host, port, timeout=limit))
 
-    def stop(self) -> None:
+    def stop(self):
         """Leave the process group; to be called last."""
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -350,7 +347,7 @@ def watch(ranks: Ranks, limit: float) -> threading.Event:
     return finished
 
 
-def listen(ranks: Ranks, limit: float, finished: threading.Event) -> None:
+def listen(ranks: Ranks, limit: float, finished: threading.Event):
     store, silent = ranks.store("watch"), ""
     numbers = [0] * ranks.world_size
     since = [time.monotonic()] * ranks.world_size  # when a rank's number was new
@@ -375,21 +372,20 @@ def listen(ranks: Ranks, limit: float, finished: threading.Event) -> None:
     os._exit(1)  # torchrun then ends the other ranks
 
 
-def complete_checkpoints(run: Path) -> list[Path]:
+def complete_checkpoints(run) -> list[Path]:
     """The checkpoints of a run that were written to the end, oldest first."""
-    return sorted(file.parent for file in run.glob("checkpoints/step-*/state.json"))
+    return sorted(file.parent for file in Path(run).glob("checkpoints/step-*/state.json"))
 
 
-def save_checkpoint(config: Config, ranks: Ranks, state: State, write: Callable) -> None:
+def save_checkpoint(config: Config, ranks: Ranks, state: dict, write: Callable):
     """checkpoints/step-000020/: what write(folder) puts there on every rank, and state.json.
 
     Written aside and renamed, so a kill at any moment leaves the last good one; what is not
     complete is not found. A step that is saved already stays as it is. All but the newest
     `keep_checkpoints` are deleted, also what a kill left half deleted.
     """
-    run = Path(config.run_dir)
-    final = run / "checkpoints" / f"step-{state['step']:06d}"
-    if final in complete_checkpoints(run):
+    final = Path(f"{config.run_dir}/checkpoints/step-{state['step']:06d}")
+    if final in complete_checkpoints(config.run_dir):
         return
     aside = final.with_name(f".{final.name}.part")
     if ranks.rank == 0:
@@ -399,22 +395,22 @@ def save_checkpoint(config: Config, ranks: Ranks, state: State, write: Callable)
     write(aside)
     ranks.share(None)  # nobody renames before everybody has written
     if ranks.rank == 0:
-        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        (aside / "state.json").write_text(json.dumps(state))
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
-        kept = complete_checkpoints(run)[-config.keep_checkpoints :]
+        kept = complete_checkpoints(config.run_dir)[-config.keep_checkpoints :]
         for old in set(final.parent.glob("step-*")) - set(kept):
             shutil.rmtree(old)
     ranks.share(None)
 
 
-def load_checkpoint(config: Config, ranks: Ranks, state: State, read: Callable) -> State:
+def load_checkpoint(config: Config, ranks: Ranks, state: dict, read: Callable) -> dict:
     """The state in the newest checkpoint, which every rank read(folder)s; without one, `state`."""
-    for folder in ranks.share(complete_checkpoints(Path(config.run_dir))[-1:]):
+    for folder in ranks.share(complete_checkpoints(config.run_dir)[-1:]):
         order = state["order"]
         with named("resume", str(folder), "delete this checkpoint to go on from the one before"):
             read(folder)
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            state = json.loads((folder / "state.json").read_text())
             saved = state.get("order")
         if saved != order:
             raise ConfigError(
@@ -428,14 +424,14 @@ class Stop:
     since half an update or half a checkpoint is of no use.
     """
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.asked = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
-    def handle(self, number: int, frame: Any) -> None:
+    def handle(self, *_):
         self.asked = True
 
-    def check(self) -> None:
+    def check(self):
         if self.asked:
             raise KeyboardInterrupt

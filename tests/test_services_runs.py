@@ -33,15 +33,15 @@ def without_traffic(rows: list[dict]) -> list[dict]:
 
 def die_after_step(step: int, calls: int, server: World, monkeypatch) -> None:
     """That step over, the server answers so many more searches."""
-    real = train.report_step
+    real = train.report.step_line
 
-    def reported(config, ranks, row, groups):
-        real(config, ranks, row, groups)
+    def reported(row):
         if row["step"] == step:
             last = server.calls["search"] + calls
             server.fails = lambda role, number: number > last
+        return real(row)
 
-    monkeypatch.setattr(train, "report_step", reported)
+    monkeypatch.setattr(train.report, "step_line", reported)
 
 
 @pytest.mark.quick
