@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from deepresearcher_min.config import replace_file
+from deepresearcher_min.config import ROOT, replace_file
 from deepresearcher_min.trajectory import Group, Question, Trajectory, Turn
 
 # The metrics of a step, or the scores of an evaluation: {"f1": 0.41, "em": 0.35, ...}
@@ -39,12 +39,11 @@ STEP_LINE = (
     "tokens {tokens:5} | kl {kl:6.4f} | mismatch {mismatch:7.2g} | grad {grad_norm:5.2f} | "
     "roll {roll_s:5.1f}s upd {update_s:5.1f}s | ${usd:1.2f}"
 )
-HERE = Path(__file__).parent
 # The rows of a table: {key of an evaluation: (name, format)}.
-SCORES = yaml.safe_load((HERE / "scores.yaml").read_bytes())
+SCORES = yaml.safe_load((ROOT / "deepresearcher_min/scores.yaml").read_bytes())
 # {name: regular expressions}
-BEHAVIOURS = yaml.safe_load((HERE / "behaviours.yaml").read_bytes())
-PAGE = (HERE / "report.html").read_text(encoding="utf-8")
+BEHAVIOURS = yaml.safe_load((ROOT / "deepresearcher_min/behaviours.yaml").read_bytes())
+PAGE = (ROOT / "deepresearcher_min/report.html").read_text("utf-8")
 
 
 # --- lines and tables
@@ -61,7 +60,7 @@ def step_line(metrics: Row) -> str:
     """The console line of one step; columns keep their width; shares are in [0, 1]; a missing value
     prints '-'.
     """
-    figures = defaultdict[str, Any](Missing, metrics)
+    figures = defaultdict(Missing, metrics)
     tokens = metrics.get("tokens")
     if tokens:
         short = f"{tokens / 1000:4.1f}k"
@@ -193,8 +192,7 @@ def write_trajectories(
                 {**vars(turn), "logprob": one.logprobs[slice(*turn.sampled)].mean()}
                 for turn in one.turns
             ]
-            row = {
-                **one.to_json(),
+            row = one.to_json() | {
                 "step": step,
                 "index": first + number,
                 "reward": group.rewards[number],
@@ -214,9 +212,8 @@ def read_trajectory(row: Row) -> Trajectory:
     for turn in row["turns"]:
         spans = tuple(turn["sampled"]), tuple(turn["observed"])
         turns.append(Turn(*spans, turn["text"], turn["kind"], turn["observation"]))
-    question = Question(row["id"], row["question"], tuple(row["answers"]), row["source"])
     return Trajectory(
-        question,
+        Question(row["id"], row["question"], tuple(row["answers"]), row["source"]),
         row["token_ids"],
         row["sampled_mask"],
         logprobs,
@@ -262,7 +259,7 @@ def write_readable(path: Path, groups: Sequence[Group], explain: Callable):
             reward, advantage, one = pick(scored, key=itemgetter(0))
             text += f"=== {name} reward: {reward:.3f}, advantage {advantage:+.3f}\n"
             text += f"{readable(one, explain(one))}\n\n"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, "utf-8")
 
 
 # --- the page

@@ -10,12 +10,12 @@ trajectories before the update (off-policy, not the paper).
 import asyncio
 import heapq
 import logging
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from signal import SIGINT, SIGTERM, default_int_handler, raise_signal, signal
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ from deepresearcher_min.web import BLOCKED, Web, is_blocked
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
 GRACE = 1.0  # after a tool's own deadline its thread is given up, although it cannot be ended [s]
-OnDone = Callable[[Trajectory], Any]
+OnDone = Callable  # is given a trajectory that has ended
 
 
 @dataclass(frozen=True)
@@ -93,33 +93,34 @@ async def agent_loop(record: Recording, generate: Callable, agent: Agent) -> Tra
 
 
 async def observe(call: Call, record: Recording, agent: Agent) -> tuple:
-    """Use a tool; what the agent is to read of it, as text and as the ids that follow its turn."""
-    chat, most = agent.chat, agent.config.max_observation_tokens
+    """Use a tool; what the agent is to read of it, as text and as the ids that follow its turn.
+
+    What the agent has seen of pages is noted; what did not fit, the next browse reads again.
+    """
+    chat = agent.chat
     entries = await agent.tools.use(call, record)
-    text, ids, dropped = chat.fit(call.kind, entries, most, len(record.turns))
+    text, ids, dropped = chat.fit(
+        call.kind, entries, agent.config.max_observation_tokens, len(record.turns)
+    )
     count(record.cost, "dropped_results", dropped)
     found = sum(len(entry.items) for entry in entries)
-    remember(protocol.best(entries, found - dropped), record)
+    for entry in protocol.best(entries, found - dropped):
+        reading = record.readings.pop(entry.key, None)
+        if reading:
+            shown = len(entry.items)
+            record.memory[reading.query] += [summary for _, summary in reading.notes[:shown]]
+            unseen = reading.notes[shown:]
+            record.read[entry.key] = unseen[0][0] if unseen else reading.next
     if record.token_ids[-1] != chat.end_of_turn_id:
         ids = [chat.end_of_turn_id, *ids]  # it ended by another token: the template's is given
     return text, ids
 
 
-def remember(seen: Sequence[Entry], record: Recording):
-    """Note what the agent has seen of pages. What did not fit into its observation, the next browse
-    reads again.
-    """
-    for entry in seen:
-        reading = record.readings.pop(entry.key, None)
-        if reading:
-            shown = len(entry.items)
-            record.memory[reading.query] += [summary for _, summary in reading.notes[:shown]]
-            dropped = reading.notes[shown:]
-            record.read[entry.key] = dropped[0][0] if dropped else reading.next
-
-
 class Tools:
     """What the agent can do to the world, whose failures come back as words and are counted."""
+
+    scheduler: "Scheduler"  # of the rollout that is under way
+    slots: asyncio.Semaphore  # so many of its tool calls may be under way
 
     def __init__(
         self, config: Config, chat: ChatFormat, corpus: Corpus | None = None, web: Web | None = None
@@ -129,8 +130,6 @@ class Tools:
         self.browser = Browser(config, web, corpus, self.in_thread, self.generate_text)
         self.pool = ThreadPoolExecutor(max(1, config.tool_threads), "tool")
         self.readings = 0
-        self.scheduler: Scheduler  # of the rollout that is under way
-        self.slots: asyncio.Semaphore  # so many of its tool calls may be under way
 
     async def use(self, call: Call, record: Recording) -> list:
         """What each query of a search or address of a browse brought."""
@@ -160,8 +159,9 @@ class Tools:
             raise WebFailure(*BLOCKED)
         query = record.shown.get(url)
         if query is None:
-            words = "No search has shown this address, so it cannot be opened."
-            raise WebFailure("unknown_url", words)
+            raise WebFailure(
+                "unknown_url", "No search has shown this address, so it cannot be opened."
+            )
         count(record.cost, "pages")
         reading = Reading(record.question.text, query, record.memory[query], record.read[url])
         record.readings[url] = reading
@@ -198,9 +198,8 @@ class Tools:
         admission.
         """
         config, token_ids = self.config, self.chat.message_ids(messages)
-        most = config.max_model_len - config.max_turn_tokens
         # What does not fit: the rules are in front, the generation prompt at the end.
-        del token_ids[most - 32 : -32]
+        del token_ids[config.max_model_len - config.max_turn_tokens - 32 : -32]
         self.readings += 1
         # One seed for all readings: as asked, so answered.
         sampling = Sampling(
@@ -235,14 +234,18 @@ def try_services(config: Config, agent: bool = True, judge: bool = False) -> str
                 live.search("Wikipedia", Counter())
             else:
                 hello = [{"role": "user", "content": "Hello"}]
-                payload = {"model": getattr(config, f"{role}_model"), "messages": hello}
-                url = f"{address.rstrip('/')}/chat/completions"
-                ask_model(web, url, key, payload, Counter(), time.monotonic() + config.tool_timeout)
+                ask_model(
+                    web,
+                    f"{address.rstrip('/')}/chat/completions",
+                    key,
+                    {"model": getattr(config, f"{role}_model"), "messages": hello},
+                    Counter(),
+                    time.monotonic() + config.tool_timeout,
+                )
         except WebFailure as failure:
             if failure.kind not in NO_FAULT:
                 remedy = f"check that it runs, {role}_url, {key} and what is left of its quota"
                 return f"the {role} service at {address} does not work ({failure}); {remedy}"
-    web.close()
     return ""
 
 
@@ -316,7 +319,7 @@ class Batch:
     """
 
     questions: Sequence[Question]
-    numbers: Sequence[int]  # of the questions, within the step and over all ranks, for the seeds
+    numbers: Sequence  # of the questions, within the step and over all ranks, for the seeds
     repeats: int
     temperature: float
     step: int
@@ -378,10 +381,10 @@ def roll_out(batch: Batch, agent: Agent, on_done: OnDone = lambda trajectory: No
     it. Main thread only.
     """
     # asyncio.run then cancels the main task.
-    on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    on_terminate = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    on_interrupt = signal(SIGINT, default_int_handler)
+    on_terminate = signal(SIGTERM, lambda *_: raise_signal(SIGINT))
     try:
         return list(asyncio.run(roll_out_async(batch, agent, on_done)))
     finally:
-        signal.signal(signal.SIGINT, on_interrupt)
-        signal.signal(signal.SIGTERM, on_terminate)
+        signal(SIGINT, on_interrupt)
+        signal(SIGTERM, on_terminate)

@@ -7,8 +7,8 @@ not change, since the model that ships was trained on them.
 """
 
 import math
-import random
 import re
+from random import Random
 
 from deepresearcher_min.config import ROOT
 from deepresearcher_min.search import Corpus
@@ -44,7 +44,7 @@ def invented_names() -> dict:
     """The same made-up words in every world; which of them pair up to a name, and all facts, differ
     by world.
     """
-    rng = random.Random(7)
+    rng = Random(7)
     syllables = [one + other for one in "bdfgklmnprstvz" for other in "aeiou"]
     words = set[str]()
     while len(words) < 250:
@@ -74,12 +74,22 @@ class World:
 
     def __init__(self, purpose: str, seed: object):
         # The order of all draws makes the world: whoever changes it changes what a seed stands for.
-        rng = random.Random(f"{purpose} {seed}")
+        rng = Random(f"{purpose} {seed}")
         held_out = purpose == "held out"
+
+        def draw(first: str, second: str, count: int, article: str = "") -> list:
+            """Different two-word names, all of them reserved for held-out worlds or none."""
+            ours = []
+            for i, one in enumerate(NAMES[first]):
+                for j, other in enumerate(NAMES[second]):
+                    if held_out == ((i + j) % 5 == 0):
+                        ours.append(f"{article}{one} {other}")
+            return rng.sample(ours, count)
+
         names = {
-            "person": draw_names(rng, held_out, "first", "last", 110),
-            "company": draw_names(rng, held_out, "brand", "trade", 30 if held_out else 40),
-            "book": draw_names(rng, held_out, "adjective", "noun", 50, "The "),
+            "person": draw("first", "last", 110),
+            "company": draw("brand", "trade", 30 if held_out else 40),
+            "book": draw("adjective", "noun", 50, "The "),
             "city": NAMES["city"],
         }
         self.kind: dict = {}  # of page, by name
@@ -109,7 +119,7 @@ class World:
         """`count` different questions, half of them with one hop and half with two, in random
         order.
         """
-        rng = random.Random(f"questions {seed}")
+        rng = Random(f"questions {seed}")
         questions = []
         half = count // 2
         kinds = ("toy_1hop", RELATIONS, count - half), ("toy_2hop", TWO_HOP, half)
@@ -126,18 +136,6 @@ class World:
                 questions.append(Question(f"{source}:{text}", text, (answer,), source))
         rng.shuffle(questions)
         return questions
-
-
-def draw_names(
-    rng: random.Random, held_out: bool, first: str, second: str, count: int, article: str = ""
-) -> list:
-    """Different two-word names, all of them reserved for held-out worlds or none."""
-    ours = []
-    for i, one in enumerate(NAMES[first]):
-        for j, other in enumerate(NAMES[second]):
-            if held_out == ((i + j) % 5 == 0):
-                ours.append(f"{article}{one} {other}")
-    return rng.sample(ours, count)
 
 
 def url_of(name: str) -> str:
