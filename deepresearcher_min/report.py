@@ -13,20 +13,17 @@ import random
 import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 
 from deepresearcher_min.config import ROOT, replace_file
-from deepresearcher_min.trajectory import Group, Question, Trajectory, Turn
+from deepresearcher_min.trajectory import Question, Trajectory, Turn
 
-# The metrics of a step, or the scores of an evaluation: {"f1": 0.41, "em": 0.35, ...}
-Row = dict
 MAX_TRAJECTORIES = 4096  # that the page embeds; the files in trajectories/ hold all of them
 # Characters of turns and observations on the page; what is beyond is cut to MAX_TURN.
 MAX_PAGE_TEXT = 16_000_000
@@ -56,9 +53,9 @@ class Missing:
         return "-".rjust(int(form[0]))
 
 
-def step_line(metrics: Row) -> str:
-    """The console line of one step; columns keep their width; shares are in [0, 1]; a missing value
-    prints '-'.
+def step_line(metrics: dict) -> str:
+    """The console line of one step, from its metrics {"f1": 0.41, "em": 0.35, ...}; columns keep
+    their width; shares are in [0, 1]; a missing value prints '-'.
     """
     figures = defaultdict(Missing, metrics)
     tokens = metrics.get("tokens")
@@ -97,7 +94,7 @@ def text_table(rows: list, markdown: bool = False) -> str:
     return "\n".join(lines)
 
 
-def curve_png(metrics: list, path: Path, before: Row, after: Row):
+def curve_png(metrics: list, path: Path, before: dict, after: dict):
     """Draw reward and F1 of the sampled trajectories, and greedy F1 before and after; the page has
     all the curves.
     """
@@ -121,7 +118,7 @@ def curve_png(metrics: list, path: Path, before: Row, after: Row):
 # --- files of JSON lines
 
 
-def jsonable(value: Any):
+def jsonable(value):
     """A copy with array and tensor numbers as Python's, and with None for nan and infinity, which
     JSON lacks.
     """
@@ -129,7 +126,7 @@ def jsonable(value: Any):
     return json.loads(text, parse_constant=lambda name: None)
 
 
-def read_json_lines(path: Path) -> Iterator:
+def read_json_lines(path: Path):
     """The objects in a file of JSON lines (none without the file); a line torn by a kill is passed
     over.
     """
@@ -139,7 +136,7 @@ def read_json_lines(path: Path) -> Iterator:
                 yield json.loads(line)
 
 
-def append_json_line(path: Path, row: Row):
+def append_json_line(path: Path, row: dict):
     """Append one line; a torn last one is ended, lest it swallow this."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(jsonable(row)).encode()
@@ -178,9 +175,7 @@ def behaviours(trajectory: Trajectory) -> list:
     return shown
 
 
-def write_trajectories(
-    path: Path, step: int, groups: Sequence[Group], explain: Callable, first: int = 0
-):
+def write_trajectories(path: Path, step: int, groups: Sequence, explain: Callable, first: int = 0):
     """Append each trajectory as one JSON line: to_json(), its reward and why (explain(trajectory)),
     each turn's mean logprob.
 
@@ -204,7 +199,7 @@ def write_trajectories(
             append_json_line(path, row)
 
 
-def read_trajectory(row: Row) -> Trajectory:
+def read_trajectory(row: dict) -> Trajectory:
     """What write_trajectories wrote, the log-probabilities rounded to six digits."""
     logprobs = np.full(len(row["token_ids"]), np.nan)
     np.place(logprobs, row["sampled_mask"], row["logprobs"])
@@ -246,7 +241,7 @@ def readable(trajectory: Trajectory, why: str = "") -> str:
     return printable(text)
 
 
-def write_readable(path: Path, groups: Sequence[Group], explain: Callable):
+def write_readable(path: Path, groups: Sequence, explain: Callable):
     """The trajectories with the highest and with the lowest reward of these groups, as one text
     file.
     """
@@ -282,9 +277,9 @@ def write_html(run_dir: Path) -> Path:
     return path
 
 
-def page_data(run_dir: Path) -> Row:
+def page_data(run_dir: Path) -> dict:
     """What the page embeds of a run folder."""
-    page: Row = {"name": run_dir.name, "config": {}, "summary": {}, "compared": []}
+    page: dict = {"name": run_dir.name, "config": {}, "summary": {}, "compared": []}
     with suppress(FileNotFoundError):
         page["config"] = yaml.safe_load((run_dir / "config.yaml").read_bytes())
     with suppress(FileNotFoundError, KeyError):  # of a stopped run; of an evaluation
@@ -294,7 +289,7 @@ def page_data(run_dir: Path) -> Row:
     return page | load_trajectories(run_dir / "trajectories")
 
 
-def load_trajectories(folder: Path) -> Row:
+def load_trajectories(folder: Path) -> dict:
     """What the page embeds of trajectories/*.jsonl, evaluations and late steps first, and a
     sentence about it.
     """

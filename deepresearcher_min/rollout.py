@@ -43,7 +43,7 @@ from deepresearcher_min.protocol import (
 )
 from deepresearcher_min.reward import ask_model
 from deepresearcher_min.search import SERVICES, Corpus, LiveSearch, make_search
-from deepresearcher_min.trajectory import Question, Reading, Recording, Trajectory, Turn
+from deepresearcher_min.trajectory import Reading, Recording, Trajectory, Turn
 from deepresearcher_min.web import BLOCKED, Web, is_blocked
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
@@ -131,7 +131,7 @@ class Tools:
         self.pool = ThreadPoolExecutor(max(1, config.tool_threads), "tool")
         self.readings = 0
 
-    async def use(self, call: Call, record: Recording) -> list:
+    async def use(self, call: Call, record: Recording):
         """What each query of a search or address of a browse brought."""
         tool = protocol.TOOLS[call.kind]
         most = getattr(self.config, tool.most) or len(call.keys)
@@ -149,12 +149,12 @@ class Tools:
             entries += [Entry(key, (tool.item(words),)) for key in call.keys[most:]]
         return entries
 
-    async def search(self, query: str, record: Recording) -> list:
+    async def search(self, query: str, record: Recording):
         count(record.cost, "searches")
         found = await self.in_thread(self.backend, query, record.cost)
         return [protocol.search_item(one.snippet, one.title, one.url) for one in found]
 
-    async def browse(self, url: str, record: Recording) -> list:
+    async def browse(self, url: str, record: Recording):
         if is_blocked(url, host_list(self.config)):
             raise WebFailure(*BLOCKED)
         query = record.shown.get(url)
@@ -318,7 +318,7 @@ class Batch:
     dealt out to ranks.
     """
 
-    questions: Sequence[Question]
+    questions: Sequence
     numbers: Sequence  # of the questions, within the step and over all ranks, for the seeds
     repeats: int
     temperature: float
@@ -335,10 +335,10 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone):
     # Whoever waits for a slot has no tool's deadline running.
     agent.tools.slots = asyncio.Semaphore(config.tool_threads or 2**31)
 
-    async def one(age: int, question: Question, number: int, index: int):
+    async def one(age, question, number, index):
         record = Recording(question, agent.chat.prompt_ids(question.text))
 
-        async def generate(max_tokens: int):
+        async def generate(max_tokens):
             ids, turn = record.token_ids, len(record.turns)
             if turn:
                 await scheduler.enter(age, len(ids) + max_tokens)

@@ -40,7 +40,7 @@ TWO_HOP = {
 PARTS = {"first": 40, "last": 40, "city": 50, "brand": 40, "adjective": 30, "noun": 30}
 
 
-def invented_names() -> dict:
+def invented_names():
     """The same made-up words in every world; which of them pair up to a name, and all facts, differ
     by world.
     """
@@ -77,7 +77,7 @@ class World:
         rng = Random(f"{purpose} {seed}")
         held_out = purpose == "held out"
 
-        def draw(first: str, second: str, count: int, article: str = "") -> list:
+        def draw(first, second, count, article=""):
             """Different two-word names, all of them reserved for held-out worlds or none."""
             ours = []
             for i, one in enumerate(NAMES[first]):
