@@ -13,27 +13,21 @@ import random
 import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 
-from deepresearcher_min.config import replace_file
-from deepresearcher_min.trajectory import Group, Question, Trajectory, Turn
+from deepresearcher_min.config import ROOT, replace_file
+from deepresearcher_min.trajectory import Question, Trajectory, Turn
 
-# The metrics of a step, or the scores of an evaluation: {"f1": 0.41, "em": 0.35, ...}
-Row = dict[str, Any]
-Explain = Callable[[Trajectory], str]  # why a trajectory got its reward
 MAX_TRAJECTORIES = 4096  # that the page embeds; the files in trajectories/ hold all of them
 # Characters of turns and observations on the page; what is beyond is cut to MAX_TURN.
 MAX_PAGE_TEXT = 16_000_000
 MAX_TURN = 1000  # characters of a turn, without its observation
-# No escape sequences, and nothing that UTF-8 cannot hold.
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 # The console line of a step; every format begins with its width, in one digit.
 STEP_LINE = (
@@ -42,12 +36,11 @@ STEP_LINE = (
     "tokens {tokens:5} | kl {kl:6.4f} | mismatch {mismatch:7.2g} | grad {grad_norm:5.2f} | "
     "roll {roll_s:5.1f}s upd {update_s:5.1f}s | ${usd:1.2f}"
 )
-HERE = Path(__file__).parent
 # The rows of a table: {key of an evaluation: (name, format)}.
-SCORES = yaml.safe_load((HERE / "scores.yaml").read_bytes())
+SCORES = yaml.safe_load((ROOT / "deepresearcher_min/scores.yaml").read_bytes())
 # {name: regular expressions}
-BEHAVIOURS = yaml.safe_load((HERE / "behaviours.yaml").read_bytes())
-PAGE = (HERE / "report.html").read_text(encoding="utf-8")
+BEHAVIOURS = yaml.safe_load((ROOT / "deepresearcher_min/behaviours.yaml").read_bytes())
+PAGE = (ROOT / "deepresearcher_min/report.html").read_text("utf-8")
 
 
 # --- lines and tables
@@ -60,22 +53,22 @@ class Missing:
         return "-".rjust(int(form[0]))
 
 
-def step_line(metrics: Row) -> str:
-    """The console line of one step; columns keep their width; shares are in [0, 1]; a missing value
-    prints '-'.
+def step_line(metrics: dict) -> str:
+    """The console line of one step, from its metrics {"f1": 0.41, "em": 0.35, ...}; columns keep
+    their width; shares are in [0, 1]; a missing value prints '-'.
     """
-    figures: defaultdict[str, Any] = defaultdict(Missing, metrics)
-    tokens = figures.pop("tokens", 0)
+    figures = defaultdict(Missing, metrics)
+    tokens = metrics.get("tokens")
     if tokens:
-        short = f"{tokens / 1000:.1f}k" if tokens >= 1000 else f"{tokens:.0f}"
-        figures["tokens"] = short.rjust(5)
+        short = f"{tokens / 1000:4.1f}k"
+        figures["tokens"] = short if tokens >= 1000 else f"{tokens:5.0f}"
     line = STEP_LINE.format_map(figures)
     return re.sub(r"(?<![\d$])(-?)0\.", r" \1.", line)  # .41 is easier to read than 0.41
 
 
-def score_rows(named: Mapping[str, Row]) -> list[list[str]]:
-    """A table of evaluations side by side, the head first; what none of them measured is left
-    out.
+def score_rows(named: dict) -> list:
+    """A table of evaluations {name: scores} side by side, the head first; what none of them
+    measured is left out.
     """
     rows = [["", *map(printable, named)]]
     for key, (name, form) in SCORES.items():
@@ -89,7 +82,7 @@ def score_rows(named: Mapping[str, Row]) -> list[list[str]]:
     return rows
 
 
-def text_table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
+def text_table(rows: list, markdown: bool = False) -> str:
     """Rows of cells, the head first, as aligned text or as a Markdown table."""
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     end = ":" if markdown else "-"  # figures are aligned to the right
@@ -101,7 +94,7 @@ def text_table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
     return "\n".join(lines)
 
 
-def curve_png(metrics: Sequence[Row], path: Path, before: Row, after: Row) -> None:
+def curve_png(metrics: list, path: Path, before: dict, after: dict):
     """Draw reward and F1 of the sampled trajectories, and greedy F1 before and after; the page has
     all the curves.
     """
@@ -125,7 +118,7 @@ def curve_png(metrics: Sequence[Row], path: Path, before: Row, after: Row) -> No
 # --- files of JSON lines
 
 
-def jsonable(value: Any) -> Any:
+def jsonable(value):
     """A copy with array and tensor numbers as Python's, and with None for nan and infinity, which
     JSON lacks.
     """
@@ -133,7 +126,7 @@ def jsonable(value: Any) -> Any:
     return json.loads(text, parse_constant=lambda name: None)
 
 
-def read_json_lines(path: Path) -> Iterator[Row]:
+def read_json_lines(path: Path):
     """The objects in a file of JSON lines (none without the file); a line torn by a kill is passed
     over.
     """
@@ -143,7 +136,7 @@ def read_json_lines(path: Path) -> Iterator[Row]:
                 yield json.loads(line)
 
 
-def append_json_line(path: Path, row: Row) -> None:
+def append_json_line(path: Path, row: dict):
     """Append one line; a torn last one is ended, lest it swallow this."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(jsonable(row)).encode()
@@ -154,7 +147,7 @@ def append_json_line(path: Path, row: Row) -> None:
         file.write(line + b"\n")
 
 
-def resume_metrics(path: Path, step: int) -> list[Row]:
+def resume_metrics(path: Path, step: int) -> list:
     """The rows of metrics.jsonl up to this step; those after it, whose steps will run again, leave
     the file, too.
     """
@@ -167,7 +160,7 @@ def resume_metrics(path: Path, step: int) -> list[Row]:
 # --- trajectories
 
 
-def behaviours(trajectory: Trajectory) -> list[str]:
+def behaviours(trajectory: Trajectory) -> list:
     """Which behaviours of the paper's section 6 the words of its turns show; how well:
     tests/test_report.py.
     """
@@ -182,11 +175,9 @@ def behaviours(trajectory: Trajectory) -> list[str]:
     return shown
 
 
-def write_trajectories(
-    path: Path, step: int, groups: Sequence[Group], explain: Explain, first: int = 0
-) -> None:
-    """Append each trajectory as one JSON line: to_json(), its reward and why (`explain`), each
-    turn's mean logprob.
+def write_trajectories(path: Path, step: int, groups: Sequence, explain: Callable, first: int = 0):
+    """Append each trajectory as one JSON line: to_json(), its reward and why (explain(trajectory)),
+    each turn's mean logprob.
 
     `index` numbers the trajectories of a group from `first`: in an evaluation it is the run.
     """
@@ -196,8 +187,7 @@ def write_trajectories(
                 {**vars(turn), "logprob": one.logprobs[slice(*turn.sampled)].mean()}
                 for turn in one.turns
             ]
-            row = {
-                **one.to_json(),
+            row = one.to_json() | {
                 "step": step,
                 "index": first + number,
                 "reward": group.rewards[number],
@@ -209,7 +199,7 @@ def write_trajectories(
             append_json_line(path, row)
 
 
-def read_trajectory(row: Row) -> Trajectory:
+def read_trajectory(row: dict) -> Trajectory:
     """What write_trajectories wrote, the log-probabilities rounded to six digits."""
     logprobs = np.full(len(row["token_ids"]), np.nan)
     np.place(logprobs, row["sampled_mask"], row["logprobs"])
@@ -217,14 +207,21 @@ def read_trajectory(row: Row) -> Trajectory:
     for turn in row["turns"]:
         spans = tuple(turn["sampled"]), tuple(turn["observed"])
         turns.append(Turn(*spans, turn["text"], turn["kind"], turn["observation"]))
-    question = Question(row["id"], row["question"], tuple(row["answers"]), row["source"])
-    tokens = row["token_ids"], row["sampled_mask"], logprobs
-    end = row["answer"], row["stop_reason"], row["cost"]
-    return Trajectory(question, *tokens, tuple(turns), *end)
+    return Trajectory(
+        Question(row["id"], row["question"], tuple(row["answers"]), row["source"]),
+        row["token_ids"],
+        row["sampled_mask"],
+        logprobs,
+        tuple(turns),
+        row["answer"],
+        row["stop_reason"],
+        row["cost"],
+    )
 
 
 def printable(text: str) -> str:
-    return CONTROL_CHARACTERS.sub("\ufffd", text)
+    """Without escape sequences, and without what UTF-8 cannot hold."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
 
 def readable(trajectory: Trajectory, why: str = "") -> str:
@@ -244,11 +241,11 @@ def readable(trajectory: Trajectory, why: str = "") -> str:
     return printable(text)
 
 
-def write_readable(path: Path, groups: Sequence[Group], explain: Explain) -> None:
+def write_readable(path: Path, groups: Sequence, explain: Callable):
     """The trajectories with the highest and with the lowest reward of these groups, as one text
     file.
     """
-    scored: list[tuple] = []
+    scored: list = []
     for group in groups:
         scored += zip(group.rewards, group.advantages, group.trajectories, strict=True)
     text = ""
@@ -257,7 +254,7 @@ def write_readable(path: Path, groups: Sequence[Group], explain: Explain) -> Non
             reward, advantage, one = pick(scored, key=itemgetter(0))
             text += f"=== {name} reward: {reward:.3f}, advantage {advantage:+.3f}\n"
             text += f"{readable(one, explain(one))}\n\n"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, "utf-8")
 
 
 # --- the page
@@ -280,9 +277,9 @@ def write_html(run_dir: Path) -> Path:
     return path
 
 
-def page_data(run_dir: Path) -> Row:
+def page_data(run_dir: Path) -> dict:
     """What the page embeds of a run folder."""
-    page: Row = {"name": run_dir.name, "config": {}, "summary": {}, "compared": []}
+    page: dict = {"name": run_dir.name, "config": {}, "summary": {}, "compared": []}
     with suppress(FileNotFoundError):
         page["config"] = yaml.safe_load((run_dir / "config.yaml").read_bytes())
     with suppress(FileNotFoundError, KeyError):  # of a stopped run; of an evaluation
@@ -292,13 +289,13 @@ def page_data(run_dir: Path) -> Row:
     return page | load_trajectories(run_dir / "trajectories")
 
 
-def load_trajectories(folder: Path) -> Row:
+def load_trajectories(folder: Path) -> dict:
     """What the page embeds of trajectories/*.jsonl, evaluations and late steps first, and a
     sentence about it.
     """
     files = sorted(folder.glob("eval*.jsonl"), reverse=True)
     files += sorted(folder.glob("step*.jsonl"), reverse=True)
-    rows: dict[tuple, Row] = {}
+    rows: dict = {}
     for file in files:
         if len(rows) >= MAX_TRAJECTORIES:
             break
@@ -320,7 +317,7 @@ def load_trajectories(folder: Path) -> Row:
     return {"trajectories": kept, "note": note}
 
 
-def shorten(rows: Sequence[Row]) -> int:
+def shorten(rows: list) -> int:
     """Fit the texts of these rows into the page, in place; how many lost their observations.
 
     By question, so that those that stay whole can be compared with each other.

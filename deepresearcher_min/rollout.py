@@ -10,12 +10,12 @@ trajectories before the update (off-policy, not the paper).
 import asyncio
 import heapq
 import logging
-import signal
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from signal import SIGINT, SIGTERM, default_int_handler, raise_signal, signal
 from typing import Any
 
 import numpy as np
@@ -43,12 +43,12 @@ from deepresearcher_min.protocol import (
 )
 from deepresearcher_min.reward import ask_model
 from deepresearcher_min.search import SERVICES, Corpus, LiveSearch, make_search
-from deepresearcher_min.trajectory import Question, Reading, Recording, Trajectory, Turn
+from deepresearcher_min.trajectory import Reading, Recording, Trajectory, Turn
 from deepresearcher_min.web import BLOCKED, Web, is_blocked
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
 GRACE = 1.0  # after a tool's own deadline its thread is given up, although it cannot be ended [s]
-OnDone = Callable[[Trajectory], Any]
+OnDone = Callable  # is given a trajectory that has ended
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,7 @@ class Agent:
     chat: ChatFormat
 
 
-async def agent_loop(
-    record: Recording, generate: Callable[..., Awaitable[Completion]], agent: Agent
-) -> Trajectory:
+async def agent_loop(record: Recording, generate: Callable, agent: Agent) -> Trajectory:
     """Think, act, observe, until an answer or a limit. await generate(max new tokens) gives the
     turn that follows the record.
     """
@@ -75,7 +73,8 @@ async def agent_loop(
         sampled = record.append(completion.token_ids, completion.logprobs)
         text = THINK + agent.chat.decode(completion.token_ids)
         action = parse_turn(text)
-        stop, observation, ids = "", "", list[int]()
+        stop = observation = ""
+        ids: list = []
         if completion.finish_reason == "length":  # cut off, whatever it reads like
             action = Malformed("the turn was cut off")
             stop = "length" if room > config.max_turn_tokens else "context"
@@ -93,47 +92,46 @@ async def agent_loop(
     return record.finish("context")
 
 
-async def observe(call: Call, record: Recording, agent: Agent) -> tuple[str, list[int]]:
-    """Use a tool; what the agent is to read of it, as text and as the ids that follow its turn."""
-    chat, most = agent.chat, agent.config.max_observation_tokens
+async def observe(call: Call, record: Recording, agent: Agent) -> tuple:
+    """Use a tool; what the agent is to read of it, as text and as the ids that follow its turn.
+
+    What the agent has seen of pages is noted; what did not fit, the next browse reads again.
+    """
+    chat = agent.chat
     entries = await agent.tools.use(call, record)
-    text, ids, dropped = chat.fit(call.kind, entries, most, len(record.turns))
+    text, ids, dropped = chat.fit(
+        call.kind, entries, agent.config.max_observation_tokens, len(record.turns)
+    )
     count(record.cost, "dropped_results", dropped)
     found = sum(len(entry.items) for entry in entries)
-    remember(protocol.best(entries, found - dropped), record)
+    for entry in protocol.best(entries, found - dropped):
+        reading = record.readings.pop(entry.key, None)
+        if reading:
+            shown = len(entry.items)
+            record.memory[reading.query] += [summary for _, summary in reading.notes[:shown]]
+            unseen = reading.notes[shown:]
+            record.read[entry.key] = unseen[0][0] if unseen else reading.next
     if record.token_ids[-1] != chat.end_of_turn_id:
         ids = [chat.end_of_turn_id, *ids]  # it ended by another token: the template's is given
     return text, ids
 
 
-def remember(seen: Sequence[Entry], record: Recording) -> None:
-    """Note what the agent has seen of pages. What did not fit into its observation, the next browse
-    reads again.
-    """
-    for entry in seen:
-        reading = record.readings.pop(entry.key, None)
-        if reading:
-            shown = len(entry.items)
-            record.memory[reading.query] += [summary for _, summary in reading.notes[:shown]]
-            dropped = reading.notes[shown:]
-            record.read[entry.key] = dropped[0][0] if dropped else reading.next
-
-
 class Tools:
     """What the agent can do to the world, whose failures come back as words and are counted."""
 
+    scheduler: "Scheduler"  # of the rollout that is under way
+    slots: asyncio.Semaphore  # so many of its tool calls may be under way
+
     def __init__(
         self, config: Config, chat: ChatFormat, corpus: Corpus | None = None, web: Web | None = None
-    ) -> None:
+    ):
         self.config, self.chat = config, chat
         self.backend = make_search(config, web, corpus)
         self.browser = Browser(config, web, corpus, self.in_thread, self.generate_text)
         self.pool = ThreadPoolExecutor(max(1, config.tool_threads), "tool")
         self.readings = 0
-        self.scheduler: Scheduler  # of the rollout that is under way
-        self.slots: asyncio.Semaphore  # so many of its tool calls may be under way
 
-    async def use(self, call: Call, record: Recording) -> list[Entry]:
+    async def use(self, call: Call, record: Recording):
         """What each query of a search or address of a browse brought."""
         tool = protocol.TOOLS[call.kind]
         most = getattr(self.config, tool.most) or len(call.keys)
@@ -151,18 +149,19 @@ class Tools:
             entries += [Entry(key, (tool.item(words),)) for key in call.keys[most:]]
         return entries
 
-    async def search(self, query: str, record: Recording) -> list[dict]:
+    async def search(self, query: str, record: Recording):
         count(record.cost, "searches")
         found = await self.in_thread(self.backend, query, record.cost)
         return [protocol.search_item(one.snippet, one.title, one.url) for one in found]
 
-    async def browse(self, url: str, record: Recording) -> list[dict]:
+    async def browse(self, url: str, record: Recording):
         if is_blocked(url, host_list(self.config)):
             raise WebFailure(*BLOCKED)
         query = record.shown.get(url)
         if query is None:
-            words = "No search has shown this address, so it cannot be opened."
-            raise WebFailure("unknown_url", words)
+            raise WebFailure(
+                "unknown_url", "No search has shown this address, so it cannot be opened."
+            )
         count(record.cost, "pages")
         reading = Reading(record.question.text, query, record.memory[query], record.read[url])
         record.readings[url] = reading
@@ -187,7 +186,7 @@ class Tools:
         count_failure(record.cost, "page" if kind == "browse" else kind, failure)
         return Entry(key, (protocol.TOOLS[kind].item(failure.words),))
 
-    async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+    async def in_thread(self, function: Callable, *args: Any):
         """Run a blocking function, which keeps tool_timeout itself; TimeoutError if it does not."""
         if not self.config.tool_threads:
             return function(*args)
@@ -199,9 +198,8 @@ class Tools:
         admission.
         """
         config, token_ids = self.config, self.chat.message_ids(messages)
-        most = config.max_model_len - config.max_turn_tokens
         # What does not fit: the rules are in front, the generation prompt at the end.
-        del token_ids[most - 32 : -32]
+        del token_ids[config.max_model_len - config.max_turn_tokens - 32 : -32]
         self.readings += 1
         # One seed for all readings: as asked, so answered.
         sampling = Sampling(
@@ -210,7 +208,7 @@ class Tools:
         completion = await self.scheduler.generate(f"reader/{self.readings}", token_ids, sampling)
         return self.chat.decode(completion.token_ids)
 
-    def close(self) -> None:
+    def close(self):
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -220,11 +218,10 @@ def try_services(config: Config, agent: bool = True, judge: bool = False) -> str
 
     `agent`: those of its tools; `judge`: that of evaluations.
     """
-    tools = agent and config.max_tool_calls
-    rag = agent and config.method == "rag"
+    tools = config.max_tool_calls
     used = {
-        "search": config.search in SERVICES and (tools or rag),
-        "reader": config.reader == "openai" and tools,
+        "search": agent and config.search in SERVICES and (tools or config.method == "rag"),
+        "reader": agent and config.reader == "openai" and tools,
         "judge": judge,
     }
     web = Web(config, ":memory:")
@@ -237,14 +234,18 @@ def try_services(config: Config, agent: bool = True, judge: bool = False) -> str
                 live.search("Wikipedia", Counter())
             else:
                 hello = [{"role": "user", "content": "Hello"}]
-                payload = {"model": getattr(config, f"{role}_model"), "messages": hello}
-                url = f"{address.rstrip('/')}/chat/completions"
-                ask_model(web, url, key, payload, Counter(), time.monotonic() + config.tool_timeout)
+                ask_model(
+                    web,
+                    f"{address.rstrip('/')}/chat/completions",
+                    key,
+                    {"model": getattr(config, f"{role}_model"), "messages": hello},
+                    Counter(),
+                    time.monotonic() + config.tool_timeout,
+                )
         except WebFailure as failure:
             if failure.kind not in NO_FAULT:
                 remedy = f"check that it runs, {role}_url, {key} and what is left of its quota"
                 return f"the {role} service at {address} does not work ({failure}); {remedy}"
-    web.close()
     return ""
 
 
@@ -257,22 +258,22 @@ class Scheduler:
     alone, a trajectory of any size goes on.
     """
 
-    def __init__(self, engine: Engine, max_in_flight: int) -> None:
+    def __init__(self, engine: Engine, max_in_flight: int):
         self.engine, self.most = engine, max_in_flight
-        self.held: dict[int, int] = {}  # tokens by trajectory; trajectories are numbered by age
+        self.held: dict = {}  # tokens by trajectory; trajectories are numbered by age
         self.used = 0  # their sum
-        self.queue: list[tuple[int, int, asyncio.Future]] = []  # a heap: (number, tokens, admitted)
-        self.waiting: dict[str, asyncio.Future[Completion]] = {}  # by request
+        self.queue: list = []  # a heap: (number, tokens, admitted)
+        self.waiting: dict = {}  # futures by request
         self.wake = asyncio.Event()
 
-    async def enter(self, number: int, tokens: int) -> None:
+    async def enter(self, number: int, tokens: int):
         """Wait for room, in place of what the trajectory has held so far."""
         admitted = asyncio.Future[None]()
         heapq.heappush(self.queue, (number, tokens, admitted))
         self.leave(number)
         await admitted
 
-    def leave(self, number: int) -> None:
+    def leave(self, number: int):
         """Give back what a trajectory has held, and let in whom there is room for now."""
         self.used -= self.held.pop(number, 0)
         while self.queue:
@@ -286,9 +287,7 @@ class Scheduler:
                 admitted.set_result(None)
             heapq.heappop(self.queue)
 
-    async def generate(
-        self, request_id: str, token_ids: list[int], sampling: Sampling
-    ) -> Completion:
+    async def generate(self, request_id: str, token_ids: list, sampling: Sampling) -> Completion:
         """Wait for one turn."""
         self.engine.submit(request_id, token_ids, sampling)
         self.waiting[request_id] = asyncio.Future()
@@ -299,7 +298,7 @@ class Scheduler:
             if self.waiting.pop(request_id, None):  # cancelled: the engine must not go on with it
                 self.engine.abort([request_id])
 
-    async def pump(self) -> None:
+    async def pump(self):
         """Step the engine while anyone waits; without an end, but by an error of the engine."""
         while True:
             await self.wake.wait()
@@ -319,15 +318,15 @@ class Batch:
     dealt out to ranks.
     """
 
-    questions: Sequence[Question]
-    numbers: Sequence[int]  # of the questions, within the step and over all ranks, for the seeds
+    questions: Sequence
+    numbers: Sequence  # of the questions, within the step and over all ranks, for the seeds
     repeats: int
     temperature: float
     step: int
     first: int = 0  # index of the first of the repeats, for the seeds
 
 
-async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterator[list[Trajectory]]:
+async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone):
     """See roll_out. However it ends, nothing is left over. No list, of which asyncio.run would make
     a string.
     """
@@ -336,10 +335,10 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
     # Whoever waits for a slot has no tool's deadline running.
     agent.tools.slots = asyncio.Semaphore(config.tool_threads or 2**31)
 
-    async def one(age: int, question: Question, number: int, index: int) -> Trajectory:
+    async def one(age, question, number, index):
         record = Recording(question, agent.chat.prompt_ids(question.text))
 
-        async def generate(max_tokens: int) -> Completion:
+        async def generate(max_tokens):
             ids, turn = record.token_ids, len(record.turns)
             if turn:
                 await scheduler.enter(age, len(ids) + max_tokens)
@@ -360,7 +359,7 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
         on_done(trajectory)
         return trajectory
 
-    jobs: list[asyncio.Task] = []
+    jobs: list = []
     try:
         async with asyncio.TaskGroup() as tasks:
             for question, number in zip(batch.questions, batch.numbers, strict=True):
@@ -374,9 +373,7 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone) -> Iterato
     return (flat[start : start + batch.repeats] for start in range(0, len(flat), batch.repeats))
 
 
-def roll_out(
-    batch: Batch, agent: Agent, on_done: OnDone = lambda trajectory: None
-) -> list[list[Trajectory]]:
+def roll_out(batch: Batch, agent: Agent, on_done: OnDone = lambda trajectory: None) -> list:
     """Run all trajectories of a batch; returns them by question and index.
 
     `on_done` sees each one as it ends, so that an interruption loses none. Ctrl-C and SIGTERM raise
@@ -384,10 +381,10 @@ def roll_out(
     it. Main thread only.
     """
     # asyncio.run then cancels the main task.
-    on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    on_terminate = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    on_interrupt = signal(SIGINT, default_int_handler)
+    on_terminate = signal(SIGTERM, lambda *_: raise_signal(SIGINT))
     try:
         return list(asyncio.run(roll_out_async(batch, agent, on_done)))
     finally:
-        signal.signal(signal.SIGINT, on_interrupt)
-        signal.signal(signal.SIGTERM, on_terminate)
+        signal(SIGINT, on_interrupt)
+        signal(SIGTERM, on_terminate)

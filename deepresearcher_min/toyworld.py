@@ -7,15 +7,14 @@ not change, since the model that ships was trained on them.
 """
 
 import math
-import random
-from collections.abc import Sequence
-from itertools import product
-from pathlib import Path
+import re
+from random import Random
 
+from deepresearcher_min.config import ROOT
 from deepresearcher_min.search import Corpus
 from deepresearcher_min.trajectory import Question, Trajectory
 
-MODEL_DIR = Path(__file__).parent / "toy_model"
+MODEL_DIR = ROOT / "deepresearcher_min/toy_model"
 SITE = "https://toy.example/"
 # What a question can ask for, by kind of page; the value is the kind of the answer.
 RELATIONS = {
@@ -41,13 +40,13 @@ TWO_HOP = {
 PARTS = {"first": 40, "last": 40, "city": 50, "brand": 40, "adjective": 30, "noun": 30}
 
 
-def invented_names() -> dict[str, list[str]]:
+def invented_names():
     """The same made-up words in every world; which of them pair up to a name, and all facts, differ
     by world.
     """
-    rng = random.Random(7)
-    syllables = [*map("".join, product("bdfgklmnprstvz", "aeiou"))]
-    words: set[str] = set()
+    rng = Random(7)
+    syllables = [one + other for one in "bdfgklmnprstvz" for other in "aeiou"]
+    words = set[str]()
     while len(words) < 250:
         word = rng.choice(syllables) + rng.choice(syllables) + rng.choice("lmnrsk")
         words.add(word.capitalize())
@@ -73,18 +72,28 @@ class World:
     with the others.
     """
 
-    def __init__(self, purpose: str, seed: int | str) -> None:
+    def __init__(self, purpose: str, seed: object):
         # The order of all draws makes the world: whoever changes it changes what a seed stands for.
-        rng = random.Random(f"{purpose} {seed}")
+        rng = Random(f"{purpose} {seed}")
         held_out = purpose == "held out"
+
+        def draw(first, second, count, article=""):
+            """Different two-word names, all of them reserved for held-out worlds or none."""
+            ours = []
+            for i, one in enumerate(NAMES[first]):
+                for j, other in enumerate(NAMES[second]):
+                    if held_out == ((i + j) % 5 == 0):
+                        ours.append(f"{article}{one} {other}")
+            return rng.sample(ours, count)
+
         names = {
-            "person": draw_names(rng, held_out, "first", "last", 110),
-            "company": draw_names(rng, held_out, "brand", "trade", 30 if held_out else 40),
-            "book": draw_names(rng, held_out, "adjective", "noun", 50, "The "),
+            "person": draw("first", "last", 110),
+            "company": draw("brand", "trade", 30 if held_out else 40),
+            "book": draw("adjective", "noun", 50, "The "),
             "city": NAMES["city"],
         }
-        self.kind: dict[str, str] = {}
-        self.facts: dict[str, dict[str, str]] = {}
+        self.kind: dict = {}  # of page, by name
+        self.facts: dict = {}  # by name and relation
         for kind in names:
             for name in names[kind]:
                 self.kind[name] = kind
@@ -106,19 +115,20 @@ class World:
             summaries.append(f"{lead} {rng.choice(sentences)}")
         self.corpus = Corpus(documents, snippet=summaries.__getitem__)
 
-    def questions(self, count: int, seed: int) -> list[Question]:
+    def questions(self, count: int, seed: int) -> list:
         """`count` different questions, half of them with one hop and half with two, in random
         order.
         """
-        rng = random.Random(f"questions {seed}")
+        rng = Random(f"questions {seed}")
         questions = []
-        wanted = {"toy_1hop": count - count // 2, "toy_2hop": count // 2}
-        for source, paths in (("toy_1hop", RELATIONS), ("toy_2hop", TWO_HOP)):
+        half = count // 2
+        kinds = ("toy_1hop", RELATIONS, count - half), ("toy_2hop", TWO_HOP, half)
+        for source, paths, wanted in kinds:
             chains = []
             for name, kind in self.kind.items():
                 for path in paths[kind]:
                     chains.append((name, path.split()))
-            for subject, relations in rng.sample(chains, min(wanted[source], len(chains))):
+            for subject, relations in rng.sample(chains, min(wanted, len(chains))):
                 text = f"What is the {' of the '.join(reversed(relations))} of {subject}?"
                 answer = subject
                 for relation in relations:
@@ -128,30 +138,18 @@ class World:
         return questions
 
 
-def draw_names(
-    rng: random.Random, held_out: bool, first: str, second: str, count: int, article: str = ""
-) -> list[str]:
-    """Different two-word names, all of them reserved for held-out worlds or none."""
-    ours = []
-    for i, one in enumerate(NAMES[first]):
-        for j, other in enumerate(NAMES[second]):
-            if held_out == ((i + j) % 5 == 0):
-                ours.append(f"{article}{one} {other}")
-    return rng.sample(ours, count)
-
-
 def url_of(name: str) -> str:
     return SITE + name.replace(" ", "_")
 
 
-def chain_of(question: str) -> tuple[str, list[str]]:
+def chain_of(question: str) -> tuple:
     """'What is the mayor of the birthplace of Ada Vek?' -> ('Ada Vek', ['birthplace', 'mayor'])."""
-    chain = question.removeprefix("What is the ").removesuffix("?").replace(" of the ", " of ")
-    subject, *relations = reversed(chain.split(" of "))
+    chain = question.removeprefix("What is the ").removesuffix("?")
+    subject, *relations = reversed(re.split(" of (?:the )?", chain))
     return subject, relations
 
 
-def behaviour_rates(trajectories: Sequence[Trajectory], world: World) -> dict[str, float]:
+def behaviour_rates(trajectories: list[Trajectory], world: World) -> dict:
     """How often the three good decisions were taken when there was occasion [share, nan without
     occasion], of the trajectories that begin with a search.
 
@@ -160,7 +158,7 @@ def behaviour_rates(trajectories: Sequence[Trajectory], world: World) -> dict[st
     second_hop: a two-hop question whose first fact was seen, and a search or browse went on from
     it.
     """
-    taken: dict[str, list[bool]] = {"full_name": [], "browse_when_needed": [], "second_hop": []}
+    taken: dict = {"full_name": [], "browse_when_needed": [], "second_hop": []}
     for trajectory in trajectories:
         turns = trajectory.turns
         if not turns or turns[0].kind != "search":

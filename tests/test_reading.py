@@ -25,7 +25,7 @@ from scripted import (
 )
 
 from deepresearcher_min.protocol import Call
-from deepresearcher_min.rollout import remember
+from deepresearcher_min.rollout import observe
 from deepresearcher_min.search import Corpus, SearchResult
 from deepresearcher_min.trajectory import Recording
 from deepresearcher_min.web import WebFailure
@@ -132,7 +132,7 @@ def test_notes_of_one_call_are_remembered_in_its_order_whichever_page_was_read_f
     async def calls():
         agent.tools.slots = asyncio.Semaphore(4)
         for urls in (four[:2], four[2:], [other]):
-            remember(await agent.tools.use(Call("browse", tuple(urls)), record), record)
+            await observe(Call("browse", tuple(urls)), record, agent)
 
     asyncio.run(calls())
     assert asked == [[], [], ["first page", "second page"], ["first page", "second page"], []]
