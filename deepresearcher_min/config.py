@@ -24,11 +24,11 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = ROOT / "config.yaml"
 try:
-    DEFAULTS: dict[str, Any] = yaml.safe_load(CONFIG_FILE.read_bytes())
+    DEFAULTS = yaml.safe_load(CONFIG_FILE.read_bytes())
 except yaml.YAMLError as error:  # an import cannot raise in one line
     print(f"{CONFIG_FILE} cannot be read: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
-PRESETS: dict[str, dict[str, Any]] = DEFAULTS.pop("presets")
+PRESETS = DEFAULTS.pop("presets")
 TYPES = {key: type(value) for key, value in DEFAULTS.items()}  # bool, int, float or str
 CHOICES = {
     "preset": tuple(PRESETS),
@@ -67,8 +67,8 @@ class WebFailure(Exception):
 
     counted = False
 
-    def __init__(self, kind: str, words: str, said: str = "") -> None:
-        super().__init__(f"{kind}: {words}" + (f" It said: {said}" if said else ""))
+    def __init__(self, kind: str, words: str, said: str = ""):
+        super().__init__(f"{kind}: {words}{said and f' It said: {said}'}")
         self.kind, self.words, self.said = kind, words, said
 
 
@@ -80,13 +80,13 @@ class RunStopped(Exception):
     """Why a run ends before its end, with everything saved: --resume goes on."""
 
 
-def count(counts: dict, name: str, amount: float = 1) -> None:
+def count(counts: dict, name: str, amount: float = 1):
     """Add to a counter that several tool threads of one trajectory may share."""
     with COUNT_LOCK:
         counts[name] += amount
 
 
-def count_failure(counts: dict, source: str, failure: WebFailure) -> None:
+def count_failure(counts: dict, source: str, failure: WebFailure):
     """As fail_<source>_<kind>, once for each failure, however many see it on its way."""
     if not failure.counted:
         failure.counted = True
@@ -121,19 +121,20 @@ class Config(make_dataclass("Keys", TYPES.items(), frozen=True)):  # type: ignor
     """
 
 
-def raise_if_down(config: Config, counts: dict, least: int = 1) -> None:
+def raise_if_down(config: Config, counts: dict, least: int = 1):
     """RunStopped if most of at least `least` calls to a service failed (keys of metrics.jsonl)."""
     if config.cassette_mode == "replay":
         return
     for role in ROLES:
         calls, failed = counts.get(f"cost_{role}_calls", 0), counts.get(f"cost_{role}_failed", 0)
         if calls >= least and failed > calls / 2:
-            share = f"{failed:.0f} of {calls:.0f} calls to the {role} service failed"
-            last = LAST_WORDS.get(role, "see the other ranks")
-            raise RunStopped(f"{share}. The last one: {last}")
+            raise RunStopped(
+                f"{failed:.0f} of {calls:.0f} calls to the {role} service failed. "
+                f"The last one: {LAST_WORDS.get(role, 'see the other ranks')}"
+            )
 
 
-def load_config(argv: list[str], base: dict[str, Any] | None = None) -> Config:
+def load_config(argv: list[str], base: dict | None = None) -> Config:
     """The values of config.yaml, then the preset's, then every --key=value (or --key value) of
     argv.
 
@@ -148,12 +149,11 @@ def load_config(argv: list[str], base: dict[str, Any] | None = None) -> Config:
     return config
 
 
-def parse_arguments(argv: list[str]) -> dict[str, str]:
+def parse_arguments(argv: list[str]) -> dict:
     """['--lr=1e-4', '--steps', '5', '--resume'] -> {'lr': '1e-4', 'steps': '5', 'resume':
     'newest'}.
     """
-    typed = {}
-    rest = list(argv)
+    typed, rest = {}, list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
@@ -176,7 +176,7 @@ def parse_arguments(argv: list[str]) -> dict[str, str]:
     return typed
 
 
-def read_config(key: str, folder: Path) -> dict[str, Any]:
+def read_config(key: str, folder: Path) -> dict:
     """The values in the config.yaml of the run that `key` names; ConfigError where that is no file
     of keys.
     """
@@ -189,7 +189,7 @@ def read_config(key: str, folder: Path) -> dict[str, Any]:
     return values
 
 
-def documented() -> Iterator[tuple[str, ...]]:
+def documented() -> Iterator:
     """(heading, key, default, meaning) for each key, as the text of config.yaml has them."""
     heading = ""
     for line in CONFIG_FILE.read_text(encoding="utf-8").splitlines():
@@ -211,8 +211,7 @@ def help_text() -> str:
         if heading != last:
             text += f"\n\n{heading}:"
             last = heading
-        option = f"--{key}={default}"
-        text += f"\n{option:<32} {meaning}"
+        text += f"\n{f'--{key}={default}':<32} {meaning}"
     return text
 
 
@@ -267,7 +266,7 @@ def type_of(key: str) -> type:
     return TYPES[key]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -286,12 +285,13 @@ def convert(key: str, value: Any) -> Any:
         raise ConfigError(f"{key}={value!r}: {wanted}") from None
 
 
-def check(config: Config) -> None:
+def check(config: Config):
     for key, choices in CHOICES.items():
         value = getattr(config, key)
         if value not in choices:
-            hint = f"{nearest(value, choices)}; allowed: {', '.join(choices)}"
-            raise ConfigError(f"{key}={value!r}{hint}")
+            raise ConfigError(
+                f"{key}={value!r}{nearest(value, choices)}; allowed: {', '.join(choices)}"
+            )
     for key, value in asdict(config).items():
         if TYPES[key] not in (int, float):
             continue
@@ -307,15 +307,20 @@ def check(config: Config) -> None:
         if value > most:
             raise ConfigError(f"{key}={value}: must be at most {most:.10g}")
     if config.max_turn_tokens >= config.max_model_len:
-        limit = f"max_model_len={config.max_model_len}"
-        raise ConfigError(f"max_turn_tokens={config.max_turn_tokens}: must be less than {limit}")
+        raise ConfigError(
+            f"max_turn_tokens={config.max_turn_tokens}: must be less than "
+            f"max_model_len={config.max_model_len}"
+        )
     if config.questions_per_step % config.updates_per_rollout:
-        whole = f"questions_per_step={config.questions_per_step}"
-        raise ConfigError(f"updates_per_rollout={config.updates_per_rollout}: must divide {whole}")
+        raise ConfigError(
+            f"updates_per_rollout={config.updates_per_rollout}: must divide "
+            f"questions_per_step={config.questions_per_step}"
+        )
     host_list(config)
     if config.group_size < 2:
-        least = "a group needs at least 2 trajectories to compare"
-        raise ConfigError(f"group_size={config.group_size}: {least}")
+        raise ConfigError(
+            f"group_size={config.group_size}: a group needs at least 2 trajectories to compare"
+        )
 
 
 def host_list(config: Config) -> list[str]:
@@ -356,7 +361,7 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes):
     """Write aside and rename: a kill in between leaves the old file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")

@@ -74,8 +74,6 @@ def seconds_left(deadline: float) -> float:
 
 # no user, no odd characters
 PLAIN_URL = re.compile(r"(?i)https?://[^/?#@\\\x00-\x20\x7f]+([/?#][^\\\x00-\x20\x7f]*)?")
-# matches everything, if need be with an empty host
-HOST_OF_URL = re.compile(r"(?:[^/?#]*//)?(?:[^/?#]*@)?([^/?#:]*)")
 # Not public, although some Python versions call them global: multicast, protocol assignments, 6to4
 # relays, the metadata service of Azure; of IPv6 all outside 2000::/3, Teredo and its neighbours,
 # documentation.
@@ -94,7 +92,7 @@ def is_public(address: str) -> bool:
     return ip.is_global and not any(ip in ipaddress.ip_network(network) for network in NETWORKS)
 
 
-def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tuple[Url, list[str]]:
+def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tuple:
     """A plain URL's parts, and the only addresses to dial; BlockedURL if one is not public."""
     parts = Url()
     with suppress(ValueError):
@@ -116,7 +114,8 @@ def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tu
 
 def is_blocked(url: str, hosts: list[str]) -> bool:
     """Whether an address, however spelled, is at one of these (from host_list) or a subdomain."""
-    found = HOST_OF_URL.findall(url.strip().replace("\\", "/"))
+    # matches everything, if need be with an empty host
+    found = re.findall(r"(?:[^/?#]*//)?(?:[^/?#]*@)?([^/?#:]*)", url.strip().replace("\\", "/"))
     host = plain_host(unquote(found[0]))
     return any(f".{host}".endswith(f".{blocked}") for blocked in hosts)
 
@@ -135,14 +134,15 @@ class Cassette:
     run = 0  # of an evaluation's repeats
     enough = 0  # from how many calls on most failures stop the run; 0: never
 
-    def __init__(self, config: Config, path: str | Path) -> None:
+    def __init__(self, config: Config, path: str | Path):
         self.config, self.cassette = config, Path(path)
         if config.cassette_mode == "replay" and not self.cassette.is_file():
             raise ConfigError(f"cassette={str(path)!r}: cassette_mode: replay needs a recording")
         self.cassette.parent.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        columns = "key BLOB PRIMARY KEY, time REAL, reply TEXT"
-        self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns})")
+        self.db.execute(
+            "CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, time REAL, reply TEXT)"
+        )
         # all other statements wait; this one fails while another rank is at it, for all of us
         with suppress(sqlite3.OperationalError):
             self.db.execute("PRAGMA journal_mode=WAL")
@@ -206,15 +206,18 @@ class Cassette:
             count(counts, "cache_hits")
             return reply
         if mode == "replay":
-            words = "This is not in the recording that is being replayed."
-            return {"failure": ("replay_miss", words)}
+            return {
+                "failure": ("replay_miss", "This is not in the recording that is being replayed.")
+            }
         try:
             reply = {"value": produce()}
         except WebFailure as failure:
             reply = {"failure": (failure.kind, failure.words, failure.said)}
-        row = (key, time.time(), json.dumps({**reply, "made": made}))
+        text = json.dumps({**reply, "made": made})
         with self.db_lock:
-            self.db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", row)
+            self.db.execute(
+                "INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (key, time.time(), text)
+            )
         return reply
 
 
@@ -260,18 +263,18 @@ class SecureConnection(urllib3.connection.HTTPSConnection):
     response_class = DeadlineResponse
 
 
-CONNECTIONS: Any = {"http": PlainConnection, "https": SecureConnection}
+CONNECTIONS = {"http": PlainConnection, "https": SecureConnection}
 
 
 class Door(requests.adapters.HTTPAdapter):
     """The only way out of our requests.Session: what was checked is dialled, and all is limited."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config):
         super().__init__()
         self.limits, context = config, ssl.create_default_context()
         self.poolmanager = urllib3.PoolManager(100, block=True, retries=False, ssl_context=context)
 
-    def send(self, request, *_: Any, **__: Any) -> requests.Response:
+    def send(self, request, *_, **__):
         """The reply, read, whatever its status is."""
         limits, own = self.limits, ERRAND.own
         if not own and is_blocked(request.url, host_list(limits)):
@@ -289,13 +292,20 @@ class Door(requests.adapters.HTTPAdapter):
         most = limits.tool_threads + 1 if own else limits.connections_per_host
         # the certificate must be that of the name
         pinned = {"maxsize": most, "server_hostname": parts.host}
-        options: Any = {"pool_timeout": third, "redirect": False, "preload_content": False}
-        target = (request.method, parts.request_uri, request.body, request.headers)
         count(ERRAND.counts, "requests")
         try:
             pool = self.poolmanager.connection_from_host(address, parts.port, parts.scheme, pinned)
             pool.ConnectionCls = CONNECTIONS[parts.scheme]
-            reply = pool.urlopen(*target, timeout=wait, **options)
+            reply = pool.urlopen(
+                request.method,
+                parts.request_uri,
+                request.body,
+                request.headers,
+                timeout=wait,
+                pool_timeout=third,
+                redirect=False,
+                preload_content=False,
+            )
             # both: a connection with unread bytes is closed, and its place in the pool given back
             try:
                 response = self.build_response(request, reply)
@@ -312,8 +322,9 @@ class Door(requests.adapters.HTTPAdapter):
         """Decompressed, and no more of it than a page may have."""
         kind = reply.headers.get("Content-Type", "").strip().lower()
         if reply.status == 200 and not ERRAND.own and not READABLE.match(kind):
-            words = f"This is not a page to read but a file of type {kind[:60]}."
-            raise WebFailure("content_type", words)
+            raise WebFailure(
+                "content_type", f"This is not a page to read but a file of type {kind[:60]}."
+            )
         body = reply.read(self.limits.max_page_bytes + 1)
         if len(body) > self.limits.max_page_bytes:
             raise WebFailure("too_large", "The page is too large to be read.")
@@ -328,8 +339,7 @@ def status_failure(response: requests.Response) -> WebFailure:
         status = 402  # "Not enough credits" is Serper's
     reason = http.client.responses.get(status, "unknown")
     other = (f"http_{status}", f"The server answered with the error {status} ({reason}).")
-    said = server_words(body, response.request.headers)
-    return WebFailure(*STATUS.get(status, other), said)
+    return WebFailure(*STATUS.get(status, other), server_words(body, response.request.headers))
 
 
 def server_words(body: bytes, headers: Any) -> str:
@@ -353,9 +363,7 @@ def server_words(body: bytes, headers: Any) -> str:
 class Web(Cassette):
     """All traffic of one rank, by any thread; each call ends at its deadline [monotonic s]."""
 
-    def __init__(
-        self, config: Config, cassette: str | Path, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, config: Config, cassette: str | Path, rank: int = 0, world_size: int = 1):
         super().__init__(config, cassette)
         self.rank, self.world_size, self.session = rank, world_size, requests.Session()
         self.session.trust_env = False  # ~/.netrc would replace our Authorization header
@@ -373,19 +381,21 @@ class Web(Cassette):
         `own`: a service of the operator, so any address and content type, no redirects.
         """
         ERRAND.own, ERRAND.counts, ERRAND.deadline, ERRAND.attempt = own, counts, deadline, 0
-        options = {"headers": headers, "json": payload, "allow_redirects": not own}
         method = "GET" if payload is None else "POST"
         while True:
             retry_after = ""
             try:
-                response = self.session.request(method, url, **options)
+                response = self.session.request(
+                    method, url, headers=headers, json=payload, allow_redirects=not own
+                )
                 if 200 <= response.status_code < 300:
                     return response.content, response.headers.get("Content-Type", "")
                 failure = status_failure(response)
                 retry_after = response.headers.get("Retry-After", "")
             except requests.TooManyRedirects:
-                words = "The address leads from redirect to redirect without end."
-                failure = WebFailure("redirects", words)
+                failure = WebFailure(
+                    "redirects", "The address leads from redirect to redirect without end."
+                )
             except ValueError:  # what requests does not even take for an address
                 failure = BlockedURL(*REFUSED)
             except WebFailure as raised:
@@ -413,7 +423,7 @@ class Web(Cassette):
                 return reply
         raise WebFailure(*BAD_REPLY, server_words(body, headers))
 
-    def close(self) -> None:
+    def close(self):
         self.session.close()
         with self.db_lock:  # not under the hands of a thread that was given up
             self.db.close()
