@@ -11,13 +11,11 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterable, Iterator
 from configparser import ConfigParser
 from contextlib import contextmanager
 from dataclasses import asdict, make_dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
 import yaml
 
@@ -39,7 +37,6 @@ CHOICES = {
     "reader": ("engine", "openai", "extractive"),
     "cassette_mode": ("live", "record", "replay"),
 }
-MAY_BE_NEGATIVE = ("format_reward", "browse_timeout")
 MOST = {  # all others: what the libraries below can count
     "threads": 1024,
     "tool_threads": 4096,
@@ -50,7 +47,6 @@ MOST = {  # all others: what the libraries below can count
     "adam_beta1": 0.999999,
     "adam_beta2": 0.999999,
 }
-HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
 ROLES = ("search", "reader", "judge")  # the operator's services, whose failures can stop a run
 NO_FAULT = ("no_results", "no_verdict")  # kinds of failure of a service that works
 BAD_REPLY = ("bad_reply", "The service sent a reply that cannot be read.")
@@ -67,7 +63,7 @@ class WebFailure(Exception):
 
     counted = False
 
-    def __init__(self, kind: str, words: str, said: str = ""):
+    def __init__(self, kind: str, words: str, said=""):
         super().__init__(f"{kind}: {words}{said and f' It said: {said}'}")
         self.kind, self.words, self.said = kind, words, said
 
@@ -80,7 +76,7 @@ class RunStopped(Exception):
     """Why a run ends before its end, with everything saved: --resume goes on."""
 
 
-def count(counts: dict, name: str, amount: float = 1):
+def count(counts: dict, name: str, amount=1.0):
     """Add to a counter that several tool threads of one trajectory may share."""
     with COUNT_LOCK:
         counts[name] += amount
@@ -94,7 +90,7 @@ def count_failure(counts: dict, source: str, failure: WebFailure):
 
 
 @contextmanager
-def named(key: str, value: str, remedy: str = "") -> Iterator[None]:
+def named(key: str, value: str, remedy=""):
     """Whatever a library raises over a user's file, as one line of at most 400 characters that
     names key and value.
 
@@ -111,8 +107,9 @@ def named(key: str, value: str, remedy: str = "") -> Iterator[None]:
             raise
         if not isinstance(error, OSError | ValueError) or not words:
             words = f"{type(error).__name__}: {words}"
-        cause = words.rstrip(".: ")
-        raise ConfigError(f"{key}={value!r}: {cause}{remedy and '; ' + remedy}") from error
+        raise ConfigError(
+            f"{key}={value!r}: {words.rstrip('.: ')}{remedy and '; ' + remedy}"
+        ) from error
 
 
 class Config(make_dataclass("Keys", TYPES.items(), frozen=True)):  # type: ignore[misc]
@@ -121,7 +118,7 @@ class Config(make_dataclass("Keys", TYPES.items(), frozen=True)):  # type: ignor
     """
 
 
-def raise_if_down(config: Config, counts: dict, least: int = 1):
+def raise_if_down(config: Config, counts: dict, least=1):
     """RunStopped if most of at least `least` calls to a service failed (keys of metrics.jsonl)."""
     if config.cassette_mode == "replay":
         return
@@ -189,7 +186,7 @@ def read_config(key: str, folder: Path) -> dict:
     return values
 
 
-def documented() -> Iterator:
+def documented():
     """(heading, key, default, meaning) for each key, as the text of config.yaml has them."""
     heading = ""
     for line in CONFIG_FILE.read_text(encoding="utf-8").splitlines():
@@ -230,12 +227,12 @@ def check_inputs(config: Config, argv: list[str], other: str) -> list[str]:
     `other` is the program that is not running: train.py or eval.py.
     """
     typed = parse_arguments(argv)
-    reads_web = uses_web(config) or config.judge_url != ""
+    reads_web = uses_web(config) or config.judge_url
     unread = {}
     if config.search == "toy":
         remedy = "the toy web does not answer it; add --search=local --corpus=FILE"
-        unread = {"data": remedy, "eval_data": remedy}
-        unread["corpus"] = "the toy web has its own pages; add --search=local"
+        own = "the toy web has its own pages; add --search=local"
+        unread = {"data": remedy, "eval_data": remedy, "corpus": own}
     elif other == "train.py" and typed.get("data"):
         unread["eval_data"] = f"data={typed['data']!r} is read instead"
     if not reads_web:
@@ -266,12 +263,12 @@ def type_of(key: str) -> type:
     return TYPES[key]
 
 
-def nearest(name: str, known: Iterable) -> str:
+def nearest(name: str, known) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def convert(key: str, value: Any) -> Any:
+def convert(key: str, value):
     """The value in the type of this key."""
     kind = type_of(key)
     if kind is str:
@@ -293,9 +290,9 @@ def check(config: Config):
                 f"{key}={value!r}{nearest(value, choices)}; allowed: {', '.join(choices)}"
             )
     for key, value in asdict(config).items():
-        if TYPES[key] not in (int, float):
+        if isinstance(value, bool | str):
             continue
-        if key in MAY_BE_NEGATIVE:
+        if key in ("format_reward", "browse_timeout"):  # may be negative
             fits, limit = math.isfinite(value), "a finite number"
         elif DEFAULTS[key] == 0 or " 0: " in f" {MEANINGS[key]}":  # it says what 0 stands for
             fits, limit = value >= 0, "at least 0"
@@ -332,7 +329,7 @@ def host_list(config: Config) -> list[str]:
     hosts = []
     for word in config.blocked_hosts.split() or [""]:
         host = plain_host(word)
-        if not HOST.fullmatch(host):
+        if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+", host):
             raise ConfigError(
                 f"blocked_hosts={config.blocked_hosts!r}: {word!r} is no host; write auto, none, "
                 "or names like huggingface.co separated by spaces (no http://, port or *: "

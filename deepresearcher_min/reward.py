@@ -15,9 +15,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from deepresearcher_min.config import BAD_REPLY, ROOT, Config, WebFailure, count, named
 from deepresearcher_min.grpo import group_advantages
@@ -80,12 +78,14 @@ def reward(trajectory: Trajectory, config: Config) -> float:
     Raises ValueError for what the harness ended (deadline, cancelled): it says nothing about the
     policy.
     """
-    whose = f"question {trajectory.question.id!r}"
     if trajectory.stop_reason not in POLICY_STOPS:
-        raise ValueError(f"{whose}: a {trajectory.stop_reason} trajectory has no reward")
+        raise ValueError(
+            f"question {trajectory.question.id!r}: a {trajectory.stop_reason} trajectory has no "
+            "reward"
+        )
     if trajectory.stop_reason != "answer":
         return config.format_reward
-    assert trajectory.answer is not None, f"{whose} stopped with an answer: there is none"
+    assert trajectory.answer is not None, "stopped with an answer: there is none"
     return f1_score(trajectory.answer, trajectory.question.answers)
 
 
@@ -116,7 +116,7 @@ def explain(trajectory: Trajectory, config: Config) -> str:
     )
 
 
-def judge(question: Question, trajectories: list[Trajectory], config: Config, step: int) -> Group:
+def judge(question: Question, trajectories: list, config: Config, step: int) -> Group:
     """Rewards and advantages of one question's trajectories; what the harness ended is left out."""
     kept = [one for one in trajectories if one.stop_reason in POLICY_STOPS]
     rewards = [reward(one, config) for one in kept]
@@ -133,15 +133,13 @@ def judge(question: Question, trajectories: list[Trajectory], config: Config, st
 # by endpoint and model: the names of parameters that it refuses
 LEFT_OUT: dict = {}
 # what a message that refuses a parameter calls it
-PARAMETER = re.compile(
+PARAMETER = (
     r"(?i)\b(?:(?P<temperature>temperature)|(?P<max_tokens>max[_ ]?tokens)"
     r"|(?P<max_completion_tokens>max_completion_tokens))\b"
 )
 
 
-def ask_model(
-    web: Any, url: str, key: str, payload: Any, counts: Counter, deadline: float
-) -> tuple:
+def ask_model(web, url: str, key: str, payload: dict, counts: Counter, deadline: float) -> tuple:
     """(text, tokens) of a chat completion; (None, 0) without text. `web` is a web.Web.
 
     `key`: the environment variable of the key. Parameters that the endpoint refuses by name are
@@ -178,10 +176,10 @@ def ask_model(
     return text, len(f"{payload['messages']}{text}") // 4  # an estimate
 
 
-def refused_parameter(failure: WebFailure, sent: dict) -> Any:
+def refused_parameter(failure: WebFailure, sent: dict):
     """The first of them that an endpoint's words name; raises the failure if it is no refusal."""
     if failure.kind in ("http_400", "http_422") and "context length" not in failure.said:
-        for found in PARAMETER.finditer(failure.said):
+        for found in re.finditer(PARAMETER, failure.said):
             if found.lastgroup in sent:
                 return found.lastgroup
     raise failure
@@ -200,7 +198,7 @@ def judge_rules(config: Config) -> str:
     return rules
 
 
-def judge_messages(rules: str, question: str, golds: list[str], given: str) -> list:
+def judge_messages(rules: str, question: str, golds: list, given: str) -> list:
     """What the judge is asked: rules before the case, or rules with fields, filled in, as the
     official scorer does.
     """
@@ -225,7 +223,7 @@ def parse_verdict(reply: str) -> float | None:
     return 0.0 if verdict[1] else 1.0
 
 
-def ask_judge(trajectory: Trajectory, config: Config, web: Any, counts: Counter) -> float | None:
+def ask_judge(trajectory: Trajectory, config: Config, web, counts: Counter) -> float | None:
     """MBE, a language model's verdict on an answer: 1 or 0; None, counted as fail_judge_*, where
     there is no verdict. `web` is a web.Web.
 
@@ -238,7 +236,7 @@ def ask_judge(trajectory: Trajectory, config: Config, web: Any, counts: Counter)
     if config.judge_normalize:
         golds = [*map(str.lower, golds)]
         answer = " ".join(words(answer))
-    url = config.judge_url.rstrip("/") + "/chat/completions"
+    url = f"{config.judge_url.rstrip('/')}/chat/completions"
     payload = {
         "model": config.judge_model,
         "messages": judge_messages(judge_rules(config), trajectory.question.text, golds, answer),
@@ -246,7 +244,7 @@ def ask_judge(trajectory: Trajectory, config: Config, web: Any, counts: Counter)
     }
     deadline = time.monotonic() + config.tool_timeout
 
-    def ask() -> float:
+    def ask():
         for _ in range(3):  # replies without a verdict, before an answer stays without one
             text, tokens = ask_model(web, url, "JUDGE_API_KEY", payload, counts, deadline)
             count(counts, "usd", tokens * config.price_judge_token)
@@ -285,26 +283,27 @@ def measures(trajectory: Trajectory) -> dict:
     }
 
 
-def step_sums(groups: list[Group], rollouts: list) -> Counter:
+def step_sums(groups: list, rollouts: list) -> Counter:
     """Sums over this rank's share of a step: the measures of what the policy ended, and costs of
     all.
     """
     sums: Counter = Counter({"groups": len(groups), "lost": 0, "cost_usd": 0.0})
-    for trajectory in chain(*rollouts):
-        for name, amount in trajectory.cost.items():
-            sums[f"cost_{name}"] += amount  # type: ignore[assignment]
-        if trajectory.stop_reason in POLICY_STOPS:
-            sums.update(measures(trajectory))
-        else:
-            sums["lost"] += 1
+    for rollout in rollouts:
+        for trajectory in rollout:
+            for name, amount in trajectory.cost.items():
+                sums[f"cost_{name}"] += amount
+            if trajectory.stop_reason in POLICY_STOPS:
+                sums.update(measures(trajectory))
+            else:
+                sums["lost"] += 1
     for group in groups:
         sums["tied_groups"] += not any(group.advantages)
         for value in group.rewards:
-            sums["reward"] += value  # type: ignore[assignment]
+            sums["reward"] += value
     return sums
 
 
-def summarize(trajectories: list[Trajectory]) -> dict:
+def summarize(trajectories: list) -> dict:
     """Means of `measures` over the trajectories that the policy ended; n, their number; F1 by hops
     on the toy.
     """
