@@ -11,24 +11,22 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterable, Iterator
 from configparser import ConfigParser
 from contextlib import contextmanager
 from dataclasses import asdict, make_dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = ROOT / "config.yaml"
 try:
-    DEFAULTS: dict[str, Any] = yaml.safe_load(CONFIG_FILE.read_bytes())
+    DEFAULTS = yaml.safe_load(CONFIG_FILE.read_bytes())
 except yaml.YAMLError as error:  # an import cannot raise in one line
     print(f"{CONFIG_FILE} cannot be read: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
-PRESETS: dict[str, dict[str, Any]] = DEFAULTS.pop("presets")
+PRESETS = DEFAULTS.pop("presets")
 TYPES = {key: type(value) for key, value in DEFAULTS.items()}  # bool, int, float or str
 CHOICES = {
     "preset": tuple(PRESETS),
@@ -39,7 +37,6 @@ CHOICES = {
     "reader": ("engine", "openai", "extractive"),
     "cassette_mode": ("live", "record", "replay"),
 }
-MAY_BE_NEGATIVE = ("format_reward", "browse_timeout")
 MOST = {  # all others: what the libraries below can count
     "threads": 1024,
     "tool_threads": 4096,
@@ -50,7 +47,6 @@ MOST = {  # all others: what the libraries below can count
     "adam_beta1": 0.999999,
     "adam_beta2": 0.999999,
 }
-HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
 ROLES = ("search", "reader", "judge")  # the operator's services, whose failures can stop a run
 NO_FAULT = ("no_results", "no_verdict")  # kinds of failure of a service that works
 BAD_REPLY = ("bad_reply", "The service sent a reply that cannot be read.")
@@ -67,8 +63,8 @@ class WebFailure(Exception):
 
     counted = False
 
-    def __init__(self, kind: str, words: str, said: str = "") -> None:
-        super().__init__(f"{kind}: {words}" + (f" It said: {said}" if said else ""))
+    def __init__(self, kind: str, words: str, said=""):
+        super().__init__(f"{kind}: {words}{said and f' It said: {said}'}")
         self.kind, self.words, self.said = kind, words, said
 
 
@@ -80,13 +76,13 @@ class RunStopped(Exception):
     """Why a run ends before its end, with everything saved: --resume goes on."""
 
 
-def count(counts: dict, name: str, amount: float = 1) -> None:
+def count(counts: dict, name: str, amount=1.0):
     """Add to a counter that several tool threads of one trajectory may share."""
     with COUNT_LOCK:
         counts[name] += amount
 
 
-def count_failure(counts: dict, source: str, failure: WebFailure) -> None:
+def count_failure(counts: dict, source: str, failure: WebFailure):
     """As fail_<source>_<kind>, once for each failure, however many see it on its way."""
     if not failure.counted:
         failure.counted = True
@@ -94,7 +90,7 @@ def count_failure(counts: dict, source: str, failure: WebFailure) -> None:
 
 
 @contextmanager
-def named(key: str, value: str, remedy: str = "") -> Iterator[None]:
+def named(key: str, value: str, remedy=""):
     """Whatever a library raises over a user's file, as one line of at most 400 characters that
     names key and value.
 
@@ -111,8 +107,9 @@ def named(key: str, value: str, remedy: str = "") -> Iterator[None]:
             raise
         if not isinstance(error, OSError | ValueError) or not words:
             words = f"{type(error).__name__}: {words}"
-        cause = words.rstrip(".: ")
-        raise ConfigError(f"{key}={value!r}: {cause}{remedy and '; ' + remedy}") from error
+        raise ConfigError(
+            f"{key}={value!r}: {words.rstrip('.: ')}{remedy and '; ' + remedy}"
+        ) from error
 
 
 class Config(make_dataclass("Keys", TYPES.items(), frozen=True)):  # type: ignore[misc]
@@ -121,19 +118,20 @@ class Config(make_dataclass("Keys", TYPES.items(), frozen=True)):  # type: ignor
     """
 
 
-def raise_if_down(config: Config, counts: dict, least: int = 1) -> None:
+def raise_if_down(config: Config, counts: dict, least=1):
     """RunStopped if most of at least `least` calls to a service failed (keys of metrics.jsonl)."""
     if config.cassette_mode == "replay":
         return
     for role in ROLES:
         calls, failed = counts.get(f"cost_{role}_calls", 0), counts.get(f"cost_{role}_failed", 0)
         if calls >= least and failed > calls / 2:
-            share = f"{failed:.0f} of {calls:.0f} calls to the {role} service failed"
-            last = LAST_WORDS.get(role, "see the other ranks")
-            raise RunStopped(f"{share}. The last one: {last}")
+            raise RunStopped(
+                f"{failed:.0f} of {calls:.0f} calls to the {role} service failed. "
+                f"The last one: {LAST_WORDS.get(role, 'see the other ranks')}"
+            )
 
 
-def load_config(argv: list[str], base: dict[str, Any] | None = None) -> Config:
+def load_config(argv: list[str], base: dict | None = None) -> Config:
     """The values of config.yaml, then the preset's, then every --key=value (or --key value) of
     argv.
 
@@ -148,12 +146,11 @@ def load_config(argv: list[str], base: dict[str, Any] | None = None) -> Config:
     return config
 
 
-def parse_arguments(argv: list[str]) -> dict[str, str]:
+def parse_arguments(argv: list[str]) -> dict:
     """['--lr=1e-4', '--steps', '5', '--resume'] -> {'lr': '1e-4', 'steps': '5', 'resume':
     'newest'}.
     """
-    typed = {}
-    rest = list(argv)
+    typed, rest = {}, list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
@@ -176,7 +173,7 @@ def parse_arguments(argv: list[str]) -> dict[str, str]:
     return typed
 
 
-def read_config(key: str, folder: Path) -> dict[str, Any]:
+def read_config(key: str, folder: Path) -> dict:
     """The values in the config.yaml of the run that `key` names; ConfigError where that is no file
     of keys.
     """
@@ -189,7 +186,7 @@ def read_config(key: str, folder: Path) -> dict[str, Any]:
     return values
 
 
-def documented() -> Iterator[tuple[str, ...]]:
+def documented():
     """(heading, key, default, meaning) for each key, as the text of config.yaml has them."""
     heading = ""
     for line in CONFIG_FILE.read_text(encoding="utf-8").splitlines():
@@ -211,8 +208,7 @@ def help_text() -> str:
         if heading != last:
             text += f"\n\n{heading}:"
             last = heading
-        option = f"--{key}={default}"
-        text += f"\n{option:<32} {meaning}"
+        text += f"\n{f'--{key}={default}':<32} {meaning}"
     return text
 
 
@@ -231,12 +227,12 @@ def check_inputs(config: Config, argv: list[str], other: str) -> list[str]:
     `other` is the program that is not running: train.py or eval.py.
     """
     typed = parse_arguments(argv)
-    reads_web = uses_web(config) or config.judge_url != ""
+    reads_web = uses_web(config) or config.judge_url
     unread = {}
     if config.search == "toy":
         remedy = "the toy web does not answer it; add --search=local --corpus=FILE"
-        unread = {"data": remedy, "eval_data": remedy}
-        unread["corpus"] = "the toy web has its own pages; add --search=local"
+        own = "the toy web has its own pages; add --search=local"
+        unread = {"data": remedy, "eval_data": remedy, "corpus": own}
     elif other == "train.py" and typed.get("data"):
         unread["eval_data"] = f"data={typed['data']!r} is read instead"
     if not reads_web:
@@ -267,12 +263,12 @@ def type_of(key: str) -> type:
     return TYPES[key]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def convert(key: str, value: Any) -> Any:
+def convert(key: str, value):
     """The value in the type of this key."""
     kind = type_of(key)
     if kind is str:
@@ -286,16 +282,17 @@ def convert(key: str, value: Any) -> Any:
         raise ConfigError(f"{key}={value!r}: {wanted}") from None
 
 
-def check(config: Config) -> None:
+def check(config: Config):
     for key, choices in CHOICES.items():
         value = getattr(config, key)
         if value not in choices:
-            hint = f"{nearest(value, choices)}; allowed: {', '.join(choices)}"
-            raise ConfigError(f"{key}={value!r}{hint}")
+            raise ConfigError(
+                f"{key}={value!r}{nearest(value, choices)}; allowed: {', '.join(choices)}"
+            )
     for key, value in asdict(config).items():
-        if TYPES[key] not in (int, float):
+        if isinstance(value, bool | str):
             continue
-        if key in MAY_BE_NEGATIVE:
+        if key in ("format_reward", "browse_timeout"):  # may be negative
             fits, limit = math.isfinite(value), "a finite number"
         elif DEFAULTS[key] == 0 or " 0: " in f" {MEANINGS[key]}":  # it says what 0 stands for
             fits, limit = value >= 0, "at least 0"
@@ -307,15 +304,20 @@ def check(config: Config) -> None:
         if value > most:
             raise ConfigError(f"{key}={value}: must be at most {most:.10g}")
     if config.max_turn_tokens >= config.max_model_len:
-        limit = f"max_model_len={config.max_model_len}"
-        raise ConfigError(f"max_turn_tokens={config.max_turn_tokens}: must be less than {limit}")
+        raise ConfigError(
+            f"max_turn_tokens={config.max_turn_tokens}: must be less than "
+            f"max_model_len={config.max_model_len}"
+        )
     if config.questions_per_step % config.updates_per_rollout:
-        whole = f"questions_per_step={config.questions_per_step}"
-        raise ConfigError(f"updates_per_rollout={config.updates_per_rollout}: must divide {whole}")
+        raise ConfigError(
+            f"updates_per_rollout={config.updates_per_rollout}: must divide "
+            f"questions_per_step={config.questions_per_step}"
+        )
     host_list(config)
     if config.group_size < 2:
-        least = "a group needs at least 2 trajectories to compare"
-        raise ConfigError(f"group_size={config.group_size}: {least}")
+        raise ConfigError(
+            f"group_size={config.group_size}: a group needs at least 2 trajectories to compare"
+        )
 
 
 def host_list(config: Config) -> list[str]:
@@ -327,7 +329,7 @@ def host_list(config: Config) -> list[str]:
     hosts = []
     for word in config.blocked_hosts.split() or [""]:
         host = plain_host(word)
-        if not HOST.fullmatch(host):
+        if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+", host):
             raise ConfigError(
                 f"blocked_hosts={config.blocked_hosts!r}: {word!r} is no host; write auto, none, "
                 "or names like huggingface.co separated by spaces (no http://, port or *: "
@@ -356,7 +358,7 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes):
     """Write aside and rename: a kill in between leaves the old file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")

@@ -14,13 +14,10 @@ import string
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from deepresearcher_min.config import BAD_REPLY, Config, WebFailure, count, named
+from deepresearcher_min.config import BAD_REPLY, ROOT, Config, WebFailure, count, named
 from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Trajectory
 
@@ -32,7 +29,6 @@ FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
     "length": "its last turn reached the limit of tokens for a turn (max_turn_tokens)",
     "context": "it reached the limit of tokens for a whole trajectory (max_model_len)",
 }
-JUDGE_RULES = Path(__file__).parents[1] / "prompts/judge.txt"
 # In a judge_prompt_file, as in the official prompt.
 JUDGE_FIELDS = re.compile(r"\{(question|gt_answer|pred_answer)\}")
 
@@ -44,7 +40,7 @@ def words(text: str) -> list[str]:
     return text.lower().translate(PUNCTUATION_TO_SPACE).split()
 
 
-def f1_score(prediction: str, answers: Sequence[str]) -> float:
+def f1_score(prediction: str, answers: list | tuple) -> float:
     """Word-level F1, best over the gold answers: 'downtown diner' against ['A DINER'] is 1/2 (the
     official scorer).
 
@@ -67,7 +63,7 @@ def f1_score(prediction: str, answers: Sequence[str]) -> float:
     return best
 
 
-def exact_match(prediction: str, answers: Sequence[str]) -> float:
+def exact_match(prediction: str, answers: list | tuple) -> float:
     """1.0 if the prediction's words equal those of a gold answer, in order, else 0.0 (the official
     scorer).
     """
@@ -82,12 +78,14 @@ def reward(trajectory: Trajectory, config: Config) -> float:
     Raises ValueError for what the harness ended (deadline, cancelled): it says nothing about the
     policy.
     """
-    whose = f"question {trajectory.question.id!r}"
     if trajectory.stop_reason not in POLICY_STOPS:
-        raise ValueError(f"{whose}: a {trajectory.stop_reason} trajectory has no reward")
+        raise ValueError(
+            f"question {trajectory.question.id!r}: a {trajectory.stop_reason} trajectory has no "
+            "reward"
+        )
     if trajectory.stop_reason != "answer":
         return config.format_reward
-    assert trajectory.answer is not None, f"{whose} stopped with an answer: there is none"
+    assert trajectory.answer is not None, "stopped with an answer: there is none"
     return f1_score(trajectory.answer, trajectory.question.answers)
 
 
@@ -118,9 +116,7 @@ def explain(trajectory: Trajectory, config: Config) -> str:
     )
 
 
-def judge(
-    question: Question, trajectories: Sequence[Trajectory], config: Config, step: int
-) -> Group:
+def judge(question: Question, trajectories: list, config: Config, step: int) -> Group:
     """Rewards and advantages of one question's trajectories; what the harness ended is left out."""
     kept = [one for one in trajectories if one.stop_reason in POLICY_STOPS]
     rewards = [reward(one, config) for one in kept]
@@ -137,15 +133,13 @@ def judge(
 # by endpoint and model: the names of parameters that it refuses
 LEFT_OUT: dict = {}
 # what a message that refuses a parameter calls it
-PARAMETER = re.compile(
+PARAMETER = (
     r"(?i)\b(?:(?P<temperature>temperature)|(?P<max_tokens>max[_ ]?tokens)"
     r"|(?P<max_completion_tokens>max_completion_tokens))\b"
 )
 
 
-def ask_model(
-    web: Any, url: str, key: str, payload: Any, counts: Counter, deadline: float
-) -> tuple[str | None, int]:
+def ask_model(web, url: str, key: str, payload: dict, counts: Counter, deadline: float) -> tuple:
     """(text, tokens) of a chat completion; (None, 0) without text. `web` is a web.Web.
 
     `key`: the environment variable of the key. Parameters that the endpoint refuses by name are
@@ -172,8 +166,9 @@ def ask_model(
     if len(refused) > len(known):
         known[:] = refused
         if web.rank == 0:
-            words = f"{url} refuses {', '.join(refused)}, and is asked without: {said}"
-            print(words, file=sys.stderr, flush=True)
+            print(
+                f"{url} refuses {', '.join(refused)}, and is asked without: {said}", file=sys.stderr
+            )
     if not isinstance(text, str):
         return None, 0
     with suppress(LookupError, TypeError):
@@ -181,10 +176,10 @@ def ask_model(
     return text, len(f"{payload['messages']}{text}") // 4  # an estimate
 
 
-def refused_parameter(failure: WebFailure, sent: dict) -> Any:
+def refused_parameter(failure: WebFailure, sent: dict):
     """The first of them that an endpoint's words name; raises the failure if it is no refusal."""
     if failure.kind in ("http_400", "http_422") and "context length" not in failure.said:
-        for found in PARAMETER.finditer(failure.said):
+        for found in re.finditer(PARAMETER, failure.said):
             if found.lastgroup in sent:
                 return found.lastgroup
     raise failure
@@ -193,14 +188,17 @@ def refused_parameter(failure: WebFailure, sent: dict) -> Any:
 def judge_rules(config: Config) -> str:
     """The text of judge_prompt_file, or ours; ConfigError where it cannot be used."""
     with named("judge_prompt_file", config.judge_prompt_file):
-        rules = Path(config.judge_prompt_file or JUDGE_RULES).read_text(encoding="utf-8")
+        rules = Path(config.judge_prompt_file or ROOT / "prompts/judge.txt").read_text(
+            encoding="utf-8"
+        )
         if len(set(JUDGE_FIELDS.findall(rules))) in (1, 2):
-            fields = "{question}, {gt_answer} and {pred_answer}"
-            raise ValueError(f"must hold all of {fields}, or none of them")
+            raise ValueError(
+                "must hold all of {question}, {gt_answer} and {pred_answer}, or none of them"
+            )
     return rules
 
 
-def judge_messages(rules: str, question: str, golds: list[str], given: str) -> list[dict[str, str]]:
+def judge_messages(rules: str, question: str, golds: list, given: str) -> list:
     """What the judge is asked: rules before the case, or rules with fields, filled in, as the
     official scorer does.
     """
@@ -225,7 +223,7 @@ def parse_verdict(reply: str) -> float | None:
     return 0.0 if verdict[1] else 1.0
 
 
-def ask_judge(trajectory: Trajectory, config: Config, web: Any, counts: Counter) -> float | None:
+def ask_judge(trajectory: Trajectory, config: Config, web, counts: Counter) -> float | None:
     """MBE, a language model's verdict on an answer: 1 or 0; None, counted as fail_judge_*, where
     there is no verdict. `web` is a web.Web.
 
@@ -238,7 +236,7 @@ def ask_judge(trajectory: Trajectory, config: Config, web: Any, counts: Counter)
     if config.judge_normalize:
         golds = [*map(str.lower, golds)]
         answer = " ".join(words(answer))
-    url = config.judge_url.rstrip("/") + "/chat/completions"
+    url = f"{config.judge_url.rstrip('/')}/chat/completions"
     payload = {
         "model": config.judge_model,
         "messages": judge_messages(judge_rules(config), trajectory.question.text, golds, answer),
@@ -246,7 +244,7 @@ def ask_judge(trajectory: Trajectory, config: Config, web: Any, counts: Counter)
     }
     deadline = time.monotonic() + config.tool_timeout
 
-    def ask() -> float:
+    def ask():
         for _ in range(3):  # replies without a verdict, before an answer stays without one
             text, tokens = ask_model(web, url, "JUDGE_API_KEY", payload, counts, deadline)
             count(counts, "usd", tokens * config.price_judge_token)
@@ -264,7 +262,7 @@ def ask_judge(trajectory: Trajectory, config: Config, web: Any, counts: Counter)
 # --- measures: what is told about trajectories
 
 
-def measures(trajectory: Trajectory) -> dict[str, float]:
+def measures(trajectory: Trajectory) -> dict:
     """What counts about one trajectory: f1 and em (0 without an answer), format_errors (0 or 1),
     calls, tokens, costs.
     """
@@ -285,31 +283,32 @@ def measures(trajectory: Trajectory) -> dict[str, float]:
     }
 
 
-def step_sums(groups: Sequence[Group], rollouts: Sequence[Sequence[Trajectory]]) -> Counter[str]:
+def step_sums(groups: list, rollouts: list) -> Counter:
     """Sums over this rank's share of a step: the measures of what the policy ended, and costs of
     all.
     """
-    sums: Counter[str] = Counter({"groups": len(groups), "lost": 0, "cost_usd": 0.0})
-    for trajectory in chain(*rollouts):
-        for name, amount in trajectory.cost.items():
-            sums[f"cost_{name}"] += amount  # type: ignore[assignment]
-        if trajectory.stop_reason in POLICY_STOPS:
-            sums.update(measures(trajectory))
-        else:
-            sums["lost"] += 1
+    sums: Counter = Counter({"groups": len(groups), "lost": 0, "cost_usd": 0.0})
+    for rollout in rollouts:
+        for trajectory in rollout:
+            for name, amount in trajectory.cost.items():
+                sums[f"cost_{name}"] += amount
+            if trajectory.stop_reason in POLICY_STOPS:
+                sums.update(measures(trajectory))
+            else:
+                sums["lost"] += 1
     for group in groups:
         sums["tied_groups"] += not any(group.advantages)
         for value in group.rewards:
-            sums["reward"] += value  # type: ignore[assignment]
+            sums["reward"] += value
     return sums
 
 
-def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+def summarize(trajectories: list) -> dict:
     """Means of `measures` over the trajectories that the policy ended; n, their number; F1 by hops
     on the toy.
     """
     sums = step_sums([], [trajectories])
-    scores: dict[str, float] = {"n": sums["trajectories"]}
+    scores: dict = {"n": sums["trajectories"]}
     for name in ("f1", "em", "format_errors", "calls", "searches", "pages"):
         scores[name] = mean(sums, name)
     for hops in ("1hop", "2hop"):
@@ -320,11 +319,11 @@ def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     return scores
 
 
-def mean(sums: Counter[str], name: str) -> float:
+def mean(sums: Counter, name: str) -> float:
     return sums[name] / max(1, sums["trajectories"])
 
 
-def step_means(sums: Counter[str]) -> dict[str, float]:
+def step_means(sums: Counter) -> dict:
     """Means over the trajectories of all ranks; lost and cost_... stay totals.
 
     `tied` is the share of groups, `failed` that of the calls to pages and services.
@@ -334,7 +333,7 @@ def step_means(sums: Counter[str]) -> dict[str, float]:
     means["tied"] = sums["tied_groups"] / max(1, sums["groups"])
     asked = failed = 0
     for name, total in sums.items():
-        if name.startswith("cost_") or name == "lost":
+        if name.startswith(("cost_", "lost")):
             means[name] = total
         if name.endswith("_calls"):  # cost_search_calls, cost_page_calls, ...
             asked += total

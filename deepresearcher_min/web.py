@@ -1,8 +1,8 @@
 """The only place that opens a socket to the web: search.py and browse.py go through it.
 
-Failures (kinds, and words for the model) · addresses (which may be opened) · the cassette (cache
-and recording at once) · the exchange (the only adapter of our one requests.Session: whatever that
-sends, redirects too, is checked, pinned and limited there) · Web, for pages and services. Every
+Failures (kinds, and words for the model) · addresses (which may be opened) · the exchange (the
+only adapter of our one requests.Session: whatever that sends, redirects too, is checked, pinned and
+limited there) · Web, for pages and services, with its cassette (cache and recording at once). Every
 wait ends at the deadline of the tool call.
 
 Left out: cookies, scripts, robots.txt, HTTP/2, proxies, ~/.netrc. Retries are a loop of ours:
@@ -29,13 +29,12 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 from urllib.parse import unquote
 
 import requests
 import urllib3
 from urllib3 import exceptions as errors
-from urllib3.util import Url, parse_url
+from urllib3.util import parse_url
 
 from deepresearcher_min.config import (
     BAD_REPLY,
@@ -56,10 +55,14 @@ from deepresearcher_min.config import (
 
 TIMEOUT = ("timeout", "The server did not answer in time.")
 CONNECTION = ("connection", "The connection to the server failed.")
-ONLY_PUBLIC = "Only plain http and https addresses of the public internet can be opened."
-REFUSED = ("refused_address", ONLY_PUBLIC)
-DATA_SETS = "This host is blocked: data sets are kept there, with the answers to questions."
-BLOCKED = ("blocked_host", DATA_SETS)
+REFUSED = (
+    "refused_address",
+    "Only plain http and https addresses of the public internet can be opened.",
+)
+BLOCKED = (
+    "blocked_host",
+    "This host is blocked: data sets are kept there, with the answers to questions.",
+)
 
 
 def seconds_left(deadline: float) -> float:
@@ -73,9 +76,7 @@ def seconds_left(deadline: float) -> float:
 # --- addresses: which may be opened
 
 # no user, no odd characters
-PLAIN_URL = re.compile(r"(?i)https?://[^/?#@\\\x00-\x20\x7f]+([/?#][^\\\x00-\x20\x7f]*)?")
-# matches everything, if need be with an empty host
-HOST_OF_URL = re.compile(r"(?:[^/?#]*//)?(?:[^/?#]*@)?([^/?#:]*)")
+PLAIN_URL = r"(?i)https?://[^/?#@\\\x00-\x20\x7f]+([/?#][^\\\x00-\x20\x7f]*)?"
 # Not public, although some Python versions call them global: multicast, protocol assignments, 6to4
 # relays, the metadata service of Azure; of IPv6 all outside 2000::/3, Teredo and its neighbours,
 # documentation.
@@ -94,11 +95,11 @@ def is_public(address: str) -> bool:
     return ip.is_global and not any(ip in ipaddress.ip_network(network) for network in NETWORKS)
 
 
-def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tuple[Url, list[str]]:
+def check_url(url: str, allow_private=False, seconds=5.0) -> tuple:
     """A plain URL's parts, and the only addresses to dial; BlockedURL if one is not public."""
-    parts = Url()
+    parts = parse_url("")
     with suppress(ValueError):
-        parts = parse_url(url if PLAIN_URL.fullmatch(url) else "")
+        parts = parse_url(url if re.fullmatch(PLAIN_URL, url) else "")
     host = (parts.host or "").strip("[]")
     if not host or not (allow_private or parts.port in (None, 80, 443)):
         raise BlockedURL(*REFUSED)
@@ -116,12 +117,13 @@ def check_url(url: str, allow_private: bool = False, seconds: float = 5.0) -> tu
 
 def is_blocked(url: str, hosts: list[str]) -> bool:
     """Whether an address, however spelled, is at one of these (from host_list) or a subdomain."""
-    found = HOST_OF_URL.findall(url.strip().replace("\\", "/"))
+    # matches everything, if need be with an empty host
+    found = re.findall(r"(?:[^/?#]*//)?(?:[^/?#]*@)?([^/?#:]*)", url.strip().replace("\\", "/"))
     host = plain_host(unquote(found[0]))
     return any(f".{host}".endswith(f".{blocked}") for blocked in hosts)
 
 
-# --- the cassette: cache and recording at once
+# --- what made a cached reply
 
 
 def code_of(file: str, *packages: str) -> str:
@@ -129,20 +131,176 @@ def code_of(file: str, *packages: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() + "".join(map(version, packages))
 
 
-class Cassette:
-    """One SQLite file for all ranks of a node (on a local disk), safe for threads and kill -9."""
+# --- the exchange: one request and its reply
+
+USER_AGENT = "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)"
+# content types of pages
+READABLE = r"$|text/(html|plain|markdown)|application/(xhtml\+xml|pdf)"
+QUOTA = ("quota", "The quota of the service is used up.")
+NO_ACCESS = ("unauthorized", "The server refused access.")
+BUSY = ("rate_limited", "The server answered with the error 429 (Too Many Requests).")
+STATUS = {401: NO_ACCESS, 402: QUOTA, 403: NO_ACCESS, 429: BUSY, 432: QUOTA}
+# what urllib3 raises; all else is a CONNECTION that failed
+RAISED = {
+    errors.SSLError: ("tls", "No secure connection to the server is possible."),
+    errors.ConnectTimeoutError: TIMEOUT,
+    errors.ReadTimeoutError: TIMEOUT,
+    errors.EmptyPoolError: TIMEOUT,
+}
+# what this thread is fetching: .own (from a service of the operator), .attempt, .counts, .deadline
+ERRAND = threading.local()
+
+
+class DeadlineResponse(http.client.HTTPResponse):
+    """Head and body end at the deadline: a limit of silence never meets a byte every second."""
+
+    def __init__(self, sock, *args, **kwargs):
+        super().__init__(sock, *args, **kwargs)
+        receive = self.fp.raw.readinto  # of the buffered file just made over the socket
+
+        def receive_in_time(buffer):
+            sock.settimeout(min(seconds_left(ERRAND.deadline), sock.gettimeout()))
+            return receive(buffer)
+
+        self.fp.raw.readinto = receive_in_time
+
+
+class PlainConnection(urllib3.connection.HTTPConnection):
+    response_class = DeadlineResponse
+
+
+class SecureConnection(urllib3.connection.HTTPSConnection):
+    response_class = DeadlineResponse
+
+
+CONNECTIONS = {"http": PlainConnection, "https": SecureConnection}
+
+
+class Door(requests.adapters.HTTPAdapter):
+    """The only way out of our requests.Session: what was checked is dialled, and all is limited."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.limits = config
+        self.poolmanager = urllib3.PoolManager(
+            100, block=True, retries=False, ssl_context=ssl.create_default_context()
+        )
+
+    def send(self, request, *_, **__):
+        """The reply, read, whatever its status is."""
+        limits, own = self.limits, ERRAND.own
+        if not own and is_blocked(request.url, host_list(limits)):
+            raise BlockedURL(*BLOCKED)
+        parts, addresses = check_url(
+            request.url, own or limits.allow_private_hosts, seconds_left(ERRAND.deadline)
+        )
+        address = addresses[ERRAND.attempt % len(addresses)]  # they take turns
+        request.headers["Host"] = parts.netloc
+        # each for a place in the pool, the connection and its TLS: together in time
+        third = seconds_left(ERRAND.deadline) / 3
+        silence = limits.read_timeout
+        # a language model says nothing until it has said all
+        if request.url.endswith("/chat/completions"):
+            silence = 3 * third
+        # the certificate must be that of the name
+        pinned = {
+            "maxsize": limits.tool_threads + 1 if own else limits.connections_per_host,
+            "server_hostname": parts.host,
+        }
+        count(ERRAND.counts, "requests")
+        try:
+            pool = self.poolmanager.connection_from_host(address, parts.port, parts.scheme, pinned)
+            pool.ConnectionCls = CONNECTIONS[parts.scheme]
+            reply = pool.urlopen(
+                request.method,
+                parts.request_uri,
+                request.body,
+                request.headers,
+                timeout=urllib3.Timeout(connect=min(limits.connect_timeout, third), read=silence),
+                pool_timeout=third,
+                redirect=False,
+                preload_content=False,
+            )
+            # both: a connection with unread bytes is closed, and its place in the pool given back
+            try:
+                response = self.build_response(request, reply)
+                # read already, and without cookies that the session could keep
+                response.raw = io.BytesIO(self.body_of(reply))
+                return response
+            finally:
+                reply.close()
+                reply.release_conn()
+        except (errors.HTTPError, OSError, ValueError) as error:
+            raise WebFailure(*RAISED.get(type(error), CONNECTION)) from None
+
+    def body_of(self, reply) -> bytes:
+        """Decompressed, and no more of it than a page may have."""
+        kind = reply.headers.get("Content-Type", "").strip().lower()
+        if reply.status == 200 and not ERRAND.own and not re.match(READABLE, kind):
+            raise WebFailure(
+                "content_type", f"This is not a page to read but a file of type {kind[:60]}."
+            )
+        body = reply.read(self.limits.max_page_bytes + 1)
+        if len(body) > self.limits.max_page_bytes:
+            raise WebFailure("too_large", "The page is too large to be read.")
+        count(ERRAND.counts, "bytes", reply.tell())
+        return body
+
+
+def status_failure(response: requests.Response) -> WebFailure:
+    """What a reply that is no success means."""
+    status, body = response.status_code, response.content
+    if status == 400 and b"credit" in body[:1000].lower():
+        status = 402  # "Not enough credits" is Serper's
+    other = (
+        f"http_{status}",
+        f"The server answered with the error {status} "
+        f"({http.client.responses.get(status, 'unknown')}).",
+    )
+    return WebFailure(*STATUS.get(status, other), server_words(body, response.request.headers))
+
+
+def server_words(body: bytes, headers) -> str:
+    """The texts of an error's JSON, or its text without tags; shortened, and without our key."""
+    said = body[:10_000].decode(errors="replace")
+    if re.match(r"\s*[{[]", said):
+        # keys are matched, too, but not found
+        found = re.findall(r'"(?:[^"\\]|\\.)*"\s*:|"((?:[^"\\]|\\.)*)"', said)
+        said = ", ".join(filter(None, found))
+    said = re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", said)
+    for name in ("Authorization", "X-API-KEY"):
+        key = headers.get(name, "").removeprefix("Bearer ")
+        if len(key) > 3:
+            said = said.replace(key, "...")
+    return "".join(filter(str.isprintable, shorten(said, 400, placeholder=" ...")))
+
+
+# --- pages and services, through the cassette (cache and recording at once) and the exchange
+
+
+class Web:
+    """All traffic of one rank, by any thread; each call ends at its deadline [monotonic s].
+
+    `cassette`: one SQLite file for all ranks of a node (on a local disk), safe for threads and
+    kill -9.
+    """
 
     run = 0  # of an evaluation's repeats
     enough = 0  # from how many calls on most failures stop the run; 0: never
 
-    def __init__(self, config: Config, path: str | Path) -> None:
-        self.config, self.cassette = config, Path(path)
+    def __init__(self, config: Config, cassette: str | Path, rank=0, world_size=1):
+        self.config, self.cassette = config, Path(cassette)
         if config.cassette_mode == "replay" and not self.cassette.is_file():
-            raise ConfigError(f"cassette={str(path)!r}: cassette_mode: replay needs a recording")
+            raise ConfigError(
+                f"cassette={str(cassette)!r}: cassette_mode: replay needs a recording"
+            )
         self.cassette.parent.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        columns = "key BLOB PRIMARY KEY, time REAL, reply TEXT"
-        self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns})")
+        self.db = sqlite3.connect(
+            cassette, timeout=30, isolation_level=None, check_same_thread=False
+        )
+        self.db.execute(
+            "CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, time REAL, reply TEXT)"
+        )
         # all other statements wait; this one fails while another rank is at it, for all of us
         with suppress(sqlite3.OperationalError):
             self.db.execute("PRAGMA journal_mode=WAL")
@@ -151,10 +309,16 @@ class Cassette:
         self.db_lock, self.opened = threading.Lock(), time.time()
         self.flights: dict = {}  # a lock for each first two bytes of a key
         self.totals = Counter[str]()  # calls and failures
+        self.rank, self.world_size, self.session = rank, world_size, requests.Session()
+        self.session.trust_env = False  # ~/.netrc would replace our Authorization header
+        self.session.max_redirects = 5
+        self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate"})
+        self.session.adapters.clear()
+        self.session.mount("", Door(config))
 
     def cached(
-        self, kind: str, request: Any, produce: Callable, counts: Counter, deadline: float, made=""
-    ) -> Any:
+        self, kind: str, request, produce: Callable, counts: Counter, deadline: float, made=""
+    ):
         """The recorded reply to `request` (any JSON), else that of produce(), which is recorded, be
         it a WebFailure. Calls and failures are counted.
 
@@ -201,191 +365,52 @@ class Cassette:
         # soon forgotten, and by the next process at once: a service may be mended
         if mode != "replay" and "failure" in reply:
             oldest = max(now - 60, self.opened)
-        outdated = mode == "live" and reply.get("made", "") != made
-        if reply and written >= oldest and not outdated:
+        same = mode != "live" or reply.get("made", "") == made
+        if reply and written >= oldest and same:
             count(counts, "cache_hits")
             return reply
         if mode == "replay":
-            words = "This is not in the recording that is being replayed."
-            return {"failure": ("replay_miss", words)}
+            return {
+                "failure": ("replay_miss", "This is not in the recording that is being replayed.")
+            }
         try:
             reply = {"value": produce()}
         except WebFailure as failure:
             reply = {"failure": (failure.kind, failure.words, failure.said)}
-        row = (key, time.time(), json.dumps({**reply, "made": made}))
+        text = json.dumps({**reply, "made": made})
         with self.db_lock:
-            self.db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", row)
+            self.db.execute(
+                "INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (key, time.time(), text)
+            )
         return reply
-
-
-# --- the exchange: one request and its reply
-
-USER_AGENT = "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)"
-# content types of pages
-READABLE = re.compile(r"$|text/(html|plain|markdown)|application/(xhtml\+xml|pdf)")
-QUOTA = ("quota", "The quota of the service is used up.")
-NO_ACCESS = ("unauthorized", "The server refused access.")
-BUSY = ("rate_limited", "The server answered with the error 429 (Too Many Requests).")
-STATUS = {401: NO_ACCESS, 402: QUOTA, 403: NO_ACCESS, 429: BUSY, 432: QUOTA}
-# what urllib3 raises; all else is a CONNECTION that failed
-RAISED = {
-    errors.SSLError: ("tls", "No secure connection to the server is possible."),
-    errors.ConnectTimeoutError: TIMEOUT,
-    errors.ReadTimeoutError: TIMEOUT,
-    errors.EmptyPoolError: TIMEOUT,
-}
-# what this thread is fetching: .own (from a service of the operator), .attempt, .counts, .deadline
-ERRAND = threading.local()
-
-
-class DeadlineResponse(http.client.HTTPResponse):
-    """Head and body end at the deadline: a limit of silence never meets a byte every second."""
-
-    def __init__(self, sock, *args, **kwargs):
-        super().__init__(sock, *args, **kwargs)
-        receive = self.fp.raw.readinto  # of the buffered file just made over the socket
-
-        def receive_in_time(buffer):
-            sock.settimeout(min(seconds_left(ERRAND.deadline), sock.gettimeout()))
-            return receive(buffer)
-
-        self.fp.raw.readinto = receive_in_time
-
-
-class PlainConnection(urllib3.connection.HTTPConnection):
-    response_class = DeadlineResponse
-
-
-class SecureConnection(urllib3.connection.HTTPSConnection):
-    response_class = DeadlineResponse
-
-
-CONNECTIONS: Any = {"http": PlainConnection, "https": SecureConnection}
-
-
-class Door(requests.adapters.HTTPAdapter):
-    """The only way out of our requests.Session: what was checked is dialled, and all is limited."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.limits, context = config, ssl.create_default_context()
-        self.poolmanager = urllib3.PoolManager(100, block=True, retries=False, ssl_context=context)
-
-    def send(self, request, *_: Any, **__: Any) -> requests.Response:
-        """The reply, read, whatever its status is."""
-        limits, own = self.limits, ERRAND.own
-        if not own and is_blocked(request.url, host_list(limits)):
-            raise BlockedURL(*BLOCKED)
-        left = seconds_left(ERRAND.deadline)
-        parts, addresses = check_url(request.url, own or limits.allow_private_hosts, left)
-        address = addresses[ERRAND.attempt % len(addresses)]  # they take turns
-        request.headers["Host"] = parts.netloc
-        # each for a place in the pool, the connection and its TLS: together in time
-        third = seconds_left(ERRAND.deadline) / 3
-        # a language model says nothing until it has said all
-        patient = request.url.endswith("/chat/completions")
-        silence = 3 * third if patient else limits.read_timeout
-        wait = urllib3.Timeout(connect=min(limits.connect_timeout, third), read=silence)
-        most = limits.tool_threads + 1 if own else limits.connections_per_host
-        # the certificate must be that of the name
-        pinned = {"maxsize": most, "server_hostname": parts.host}
-        options: Any = {"pool_timeout": third, "redirect": False, "preload_content": False}
-        target = (request.method, parts.request_uri, request.body, request.headers)
-        count(ERRAND.counts, "requests")
-        try:
-            pool = self.poolmanager.connection_from_host(address, parts.port, parts.scheme, pinned)
-            pool.ConnectionCls = CONNECTIONS[parts.scheme]
-            reply = pool.urlopen(*target, timeout=wait, **options)
-            # both: a connection with unread bytes is closed, and its place in the pool given back
-            try:
-                response = self.build_response(request, reply)
-                # read already, and without cookies that the session could keep
-                response.raw = io.BytesIO(self.body_of(reply))
-                return response
-            finally:
-                reply.close()
-                reply.release_conn()
-        except (errors.HTTPError, OSError, ValueError) as error:
-            raise WebFailure(*RAISED.get(type(error), CONNECTION)) from None
-
-    def body_of(self, reply: Any) -> bytes:
-        """Decompressed, and no more of it than a page may have."""
-        kind = reply.headers.get("Content-Type", "").strip().lower()
-        if reply.status == 200 and not ERRAND.own and not READABLE.match(kind):
-            words = f"This is not a page to read but a file of type {kind[:60]}."
-            raise WebFailure("content_type", words)
-        body = reply.read(self.limits.max_page_bytes + 1)
-        if len(body) > self.limits.max_page_bytes:
-            raise WebFailure("too_large", "The page is too large to be read.")
-        count(ERRAND.counts, "bytes", reply.tell())
-        return body
-
-
-def status_failure(response: requests.Response) -> WebFailure:
-    """What a reply that is no success means."""
-    status, body = response.status_code, response.content
-    if status == 400 and b"credit" in body[:1000].lower():
-        status = 402  # "Not enough credits" is Serper's
-    reason = http.client.responses.get(status, "unknown")
-    other = (f"http_{status}", f"The server answered with the error {status} ({reason}).")
-    said = server_words(body, response.request.headers)
-    return WebFailure(*STATUS.get(status, other), said)
-
-
-def server_words(body: bytes, headers: Any) -> str:
-    """The texts of an error's JSON, or its text without tags; shortened, and without our key."""
-    said = body[:10_000].decode(errors="replace")
-    if re.match(r"\s*[{[]", said):
-        # keys are matched, too, but not found
-        found = re.findall(r'"(?:[^"\\]|\\.)*"\s*:|"((?:[^"\\]|\\.)*)"', said)
-        said = ", ".join(filter(None, found))
-    said = re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", said)
-    for name in ("Authorization", "X-API-KEY"):
-        key = headers.get(name, "").removeprefix("Bearer ")
-        if len(key) > 3:
-            said = said.replace(key, "...")
-    return "".join(filter(str.isprintable, shorten(said, 400, placeholder=" ...")))
-
-
-# --- pages and services, through cassette and exchange
-
-
-class Web(Cassette):
-    """All traffic of one rank, by any thread; each call ends at its deadline [monotonic s]."""
-
-    def __init__(
-        self, config: Config, cassette: str | Path, rank: int = 0, world_size: int = 1
-    ) -> None:
-        super().__init__(config, cassette)
-        self.rank, self.world_size, self.session = rank, world_size, requests.Session()
-        self.session.trust_env = False  # ~/.netrc would replace our Authorization header
-        self.session.max_redirects = 5
-        self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate"})
-        self.session.adapters.clear()
-        self.session.mount("", Door(config))
 
     def fetch(
         self, url: str, counts: Counter, deadline: float, own=False, headers=None, payload=None
-    ) -> tuple[bytes, str]:
+    ) -> tuple:
         """(body, decompressed; content type) of a successful reply to a GET, or to a POST of
         `payload`, after up to 1 + max_retries attempts.
 
         `own`: a service of the operator, so any address and content type, no redirects.
         """
         ERRAND.own, ERRAND.counts, ERRAND.deadline, ERRAND.attempt = own, counts, deadline, 0
-        options = {"headers": headers, "json": payload, "allow_redirects": not own}
-        method = "GET" if payload is None else "POST"
         while True:
             retry_after = ""
             try:
-                response = self.session.request(method, url, **options)
+                response = self.session.request(
+                    "GET" if payload is None else "POST",
+                    url,
+                    headers=headers,
+                    json=payload,
+                    allow_redirects=not own,
+                )
                 if 200 <= response.status_code < 300:
                     return response.content, response.headers.get("Content-Type", "")
                 failure = status_failure(response)
                 retry_after = response.headers.get("Retry-After", "")
             except requests.TooManyRedirects:
-                words = "The address leads from redirect to redirect without end."
-                failure = WebFailure("redirects", words)
+                failure = WebFailure(
+                    "redirects", "The address leads from redirect to redirect without end."
+                )
             except ValueError:  # what requests does not even take for an address
                 failure = BlockedURL(*REFUSED)
             except WebFailure as raised:
@@ -401,9 +426,7 @@ class Web(Cassette):
             time.sleep(pause)
             ERRAND.attempt += 1
 
-    def fetch_json(
-        self, url: str, headers: Any, payload: Any, counts: Counter, deadline: float
-    ) -> Any:
+    def fetch_json(self, url: str, headers, payload, counts: Counter, deadline: float):
         """The JSON reply of a service of the operator."""
         body, _ = self.fetch(url, counts, deadline, True, headers, payload)
         with suppress(ValueError, RecursionError):
@@ -413,7 +436,7 @@ class Web(Cassette):
                 return reply
         raise WebFailure(*BAD_REPLY, server_words(body, headers))
 
-    def close(self) -> None:
+    def close(self):
         self.session.close()
         with self.db_lock:  # not under the hands of a thread that was given up
             self.db.close()
