@@ -9,7 +9,6 @@ search; top-p, top-k and penalties, for which the policy had to renormalise, too
 import importlib.util
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -50,8 +49,6 @@ class Engine:
 
     capacity_tokens: int  # size of the KV cache, for admission
     max_len: int
-    # prefill_tokens and cached_tokens (of prompts: computed, found in the cache), decode_tokens
-    stats: Counter[str]
 
     def submit(self, request_id: str, token_ids: list[int], sampling: Sampling):
         """Queue a turn of a trajectory, never two at once. ValueError if token_ids do not fit."""
@@ -120,7 +117,6 @@ class HFEngine(Engine):
         if not tried:
             check_architecture("engine=hf", trial, model_dir, config.max_model_len)
         self.max_len = config.max_model_len
-        self.stats = Counter()
         self.waiting = dict[str, Request]()
         self.running = dict[str, Request]()
         AttentionInterface.register("rows", attend)
@@ -169,7 +165,6 @@ class HFEngine(Engine):
             reason = request.append(token_id, logprob, self.max_len)
             if reason:
                 finished[name] = Completion(request.token_ids, request.logprobs, reason)
-        self.stats["decode_tokens"] += len(requests)
         self.abort(finished)
         return finished
 
@@ -187,7 +182,6 @@ class HFEngine(Engine):
         request.inputs = prompt[request.past :]
         # Known from now on: who is let in next may copy it in this very step.
         self.ids[request.row] = prompt + [-1] * (self.max_len - count)
-        self.stats.update(cached_tokens=request.past, prefill_tokens=count - request.past)
         return count - request.past
 
     def forward(self, requests: list[Request]) -> Tensor:
@@ -314,7 +308,6 @@ class VLLMEngine(Engine):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         self.vllm = importlib.import_module("vllm")  # 10-30 s; reads the environment
         self.max_len = config.max_model_len
-        self.stats = Counter()
         self.gpu = torch.cuda.is_available()
         self.sleeps = self.gpu and config.engine_sleep
         # CPU: in pieces, a prompt would rewind its generator. GPU: of weights and KV cache.
@@ -356,9 +349,6 @@ class VLLMEngine(Engine):
         for result in self.engine.step():
             output = result.outputs[0]
             ids = list(output.token_ids)
-            cached = result.num_cached_tokens or 0
-            new = len(result.prompt_token_ids) - cached
-            self.stats.update(cached_tokens=cached, prefill_tokens=new, decode_tokens=len(ids))
             ended = output.finish_reason in ("stop", "length")
             reason = output.finish_reason if ended else "aborted"
             finished[result.request_id] = Completion(ids, list(output.logprobs.logprobs), reason)
