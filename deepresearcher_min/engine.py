@@ -348,10 +348,11 @@ class VLLMEngine(Engine):
         finished = {}
         for result in self.engine.step():
             output = result.outputs[0]
-            ids = list(output.token_ids)
             ended = output.finish_reason in ("stop", "length")
             reason = output.finish_reason if ended else "aborted"
-            finished[result.request_id] = Completion(ids, list(output.logprobs.logprobs), reason)
+            finished[result.request_id] = Completion(
+                list(output.token_ids), list(output.logprobs.logprobs), reason
+            )
         return finished
 
     def abort(self, request_ids):

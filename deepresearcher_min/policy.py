@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AttentionInterface, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deepresearcher_min import grpo
@@ -54,7 +54,7 @@ class TokenScorer(nn.Module):
         self.config = config
         self.dtype = getattr(torch, config.dtype)
 
-    def forward(self, batch: PackedBatch, loss: grpo.Loss | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: PackedBatch, loss: grpo.Loss | None = None) -> tuple:
         """The sum of the losses of all chunks (grpo.HeadLoss), and log-probabilities_S."""
         device = batch.token_ids_T.device.type
         with torch.autocast(device, self.dtype, enabled=self.dtype == torch.bfloat16):
@@ -203,7 +203,7 @@ class Policy:
                 steps.append((rows, list(zip(batches, old, strict=True)), total))
         return steps
 
-    def compare_with(self, engine: str, sums: Counter[str]):
+    def compare_with(self, engine: str, sums: Counter):
         """ValueError if the engine's log-probabilities are further from ours than rounding
         explains: another model.
         """
@@ -240,7 +240,7 @@ class Policy:
         check_finite(logprobs_S, batch)
         return logprobs_S
 
-    def backward(self, batch: PackedBatch, old_S: Tensor | None, total: int) -> Counter[str]:
+    def backward(self, batch: PackedBatch, old_S: Tensor | None, total: int) -> Counter:
         """Add one micro-batch's gradient to the others'; returns its sums of metrics. total: N."""
         ref_S = None
         if self.reference is not None:
@@ -301,7 +301,7 @@ class Policy:
                 return f"from {row.name}"
         return "from all trajectories together, from none alone"
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self) -> Iterator[tuple]:
         """Full weights under their Hugging Face names in config.dtype, one by one: copy them;
         exhaust on every rank.
         """
@@ -327,7 +327,7 @@ class Policy:
             "rollouts": torch.tensor(self.rollouts),
         }
 
-    def export(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase):
+    def export(self, folder: str | Path, tokenizer):
         """Write a plain Hugging Face folder (rank 0 writes), which transformers and vLLM load."""
         weights = {}
         for name, tensor in self.named_weights():
@@ -337,7 +337,7 @@ class Policy:
             self.export_settings(folder, tokenizer)
             save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
 
-    def check_saving(self, tokenizer: PreTrainedTokenizerBase):
+    def check_saving(self, tokenizer):
         """ConfigError for an export that fails, or checkpoints without room: the weights and
         AdamW's two moments in float32, and the exported weights; one more than are kept.
         """
@@ -359,7 +359,7 @@ class Policy:
                 "keep fewer, or name another folder"
             )
 
-    def export_settings(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase):
+    def export_settings(self, folder: str | Path, tokenizer):
         """All of an exported folder but the weights; of sampling values that contradict each other,
         none.
         """
