@@ -10,13 +10,12 @@ and head. Any number in the model's config may turn out to be a window: the long
 longer than all of them, as far as max_model_len allows.
 """
 
+import copy
 import functools
-import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -27,18 +26,16 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from deepresearcher_min.config import Config, load_config
+from deepresearcher_min.config import load_config
 
 # --- attention
 
 CAUSAL = (-1, 0)  # varlen_attn's window: all keys before, none behind; aligned at the last one
 
 
-def attend(
-    _: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **given: Any
-) -> tuple[Tensor, None]:
+def attend(_, query: Tensor, key: Tensor, value: Tensor, mask: None, **given) -> tuple:
     """Causal attention inside each segment and to its prefix: [1, heads, T, head_dim] -> [1, T,
-    heads, head_dim].
+    heads, head_dim]; no attention weights.
 
     Half precision on a GPU: one launch for all segments; elsewhere one for each.
     """
@@ -64,7 +61,7 @@ def attend(
     return torch.cat(mixed, dim=2).transpose(1, 2), None
 
 
-def seen(segments: Sequence[Tensor], i: int, prefix_of: Mapping[int, int]) -> Tensor:
+def seen(segments: tuple, i: int, prefix_of: dict) -> Tensor:
     """What segment i's queries may look at of keys or values: its prefix's, then its own."""
     if i not in prefix_of:
         return segments[i]
@@ -73,14 +70,12 @@ def seen(segments: Sequence[Tensor], i: int, prefix_of: Mapping[int, int]) -> Te
 
 def takes_varlen(value: Tensor) -> bool:
     """Whether FlashAttention's kernel behind varlen_attn is made for these (never run by us)."""
-    if not value.is_cuda or value.dtype not in (torch.bfloat16, torch.float16):
-        return False
     head_dim = value.shape[3]
-    fits = {"scale", "window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
-    return fits and head_dim % 8 == 0 and head_dim <= 256
+    half = value.dtype in (torch.bfloat16, torch.float16)
+    return value.is_cuda and half and head_dim % 8 == 0 and head_dim <= 256
 
 
-def joined(segments: Sequence[Tensor], prefix_of: Mapping[int, int]) -> tuple[Tensor, Tensor, int]:
+def joined(segments: tuple, prefix_of: dict) -> tuple:
     """Segments [1, heads, n, head_dim] as varlen_attn takes them: their tokens [sum of n, heads,
     head_dim], where in those each begins (and the last ends), and the longest n.
     """
@@ -92,13 +87,8 @@ def joined(segments: Sequence[Tensor], prefix_of: Mapping[int, int]) -> tuple[Te
 
 # --- the trial
 
-# (config, folder of the copy, prompts) -> for each, token ids and log-probabilities of the last of
-# them. Of a prompt of n tokens, at least n - 8 come back.
-Trial = Callable[[Config, str, list[list[int]]], list[tuple[list[int], Tensor]]]
-
 LIMIT = 3e-4  # nats; in float32 what is exact differs by up to 2e-5 here
 SHORT = 32  # tokens of the first trial
-MARGIN = 64  # tokens behind the longest window
 SMALL = {  # what the copy has of each, where the architecture has it
     "vocab_size": 64,
     "num_attention_heads": 4,
@@ -117,17 +107,23 @@ def load_model(folder: str, dtype: Any, attention: str) -> nn.Module:
     # cuDNN's attention plans every new shape anew, hundreds of milliseconds each. Never run by us
     # on a GPU.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    told = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-    options = {"dtype": dtype, "attn_implementation": attention, **told}
-    model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=attention,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
     wrong = [*found["missing_keys"], *found["mismatched_keys"]]
     if wrong:
-        what = "weights are missing or have other shapes than the model"
-        raise ValueError(f"{len(wrong)} {what}, first {wrong[0]}")
+        raise ValueError(
+            f"{len(wrong)} weights are missing or have other shapes than the model, "
+            f"first {wrong[0]}"
+        )
     return model
 
 
-def key_shape(config: Any) -> tuple[int, int, int]:
+def key_shape(config: Any) -> tuple:
     """(layers, heads of the keys, width of a head)"""
     text = config.get_text_config()
     heads = text.num_attention_heads
@@ -136,29 +132,31 @@ def key_shape(config: Any) -> tuple[int, int, int]:
     return text.num_hidden_layers, kv_heads, head_dim
 
 
-def check_architecture(part: str, trial: Trial, model_dir: str, max_model_len: int) -> None:
+@functools.cache  # a folder is tried once in a process
+def check_architecture(part: str, trial: Callable, model_dir: str, max_model_len: int):
     """ValueError where `trial`, which runs `part` of our code, does not compute this architecture
     exactly.
     """
     own = AutoConfig.from_pretrained(model_dir)
-    kind: Any = type(own)
-    what = difference(trial, kind, own.to_json_string(use_diff=False), max_model_len)
+    what = difference(trial, own, max_model_len)
     if what:
         raise ValueError(
             f"model={model_dir!r}: {part} does not compute {own.model_type} models exactly: {what}"
         )
 
 
-@functools.cache  # an architecture is tried once in a process
-def difference(trial: Trial, kind: Any, architecture: str, max_model_len: int) -> str:
+def difference(trial: Callable, own: Any, max_model_len: int) -> str:
     """What differs between the trial and the model's own computation, in words; "" where nothing
     does.
+
+    trial: (config, folder of the copy, prompts) -> for each, token ids and log-probabilities of the
+    last of them. Of a prompt of n tokens, at least n - 8 come back.
     """
-    for length in trial_lengths(architecture, max_model_len):
+    for length in trial_lengths(own.to_json_string(use_diff=False), max_model_len):
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                off = largest_difference(trial, kind.from_dict(json.loads(architecture)), length)
+                off = largest_difference(trial, copy.deepcopy(own), length)
         # whatever an architecture raises that our code or this copy is not made for
         except Exception as error:
             words = " ".join(str(error).split())
@@ -184,10 +182,10 @@ def trial_lengths(architecture: str, max_model_len: int) -> list[int]:
             longest = max(longest, number)
     if longest < short:
         return [short]
-    return [short, min(longest + MARGIN, max_model_len)]
+    return [short, min(longest + 64, max_model_len)]  # where windows have an effect
 
 
-def largest_difference(trial: Trial, architecture: Any, length: int) -> float:
+def largest_difference(trial: Callable, architecture: Any, length: int) -> float:
     """Between the trial's log-probabilities and the model's own [nats]; two sequences that begin
     alike, random weights.
     """
@@ -208,25 +206,23 @@ def small_copy(config: Any, length: int) -> PreTrainedModel:
     only: at least two, and one of each kind. Its own attention suits the length.
     """
     text = config.get_text_config()
-    heads = text.num_attention_heads
-    *_, head_dim = key_shape(config)  # kept: rotary settings may be made for that width
-    hidden_size = head_dim * SMALL["num_attention_heads"]
-    changes: dict[str, Any] = {**SMALL, "head_dim": head_dim, "hidden_size": hidden_size}
-    grouped = getattr(text, "num_key_value_heads", heads) not in (None, heads)
-    changes["num_key_value_heads"] = 2 if grouped else 4
+    # The width of a head is kept: rotary settings may be made for it.
+    layers, kv_heads, head_dim = key_shape(config)
+    changes: dict = {**SMALL, "head_dim": head_dim, "hidden_size": 4 * head_dim}
+    changes["num_key_value_heads"] = 4 if kv_heads == text.num_attention_heads else 2
     kept = 2
     by_layer = []
     for name, value in text.to_dict().items():
         if name.endswith("_token_id"):
             changes[name] = None
-        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+        if isinstance(value, list) and len(value) == layers:
             by_layer.append(name)
             kinds = set(value)
             if len(kinds) < len(value) or isinstance(value[0], str):  # not numbers of layers
                 kept = max(kept, *(value.index(kind) + 1 for kind in kinds))
     for name in by_layer:
         changes[name] = getattr(text, name)[:kept]
-    changes["num_hidden_layers"] = min(text.num_hidden_layers, kept)
+    changes["num_hidden_layers"] = min(layers, kept)
     for name, value in changes.items():
         if hasattr(text, name):
             setattr(text, name, value)

@@ -9,8 +9,7 @@ search; top-p, top-k and penalties, for which the policy had to renormalise, too
 import importlib.util
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,10 +23,8 @@ from deepresearcher_min.architecture import check_architecture, key_shape, load_
 from deepresearcher_min.config import Config, ConfigError
 from deepresearcher_min.run import missing_gpu
 
-Weights = Iterable[tuple[str, Tensor]]
 
-
-@dataclass(frozen=True)
+@dataclass
 class Sampling:
     temperature: float  # 0 is greedy
     max_tokens: int
@@ -35,7 +32,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Completion:
     token_ids: list[int]  # sampled, the stop token included
     # after temperature; greedy: at temperature 1 (vLLM: if the whole batch is greedy)
@@ -52,24 +49,24 @@ class Engine:
 
     capacity_tokens: int  # size of the KV cache, for admission
     max_len: int
-    # prefill_tokens and cached_tokens (of prompts: computed, found in the cache), decode_tokens
-    stats: Counter[str]
 
-    def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
+    def submit(self, request_id: str, token_ids: list[int], sampling: Sampling):
         """Queue a turn of a trajectory, never two at once. ValueError if token_ids do not fit."""
         if not 0 < len(token_ids) < self.max_len:
-            limit = f"1 to max_model_len - 1 = {self.max_len - 1}"
-            raise ValueError(f"{len(token_ids)} tokens in a request: {limit}")
+            raise ValueError(
+                f"{len(token_ids)} tokens in a request: 1 to max_model_len - 1 = {self.max_len - 1}"
+            )
 
     # Advance everything that runs; the requests that finished.
     def step(self) -> dict[str, Completion]: ...
     # Running or queued: step() never returns them.
-    def abort(self, request_ids: Iterable[str]) -> None: ...
-    # Copy in weights (by Hugging Face names), forget all prefixes. RuntimeError while requests run.
-    def update_weights(self, named_tensors: Weights) -> None: ...
-    def sleep(self) -> None: ...  # give memory to the optimizer step
-    def wake_up(self) -> None: ...  # take it back; update_weights must follow before a request
-    def close(self) -> None: ...  # the engine cannot be used afterwards
+    def abort(self, request_ids: Iterable[str]): ...
+    # Copy in weights (pairs of a Hugging Face name and a tensor), forget all prefixes. RuntimeError
+    # while requests run.
+    def update_weights(self, named_tensors: Iterable): ...
+    def sleep(self): ...  # give memory to the optimizer step
+    def wake_up(self): ...  # take it back; update_weights must follow before a request
+    def close(self): ...  # the engine cannot be used afterwards
 
 
 PREFILL_TOKENS = 1024  # no more prompts join a step that has so many tokens to compute
@@ -115,12 +112,11 @@ class HFEngine(Engine):
     sequence [1, N]; attention alone knows whose they are. On a CPU every bit repeats.
     """
 
-    def __init__(self, config: Config, model_dir: str, tried: bool = False) -> None:
+    def __init__(self, config: Config, model_dir: str, tried: bool = False):
         """ValueError for an architecture that is not computed exactly here, unless `tried`."""
         if not tried:
             check_architecture("engine=hf", trial, model_dir, config.max_model_len)
         self.max_len = config.max_model_len
-        self.stats = Counter()
         self.waiting = dict[str, Request]()
         self.running = dict[str, Request]()
         AttentionInterface.register("rows", attend)
@@ -132,28 +128,28 @@ class HFEngine(Engine):
         self.capacity_tokens = self.rows * self.max_len
         self.wake_up()
 
-    def wake_up(self) -> None:
+    def wake_up(self):
         # A CPU takes memory only where it is ever written.
         self.cache = torch.empty(self.shape, dtype=self.model.dtype, device=self.model.device)
         self.forget()
 
-    def sleep(self) -> None:
+    def sleep(self):
         del self.cache
         torch.cuda.empty_cache()  # else small tensors would settle in its place; nothing on a CPU
 
-    def forget(self) -> None:
+    def forget(self):
         """As new: who shares whose prefix decides the last bits, and a resumed run has no past."""
         self.ids = np.full((self.rows, self.max_len), -1, np.int32)  # in the rows; -1: nothing
         # last request -> its row, longest idle first
-        self.idle: dict[Any, int] = {row: row for row in range(self.rows)}
+        self.idle: dict = {row: row for row in range(self.rows)}
 
-    def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
+    def submit(self, request_id, token_ids, sampling):
         super().submit(request_id, token_ids, sampling)
         generator = torch.Generator().manual_seed(sampling.seed)  # the same numbers on any device
         self.waiting[request_id] = Request(sampling, generator, list(token_ids), [], [])
 
     @torch.inference_mode()
-    def step(self) -> dict[str, Completion]:
+    def step(self):
         computed = sum(len(request.inputs) for request in self.running.values())
         while self.waiting and self.idle and computed < PREFILL_TOKENS:
             computed += self.admit(next(iter(self.waiting)))
@@ -169,7 +165,6 @@ class HFEngine(Engine):
             reason = request.append(token_id, logprob, self.max_len)
             if reason:
                 finished[name] = Completion(request.token_ids, request.logprobs, reason)
-        self.stats["decode_tokens"] += len(requests)
         self.abort(finished)
         return finished
 
@@ -187,7 +182,6 @@ class HFEngine(Engine):
         request.inputs = prompt[request.past :]
         # Known from now on: who is let in next may copy it in this very step.
         self.ids[request.row] = prompt + [-1] * (self.max_len - count)
-        self.stats.update(cached_tokens=request.past, prefill_tokens=count - request.past)
         return count - request.past
 
     def forward(self, requests: list[Request]) -> Tensor:
@@ -201,14 +195,14 @@ class HFEngine(Engine):
         output = self.model(input_ids=new[:1], position_ids=new[1:], logits_to_keep=last, **rows)
         return output.logits[0]
 
-    def abort(self, request_ids: Iterable[str]) -> None:
+    def abort(self, request_ids):
         for name in request_ids:
             self.waiting.pop(name, None)
             if name in self.running:
                 self.idle[name] = self.running.pop(name).row
 
     @torch.no_grad()
-    def update_weights(self, named_tensors: Weights) -> None:
+    def update_weights(self, named_tensors):
         if self.running or self.waiting:
             raise RuntimeError("update_weights: requests are running")
         missing = dict(self.model.named_parameters())  # a tied head counts once, as the embedding
@@ -219,7 +213,7 @@ class HFEngine(Engine):
         self.forget()
 
 
-def cache_shape(config: Config, model: Any) -> tuple[int, ...]:
+def cache_shape(config: Config, model: Any) -> tuple:
     """[layers, keys and values, rows, kv_heads, max_model_len, head_dim] of the KV cache.
 
     Rows as kv_tokens or max_in_flight say; a GPU's share engine_memory must have room for them.
@@ -233,14 +227,14 @@ def cache_shape(config: Config, model: Any) -> tuple[int, ...]:
         room = free - (1 - config.engine_memory) * total
         rows = min(rows, int(room // row_bytes))
         if rows < 1:
-            left = f"engine_memory={config.engine_memory}: leaves {room / 1e9:.2g} GB"
-            raise ConfigError(f"{left}, and max_model_len={length} needs {row_bytes / 1e9:.2g} GB")
+            raise ConfigError(
+                f"engine_memory={config.engine_memory}: leaves {room / 1e9:.2g} GB, "
+                f"and max_model_len={length} needs {row_bytes / 1e9:.2g} GB"
+            )
     return layers, 2, rows, kv_heads, length, head_dim
 
 
-def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None, **given: Any
-) -> tuple[Tensor, None]:
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None, **given) -> tuple:
     """One layer, one step. query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim].
 
     Requests come in the order of admission: a source may be filled just before, or be overwritten
@@ -267,7 +261,7 @@ def attend(
     return torch.cat(mixed, dim=1).transpose(0, 1)[None], None
 
 
-def sample(logits: Tensor, requests: list[Request]) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, requests: list[Request]) -> tuple:
     """A token for each row of logits, by inverse transform, and its log-probability: [requests]."""
     temperature = torch.tensor([[r.sampling.temperature] for r in requests], device=logits.device)
     draws = [torch.rand(1, generator=r.generator, dtype=torch.float64) for r in requests]
@@ -282,12 +276,12 @@ def sample(logits: Tensor, requests: list[Request]) -> tuple[Tensor, Tensor]:
     return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()
 
 
-def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
-    """HFEngine's log-probabilities of eight tokens that it samples (architecture.Trial)."""
+def trial(config: Config, folder: str, prompts: list) -> list[tuple]:
+    """HFEngine's log-probabilities of eight tokens that it samples (architecture.difference)."""
     engine = HFEngine(config, folder, tried=True)
     for i, prompt in enumerate(prompts):
         engine.submit(str(i), prompt[:-8], Sampling(1.0, 8, 0, ()))
-    done = engine.step()
+    done: dict = {}
     while len(done) < len(prompts):
         done |= engine.step()
     found = []
@@ -308,13 +302,12 @@ class VLLMEngine(Engine):
     torch.set_num_threads on a CPU, and comes after init_process_group. GPU: never run by us.
     """
 
-    def __init__(self, config: Config, model_dir: str, world_size: int) -> None:
+    def __init__(self, config: Config, model_dir: str, world_size: int):
         # in this process; no telemetry; few words, which hide that weights were not loaded
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         self.vllm = importlib.import_module("vllm")  # 10-30 s; reads the environment
         self.max_len = config.max_model_len
-        self.stats = Counter()
         self.gpu = torch.cuda.is_available()
         self.sleeps = self.gpu and config.engine_sleep
         # CPU: in pieces, a prompt would rewind its generator. GPU: of weights and KV cache.
@@ -343,7 +336,7 @@ class VLLMEngine(Engine):
         self.engine = self.llm.llm_engine
         self.capacity_tokens = self.engine.vllm_config.cache_config.num_gpu_blocks * BLOCK
 
-    def submit(self, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
+    def submit(self, request_id, token_ids, sampling):
         super().submit(request_id, token_ids, sampling)
         # no stop tokens but ours; log-probabilities of sampled tokens only
         fixed = {"ignore_eos": True, "logprobs": 0, "flat_logprobs": True, "detokenize": False}
@@ -351,45 +344,43 @@ class VLLMEngine(Engine):
         params = self.vllm.SamplingParams(**asdict(sampling), **fixed, output_kind=final)
         self.engine.add_request(request_id, {"prompt_token_ids": list(token_ids)}, params)
 
-    def step(self) -> dict[str, Completion]:
+    def step(self):
         finished = {}
         for result in self.engine.step():
             output = result.outputs[0]
-            ids = list(output.token_ids)
-            cached = result.num_cached_tokens or 0
-            new = len(result.prompt_token_ids) - cached
-            self.stats.update(cached_tokens=cached, prefill_tokens=new, decode_tokens=len(ids))
             ended = output.finish_reason in ("stop", "length")
             reason = output.finish_reason if ended else "aborted"
-            finished[result.request_id] = Completion(ids, list(output.logprobs.logprobs), reason)
+            finished[result.request_id] = Completion(
+                list(output.token_ids), list(output.logprobs.logprobs), reason
+            )
         return finished
 
-    def abort(self, request_ids: Iterable[str]) -> None:
+    def abort(self, request_ids):
         self.engine.abort_request(list(request_ids))
 
-    def update_weights(self, named_tensors: Weights) -> None:
+    def update_weights(self, named_tensors):
         if self.engine.has_unfinished_requests() or not self.llm.reset_prefix_cache():
             raise RuntimeError("update_weights: requests are running")
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
         if not self.gpu:
             self.llm.apply_model(repack_head)
 
-    def sleep(self) -> None:
+    def sleep(self):
         if self.sleeps:
             # GPU: level 2 drops weights and KV cache, keeps buffers (vllm/v1/worker/gpu_worker.py)
             self.llm.sleep(level=2)
 
-    def wake_up(self) -> None:
+    def wake_up(self):
         if self.sleeps:
             # GPU: empties PyTorch's cache first (vllm/device_allocator/cumem.py)
             self.llm.wake_up()
 
-    def close(self) -> None:
+    def close(self):
         # Ends the default process group, which is torchrun's, too (vllm/v1/engine/core.py).
         self.engine.engine_core.shutdown()
 
 
-def repack_head(model: nn.Module) -> None:
+def repack_head(model: nn.Module):
     """A CPU multiplies with repacked copies, and vLLM's reload forgets that of a tied head."""
     model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 

@@ -13,12 +13,11 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +25,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AttentionInterface, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deepresearcher_min import grpo
@@ -59,7 +54,7 @@ class TokenScorer(nn.Module):
         self.config = config
         self.dtype = getattr(torch, config.dtype)
 
-    def forward(self, batch: PackedBatch, loss: grpo.Loss | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: PackedBatch, loss: grpo.Loss | None = None) -> tuple:
         """The sum of the losses of all chunks (grpo.HeadLoss), and log-probabilities_S."""
         device = batch.token_ids_T.device.type
         with torch.autocast(device, self.dtype, enabled=self.dtype == torch.bfloat16):
@@ -80,7 +75,7 @@ class TokenScorer(nn.Module):
 class Policy:
     """The model under training. With several ranks all call every method together."""
 
-    def __init__(self, config: Config, model_dir: str, ranks: Ranks, tried: bool = False) -> None:
+    def __init__(self, config: Config, model_dir: str, ranks: Ranks, tried: bool = False):
         """float32 master weights, compute in config.dtype, reduction in float32; a frozen reference
         if kl_coef > 0.
 
@@ -110,14 +105,15 @@ class Policy:
         )
         # AdamW would make these in its first step only: too late for a checkpoint to load into.
         for p in self.model.parameters():
-            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+            self.optimizer.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
         self.rollouts = 0  # update() calls so far, for warm-up and decay
         self.compared = False  # with the engine, in this process
 
     def load_model(self, model_dir: str) -> TokenScorer:
-        # cuDNN's attention makes a plan for every new shape, hundreds of milliseconds each.
-        torch.backends.cuda.enable_cudnn_sdp(False)
         # transformers builds no [T, T] mask for an attention that it does not know
         AttentionInterface.register("packed", attend)
         compute = getattr(torch, self.config.dtype)
@@ -146,7 +142,7 @@ class Policy:
             shard(layer)
         return shard(scorer)
 
-    def update(self, groups: Sequence[Group], engine: str = "") -> dict[str, float]:
+    def update(self, groups: list[Group], engine: str = "") -> dict:
         """Take config.updates_per_rollout optimizer steps on all ranks' groups, of which these are
         ours; their metrics.
 
@@ -165,7 +161,7 @@ class Policy:
             sys.stdout.flush()
             os._exit(2)
 
-    def learn(self, groups: Sequence[Group], engine: str) -> dict[str, float]:
+    def learn(self, groups: list[Group], engine: str) -> dict:
         sums, norms, trained = Counter[str](), [], 0
         for rows, batches, total in self.prepare(groups):
             for batch, old_S in batches:
@@ -184,7 +180,7 @@ class Policy:
         rate = self.optimizer.param_groups[0]["lr"]
         return means | {"lr": rate, "updates": len(norms), "trained_tokens": trained}
 
-    def prepare(self, groups: Sequence[Group]) -> list[Any]:
+    def prepare(self, groups: list[Group]) -> list[tuple]:
         """What each optimizer step needs, made before the first: each takes its share of the
         questions.
 
@@ -207,7 +203,7 @@ class Policy:
                 steps.append((rows, list(zip(batches, old, strict=True)), total))
         return steps
 
-    def compare_with(self, engine: str, sums: Counter[str]) -> None:
+    def compare_with(self, engine: str, sums: Counter):
         """ValueError if the engine's log-probabilities are further from ours than rounding
         explains: another model.
         """
@@ -222,7 +218,7 @@ class Policy:
             )
         self.compared = bool(found["tokens"])
 
-    def plan(self, rows: Sequence[TrainingRow]) -> list[PackedBatch]:
+    def plan(self, rows: list[TrainingRow]) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
         plan = grpo.plan_microbatches(
             [len(row.token_ids) - 1 for row in rows],
@@ -244,7 +240,7 @@ class Policy:
         check_finite(logprobs_S, batch)
         return logprobs_S
 
-    def backward(self, batch: PackedBatch, old_S: Tensor | None, total: int) -> Counter[str]:
+    def backward(self, batch: PackedBatch, old_S: Tensor | None, total: int) -> Counter:
         """Add one micro-batch's gradient to the others'; returns its sums of metrics. total: N."""
         ref_S = None
         if self.reference is not None:
@@ -256,15 +252,10 @@ class Policy:
         value.backward()
         return Counter({name: float(value) for name, value in sums.items()})
 
-    def loss_of(
-        self,
-        batch: PackedBatch,
-        old_S: Tensor | None,
-        ref_S: Tensor | None,
-        total: int,
-        sums: Counter[str],
-    ) -> grpo.Loss:
-        """The loss of one chunk of a micro-batch; its metrics are added to sums."""
+    def loss_of(self, batch: PackedBatch, old_S, ref_S, total: int, sums: Counter) -> grpo.Loss:
+        """The loss of one chunk of a micro-batch; its metrics are added to sums. old_S, ref_S:
+        log-probabilities, None where they are the new ones or there is no reference.
+        """
         options = {key: getattr(self.config, key) for key in LOSS_KEYS}
 
         def loss(new_C: Tensor, entropy_C: Tensor, part: slice) -> Tensor:
@@ -277,13 +268,12 @@ class Policy:
 
         return loss
 
-    def optimizer_step(self, rows: Sequence[TrainingRow]) -> float:
+    def optimizer_step(self, rows: list[TrainingRow]) -> float:
         """Clip and step, unless the gradient is not finite; its norm before, over all ranks."""
         norm = self.clip_gradient()
         if not np.isfinite(norm):
-            whose = self.blame(rows)
             raise FloatingPointError(
-                f"gradient norm {norm} {whose}; this update changed no weights"
+                f"gradient norm {norm} {self.blame(rows)}; this update changed no weights"
             )
         self.step()
         return norm
@@ -293,7 +283,7 @@ class Policy:
         limit = self.config.max_grad_norm
         return float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
 
-    def step(self) -> None:
+    def step(self):
         config = self.config
         rate = config.lr * min(1.0, (self.rollouts + 1) / max(1, config.lr_warmup))
         if config.lr_decay:
@@ -302,7 +292,7 @@ class Policy:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def blame(self, rows: Sequence[TrainingRow]) -> str:
+    def blame(self, rows: list[TrainingRow]) -> str:
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
         for row in rows:
             self.optimizer.zero_grad()
@@ -311,7 +301,7 @@ class Policy:
                 return f"from {row.name}"
         return "from all trajectories together, from none alone"
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self) -> Iterator[tuple]:
         """Full weights under their Hugging Face names in config.dtype, one by one: copy them;
         exhaust on every rank.
         """
@@ -319,25 +309,25 @@ class Policy:
             # a shard is cast before it is gathered
             yield name, whole(parameter.detach().to(self.ranks.device, self.scorer.dtype))
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path):
         """Write model, optimizer and warm-up position into a new folder; any number of ranks can
         load it.
         """
         dcp.save(self.state(), checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
 
-    def load(self, folder: str | Path) -> None:
+    def load(self, folder: str | Path):
         state = self.state()  # the tensors themselves: they are loaded in place
         dcp.load(state, checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
         self.rollouts = int(state["rollouts"])
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict:
         return {
             "model": dict(self.model.named_parameters()),
             "optimizer": self.optimizer.state_dict()["state"],
             "rollouts": torch.tensor(self.rollouts),
         }
 
-    def export(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def export(self, folder: str | Path, tokenizer):
         """Write a plain Hugging Face folder (rank 0 writes), which transformers and vLLM load."""
         weights = {}
         for name, tensor in self.named_weights():
@@ -345,9 +335,9 @@ class Policy:
                 weights[name] = tensor.cpu().contiguous()
         if self.ranks.rank == 0:
             self.export_settings(folder, tokenizer)
-            save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+            save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
 
-    def check_saving(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def check_saving(self, tokenizer):
         """ConfigError for an export that fails, or checkpoints without room: the weights and
         AdamW's two moments in float32, and the exported weights; one more than are kept.
         """
@@ -369,7 +359,7 @@ class Policy:
                 "keep fewer, or name another folder"
             )
 
-    def export_settings(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def export_settings(self, folder: str | Path, tokenizer):
         """All of an exported folder but the weights; of sampling values that contradict each other,
         none.
         """
@@ -391,7 +381,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def check_finite(logprobs_S: Tensor, batch: PackedBatch) -> None:
+def check_finite(logprobs_S: Tensor, batch: PackedBatch):
     """FloatingPointError naming the first trajectory of which one is nan or infinite."""
     bad = (~torch.isfinite(logprobs_S)).nonzero()
     if len(bad):
@@ -401,13 +391,13 @@ def check_finite(logprobs_S: Tensor, batch: PackedBatch) -> None:
         )
 
 
-def trial(config: Config, folder: str, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
-    """An architecture.Trial: the update's log-probabilities, of all tokens but the first."""
+def trial(config: Config, folder: str, prompts: list) -> list[tuple]:
+    """The update's log-probabilities of all tokens but the first (architecture.difference)."""
     policy = Policy(config, folder, Ranks(), tried=True)
-    counts = [len(ids) - 1 for ids in prompts]
     rows = []
-    for ids, count in zip(prompts, counts, strict=True):
+    for ids in prompts:
         sampled = np.arange(1, len(ids))
-        rows.append(TrainingRow("trial", np.array(ids), sampled, np.zeros(count), 0.0, "trial"))
+        rows.append(TrainingRow("trial", np.array(ids), sampled, 0.0 * sampled, 0.0, "trial"))
     logprobs_S = policy.score(policy.scorer, grpo.pack(rows))
+    counts = [len(row.sampled) for row in rows]
     return list(zip(prompts, logprobs_S.split(counts), strict=True))

@@ -5,12 +5,13 @@ pass says of them.
 import dataclasses
 import importlib.util
 import random
+from collections import Counter
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from deepresearcher_min.config import Config, load_config
-from deepresearcher_min.engine import Completion, Engine, Sampling
+from deepresearcher_min.engine import Completion, Engine, HFEngine, Sampling
 
 VOCABULARY = 150
 GREEDY = Sampling(temperature=0.0, max_tokens=12, seed=0, stop_token_ids=())
@@ -63,6 +64,41 @@ def run(engine: Engine, requests: dict[str, list[int]], samplings: dict[str, Sam
             name, token_ids, samplings if isinstance(samplings, Sampling) else samplings[name]
         )
     return drain(engine, len(requests))
+
+
+def counted(engine: Engine) -> Engine:
+    """The engine with `stats`: cached_tokens and prefill_tokens (of prompts: found in the cache, or
+    computed), and decode_tokens of the turns that have ended.
+    """
+    engine.stats = stats = Counter()
+    if isinstance(engine, HFEngine):
+        admit, step = engine.admit, engine.step
+
+        def counting_admit(name: str) -> int:
+            computed = admit(name)
+            stats.update(cached_tokens=engine.running[name].past, prefill_tokens=computed)
+            return computed
+
+        def counting_step() -> dict[str, Completion]:
+            done = step()
+            stats["decode_tokens"] += sum(len(turn.token_ids) for turn in done.values())
+            return done
+
+        engine.admit, engine.step = counting_admit, counting_step
+        return engine
+    inner = engine.engine.step
+
+    def counting() -> list:
+        results = inner()
+        for result in results:
+            cached = result.num_cached_tokens or 0
+            new = len(result.prompt_token_ids) - cached
+            decoded = len(result.outputs[0].token_ids)
+            stats.update(cached_tokens=cached, prefill_tokens=new, decode_tokens=decoded)
+        return results
+
+    engine.engine.step = counting
+    return engine
 
 
 def tokens(done: dict[str, Completion]) -> dict[str, list[int]]:

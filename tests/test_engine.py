@@ -12,6 +12,7 @@ from engines import (
     GREEDY,
     VOCABULARY,
     check_against_model,
+    counted,
     drain,
     engine_config,
     prompts,
@@ -54,7 +55,7 @@ def setup(request, tmp_path_factory) -> Iterator[Setup]:
     model_dir = str(tmp_path_factory.mktemp(f"{name}-{kind}"))
     model = random_model(kind, seed=1)
     model.save_pretrained(model_dir)
-    engine = make_engine(engine_config(engine=name), model_dir)
+    engine = counted(make_engine(engine_config(engine=name), model_dir))
     yield Setup(engine, model, kind, model_dir)
     engine.close()
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from engines import (
     GREEDY,
+    counted,
     engine_config,
     prompts,
     random_model,
@@ -110,7 +111,7 @@ def test_bfloat16_engine_and_policy_agree(model_dir):
 
 def test_bfloat16_repeats_and_shares_prefixes(model_dir):
     config = engine_config(dtype="bfloat16")
-    engine = HFEngine(config, model_dir)
+    engine = counted(HFEngine(config, model_dir))
     first = two_turns(engine)
     assert engine.stats["cached_tokens"] > engine.stats["prefill_tokens"]
     assert two_turns(HFEngine(config, model_dir)) == first
@@ -274,7 +275,7 @@ def test_fake_cuda_without_room_for_one_context_is_refused(tmp_path, monkeypatch
 
 
 def test_sleep_frees_the_cache_and_wake_up_makes_an_empty_one(model_dir):
-    engine = make_engine(engine_config(engine="hf"), model_dir)
+    engine = counted(make_engine(engine_config(engine="hf"), model_dir))
     requests = prompts(5, seed=230)
     before = run(engine, requests, GREEDY)
     cache = weakref.ref(engine.cache)
@@ -283,7 +284,7 @@ def test_sleep_frees_the_cache_and_wake_up_makes_an_empty_one(model_dir):
     engine.wake_up()
     engine.stats.clear()
     assert tokens(run(engine, requests, GREEDY)) == tokens(before)
-    fresh = make_engine(engine_config(engine="hf"), model_dir)
+    fresh = counted(make_engine(engine_config(engine="hf"), model_dir))
     run(fresh, requests, GREEDY)
     assert engine.stats == fresh.stats  # nothing was found in the cache that was not there
 

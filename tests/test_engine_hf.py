@@ -12,6 +12,7 @@ import torch
 from engines import (
     GREEDY,
     check_against_model,
+    counted,
     drain,
     engine_config,
     prompts,
@@ -56,7 +57,7 @@ def test_shares_prompts_between_requests(model_dir):
     """Eight requests with one prompt of 50 tokens: it is computed once, then each computes its last
     token.
     """
-    engine = make_engine(engine_config(), model_dir)
+    engine = counted(make_engine(engine_config(), model_dir))
     (prompt,) = prompts(1, seed=110, low=50, high=50).values()
     samplings = {str(i): Sampling(1.0, 10, i, ()) for i in range(8)}
     done = run(engine, {name: prompt for name in samplings}, samplings)
@@ -83,7 +84,7 @@ def test_copies_a_prefix_before_its_row_is_given_away(model_dir):
     """Two rows. In one step, a request copies the prefix that row 0 holds, and an unrelated one
     takes row 0 over.
     """
-    engine = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir)
+    engine = counted(make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir))
     prompt, unrelated = prompts(2, seed=115, low=50, high=50).values()
     run(engine, {"first": prompt}, GREEDY)
     engine.stats.clear()
@@ -96,7 +97,7 @@ def test_copies_a_prefix_before_its_row_is_given_away(model_dir):
 
 def test_a_next_turn_goes_on_in_its_own_row(model_dir):
     """Two rows, both needed: a turn that took the other row would compute its prefix again."""
-    engine = make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir)
+    engine = counted(make_engine(dataclasses.replace(engine_config(), kv_tokens=512), model_dir))
     requests = prompts(2, seed=116, low=50, high=50)
     done = run(engine, requests, GREEDY)
     engine.stats.clear()

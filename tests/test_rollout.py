@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from engines import counted
 from scripted import (
     CHAT,
     PERSON,
@@ -89,9 +90,9 @@ def test_ids_are_prompt_sampled_and_observed_and_the_mask_covers_exactly_the_sam
 
 def test_a_turn_computes_only_what_is_new(toy):
     roll_out(batch(4, repeats=2), make_agent(toy))
-    before = toy.stats.copy()
+    counted(toy)
     trajectories = flat(roll_out(batch(4, repeats=2, step=2), make_agent(toy)))
-    new = toy.stats - before
+    new = toy.stats
     first = sum(t.turns[0].sampled[0] for t in trajectories)
     observed = sum(turn.observed[1] - turn.observed[0] for t in trajectories for turn in t.turns)
     later = sum(len(t.turns) - 1 for t in trajectories)

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from engines import counted
 from loopback import FAULTS, Handler, Server
 from scripted import TOY_CHAT, WORLD, Recorder, batch, flat, toy_config
 
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 def test_vllm_computes_only_what_is_new_in_a_turn():
     config = toy_config(engine="vllm", max_in_flight=32, tool_threads=8)
-    engine = make_engine(config, str(MODEL_DIR))
+    engine = counted(make_engine(config, str(MODEL_DIR)))
     try:
         agent = Agent(config, engine, Tools(config, TOY_CHAT, WORLD.corpus), TOY_CHAT)
         trajectories = flat(roll_out(batch(8, repeats=4), agent))
