@@ -19,7 +19,6 @@ import threading
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from subprocess import PIPE, Popen
@@ -82,7 +81,6 @@ LEGACY = """gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r iso8859_5 cp1253 cp125
 BORDER = re.compile(rf"(?s).*\n(?=\n)|.*\n|.*(?:\.(?= )|[{ENDS}])|.* ")
 CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
 READER_RULES = (ROOT / "prompts/reader.txt").read_text(encoding="utf-8").strip()
-Notes = tuple[str, bool]  # what a reader took from one segment, and whether it wants to read on
 
 
 def main_text(body: bytes, content_type: str) -> str:
@@ -90,7 +88,7 @@ def main_text(body: bytes, content_type: str) -> str:
     return parse(body, content_type)[0]
 
 
-def parse(body: bytes, content_type: str) -> tuple[str, str]:
+def parse(body: bytes, content_type: str) -> tuple:
     """(main_text, ""), or ("", why the page cannot be read)."""
     try:
         text = page_text(body, content_type)
@@ -127,8 +125,9 @@ def pdf_text(body: bytes) -> str:
         reader = pypdf.PdfReader(io.BytesIO(body))
     # Many files are encrypted only to forbid printing.
     if reader.is_encrypted and not reader.decrypt(""):
-        words = "The file is locked: it cannot be read without its password."
-        raise WebFailure("unreadable", words)
+        raise WebFailure(
+            "unreadable", "The file is locked: it cannot be read without its password."
+        )
     texts = []
     for number in range(min(50, len(reader.pages))):
         with suppress(Exception):
@@ -136,7 +135,7 @@ def pdf_text(body: bytes) -> str:
     return "\n\n".join(texts)
 
 
-def rewrite(text: str, tags: dict[str, Any]) -> str:
+def rewrite(text: str, tags: dict) -> str:
     for pattern, written in tags.items():
         text = re.sub("(?i)" + pattern, written, text)
     return text
@@ -164,13 +163,13 @@ def html_text(text: str) -> str:
     return found or html.unescape(TAG.sub("\n", NO_TEXT.sub("", text)))
 
 
-def lines_of(found: str, lines: list[str]) -> str:
+def lines_of(found: str, lines: list) -> str:
     """Those of a page's lines that stand in `found`, however it is broken into lines."""
     words = NO_WORD.sub("", found)
     return "\n".join(line for line in lines if NO_WORD.sub("", line) in words)
 
 
-def page_lines(text: str) -> tuple[list[str], list[str]]:
+def page_lines(text: str) -> tuple:
     """(prose, everything) of an HTML page: a line for each block; prose is not mostly links."""
     import bs4
 
@@ -212,7 +211,7 @@ def superscript(found: re.Match) -> str:
 
 
 # Mark-up that carries meaning, and how it is written in characters: extractors keep only its text.
-MARKS: dict[str, Any] = {
+MARKS = {
     r"</?q(?:\s[^<>]*)?>": '"',
     r"</?(?:del|s|strike)(?:\s[^<>]*)?>": "~~",
     r"<rp>[^<]*(?:</rp>)?": "",
@@ -266,15 +265,15 @@ class Parsers:
     pool of Pebble's, whose children import the program's main module again, and torch with it.
     """
 
-    def __init__(self, number: int) -> None:
-        self.idle: queue.LifoQueue[Popen | None] = queue.LifoQueue()
+    def __init__(self, number: int):
+        self.idle: Any = queue.LifoQueue()  # of children, None where none is started yet
         for _ in range(number):
             self.idle.put(None)
 
     def text(self, body: bytes, content_type: str, deadline: float) -> str:
         """main_text(body, content_type) from a child; raises WebFailure (timeout, unreadable)."""
         try:
-            child: Any = self.idle.get(timeout=seconds_left(deadline))
+            child = self.idle.get(timeout=seconds_left(deadline))
         except queue.Empty:
             raise WebFailure(*TIMEOUT) from None
         try:
@@ -301,7 +300,7 @@ class Parsers:
         return text
 
 
-def segments(text: str, max_chars: int) -> list[str]:
+def segments(text: str, max_chars: int) -> list:
     """Cut a text into pieces of at most `max_chars`, at the best border in the second half."""
     pieces, start = [], 0
     while start < len(text):
@@ -327,8 +326,8 @@ def extract(question: str, segment: str) -> str:
     return " ".join(sentences[place].strip() for place in sorted(best) if shared[place])
 
 
-def parse_notes(reply: str) -> Notes:
-    """Notes from a model's reply; one in no format is taken as notes, and ends the page."""
+def parse_notes(reply: str) -> tuple:
+    """(notes, whether to read on) of a reply; one in no format is all notes, and ends the page."""
     reply = reply.rpartition("</think>")[2]
     further = CONTINUE.search(reply)
     notes = re.sub(r"(?i)^\W*notes\W{0,4}:\W*", "", CONTINUE.sub("", reply, count=1)).strip()
@@ -344,21 +343,22 @@ class Browser:
     config: Config
     web: Any  # None where only the corpus is read
     corpus: Corpus | None
-    in_thread: Callable  # awaited as in_thread(function, *arguments), it runs what blocks
+    in_thread: Any  # awaited as in_thread(function, *arguments), it runs what blocks
     generate_text: Any  # awaited as generate_text(messages), it asks the policy's own engine
     parsers = Parsers(2)  # of one rank
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         config = self.config
         if config.reader != "openai":
             return
         if not (config.reader_url and config.reader_model):
             raise ConfigError("reader='openai': needs reader_url and reader_model")
         if config.cassette_mode != "replay":
-            use = "reader: openai sends it (any word, if the server asks for none)"
-            require_environment("READER_API_KEY", use)
+            require_environment(
+                "READER_API_KEY", "reader: openai sends it (any word, if the server asks for none)"
+            )
 
-    async def browse(self, url: str, reading: Reading, counts: Counter) -> list[tuple[int, str]]:
+    async def browse(self, url: str, reading: Reading, counts: Counter) -> list:
         """(page_number, page_summary) of what is new in segments from reading.next on, which moves.
 
         Fetching and each reading keep tool_timeout, all together browse_timeout. What ends it early
@@ -381,8 +381,9 @@ class Browser:
             pieces = segments(text, config.segment_chars)
             reading.total = len(pieces)
             if 0 < reading.total <= reading.next:
-                words = "This page was read to its end before; nothing is left of it."
-                raise WebFailure("nothing_left", words)
+                raise WebFailure(
+                    "nothing_left", "This page was read to its end before; nothing is left of it."
+                )
             for segment in pieces[reading.next :][: config.max_segments or None]:
                 information, further = await self.read(reading, segment, counts, deadline())
                 if information:
@@ -409,11 +410,10 @@ class Browser:
                 raise WebFailure("no_text", "The page holds no text that can be read.")
             return text
 
-        page = url.partition("#")[0]
-        return self.web.cached("page", page, produce, counts, deadline, EXTRACTOR)
+        return self.web.cached("page", url.partition("#")[0], produce, counts, deadline, EXTRACTOR)
 
-    async def read(self, reading: Reading, segment: str, counts: Counter, deadline: float) -> Notes:
-        """Notes on one segment, and whether to read on; a model's tokens are in no trajectory."""
+    async def read(self, reading: Reading, segment: str, counts: Counter, deadline: float) -> tuple:
+        """(notes on one segment, whether to read on); a model's tokens are in no trajectory."""
         config = self.config
         if config.reader == "extractive":
             return extract(reading.question, segment), True
@@ -439,7 +439,7 @@ class Browser:
         """The reply of `reader: openai`, through the cassette."""
         config = self.config
         url = config.reader_url.rstrip("/") + "/chat/completions"
-        payload: dict[str, Any] = {"model": config.reader_model, "messages": messages}
+        payload: dict = {"model": config.reader_model, "messages": messages}
         payload["temperature"] = config.reader_temperature
         if config.reader_tokens:
             payload["max_tokens"] = config.reader_tokens

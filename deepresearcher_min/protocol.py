@@ -11,7 +11,6 @@ import json
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -23,8 +22,6 @@ from transformers import GenerationConfig
 
 from deepresearcher_min.config import ROOT, named
 
-Schemas = list[dict[str, Any]]
-Messages = list[dict[str, str]]
 THINK = "<think>"  # forced: part of every generation prompt, never sampled, never trained
 SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text(encoding="utf-8").strip()
 load_json = partial(json.loads, strict=False)  # models write raw line breaks inside strings
@@ -59,16 +56,16 @@ class Tool:
     argument: str  # of the call: a list of keys (queries, addresses)
     meaning: str
     most: str  # the config key that limits the number of keys
-    shape: tuple[str, str]  # in an observation: names of a key and of the items that it brought
-    item: Callable[[str], dict[str, Any]]  # one item with these words as its content
+    shape: tuple  # in an observation: names of a key and of the items that it brought
+    item: Any  # a function: one item with these words as its content
     over: str = ""  # what is said of a key beyond the limit; empty: it is left out, as published
 
 
-def search_item(summary: str, title: str = "", url: str = "") -> dict[str, Any]:
+def search_item(summary: str, title: str = "", url: str = "") -> dict:
     return {"quick_summary": summary, "title": title, "url": url}
 
 
-def page_item(summary: str, number: int = 0) -> dict[str, Any]:
+def page_item(summary: str, number: int = 0) -> dict:
     return {"page_number": number, "page_summary": summary}
 
 
@@ -95,25 +92,28 @@ TOOLS = {  # by kind, which is also the name of the method of rollout.Tools that
 }
 
 
-def schemas() -> Schemas:
+def schemas() -> list:
     """The tools as chat templates want them."""
     described = []
     for tool in TOOLS.values():
         keys = {"type": "array", "items": {"type": "string"}, "description": tool.meaning}
-        properties = {tool.argument: keys}
-        parameters = {"type": "object", "properties": properties, "required": [tool.argument]}
+        parameters = {
+            "type": "object",
+            "properties": {tool.argument: keys},
+            "required": [tool.argument],
+        }
         function = {"name": tool.name, "description": tool.description, "parameters": parameters}
         described.append({"type": "function", "function": function})
     return described
 
 
-def arguments_of(found: Schemas) -> list[list[str]]:
+def arguments_of(found: list):
     """Each tool's name and its arguments' names."""
     functions = [schema["function"] for schema in found]
     return sorted([each["name"], *each["parameters"]["properties"]] for each in functions)
 
 
-def read_tools(path: str) -> Schemas | None:
+def read_tools(path: str) -> list | None:
     """The schemas of tools_file, as they stand there; ConfigError where they are of other tools."""
     if not path:
         return None
@@ -128,7 +128,7 @@ def read_tools(path: str) -> Schemas | None:
 @dataclass(frozen=True)
 class Call:
     kind: str  # search | browse: a key of TOOLS
-    keys: tuple[str, ...]
+    keys: tuple  # of strings
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def parse_call(text: str) -> Call | Malformed:
     return Malformed("the tool call does not name a tool")
 
 
-def read_call(text: str) -> tuple[Any, Any]:
+def read_call(text: str):
     """Name and arguments, neither checked; any error where there are none.
 
     In tags: <function=NAME> around <parameter=KEY>VALUE</parameter> or JSON; NAME and pairs of
@@ -202,7 +202,7 @@ def read_call(text: str) -> tuple[Any, Any]:
     return name, given
 
 
-def read_keys(value: Any) -> tuple[str, ...]:
+def read_keys(value) -> tuple:
     """The strings that a value means: a list, a list's text, or plain text, each on a line."""
     if isinstance(value, str):
         if not re.match(r"\s*\[\s*[\"'\]]", value):
@@ -223,10 +223,10 @@ class Entry:
     """What one query or one URL brought; a failure is one item with the reason as its content."""
 
     key: str  # the query or the URL
-    items: tuple[dict[str, Any], ...]  # best first
+    items: tuple  # dicts as search_item and page_item make them, best first
 
 
-def best(entries: Sequence[Entry], kept: int) -> list[Entry]:
+def best(entries: list, kept: int) -> list:
     """The entries with `kept` items together: every entry's best, every entry's second, ..."""
     ranked = []
     for place, entry in enumerate(entries):
@@ -235,7 +235,7 @@ def best(entries: Sequence[Entry], kept: int) -> list[Entry]:
     return [Entry(entry.key, entry.items[: shown[i]]) for i, entry in enumerate(entries)]
 
 
-def render(kind: str, entries: Sequence[Entry]) -> str:
+def render(kind: str, entries: list) -> str:
     """The observation: the Python repr of a list of dicts with keys in alphabetical order."""
     key_name, items_name = TOOLS[kind].shape
     found = []
@@ -245,7 +245,7 @@ def render(kind: str, entries: Sequence[Entry]) -> str:
     return repr(found)
 
 
-def declared_ends(model: str) -> list[int]:
+def declared_ends(model: str) -> list:
     """The end tokens of a model's generation config; none if it has no such file."""
     try:
         found = GenerationConfig.from_pretrained(model).eos_token_id
@@ -254,7 +254,7 @@ def declared_ends(model: str) -> list[int]:
     return [found] if isinstance(found, int) else found or []
 
 
-def template_inputs(date: str) -> dict[str, Any]:
+def template_inputs(date: str) -> dict:
     """What templates ask for by these names: the run's date, not the clock's, and thoughts."""
 
     def strftime_now(form: str) -> str:
@@ -292,18 +292,18 @@ class ChatFormat:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer,
         date: str,
         system_prompt: str = "",
-        tools: Any = None,
-        end_ids: Any = (),
-    ) -> None:
+        tools=None,
+        end_ids=(),
+    ):
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; use an instruction-tuned model")
         self.tokenizer = tokenizer
         self.encode = partial(tokenizer.encode, add_special_tokens=False)
         self.inputs, self.tools = template_inputs(date), tools or schemas()
-        self.frames: dict[int, list[str]] = {}  # around a result, by the number of earlier ones
+        self.frames: dict = {}  # around a result, by the number of earlier ones
         self.system = (system_prompt or SYSTEM_PROMPT).replace("{date}", date)
         self.show_tools(bool(system_prompt), tools is not None)
         added = tokenizer.added_tokens_decoder.values()
@@ -328,7 +328,7 @@ class ChatFormat:
                 "the tokenizer splits a conversation otherwise than its parts; use another model"
             )
 
-    def show_tools(self, own_prompt: bool, own_tools: bool) -> None:
+    def show_tools(self, own_prompt: bool, own_tools: bool):
         """Put into our system prompt an example of a call, and schemas that the template ignores.
 
         The example is in the syntax that the template teaches, else in ours. What comes with each
@@ -349,31 +349,31 @@ class ChatFormat:
         if ignored:
             self.system += "\n\nTools:\n" + "\n".join(map(json.dumps, self.tools))
 
-    def opening(self, question: str) -> Messages:
+    def opening(self, question: str) -> list:
         return [{"role": "system", "content": self.system}, {"role": "user", "content": question}]
 
-    def template(self, messages: Messages, tools: Schemas | None, **inputs: Any) -> str:
+    def template(self, messages: list, tools: list | None, **inputs) -> str:
         """The template's text up to the next assistant turn; ValueError in the template's words."""
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, **self.inputs | inputs)
         except Exception as error:  # a template is a program, and may raise anything
-            words = "the chat template refuses the agent's conversation: " + str(error)
+            words = f"the chat template refuses the agent's conversation: {error}"
             raise ValueError(" ".join(words.split())) from error
 
-    def around_turn(self, answer: dict[str, str], earlier: int = 0) -> tuple[str, str]:
+    def around_turn(self, answer: dict, earlier: int = 0):
         """What the template writes before and behind a turn that has this answer."""
         turn = {"role": "assistant", "content": TURN}
         messages = self.opening("x") + [turn, self.result(WORDS)] * earlier
         before, _, behind = self.template([*messages, turn, answer], self.tools).rpartition(TURN)
         return before, behind
 
-    def result(self, text: str) -> dict[str, str]:
+    def result(self, text: str) -> dict:
         """What a tool says as a message; a user's turn wraps it as Qwen's template does."""
         if self.role == "user":
             text = f"<tool_response>\n{text}\n</tool_response>"
         return {"role": self.role, "content": text}
 
-    def read_ends(self) -> list[str]:
+    def read_ends(self):
         """The special tokens behind a turn that a tool, and one that a user answers.
 
         ValueError unless a turn follows the generation prompt, and something ends it.
@@ -401,17 +401,17 @@ class ChatFormat:
             ends.append(end[1])
         return ends
 
-    def prompt_ids(self, question: str) -> list[int]:
+    def prompt_ids(self, question: str) -> list:
         """[P] ids of system, question and generation prompt, the forced <think> included."""
         messages = self.opening(self.defuse(question))
         return self.encode(open_thought(self.template(messages, self.tools)))
 
-    def message_ids(self, messages: Messages) -> list[int]:
+    def message_ids(self, messages: list) -> list:
         """[P] ids of a plain conversation without tools or thoughts, as readers use it."""
         safe = [{**message, "content": self.defuse(message["content"])} for message in messages]
         return self.encode(self.template(safe, None, enable_thinking=False))
 
-    def observation_ids(self, text: str, earlier: int = 0) -> list[int]:
+    def observation_ids(self, text: str, earlier: int = 0) -> list:
         """[E] ids of all between a sampled end-of-turn token and the next turn's first token.
 
         They are encoded behind that token, where a tokenizer always splits, so that they are the
@@ -431,9 +431,7 @@ class ChatFormat:
         behind = self.around_turn(self.result(words), earlier)[1].partition(self.end_of_turn)[2]
         return self.end_of_turn + open_thought(behind)
 
-    def fit(
-        self, kind: str, entries: Sequence[Entry], max_tokens: int, earlier: int = 0
-    ) -> tuple[str, list[int], int]:
+    def fit(self, kind: str, entries: list, max_tokens: int, earlier: int = 0) -> tuple:
         """Render an observation within a token budget: (text, ids, number of items dropped).
 
         The worst ranks are dropped; if no item fits, the first ten entries say so in words.
@@ -459,7 +457,7 @@ class ChatFormat:
         """Break tags and added tokens in foreign text (split_special_tokens spares <tool_call>)."""
         return self.unsafe.sub(r"\1 ", text)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: list) -> str:
         """Text for parsing and for people; never encoded again."""
         ids = list(token_ids)
         if ids and ids[-1] in self.end_ids:

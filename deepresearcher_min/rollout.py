@@ -193,7 +193,7 @@ class Tools:
         async with asyncio.timeout(self.config.tool_timeout + GRACE):
             return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
 
-    async def generate_text(self, messages: protocol.Messages) -> str:
+    async def generate_text(self, messages: list) -> str:
         """The policy's own engine as a plain chat model; in no trajectory, and not counted for
         admission.
         """
