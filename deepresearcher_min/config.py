@@ -76,7 +76,7 @@ class RunStopped(Exception):
     """Why a run ends before its end, with everything saved: --resume goes on."""
 
 
-def count(counts: dict, name: str, amount=1.0):
+def count(counts: dict, name: str, amount=1):
     """Add to a counter that several tool threads of one trajectory may share."""
     with COUNT_LOCK:
         counts[name] += amount
