@@ -16,6 +16,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -70,6 +71,8 @@ def seen(segments: tuple, i: int, prefix_of: dict) -> Tensor:
 
 def takes_varlen(value: Tensor) -> bool:
     """Whether FlashAttention's kernel behind varlen_attn is made for these (never run by us)."""
+    if "enable_gqa" not in signature(varlen_attn).parameters:  # of torch 2.11
+        return False
     head_dim = value.shape[3]
     half = value.dtype in (torch.bfloat16, torch.float16)
     return value.is_cuda and half and head_dim % 8 == 0 and head_dim <= 256

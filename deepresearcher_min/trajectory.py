@@ -81,7 +81,7 @@ class Trajectory:
     def __post_init__(self):
         types = {"token_ids": np.int32, "sampled_mask": np.bool_, "logprobs": np.float32}
         for name, dtype in types.items():
-            array = np.array(getattr(self, name), dtype)  # a copy: nobody changes it
+            array: np.ndarray = np.array(getattr(self, name), dtype)  # a copy: nobody changes it
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         whose = f"trajectory of question {self.question.id!r}"

@@ -162,7 +162,7 @@ class DeadlineResponse(http.client.HTTPResponse):
             sock.settimeout(min(seconds_left(ERRAND.deadline), sock.gettimeout()))
             return receive(buffer)
 
-        self.fp.raw.readinto = receive_in_time
+        self.fp.raw.readinto = receive_in_time  # type: ignore[method-assign]
 
 
 class PlainConnection(urllib3.connection.HTTPConnection):
@@ -217,7 +217,7 @@ class Door(requests.adapters.HTTPAdapter):
                 request.body,
                 request.headers,
                 timeout=urllib3.Timeout(connect=min(limits.connect_timeout, third), read=silence),
-                pool_timeout=third,
+                pool_timeout=third,  # type: ignore[arg-type]
                 redirect=False,
                 preload_content=False,
             )
