@@ -90,7 +90,7 @@ def conclude(config: Config, state: dict):
     report.curve_png(steps, folder / "curve.png", before, after)
     scores = {"before": before, "after": after}
     summary = {"seed": config.seed, "steps": state["step"], "seconds": state["seconds"]}
-    evaluation.publish(folder, summary | {"cpu_seconds": state["cpu_seconds"]} | scores)
+    report.publish(folder, summary | {"cpu_seconds": state["cpu_seconds"]} | scores)
     print(f"\n{report.text_table(report.score_rows(scores))}\n")
     print(
         f"F1 on {before['n']} held-out questions went from {before['f1']:.2f} to {after['f1']:.2f} "

@@ -12,9 +12,11 @@ longer than all of them, as far as max_model_len allows.
 
 import copy
 import functools
+import os
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from inspect import signature
 from itertools import accumulate
@@ -25,9 +27,10 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
-from deepresearcher_min.config import load_config
+from deepresearcher_min.config import ConfigError, load_config
 
 # --- attention
 
@@ -88,19 +91,67 @@ def joined(segments: tuple, prefix_of: dict) -> tuple:
     return torch.cat(parts, dim=2)[0].transpose(0, 1), begin, max(lengths)
 
 
-# --- the trial
+# --- a model, its folder and its device
 
-LIMIT = 3e-4  # nats; in float32 what is exact differs by up to 2e-5 here
-SHORT = 32  # tokens of the first trial
-SMALL = {  # what the copy has of each, where the architecture has it
-    "vocab_size": 64,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64,
-    "intermediate_size_mlp": 64,
-}
-WIDTHS = {*SMALL, "hidden_size", "num_key_value_heads", "head_dim"}  # no windows
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the hub
+
+
+def fetch_model(model: str, ranks: Any):
+    """Download a hub's model once on each node, with a bar; the other ranks wait. ConfigError where
+    it cannot be had. Left out: weights in other formats than safetensors.
+    """
+    if os.path.isfile(f"{model}/{CONFIG_NAME}"):
+        return
+    if os.path.exists(model):
+        problem = f"this is not the folder of a model: there is no {CONFIG_NAME} in it"
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        problem = "there is no such folder; name a chat model with --model=DIR"
+    else:
+        problem = max(ranks.gather([download(model)]))
+    if problem:
+        raise ConfigError(f"model={model!r}: {problem}")
+
+
+def download(model: str) -> str:
+    """Bring a model into the hub's cache, by a node's first rank; what keeps it from there."""
+    # Here: it takes a while, and only this needs it.
+    from huggingface_hub import model_info, snapshot_download, utils
+
+    problem = ""
+    try:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            # A download would wait for its first answer without end; this for 10 s.
+            model_info(model, timeout=10.0)
+            utils.enable_progress_bars()
+            snapshot_download(model, allow_patterns=MODEL_FILES)
+    # Its own errors, those of its HTTP client and of the disk have no other class in common.
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        problem = f"no folder here, and the hub cannot give it: {cause}; try --model=DIR"
+        with suppress(OSError, ValueError):
+            snapshot_download(model, allow_patterns=MODEL_FILES, local_files_only=True)
+            problem = ""
+    utils.disable_progress_bars()
+    return problem
+
+
+def declared_ends(model: str) -> list:
+    """The end tokens of a model's generation config; none if it has no such file."""
+    try:
+        found = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        return []
+    return [found] if isinstance(found, int) else found or []
+
+
+def missing_gpu() -> str:
+    """Why there is none, by PyTorch's words: no GPU, an old driver, a build for CPUs. Or ""."""
+    try:
+        if not torch.cuda.is_available():
+            torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"there is no CUDA GPU that PyTorch can use ({str(error).split('. ')[0]})"
+    return ""
 
 
 def load_model(folder: str, dtype: Any, attention: str) -> nn.Module:
@@ -133,6 +184,21 @@ def key_shape(config: Any) -> tuple:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return text.num_hidden_layers, kv_heads, head_dim
+
+
+# --- the trial
+
+LIMIT = 3e-4  # nats; in float32 what is exact differs by up to 2e-5 here
+SHORT = 32  # tokens of the first trial
+SMALL = {  # what the copy has of each, where the architecture has it
+    "vocab_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "intermediate_size_mlp": 64,
+}
+WIDTHS = {*SMALL, "hidden_size", "num_key_value_heads", "head_dim"}  # no windows
 
 
 @functools.cache  # a folder is tried once in a process

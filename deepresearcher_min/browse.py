@@ -6,7 +6,6 @@ scripts, frames, images.
 """
 
 import asyncio
-import heapq
 import html
 import io
 import json
@@ -27,27 +26,27 @@ from typing import Any
 import webencodings
 
 from deepresearcher_min.config import (
+    BAD_REPLY,
     ROOT,
+    TIMEOUT,
     Config,
     ConfigError,
     WebFailure,
+    code_of,
     count,
     count_failure,
     require_environment,
+    seconds_left,
 )
 from deepresearcher_min.reward import ask_model
-from deepresearcher_min.search import ENDS, SENTENCE_END, Corpus, content_words
+from deepresearcher_min.search import Corpus, extract, parse_notes, segments
 from deepresearcher_min.trajectory import Reading
-from deepresearcher_min.web import BAD_REPLY, TIMEOUT, code_of, seconds_left
 
-# What a recorded text was made by.
 LIBRARIES = "trafilatura beautifulsoup4 lxml pypdf charset-normalizer"
-EXTRACTOR = code_of(__file__, *LIBRARIES.split())
+EXTRACTOR = code_of(__file__, *LIBRARIES.split())  # what made a recorded text
 NOT_READ = "The page is built in a way that cannot be read."
-# Control and zero-width characters.
 INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]")
 PDF_ROOT = re.compile(rb"(?s)(\d{1,9}) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b")
-
 TAG = re.compile("<[^<>]*>")
 NO_TEXT = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style|noscript)\b.*?(?:</\1[^<>]*>|\Z)")
 NO_WORD = re.compile(r"\W+")
@@ -69,17 +68,12 @@ SIGNED = re.compile(r"^[+\u2212\u2013-]|[+\u2212-]$")
 BASE = re.compile(
     r"(?<![\w.,$€£¥])(?:[^\W\d_]{1,2}|sin|cos|tan|log|\d{1,3}(?:\.\d+)?|10+)$|[)\]}|]$"
 )
-
 CHARSET = re.compile(
     r"(?i)(?:<meta\s[^>]{0,500}?\bcharset|<\?xml[^>]{0,500}?\bencoding)\s*=\s*[\"']?\s*([\w.:-]+)"
 )
 # What pages are found in, in Python's names.
 LEGACY = """gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r iso8859_5 cp1253 cp1255 cp1256 cp874
     cp1252 cp1250 iso8859_2 cp1254 cp1257 cp1258""".split()  # noqa: SIM905
-
-# Where a segment ends best: at a paragraph's end, or else a line's, a sentence's, a word's.
-BORDER = re.compile(rf"(?s).*\n(?=\n)|.*\n|.*(?:\.(?= )|[{ENDS}])|.* ")
-CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
 READER_RULES = (ROOT / "prompts/reader.txt").read_text(encoding="utf-8").strip()
 
 
@@ -113,8 +107,7 @@ def page_text(body: bytes, content_type: str) -> str:
 
 def pdf_text(body: bytes) -> str:
     """The text of a PDF's first fifty pages; a broken page costs only itself."""
-    # Imported here, like the others: only the parsers need them, and trafilatura takes 0.6 s.
-    import pypdf
+    import pypdf  # here, like the others: only the parsers need them, and trafilatura takes 0.6 s
 
     try:
         reader = pypdf.PdfReader(io.BytesIO(body))
@@ -125,9 +118,8 @@ def pdf_text(body: bytes) -> str:
         reader = pypdf.PdfReader(io.BytesIO(body))
     # Many files are encrypted only to forbid printing.
     if reader.is_encrypted and not reader.decrypt(""):
-        raise WebFailure(
-            "unreadable", "The file is locked: it cannot be read without its password."
-        )
+        words = "The file is locked: it cannot be read without its password."
+        raise WebFailure("unreadable", words)
     texts = []
     for number in range(min(50, len(reader.pages))):
         with suppress(Exception):
@@ -183,10 +175,9 @@ def page_lines(text: str) -> tuple:
     lines = re.sub(r"\s+", " ", soup.get_text()).split(BREAK)
     for marked in lines[:9000]:  # more than is ever read
         line = marked.replace(LINK, "")
-        linked = "".join(marked.split(LINK)[1::2])
         if NO_WORD.sub("", line):
             everything.append(line)
-            if 2 * len(linked) <= len(line):
+            if 2 * sum(map(len, marked.split(LINK)[1::2])) <= len(line):  # of what is linked
                 prose.append(line)
     return prose, everything
 
@@ -261,8 +252,8 @@ def fits(text: str) -> bool:
 
 
 class Parsers:
-    """Child processes that run parse, started when needed, replaced where one hangs or dies; no
-    pool of Pebble's, whose children import the program's main module again, and torch with it.
+    """Child processes that run parse, replaced where one hangs or dies. No pool of a library's: its
+    children would import the program's main module again, and torch with it.
     """
 
     def __init__(self, number: int):
@@ -300,42 +291,6 @@ class Parsers:
         return text
 
 
-def segments(text: str, max_chars: int) -> list:
-    """Cut a text into pieces of at most `max_chars`, at the best border in the second half."""
-    pieces, start = [], 0
-    while start < len(text):
-        end = start + max_chars
-        if end < len(text):
-            border = BORDER.match(text, start + max_chars // 2, end)
-            if border:
-                end = border.end()
-        piece = text[start:end].strip()
-        if piece:
-            pieces.append(piece)
-        start = end
-    return pieces
-
-
-def extract(question: str, segment: str) -> str:
-    """What the reader without a model notes: the ten sentences with most words of the question."""
-    wanted = set(content_words(question))
-    text = SENTENCE_END.sub(r"\g<0>\n", segment)
-    sentences = re.split(r"(?<=[.!?])\s+|\n+", text)
-    shared = [len(wanted.intersection(content_words(sentence))) for sentence in sentences]
-    best = heapq.nlargest(10, range(len(sentences)), key=shared.__getitem__)
-    return " ".join(sentences[place].strip() for place in sorted(best) if shared[place])
-
-
-def parse_notes(reply: str) -> tuple:
-    """(notes, whether to read on) of a reply; one in no format is all notes, and ends the page."""
-    reply = reply.rpartition("</think>")[2]
-    further = CONTINUE.search(reply)
-    notes = re.sub(r"(?i)^\W*notes\W{0,4}:\W*", "", CONTINUE.sub("", reply, count=1)).strip()
-    if re.fullmatch(r"(?i)\W*(none|nothing)?\W*", notes):
-        notes = ""
-    return notes, further is not None and further[1].lower() == "yes"
-
-
 @dataclass
 class Browser:
     """Opens pages, and has them read by whom `reader:` names; ConfigError for what it lacks."""
@@ -354,9 +309,8 @@ class Browser:
         if not (config.reader_url and config.reader_model):
             raise ConfigError("reader='openai': needs reader_url and reader_model")
         if config.cassette_mode != "replay":
-            require_environment(
-                "READER_API_KEY", "reader: openai sends it (any word, if the server asks for none)"
-            )
+            why = "reader: openai sends it (any word, if the server asks for none)"
+            require_environment("READER_API_KEY", why)
 
     async def browse(self, url: str, reading: Reading, counts: Counter) -> list:
         """(page_number, page_summary) of what is new in segments from reading.next on, which moves.
@@ -381,9 +335,8 @@ class Browser:
             pieces = segments(text, config.segment_chars)
             reading.total = len(pieces)
             if 0 < reading.total <= reading.next:
-                raise WebFailure(
-                    "nothing_left", "This page was read to its end before; nothing is left of it."
-                )
+                words = "This page was read to its end before; nothing is left of it."
+                raise WebFailure("nothing_left", words)
             for segment in pieces[reading.next :][: config.max_segments or None]:
                 information, further = await self.read(reading, segment, counts, deadline())
                 if information:
@@ -427,13 +380,10 @@ class Browser:
         )
         rules = {"role": "system", "content": READER_RULES}
         messages = [rules, {"role": "user", "content": content}]
-        if config.reader == "engine":
-            # Bounded in tokens: the clock would make it unrepeatable.
-            reply = await self.generate_text(messages)
-        else:
-            async with asyncio.timeout(seconds_left(deadline)):
-                reply = await self.ask_endpoint(messages, counts, deadline)
-        return parse_notes(reply)
+        if config.reader == "engine":  # bounded in tokens: the clock would make it unrepeatable
+            return parse_notes(await self.generate_text(messages))
+        async with asyncio.timeout(seconds_left(deadline)):
+            return parse_notes(await self.ask_endpoint(messages, counts, deadline))
 
     async def ask_endpoint(self, messages: list, counts: Counter, deadline: float) -> str:
         """The reply of `reader: openai`, through the cassette."""

@@ -6,16 +6,20 @@ here.
 """
 
 import difflib
+import hashlib
 import math
 import os
 import re
 import sys
 import threading
+import time
 from configparser import ConfigParser
 from contextlib import contextmanager
 from dataclasses import asdict, make_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
+from urllib.parse import unquote
 
 import yaml
 
@@ -49,6 +53,7 @@ MOST = {  # all others: what the libraries below can count
 }
 ROLES = ("search", "reader", "judge")  # the operator's services, whose failures can stop a run
 NO_FAULT = ("no_results", "no_verdict")  # kinds of failure of a service that works
+TIMEOUT = ("timeout", "The server did not answer in time.")
 BAD_REPLY = ("bad_reply", "The service sent a reply that cannot be read.")
 LAST_WORDS: dict = {}  # how a call to each service failed last, for people
 COUNT_LOCK = threading.Lock()
@@ -87,6 +92,14 @@ def count_failure(counts: dict, source: str, failure: WebFailure):
     if not failure.counted:
         failure.counted = True
         count(counts, f"fail_{source}_{failure.kind}")
+
+
+def seconds_left(deadline: float) -> float:
+    """Seconds until a deadline on the monotonic clock; raises WebFailure when it has passed."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise WebFailure(*TIMEOUT)
+    return left
 
 
 @contextmanager
@@ -349,6 +362,14 @@ def plain_host(name: str) -> str:
         return ""
 
 
+def is_blocked(url: str, hosts: list[str]) -> bool:
+    """Whether an address, however spelled, is at one of these (from host_list) or a subdomain."""
+    # matches everything, if need be with an empty host
+    found = re.findall(r"(?:[^/?#]*//)?(?:[^/?#]*@)?([^/?#:]*)", url.strip().replace("\\", "/"))
+    host = plain_host(unquote(found[0]))
+    return any(f".{host}".endswith(f".{blocked}") for blocked in hosts)
+
+
 def describe(config: Config) -> str:
     """The resolved config as one line for each key that differs from the values of config.yaml."""
     lines = []
@@ -372,3 +393,8 @@ def require_environment(name: str, purpose: str) -> str:
     if not value:
         raise ConfigError(f"{name} is not set: {purpose}")
     return value
+
+
+def code_of(file: str, *packages: str) -> str:
+    """What made a cached reply: a hash of a module's file, the versions of what it works with."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() + "".join(map(version, packages))

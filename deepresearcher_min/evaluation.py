@@ -6,7 +6,6 @@ tests of significance; the interval and the deviation over runs say what a diffe
 
 import asyncio
 import hashlib
-import json
 import os
 import time
 from collections import Counter, defaultdict
@@ -22,7 +21,8 @@ import yaml
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from deepresearcher_min import report, reward, toyworld
+from deepresearcher_min import report, reward, rollout, toyworld
+from deepresearcher_min.architecture import declared_ends, fetch_model
 from deepresearcher_min.config import (
     ROLES,
     Config,
@@ -37,10 +37,10 @@ from deepresearcher_min.config import (
     uses_web,
 )
 from deepresearcher_min.engine import make_engine
-from deepresearcher_min.protocol import ChatFormat, declared_ends, read_tools
+from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.reward import measures, step_sums
-from deepresearcher_min.rollout import EVALUATION, Agent, Batch, Tools, roll_out, try_services
-from deepresearcher_min.run import Ranks, fetch_model
+from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out
+from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Corpus
 from deepresearcher_min.trajectory import Question, Recording, Trajectory, load_questions
 from deepresearcher_min.web import Web
@@ -50,7 +50,6 @@ from deepresearcher_min.web import Web
 OFFICIAL = "https://raw.githubusercontent.com/GAIR-NLP/DeepResearcher"
 TEST_SET_URL = f"{OFFICIAL}/b576f0cc08e1ca39027f29a56a99548b743bfd3b/data/test.parquet"
 TEST_SET_SHA256 = "30c21c7da1872af08d7db1aacb5f45a57d0a7f038dd7f7baed51231bf6c5e10e"
-# What is fetched once for all runs is kept here.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepresearcher_min"
 ENOUGH = 50  # calls to a service after which an evaluation stops where most of them failed
 
@@ -159,7 +158,7 @@ def make_agent(config: Config, task: Task, ranks: Ranks, notes: list) -> tuple[A
             if not prompt.strip():
                 raise ValueError("there is no text in it")
     with named("tools_file", config.tools_file):
-        schemas = read_tools(config.tools_file)
+        schemas = rollout.read_tools(config.tools_file)
     with named("model", config.model, "name a chat model with --model=DIR"):
         model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(task.model_dir)
@@ -188,7 +187,7 @@ def begin(config: Config, ranks: Ranks, notes: list, asks=True, judges=False):
     """
     trouble = ""
     if ranks.rank == 0 and config.cassette_mode != "replay":
-        trouble = try_services(config, asks, judges)
+        trouble = rollout.try_services(config, asks, judges)
     trouble = ranks.share(trouble)
     if trouble:
         raise ConfigError(trouble)
@@ -239,7 +238,7 @@ def evaluate(
     of their `numbers` among all questions (0, 1, ...) and of the `run` of the repeats.
     """
     share, numbers = ranks.deal(questions), ranks.deal(numbers or range(len(questions)))
-    batch = Batch(share, numbers, 1, agent.config.eval_temperature, EVALUATION, run)
+    batch = Batch(share, numbers, 1, agent.config.eval_temperature, rollout.EVALUATION, run)
     return [trajectory for (trajectory,) in roll_out(batch, agent, on_done)]
 
 
@@ -419,10 +418,3 @@ def mean(rows: list, name: str) -> float | None:
     """The mean of a score over the rows that have it."""
     known = [row[name] for row in rows if row.get(name) is not None]
     return sum(known) / len(known) if known else None
-
-
-def publish(run: Path, summary: dict):
-    """Write summary.json and report.html."""
-    text = json.dumps(report.jsonable(summary), indent=1)
-    (run / "summary.json").write_text(text)
-    report.write_html(run)

@@ -10,17 +10,15 @@ import ast
 import json
 import re
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from transformers import GenerationConfig
-
-from deepresearcher_min.config import ROOT, named
+from deepresearcher_min.config import ROOT
+from deepresearcher_min.trajectory import Entry, best
 
 THINK = "<think>"  # forced: part of every generation prompt, never sampled, never trained
 SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text(encoding="utf-8").strip()
@@ -97,32 +95,11 @@ def schemas() -> list:
     described = []
     for tool in TOOLS.values():
         keys = {"type": "array", "items": {"type": "string"}, "description": tool.meaning}
-        parameters = {
-            "type": "object",
-            "properties": {tool.argument: keys},
-            "required": [tool.argument],
-        }
+        parameters = {"type": "object", "properties": {tool.argument: keys}}
+        parameters["required"] = [tool.argument]
         function = {"name": tool.name, "description": tool.description, "parameters": parameters}
         described.append({"type": "function", "function": function})
     return described
-
-
-def arguments_of(found: list):
-    """Each tool's name and its arguments' names."""
-    functions = [schema["function"] for schema in found]
-    return sorted([each["name"], *each["parameters"]["properties"]] for each in functions)
-
-
-def read_tools(path: str) -> list | None:
-    """The schemas of tools_file, as they stand there; ConfigError where they are of other tools."""
-    if not path:
-        return None
-    with named("tools_file", path, "write a JSON list of tool schemas"):
-        found = json.loads(Path(path).read_bytes())
-        described, wanted = arguments_of(found), arguments_of(schemas())
-        if described != wanted:
-            raise ValueError(f"tools and arguments are {described}, but must be {wanted}")
-    return found
 
 
 @dataclass(frozen=True)
@@ -218,23 +195,6 @@ def read_keys(value) -> tuple:
     return tuple(filter(None, keys))
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What one query or one URL brought; a failure is one item with the reason as its content."""
-
-    key: str  # the query or the URL
-    items: tuple  # dicts as search_item and page_item make them, best first
-
-
-def best(entries: list, kept: int) -> list:
-    """The entries with `kept` items together: every entry's best, every entry's second, ..."""
-    ranked = []
-    for place, entry in enumerate(entries):
-        ranked += [(rank, place) for rank in range(len(entry.items))]
-    shown = Counter(place for _, place in sorted(ranked)[:kept])  # so many items of each entry
-    return [Entry(entry.key, entry.items[: shown[i]]) for i, entry in enumerate(entries)]
-
-
 def render(kind: str, entries: list) -> str:
     """The observation: the Python repr of a list of dicts with keys in alphabetical order."""
     key_name, items_name = TOOLS[kind].shape
@@ -243,15 +203,6 @@ def render(kind: str, entries: list) -> str:
         parts = {key_name: entry.key, items_name: list(entry.items)}
         found.append(dict(sorted(parts.items())))
     return repr(found)
-
-
-def declared_ends(model: str) -> list:
-    """The end tokens of a model's generation config; none if it has no such file."""
-    try:
-        found = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        return []
-    return [found] if isinstance(found, int) else found or []
 
 
 def template_inputs(date: str) -> dict:

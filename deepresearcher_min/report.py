@@ -334,3 +334,10 @@ def shorten(rows: list) -> int:
                 turn["text"] = turn["text"][:MAX_TURN]
                 turn["observation"] = turn["observation"] and None  # None: cut
     return cut
+
+
+def publish(run: Path, summary: dict):
+    """Write summary.json and report.html."""
+    text = json.dumps(jsonable(summary), indent=1)
+    (run / "summary.json").write_text(text, encoding="utf-8")
+    write_html(run)

@@ -9,12 +9,14 @@ trajectories before the update (off-policy, not the paper).
 
 import asyncio
 import heapq
+import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from signal import SIGINT, SIGTERM, default_int_handler, raise_signal, signal
 from typing import Any
 
@@ -30,6 +32,7 @@ from deepresearcher_min.config import (
     count,
     count_failure,
     host_list,
+    named,
 )
 from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import (
@@ -143,7 +146,8 @@ class Tools:
         # In the call's order, whichever came first: a replay asks the reader the same.
         for entry in entries:
             for item in entry.items:
-                record.shown[item.get("url", "")] = entry.key
+                if item.get("url"):
+                    record.shown[item["url"]] = entry.key
         if tool.over:
             words = tool.over.format(most=most)
             entries += [Entry(key, (tool.item(words),)) for key in call.keys[most:]]
@@ -210,6 +214,24 @@ class Tools:
 
     def close(self):
         self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def arguments_of(found: list):
+    """Each tool's name and its arguments' names."""
+    functions = [schema["function"] for schema in found]
+    return sorted([each["name"], *each["parameters"]["properties"]] for each in functions)
+
+
+def read_tools(path: str) -> list | None:
+    """The schemas of tools_file, as they stand there; ConfigError where they are of other tools."""
+    if not path:
+        return None
+    with named("tools_file", path, "write a JSON list of tool schemas"):
+        found = json.loads(Path(path).read_bytes())
+        described, wanted = arguments_of(found), arguments_of(protocol.schemas())
+        if described != wanted:
+            raise ValueError(f"tools and arguments are {described}, but must be {wanted}")
+    return found
 
 
 def try_services(config: Config, agent: bool = True, judge: bool = False) -> str:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
+from deepresearcher_min.architecture import missing_gpu
 from deepresearcher_min.config import (
     Config,
     ConfigError,
@@ -44,7 +45,6 @@ from deepresearcher_min.config import (
 from deepresearcher_min.search import check_search
 
 RUNS = Path("runs")
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the hub
 LATE = ["matplotlib.figure", "bm25s"]  # packages that are imported where they are used
 LATE_ON_THE_WEB = ["matplotlib.figure", "trafilatura", "bs4", "lxml", "pypdf"]
 
@@ -176,23 +176,13 @@ def check_needs(config: Config, questions=True):
         raise ConfigError("; ".join(missing))
 
 
-def missing_gpu() -> str:
-    """Why there is none, by PyTorch's words: no GPU, an old driver, a build for CPUs. Or ""."""
-    try:
-        if not torch.cuda.is_available():
-            torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return f"there is no CUDA GPU that PyTorch can use ({str(error).split('. ')[0]})"
-    return ""
-
-
 @contextmanager
 def starting(config: Config, rank: int) -> Iterator[None]:
     """Everything before the first step: if it fails, a run folder that was not there is gone again.
     Whatever is raised becomes a ConfigError, which says where it comes from, if nothing else.
     """
     run = Path(config.run_dir)
-    new = not os.path.exists(run)
+    missing = [folder for folder in (run, *run.parents) if not os.path.exists(folder)]
     try:
         if rank == 0 and not config.question:  # one that is only shown needs no folder
             with named("run_dir", config.run_dir, "name one that can be written: --run_dir=DIR"):
@@ -200,53 +190,17 @@ def starting(config: Config, rank: int) -> Iterator[None]:
                 TemporaryFile(dir=run).close()
         yield
     except BaseException as error:
-        if rank == 0 and new:
+        if rank == 0 and run in missing:
             shutil.rmtree(run, ignore_errors=True)
+        for folder in missing[1:]:
+            with suppress(OSError):  # another run is in it by now
+                folder.rmdir()
         if isinstance(error, ValueError) or not isinstance(error, Exception):
             raise
         *_, place = traceback.extract_tb(error.__traceback__)
         raise ConfigError(
             f"the start failed: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
         ) from error
-
-
-def fetch_model(model: str, ranks: "Ranks"):
-    """Download a hub's model once on each node, with a bar; the other ranks wait. ConfigError where
-    it cannot be had. Left out: weights in other formats than safetensors.
-    """
-    if os.path.isfile(f"{model}/config.json"):
-        return
-    if os.path.exists(model):
-        problem = "this is not the folder of a model: there is no config.json in it"
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        problem = "there is no such folder; name a chat model with --model=DIR"
-    else:
-        problem = max(ranks.gather([download(model)]))
-    if problem:
-        raise ConfigError(f"model={model!r}: {problem}")
-
-
-def download(model: str) -> str:
-    """Bring a model into the hub's cache, by a node's first rank; what keeps it from there."""
-    # Here: it takes a while, and only this needs it.
-    from huggingface_hub import model_info, snapshot_download, utils
-
-    problem = ""
-    try:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            # A download would wait for its first answer without end; this for 10 s.
-            model_info(model, timeout=10.0)
-            utils.enable_progress_bars()
-            snapshot_download(model, allow_patterns=MODEL_FILES)
-    # Its own errors, those of its HTTP client and of the disk have no other class in common.
-    except Exception as error:
-        cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        problem = f"no folder here, and the hub cannot give it: {cause}; try --model=DIR"
-        with suppress(OSError, ValueError):
-            snapshot_download(model, allow_patterns=MODEL_FILES, local_files_only=True)
-            problem = ""
-    utils.disable_progress_bars()
-    return problem
 
 
 @dataclass(frozen=True)
@@ -410,7 +364,7 @@ def load_checkpoint(config: Config, ranks: Ranks, state: dict, read: Callable) -
         order = state["order"]
         with named("resume", str(folder), "delete this checkpoint to go on from the one before"):
             read(folder)
-            state = json.loads((folder / "state.json").read_text())
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             saved = state.get("order")
         if saved != order:
             raise ConfigError(

@@ -7,6 +7,7 @@ has millions asks a `retriever`.
 """
 
 import hashlib
+import heapq
 import html
 import json
 import os
@@ -26,14 +27,17 @@ from urllib.parse import quote
 import numpy as np
 
 from deepresearcher_min.config import (
+    BAD_REPLY,
     Config,
     ConfigError,
     WebFailure,
+    code_of,
     count,
     host_list,
+    is_blocked,
     require_environment,
 )
-from deepresearcher_min.web import BAD_REPLY, Web, code_of, is_blocked
+from deepresearcher_min.web import Web
 
 # Letters and digits, and the signs that belong to letters from Hindi to Khmer, which are no \w.
 WORD = re.compile(
@@ -54,6 +58,9 @@ RUN = re.compile(
 # a space there.
 ENDS = "。！？｡।॥។៕။"
 SENTENCE_END = re.compile(rf"[{ENDS}]+[」』”’）]*|[\u0e00-\u0eff](?=\s+[\u0e00-\u0eff])")
+# Where a segment ends best: at a paragraph's end, or else a line's, a sentence's, a word's.
+BORDER = re.compile(rf"(?s).*\n(?=\n)|.*\n|.*(?:\.(?= )|[{ENDS}])|.* ")
+CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(yes|no)\b\W*")
 NO_RESULTS = ("no_results", "Nothing was found for this query.")
 SNIPPET_CHARS = 300
 SOURCE = code_of(__file__)
@@ -348,3 +355,42 @@ def make_search(config: Config, web: Web | None, corpus: Corpus | None):
         return kept
 
     return search
+
+
+# --- inside a page
+
+
+def segments(text: str, max_chars: int) -> list:
+    """Cut a text into pieces of at most `max_chars`, at the best border in the second half."""
+    pieces, start = [], 0
+    while start < len(text):
+        end = start + max_chars
+        if end < len(text):
+            border = BORDER.match(text, start + max_chars // 2, end)
+            if border:
+                end = border.end()
+        piece = text[start:end].strip()
+        if piece:
+            pieces.append(piece)
+        start = end
+    return pieces
+
+
+def extract(question: str, segment: str) -> str:
+    """What the reader without a model notes: the ten sentences with most words of the question."""
+    wanted = set(content_words(question))
+    text = SENTENCE_END.sub(r"\g<0>\n", segment)
+    sentences = re.split(r"(?<=[.!?])\s+|\n+", text)
+    shared = [len(wanted.intersection(content_words(sentence))) for sentence in sentences]
+    best = heapq.nlargest(10, range(len(sentences)), key=shared.__getitem__)
+    return " ".join(sentences[place].strip() for place in sorted(best) if shared[place])
+
+
+def parse_notes(reply: str) -> tuple:
+    """(notes, whether to read on) of a reply; one in no format is all notes, and ends the page."""
+    reply = reply.rpartition("</think>")[2]
+    further = CONTINUE.search(reply)
+    notes = re.sub(r"(?i)^\W*notes\W{0,4}:\W*", "", CONTINUE.sub("", reply, count=1)).strip()
+    if re.fullmatch(r"(?i)\W*(none|nothing)?\W*", notes):
+        notes = ""
+    return notes, further is not None and further[1].lower() == "yes"

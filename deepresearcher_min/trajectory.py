@@ -108,6 +108,23 @@ class Trajectory:
         }
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What one query or one URL brought; a failure is one item with the reason as its content."""
+
+    key: str  # the query or the URL
+    items: tuple  # dicts as search_item and page_item make them, best first
+
+
+def best(entries: list, kept: int) -> list:
+    """The entries with `kept` items together: every entry's best, every entry's second, ..."""
+    ranked = []
+    for place, entry in enumerate(entries):
+        ranked += [(rank, place) for rank in range(len(entry.items))]
+    shown = Counter(place for _, place in sorted(ranked)[:kept])  # so many items of each entry
+    return [Entry(entry.key, entry.items[: shown[i]]) for i, entry in enumerate(entries)]
+
+
 @dataclass
 class Reading:
     """A page under way: what the reader is told beside the text, and how far it has come."""

@@ -26,10 +26,8 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
-from urllib.parse import unquote
 
 import requests
 import urllib3
@@ -40,6 +38,7 @@ from deepresearcher_min.config import (
     BAD_REPLY,
     LAST_WORDS,
     NO_FAULT,
+    TIMEOUT,
     BlockedURL,
     Config,
     ConfigError,
@@ -47,13 +46,13 @@ from deepresearcher_min.config import (
     count,
     count_failure,
     host_list,
-    plain_host,
+    is_blocked,
     raise_if_down,
+    seconds_left,
 )
 
 # --- failures: kinds, and words for the model
 
-TIMEOUT = ("timeout", "The server did not answer in time.")
 CONNECTION = ("connection", "The connection to the server failed.")
 REFUSED = (
     "refused_address",
@@ -63,14 +62,6 @@ BLOCKED = (
     "blocked_host",
     "This host is blocked: data sets are kept there, with the answers to questions.",
 )
-
-
-def seconds_left(deadline: float) -> float:
-    """Seconds until a deadline on the monotonic clock; raises WebFailure when it has passed."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise WebFailure(*TIMEOUT)
-    return left
 
 
 # --- addresses: which may be opened
@@ -113,22 +104,6 @@ def check_url(url: str, allow_private=False, seconds=5.0) -> tuple:
     if not allow_private and not all(map(is_public, addresses)):
         raise BlockedURL(*REFUSED)
     return parts, addresses
-
-
-def is_blocked(url: str, hosts: list[str]) -> bool:
-    """Whether an address, however spelled, is at one of these (from host_list) or a subdomain."""
-    # matches everything, if need be with an empty host
-    found = re.findall(r"(?:[^/?#]*//)?(?:[^/?#]*@)?([^/?#:]*)", url.strip().replace("\\", "/"))
-    host = plain_host(unquote(found[0]))
-    return any(f".{host}".endswith(f".{blocked}") for blocked in hosts)
-
-
-# --- what made a cached reply
-
-
-def code_of(file: str, *packages: str) -> str:
-    """What made a cached reply: a hash of a module's file, the versions of what it works with."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() + "".join(map(version, packages))
 
 
 # --- the exchange: one request and its reply

@@ -11,13 +11,13 @@ import pytest
 from scripted import CHAT, Scripted, answer_turn, byte_tokenizer, make_agent, one, search_turn
 from transformers import AutoTokenizer
 
+from deepresearcher_min.architecture import declared_ends
 from deepresearcher_min.config import ROOT
 from deepresearcher_min.engine import Completion
 from deepresearcher_min.protocol import (
     TOOLS,
     Call,
     ChatFormat,
-    declared_ends,
     parse_turn,
 )
 from deepresearcher_min.rollout import Scheduler

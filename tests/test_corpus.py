@@ -7,9 +7,8 @@ import time
 import pytest
 
 from deepresearcher_min import search
-from deepresearcher_min.config import ConfigError
+from deepresearcher_min.config import ConfigError, code_of
 from deepresearcher_min.search import Corpus, SearchResult
-from deepresearcher_min.web import code_of
 
 pytestmark = pytest.mark.quick
 DOCUMENTS = [

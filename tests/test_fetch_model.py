@@ -15,12 +15,16 @@ import time
 import pytest
 from loopback import Handler, Server
 
+from deepresearcher_min.architecture import fetch_model
 from deepresearcher_min.config import ROOT, ConfigError
-from deepresearcher_min.run import Ranks, fetch_model
+from deepresearcher_min.run import Ranks
 from deepresearcher_min.toyworld import MODEL_DIR
 
 SHA = "a" * 40
-FETCH = "import sys; from deepresearcher_min.run import *; fetch_model(sys.argv[1], Ranks())"
+FETCH = (
+    "import sys; from deepresearcher_min.run import Ranks; "
+    "from deepresearcher_min.architecture import fetch_model; fetch_model(sys.argv[1], Ranks())"
+)
 
 
 def fetch(url, cache, model="maker/model", seconds=60, **environment):

@@ -7,7 +7,8 @@ import pytest
 from test_chat_templates import TALK, TOOLS_SHOWN, chat_of
 
 from deepresearcher_min.config import ConfigError
-from deepresearcher_min.protocol import read_tools, schemas
+from deepresearcher_min.protocol import schemas
+from deepresearcher_min.rollout import read_tools
 
 pytestmark = pytest.mark.quick
 
