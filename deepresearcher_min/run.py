@@ -349,7 +349,7 @@ def save_checkpoint(config: Config, ranks: Ranks, state: dict, write: Callable):
     write(aside)
     ranks.share(None)  # nobody renames before everybody has written
     if ranks.rank == 0:
-        (aside / "state.json").write_text(json.dumps(state))
+        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         kept = complete_checkpoints(config.run_dir)[-config.keep_checkpoints :]
