@@ -1,7 +1,7 @@
-"""The packed attention that the update computes a model with; and does our code compute this model
-exactly as the model itself does?
+"""A model: its packed attention in the update, its folder, and whether our code computes it exactly
+as the model itself does.
 
-That is tried on a small copy before a run starts. The update has its own packing, attention and
+The last is tried on a small copy before a run starts. The update has its own packing, attention and
 output head, HFEngine its own attention and cache. They leave out what few architectures have:
 scaled, biased or capped heads, sliding windows, attention sinks, alibi. No list of names could be
 complete. So a copy of the architecture (few layers, narrow, random weights, biases included) runs

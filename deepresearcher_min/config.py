@@ -2,7 +2,8 @@
 --key=value.
 
 config.yaml alone knows the keys, their types, values and meanings: a line more there is a key more
-here.
+here. Beside them stands what every room needs: how things fail (a run that cannot begin, a run that
+stops, a call of a tool that fails and is counted), names of hosts, files that survive kills.
 """
 
 import difflib

@@ -1,5 +1,5 @@
 """The reward: word-level F1 of the answer, or a penalty when there is no answer in the right
-format.
+format. Below it the judge of evaluations, and the sums that a step or an evaluation is told by.
 
 The scorer follows the published one to the bit: words are sets, so neither order nor repetition
 counts, and articles are words (SQuAD's F1 differs in both). Omitted, as in the paper: any reward

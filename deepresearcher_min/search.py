@@ -1,4 +1,5 @@
-"""From a query to results (title, address, snippet): `search:` names who answers.
+"""From a query to results (title, address, snippet): `search:` names who answers. At the end, what
+in the segments of a page belongs to a question.
 
 `local` and `toy` search a Corpus in memory; the others are services, asked through web.py, which
 caches and retries. Left out: answer boxes and "people also ask", as in the paper; Bing, whose API
