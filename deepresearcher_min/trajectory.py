@@ -32,7 +32,8 @@ POLICY_STOPS = ("answer", "malformed", "tool_budget", "length", "context")
 HARNESS_STOPS = ("deadline", "cancelled")
 # A text in quotes, and a gap where numpy prints no comma; or what numpy puts around a list.
 PRINTED = re.compile(
-    r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')(\s+(?=["']))?|array\((?=\[)|(?<=\])(,\s*dtype=[^)]+)?\)""",
+    r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')(\s+(?=["']))?"""
+    r"""|array\((?=\[)|(?<=\])(,\s*dtype=[^)]+)?\)""",
     re.DOTALL,
 )
 
