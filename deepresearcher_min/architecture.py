@@ -15,15 +15,17 @@ import functools
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from inspect import signature
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
@@ -175,6 +177,84 @@ def load_model(folder: str, dtype: Any, attention: str) -> nn.Module:
             f"first {wrong[0]}"
         )
     return model
+
+
+LORA_ALPHA = 32  # B A counts alpha / rank times: the best learning rate hardly depends on the rank
+
+
+def add_adapters(model: nn.Module, rank: int, dtype: Any):
+    """LoRA (arXiv 2106.09685): freeze the model; every linear layer but the head is W + alpha/rank
+    B A from now on, B = 0 at first, with factors of this type. ConfigError for a rank above the
+    model's width, and for experts, which peft adapts another way.
+    """
+    # Here: nothing else needs it.
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+
+    most = model.config.get_text_config().hidden_size
+    if rank > most:
+        raise ConfigError(f"lora_rank={rank}: must be at most {most}, the model's hidden_size")
+    kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    settings = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, **kind)
+    model.add_adapter(settings)
+    if settings.target_parameters:
+        raise ConfigError(f"lora_rank={rank}: must be 0 for a model with experts")
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_A.to(dtype)
+            layer.lora_B.to(dtype)
+            # Autocast would keep a copy of this cast input, beside the input itself.
+            layer.cast_input_dtype_enabled = False
+
+
+def full_weights(model: nn.Module, device: Any, dtype: Any) -> Iterator[tuple]:
+    """A model's weights under their Hugging Face names on this device, one by one, gathered from
+    all ranks. With adapters W + alpha/rank B A, from float32 factors every time: merged in place,
+    weights would drift.
+    """
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        path, adapted, _ = name.rpartition(".base_layer.weight")
+        layer = model.get_submodule(path) if adapted else None
+        # a shard is cast before it is gathered
+        shard = parameter.detach().to(device, dtype)
+        yield name.replace(".base_layer.", "."), merged(layer, whole(shard))
+
+
+@torch.no_grad()
+def merged(layer: Any, weight: Tensor) -> Tensor:
+    """A layer's whole weight, with what its adapter adds."""
+    if layer is None:
+        return weight
+    factor_B = whole(layer.lora_B["default"].weight.to(weight.device))
+    factor_A = whole(layer.lora_A["default"].weight.to(weight.device))
+    change = layer.scaling["default"] * factor_B @ factor_A
+    if layer.fan_in_fan_out:  # GPT-2's layers keep W transposed
+        change = change.T
+    return (weight + change).to(weight.dtype)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor of which FSDP keeps a shard on each rank; any other stays as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save_settings(model: Any, dtype: Any, tokenizer, folder: str | Path):
+    """All of a model's folder but the weights, which are of this type; of sampling values that
+    contradict each other, none.
+    """
+    config = copy.copy(model.config)
+    config.dtype = dtype
+    generation = model.generation_config
+    try:
+        generation.validate(strict=True)
+    except ValueError:  # many published ones; save_pretrained would refuse them
+        values = generation.to_dict().items()
+        ids = {key: value for key, value in values if key.endswith("_token_id")}
+        generation = GenerationConfig(**ids)
+    for part in (config, generation, tokenizer):
+        part.save_pretrained(folder)
 
 
 def key_shape(config: Any) -> tuple:

@@ -322,6 +322,7 @@ class HeadLoss(torch.autograd.Function):
         """loss(logprobs_C, entropy_C, slice of S) is the sum of one chunk's losses; None: only
         the log-probabilities are wanted.
         """
+        trains_head = weight_VD.requires_grad  # not under LoRA
         weight_VD = weight_VD.to(hidden_SD.dtype)
         wide = torch.promote_types(hidden_SD.dtype, torch.float32)
         total = hidden_SD.new_zeros((), dtype=wide)
@@ -329,7 +330,7 @@ class HeadLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(logprobs_S)
         if loss is not None:
             ctx.d_hidden_SD = torch.zeros_like(hidden_SD)
-            ctx.d_weight_VD = torch.zeros_like(weight_VD)
+            ctx.d_weight_VD = torch.zeros_like(weight_VD) if trains_head else None
         for start in range(0, len(hidden_SD), chunk):
             part = slice(start, start + chunk)
             hidden_CD = hidden_SD[part]
@@ -339,14 +340,17 @@ class HeadLoss(torch.autograd.Function):
             if d_logits_CV is not None:
                 total += value
                 ctx.d_hidden_SD[part] = d_logits_CV @ weight_VD
-                ctx.d_weight_VD.addmm_(d_logits_CV.T, hidden_CD)
+                if trains_head:
+                    ctx.d_weight_VD.addmm_(d_logits_CV.T, hidden_CD)
                 del d_logits_CV  # before the next chunk's logits are made
         return total, logprobs_S
 
     @staticmethod
     def backward(ctx, d_total, _) -> tuple:
         d_hidden_SD = ctx.d_hidden_SD.mul_(d_total)
-        d_weight_VD = ctx.d_weight_VD.mul_(d_total)
+        d_weight_VD = ctx.d_weight_VD
+        if d_weight_VD is not None:
+            d_weight_VD.mul_(d_total)
         del ctx.d_hidden_SD, ctx.d_weight_VD  # [V, D] is large: let go of it as early as possible
         return d_hidden_SD, d_weight_VD, None, None, None
 

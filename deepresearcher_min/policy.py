@@ -8,12 +8,11 @@ for want of a GPU: FSDP over NCCL, offload to CPU memory. Omitted: tensor, pipel
 parallelism; biased heads, logit scaling and soft-capping: refused (architecture.py).
 """
 
-import copy
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,12 +25,19 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, GenerationConfig
+from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deepresearcher_min import grpo
-from deepresearcher_min.architecture import attend, check_architecture, load_model
+from deepresearcher_min.architecture import (
+    add_adapters,
+    attend,
+    check_architecture,
+    full_weights,
+    load_model,
+    save_settings,
+    whole,
+)
 from deepresearcher_min.config import Config, ConfigError, named
 from deepresearcher_min.grpo import PackedBatch, TrainingRow, training_rows
 from deepresearcher_min.run import Ranks, complete_checkpoints
@@ -77,7 +83,8 @@ class Policy:
 
     def __init__(self, config: Config, model_dir: str, ranks: Ranks, tried: bool = False):
         """float32 master weights, compute in config.dtype, reduction in float32; a frozen reference
-        if kl_coef > 0.
+        if kl_coef > 0. With lora_rank only adapters are trained, on a model frozen in config.dtype,
+        which without them is the reference.
 
         ValueError for an architecture that the update does not compute exactly, unless that was
         `tried`.
@@ -92,19 +99,23 @@ class Policy:
         self.ranks = ranks
         self.scorer = self.load_model(model_dir)
         self.model = self.scorer.model
-        self.reference = None
-        if config.kl_coef > 0:
+        named_parameters = self.model.named_parameters()
+        self.trained = {name: p for name, p in named_parameters if p.requires_grad}
+        self.reference: Callable | None = None
+        if config.kl_coef > 0 and config.lora_rank:
+            self.reference = self.without_adapters
+        elif config.kl_coef > 0:
             # Loaded exactly like the policy, so that the KL of the first step is exactly zero.
             self.reference = self.load_model(model_dir).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            self.trained.values(),
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
             fused=True,
         )
         # AdamW would make these in its first step only: too late for a checkpoint to load into.
-        for p in self.model.parameters():
+        for p in self.trained.values():
             self.optimizer.state[p] = {
                 "step": torch.zeros((), device=p.device),
                 "exp_avg": torch.zeros_like(p),
@@ -118,7 +129,10 @@ class Policy:
         AttentionInterface.register("packed", attend)
         compute = getattr(torch, self.config.dtype)
         master = torch.promote_types(compute, torch.float32)
-        model = load_model(model_dir, master, "packed")
+        rank = self.config.lora_rank
+        model = load_model(model_dir, compute if rank else master, "packed")
+        if rank:
+            add_adapters(model, rank, master)
         layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -234,11 +248,21 @@ class Policy:
         return batches
 
     @torch.no_grad()
-    def score(self, scorer: TokenScorer, batch: PackedBatch) -> Tensor:
+    def score(self, scorer: Callable, batch: PackedBatch) -> Tensor:
         """log-probabilities_S of a micro-batch."""
         _, logprobs_S = scorer(batch)
         check_finite(logprobs_S, batch)
         return logprobs_S
+
+    def without_adapters(self, batch: PackedBatch) -> tuple:
+        """What TokenScorer gives for the model before LoRA."""
+        self.model.disable_adapters()
+        for p in self.trained.values():
+            # Switched off with them; FSDP's first pass looks for the type of what is trained.
+            p.requires_grad_()
+        found = self.scorer(batch)
+        self.model.enable_adapters()
+        return found
 
     def backward(self, batch: PackedBatch, old_S: Tensor | None, total: int) -> Counter:
         """Add one micro-batch's gradient to the others'; returns its sums of metrics. total: N."""
@@ -305,9 +329,7 @@ class Policy:
         """Full weights under their Hugging Face names in config.dtype, one by one: copy them;
         exhaust on every rank.
         """
-        for name, parameter in self.model.named_parameters():
-            # a shard is cast before it is gathered
-            yield name, whole(parameter.detach().to(self.ranks.device, self.scorer.dtype))
+        return full_weights(self.model, self.ranks.device, self.scorer.dtype)
 
     def save(self, folder: str | Path):
         """Write model, optimizer and warm-up position into a new folder; any number of ranks can
@@ -322,20 +344,28 @@ class Policy:
 
     def state(self) -> dict:
         return {
-            "model": dict(self.model.named_parameters()),
+            "model": self.trained,
             "optimizer": self.optimizer.state_dict()["state"],
             "rollouts": torch.tensor(self.rollouts),
         }
 
     def export(self, folder: str | Path, tokenizer):
-        """Write a plain Hugging Face folder (rank 0 writes), which transformers and vLLM load."""
+        """Write a plain Hugging Face folder (rank 0 writes), which transformers and vLLM load; in
+        it, LoRA's adapter as a folder of peft's.
+        """
         weights = {}
         for name, tensor in self.named_weights():
             if self.ranks.rank == 0:
                 weights[name] = tensor.cpu().contiguous()
         if self.ranks.rank == 0:
-            self.export_settings(folder, tokenizer)
+            save_settings(self.model, self.scorer.dtype, tokenizer, folder)
             save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+        if self.config.lora_rank:
+            # Not beside the weights: transformers would add it to them once more.
+            device = self.ranks.device  # where shards are gathered
+            factors = {name: whole(p.detach().to(device)).cpu() for name, p in self.trained.items()}
+            if self.ranks.rank == 0:
+                self.model.save_pretrained(f"{folder}/adapter", state_dict=factors)
 
     def check_saving(self, tokenizer):
         """ConfigError for an export that fails, or checkpoints without room: the weights and
@@ -347,10 +377,11 @@ class Policy:
         run = Path(config.run_dir)
         remedy = "a checkpoint cannot hold its settings"
         with named("model", config.model, remedy), TemporaryDirectory(dir=run) as folder:
-            self.export_settings(folder, tokenizer)
+            save_settings(self.model, self.scorer.dtype, tokenizer, folder)
         count = config.keep_checkpoints + 1 - len(complete_checkpoints(run))
-        parameters = sum(p.numel() for p in self.model.parameters())
-        size = parameters * (3 * 4 + self.scorer.dtype.itemsize)
+        trained = sum(p.numel() for p in self.trained.values())
+        exported = sum(p.numel() for p in self.model.parameters())
+        size = trained * 3 * 4 + exported * self.scorer.dtype.itemsize
         free = shutil.disk_usage(run).free
         if count * size > free:
             raise ConfigError(
@@ -358,27 +389,6 @@ class Policy:
                 f"are needed, and run_dir={config.run_dir} has {free / 1e9:,.3f} GB free; "
                 "keep fewer, or name another folder"
             )
-
-    def export_settings(self, folder: str | Path, tokenizer):
-        """All of an exported folder but the weights; of sampling values that contradict each other,
-        none.
-        """
-        config = copy.copy(self.model.config)
-        config.dtype = self.scorer.dtype
-        generation = self.model.generation_config
-        try:
-            generation.validate(strict=True)
-        except ValueError:  # many published ones; save_pretrained would refuse them
-            values = generation.to_dict().items()
-            ids = {key: value for key, value in values if key.endswith("_token_id")}
-            generation = GenerationConfig(**ids)
-        for part in (config, generation, tokenizer):
-            part.save_pretrained(folder)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor of which FSDP keeps a shard on each rank; any other stays as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def check_finite(logprobs_S: Tensor, batch: PackedBatch):

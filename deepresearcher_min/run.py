@@ -107,7 +107,14 @@ def open_run(argv: list, evaluates=False) -> Config:
         folder = newest_run(evaluates) if resume == "newest" else Path(resume)
         if not os.path.isfile(f"{folder}/config.yaml"):
             raise ConfigError(f"resume={resume!r}: there is no run with a config.yaml in {folder}")
-        config = load_config(argv, read_config("resume", folder))
+        base = read_config("resume", folder)
+        config = load_config(argv, base)
+        begun = base.get("lora_rank", 0)
+        if config.lora_rank != begun:
+            raise ConfigError(
+                f"lora_rank={config.lora_rank}: the checkpoints in {folder} were written with "
+                f"{begun}; go on with that, or begin a new run"
+            )
         return replace(config, run_dir=str(folder), resume=str(folder))
     if evaluates:
         model = Path(typed.get("model") or newest_run())

@@ -143,13 +143,14 @@ def make_policy(
     return policy
 
 
-def adam_policy(models: Path, ranks: Ranks = Ranks()) -> Policy:
+def adam_policy(models: Path, ranks: Ranks = Ranks(), **others: object) -> Policy:
     changes = {
         "lr": 1e-2,
         "lr_warmup": 3,
         "dtype": "float32",
         "updates_per_rollout": 2,
         "max_grad_norm": 1.0,
+        **others,
     }
     return Policy(config(**changes), str(models / "qwen2"), ranks)
 

@@ -22,7 +22,7 @@ def table() -> dict[str, list[str]]:
 @pytest.mark.quick
 def test_the_table_names_what_the_cpu_requirements_name():
     required = (ROOT / "requirements-cpu.txt").read_text()
-    for name in ("torch", "transformers", "safetensors"):
+    for name in ("torch", "transformers", "safetensors", "peft"):
         version = re.search(rf"^{name}==([\d.]+)", required, re.M)[1]
         assert table()[name][0] == version, name
     assert f"vllm=={table()['vllm'][1]}" in (ROOT / "requirements.txt").read_text()
