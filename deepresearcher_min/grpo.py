@@ -261,6 +261,7 @@ def token_losses(
     ref_S,
     advantages_S,
     entropy_S,
+    kept_S=1.0,
     *,
     clip_low: float,
     clip_high: float,
@@ -270,10 +271,9 @@ def token_losses(
 ) -> tuple[Tensor, dict]:
     """The loss of each sampled token, [S], not yet divided by N, and sums of metrics.
 
-    Gradient flows through new_S and entropy_S only. With one update per rollout pass old_S =
-    new_S.detach(): the ratio is 1 and its gradient is the policy gradient. importance_cap 0: no
-    importance weight; ref_S None: no KL. The metrics (docs/metrics.md) are float64 sums; divided by
-    "tokens" they are means, and logprob_good by "good_tokens".
+    Gradient flows through new_S and entropy_S only. One update per rollout: pass old_S =
+    new_S.detach(), and the ratio's gradient is the policy gradient. importance_cap 0: no weight;
+    ref_S None: no KL; kept_S 0: left out. The metrics (docs/metrics.md) are float64 sums.
     """
     ratio_S = (new_S - old_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     free_S = ratio_S * advantages_S
@@ -287,10 +287,9 @@ def token_losses(
     kl_S = torch.zeros_like(new_S)
     if ref_S is not None:
         kl_S = kl_k3(new_S, ref_S)
-    losses_S = losses_S + kl_coef * kl_S
+    losses_S = (losses_S + kl_coef * kl_S) * kept_S
     if entropy_coef:  # HeadLoss has less to do for an entropy that is not used
-        losses_S = losses_S - entropy_coef * entropy_S
-    good_S = advantages_S > 0
+        losses_S = losses_S - entropy_coef * entropy_S * kept_S
     metrics = {
         "loss": losses_S,
         "kl": kl_S,
@@ -300,8 +299,9 @@ def token_losses(
         "capped_fraction": weights_S > cap,
         "tokens": torch.ones_like(new_S),
         "rare_share": torch.minimum(new_S, rollout_S) < math.log(RARE),
-        "logprob_good": new_S * good_S,
-        "good_tokens": good_S,
+        "masked": torch.ones_like(new_S) - kept_S,
+        "logprob_good": new_S * (advantages_S > 0),
+        "good_tokens": advantages_S > 0,
     }
     return losses_S, {name: value_S.detach().double().sum() for name, value_S in metrics.items()}
 
@@ -311,6 +311,15 @@ def sequence_weights(old_S, batch: PackedBatch) -> Tensor:
     the product itself overflows, 2,000 tokens that are off by half a nat make e^1000.
     """
     return torch.bincount(batch.owner_S, (old_S - batch.rollout_S).double())
+
+
+def kept(old_S, batch: PackedBatch, limit: float) -> Tensor:
+    """[S], 0 for a trajectory whose geometric mean of exp(old - rollout), or its inverse, is above
+    the limit, else 1. Unlike the product it does not say more of a trajectory because that is long.
+    """
+    means = sequence_weights(old_S, batch) / torch.bincount(batch.owner_S)
+    within = means.abs() <= math.log(limit)
+    return within[batch.owner_S].float()
 
 
 # --- the output head

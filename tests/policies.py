@@ -220,6 +220,12 @@ def reference_logprobs(
     return logprobs.gather(-1, ids[1:, None])[:, 0][mask], entropy[mask]
 
 
+def reference_kept(ratios: torch.Tensor, limit: float) -> float:
+    """1 for a trajectory that sequence_mask keeps, from its tokens' ratios policy / engine."""
+    geometric_mean = math.prod(ratios.tolist()) ** (1 / len(ratios))
+    return float(not limit or 1 / limit <= geometric_mean <= limit)
+
+
 def reference_update(
     folder: Path, groups: list[Group], config: Config
 ) -> tuple[torch.Tensor, dict[str, float]]:
@@ -238,8 +244,8 @@ def reference_update(
             [[reference_logprobs(m, t, config.temperature)[0] for t, _ in group] for group in rows]
             for m in (model, start)
         )
-    tokens, sums, largest = 0, 0, 0.0
-    good = []
+    tokens, sums, largest = 0, torch.zeros(()), 0.0
+    good: list[float] = []
     for low, high in itertools.pairwise(cuts):
         losses, metrics = [], []
         for g in range(low, high):
@@ -249,6 +255,7 @@ def reference_update(
                 rho = torch.exp(new - old[g][i])
                 clipped = torch.clip(rho, 1 - config.clip_low, 1 + config.clip_high)
                 weight = torch.exp(old[g][i] - rollout)
+                kept = reference_kept(weight, config.sequence_mask)
                 capped = (weight > (config.importance_cap or torch.inf)).double()
                 weight = (
                     torch.clip(weight, max=config.importance_cap) if config.importance_cap else 1.0
@@ -257,14 +264,15 @@ def reference_update(
                 k3 = torch.clip(torch.exp(d) - d - 1, -10, 10)
                 surrogate = torch.minimum(rho * advantage, clipped * advantage)
                 losses.append(
-                    -(weight * surrogate - config.kl_coef * k3 + config.entropy_coef * entropy)
+                    -kept
+                    * (weight * surrogate - config.kl_coef * k3 + config.entropy_coef * entropy)
                 )
                 held = (rho * advantage > clipped * advantage).double()
                 mismatch = (old[g][i] - rollout).abs()
                 rare = ((new.exp() < 1e-4) | (rollout.exp() < 1e-4)).double()
-                metrics.append(
-                    torch.stack([losses[-1], k3, entropy, held, capped, mismatch, rare]).detach()
-                )
+                masked = torch.full_like(new, 1 - kept)
+                values = [losses[-1], k3, entropy, held, capped, mismatch, rare, masked]
+                metrics.append(torch.stack(values).detach())
                 good += new.tolist() if advantage > 0 else []
                 largest = max(largest, math.prod(torch.exp(old[g][i] - rollout).tolist()))
         loss = torch.cat(losses)
@@ -274,8 +282,8 @@ def reference_update(
         tokens += len(loss)
         sums = sums + torch.cat(metrics, dim=1).sum(1)
     moved = [(a - b).flatten() for a, b in zip(start.parameters(), model.parameters(), strict=True)]
-    names = ("loss", "kl", "entropy", "clip_fraction", "capped_fraction", "mismatch", "rare_share")
-    means = dict(zip(names, (sums / tokens).tolist(), strict=True))
+    names = "loss kl entropy clip_fraction capped_fraction mismatch rare_share masked"
+    means = dict(zip(names.split(), (sums / tokens).tolist(), strict=True))
     means |= {"logprob_good": statistics.mean(good), "weight_max": min(largest, math.exp(20))}
     return torch.cat(moved).detach(), means
 
