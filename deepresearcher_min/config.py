@@ -327,6 +327,8 @@ def check(config: Config):
             f"updates_per_rollout={config.updates_per_rollout}: must divide "
             f"questions_per_step={config.questions_per_step}"
         )
+    if 0 < config.sequence_mask <= 1:
+        raise ConfigError(f"sequence_mask={config.sequence_mask}: must be above 1, or 0: off")
     host_list(config)
     if config.group_size < 2:
         raise ConfigError(

@@ -8,6 +8,7 @@ for want of a GPU: FSDP over NCCL, offload to CPU memory. Omitted: tensor, pipel
 parallelism; biased heads, logit scaling and soft-capping: refused (architecture.py).
 """
 
+import math
 import os
 import shutil
 import sys
@@ -44,7 +45,7 @@ from deepresearcher_min.run import Ranks, complete_checkpoints
 from deepresearcher_min.trajectory import Group
 
 LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap")  # of the config
-METRICS = ("loss", "kl", "mismatch", "entropy", "clip_fraction", "capped_fraction")  # of the loss
+METRICS = ("kl", "mismatch", "entropy", "clip_fraction", "capped_fraction", "rare_share", "masked")
 # Between engine and policy, on average, before the first update [nats]: more is another model.
 MISMATCH_LIMITS = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
 
@@ -176,20 +177,24 @@ class Policy:
             os._exit(2)
 
     def learn(self, groups: list[Group], engine: str) -> dict:
-        sums, norms, trained = Counter[str](), [], 0
+        sums, norms, trained, weights = Counter[str](), [], 0, [-math.inf]
         for rows, batches, total in self.prepare(groups):
             for batch, old_S in batches:
-                sums.update(self.backward(batch, old_S, total))
+                found = self.backward(batch, old_S, total)
+                weights.append(found.pop("weight"))
+                sums.update(found)
             if engine and not self.compared:
                 self.compare_with(engine, sums)
             norms.append(self.optimizer_step(rows))
             trained += total
         self.rollouts += 1
         sums = self.ranks.total(sums)
-        # Means over the tokens that were computed, without the skipped trajectories'; but the loss
-        # over all.
+        # Means over the computed tokens, those of skipped trajectories excluded; the loss over all.
         means = {name: sums[name] / max(1, sums["tokens"]) for name in METRICS}
         means["loss"] = sums["loss"] / max(1, trained)
+        means["logprob_good"] = sums["logprob_good"] / (sums["good_tokens"] or math.nan)
+        largest = max(self.ranks.gather(weights))
+        means["weight_max"] = math.exp(min(largest, grpo.EXPONENT_LIMIT))
         means["grad_norm"] = sum(norms) / max(1, len(norms))
         rate = self.optimizer.param_groups[0]["lr"]
         return means | {"lr": rate, "updates": len(norms), "trained_tokens": trained}
@@ -211,8 +216,10 @@ class Policy:
             total = sum(len(row.sampled) for row in rows)
             rows = [row for row in rows if always or row.advantage]
             batches = self.plan(rows)
-            # In the first step old is new; later ones need it from before the weights move.
-            old = [self.score(self.scorer, batch) if u else None for batch in batches]
+            # Later steps need it from before the weights move; in the first, old is new, but to
+            # leave a trajectory out, all of it must be known before its first gradient.
+            early = u or self.config.sequence_mask
+            old = [self.score(self.scorer, batch) if early else None for batch in batches]
             if total:
                 steps.append((rows, list(zip(batches, old, strict=True)), total))
         return steps
@@ -264,8 +271,10 @@ class Policy:
         self.model.enable_adapters()
         return found
 
-    def backward(self, batch: PackedBatch, old_S: Tensor | None, total: int) -> Counter:
-        """Add one micro-batch's gradient to the others'; returns its sums of metrics. total: N."""
+    def backward(self, batch: PackedBatch, old_S: Tensor | None, total: int) -> dict:
+        """Add one micro-batch's gradient to the others'; returns its sums of metrics, and "weight",
+        the largest of its trajectories, as a logarithm. total: N.
+        """
         ref_S = None
         if self.reference is not None:
             ref_S = self.score(self.reference, batch)
@@ -274,19 +283,25 @@ class Policy:
         value, logprobs_S = self.scorer(batch, loss)
         check_finite(logprobs_S, batch)
         value.backward()
-        return Counter({name: float(value) for name, value in sums.items()})
+        weights = grpo.sequence_weights(logprobs_S if old_S is None else old_S, batch)
+        found = {name: float(value) for name, value in sums.items()}
+        found["weight"] = max(weights.tolist(), default=-math.inf)
+        return found
 
     def loss_of(self, batch: PackedBatch, old_S, ref_S, total: int, sums: Counter) -> grpo.Loss:
         """The loss of one chunk of a micro-batch; its metrics are added to sums. old_S, ref_S:
         log-probabilities, None where they are the new ones or there is no reference.
         """
         options = {key: getattr(self.config, key) for key in LOSS_KEYS}
+        kept_S = torch.ones_like(batch.rollout_S)
+        if self.config.sequence_mask and old_S is not None:
+            kept_S = grpo.kept(old_S, batch, self.config.sequence_mask)
 
         def loss(new_C: Tensor, entropy_C: Tensor, part: slice) -> Tensor:
             old_C = new_C.detach() if old_S is None else old_S[part]
             ref_C = None if ref_S is None else ref_S[part]
-            known = (batch.rollout_S[part], ref_C, batch.advantages_S[part])
-            losses_C, metrics = grpo.token_losses(new_C, old_C, *known, entropy_C, **options)
+            known = (batch.rollout_S[part], ref_C, batch.advantages_S[part], entropy_C)
+            losses_C, metrics = grpo.token_losses(new_C, old_C, *known, kept_S[part], **options)
             sums.update(metrics)
             return losses_C.sum() * (self.ranks.world_size / total)  # FSDP averages over ranks
 

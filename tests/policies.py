@@ -4,7 +4,9 @@ float64 reference.
 
 import dataclasses
 import itertools
+import math
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -219,6 +221,12 @@ def reference_logprobs(
     return logprobs.gather(-1, ids[1:, None])[:, 0][mask], entropy[mask]
 
 
+def reference_kept(ratios: torch.Tensor, limit: float) -> float:
+    """1 for a trajectory that sequence_mask keeps, from its tokens' ratios policy / engine."""
+    geometric_mean = math.prod(ratios.tolist()) ** (1 / len(ratios))
+    return float(not limit or 1 / limit <= geometric_mean <= limit)
+
+
 def reference_update(
     folder: Path, groups: list[Group], config: Config
 ) -> tuple[torch.Tensor, dict[str, float]]:
@@ -233,15 +241,12 @@ def reference_update(
     updates = config.updates_per_rollout
     cuts = [len(rows) * u // updates for u in range(updates + 1)]
     with torch.no_grad():
-        old = [
-            [reference_logprobs(model, t, config.temperature)[0] for t, _ in group]
-            for group in rows
-        ]
-        ref = [
-            [reference_logprobs(start, t, config.temperature)[0] for t, _ in group]
-            for group in rows
-        ]
-    tokens = sums = 0
+        old, ref = (
+            [[reference_logprobs(m, t, config.temperature)[0] for t, _ in group] for group in rows]
+            for m in (model, start)
+        )
+    tokens, sums, largest = 0, torch.zeros(()), 0.0
+    good: list[float] = []
     for low, high in itertools.pairwise(cuts):
         losses, metrics = [], []
         for g in range(low, high):
@@ -251,6 +256,7 @@ def reference_update(
                 rho = torch.exp(new - old[g][i])
                 clipped = torch.clip(rho, 1 - config.clip_low, 1 + config.clip_high)
                 weight = torch.exp(old[g][i] - rollout)
+                kept = reference_kept(weight, config.sequence_mask)
                 capped = (weight > (config.importance_cap or torch.inf)).double()
                 weight = (
                     torch.clip(weight, max=config.importance_cap) if config.importance_cap else 1.0
@@ -259,13 +265,17 @@ def reference_update(
                 k3 = torch.clip(torch.exp(d) - d - 1, -10, 10)
                 surrogate = torch.minimum(rho * advantage, clipped * advantage)
                 losses.append(
-                    -(weight * surrogate - config.kl_coef * k3 + config.entropy_coef * entropy)
+                    -kept
+                    * (weight * surrogate - config.kl_coef * k3 + config.entropy_coef * entropy)
                 )
                 held = (rho * advantage > clipped * advantage).double()
                 mismatch = (old[g][i] - rollout).abs()
-                metrics.append(
-                    torch.stack([losses[-1], k3, entropy, held, capped, mismatch]).detach()
-                )
+                rare = ((new.exp() < 1e-4) | (rollout.exp() < 1e-4)).double()
+                masked = torch.full_like(new, 1 - kept)
+                values = [losses[-1], k3, entropy, held, capped, mismatch, rare, masked]
+                metrics.append(torch.stack(values).detach())
+                good += new.tolist() if advantage > 0 else []
+                largest = max(largest, math.prod(torch.exp(old[g][i] - rollout).tolist()))
         loss = torch.cat(losses)
         optimizer.zero_grad()
         loss.mean().backward()
@@ -273,8 +283,10 @@ def reference_update(
         tokens += len(loss)
         sums = sums + torch.cat(metrics, dim=1).sum(1)
     moved = [(a - b).flatten() for a, b in zip(start.parameters(), model.parameters(), strict=True)]
-    names = ("loss", "kl", "entropy", "clip_fraction", "capped_fraction", "mismatch")
-    return torch.cat(moved).detach(), dict(zip(names, (sums / tokens).tolist(), strict=True))
+    names = "loss kl entropy clip_fraction capped_fraction mismatch rare_share masked"
+    means = dict(zip(names.split(), (sums / tokens).tolist(), strict=True))
+    means |= {"logprob_good": statistics.mean(good), "weight_max": min(largest, math.exp(20))}
+    return torch.cat(moved).detach(), means
 
 
 def check_against_reference(moved, metrics, expected, expected_metrics) -> None:

@@ -81,6 +81,8 @@ def test_export_loads_as_a_plain_model(models, tmp_path, name, dtype):
 
 # --- several ranks
 
+LIMIT = 1.9  # sequence_mask: leaves out about half of the trajectories
+
 
 def work_as_rank(models: Path, out: Path, shares: str) -> None:
     """One rank of the tests below: update on a share of the questions, load and save together."""
@@ -105,6 +107,8 @@ def work_as_rank(models: Path, out: Path, shares: str) -> None:
     }
     policy = make_policy(models, "llama", ranks, **options)
     dealt, _ = change(policy, ranks.deal(groups))
+    policy = make_policy(models, "llama", ranks, sequence_mask=LIMIT)
+    kept, kept_metrics = change(policy, ranks.deal(groups))
     policy = adam_policy(models, ranks)
     policy.load(out / "state1")
     loaded = weights(policy)
@@ -117,7 +121,8 @@ def work_as_rank(models: Path, out: Path, shares: str) -> None:
         assert sum(each() is not None for each in whole) == 1
     if rank == 0:
         torch.save(
-            {"moved": moved, "metrics": metrics, "dealt": dealt, "loaded": loaded},
+            {"moved": moved, "metrics": metrics, "dealt": dealt, "loaded": loaded}
+            | {"kept": kept, "kept_metrics": kept_metrics},
             out / "result.pt",
         )
     ranks.stop()
@@ -139,6 +144,9 @@ def test_gradient_and_checkpoints_do_not_depend_on_the_ranks(models, tmp_path, s
         models / "llama", groups, config(updates_per_rollout=2, lr=0.3)
     )
     assert relative(result["dealt"], two_updates) < 1e-6
+    expected = reference_update(models / "llama", groups, config(sequence_mask=LIMIT))
+    assert 0.2 < expected[1]["masked"] < 0.8
+    check_against_reference(result["kept"], result["kept_metrics"], *expected)
     for name, tensor in weights(single).items():  # saved by one rank, loaded by several
         assert tensor.equal(result["loaded"][name]), name
     loaded = adam_policy(models)
