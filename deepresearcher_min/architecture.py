@@ -194,8 +194,9 @@ def add_adapters(model: nn.Module, rank: int, dtype: Any):
     most = model.config.get_text_config().hidden_size
     if rank > most:
         raise ConfigError(f"lora_rank={rank}: must be at most {most}, the model's hidden_size")
-    kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    settings = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, **kind)
+    settings = LoraConfig(
+        r=rank, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     model.add_adapter(settings)
     if settings.target_parameters:
         raise ConfigError(f"lora_rank={rank}: must be 0 for a model with experts")

@@ -194,6 +194,14 @@ def spoil(policy: Policy, token: int, backward: bool, bad: float = float("nan"))
     policy.model.get_input_embeddings().register_forward_hook(forward_hook)
 
 
+def overwrite_parameters(module, fn, recurse: bool = True):
+    """In place of Module._apply, which cannot move or cast fake parameters."""
+    for part in module.modules():
+        for name, p in part.named_parameters(recurse=False):
+            setattr(part, name, torch.nn.Parameter(fn(p.detach()), requires_grad=p.requires_grad))
+    return module
+
+
 def torchrun(worker: str, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a test file as `ranks` processes over gloo, with one thread each."""
     options = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from policies import overwrite_parameters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -34,6 +35,15 @@ SHAPES = {
         "intermediate_size": 8960,
         "num_hidden_layers": 28,
         "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": True,
+    },
+    "3B": {
+        "hidden_size": 2048,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
         "num_key_value_heads": 2,
         "vocab_size": 151_936,
         "tie_word_embeddings": True,
@@ -96,30 +106,40 @@ def gigabytes(tensors) -> float:
 
 @pytest.fixture
 def update_bytes(monkeypatch):
-    """A function of (size, ranks): what stays, and what lives at the update's peak [GB]."""
+    """A function of (size, ranks, lora_rank): what stays, and what lives at the update's peak
+    [GB].
+    """
     attention = lambda q, k, v, *_, **__: FlashMemory.apply(q, k, v)  # noqa: E731
     monkeypatch.setattr(architecture, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(architecture, "causal_lower_right", lambda *_: None)
     monkeypatch.setattr(policy_module.TokenScorer, "to", lambda self, device: self)
+    monkeypatch.setattr(torch.nn.Module, "_apply", overwrite_parameters)  # LoRA's factors
     ids, sampled = np.zeros(T + 1, np.int32), np.arange(T - T // 7, T + 1)
     row = TrainingRow("one", ids, sampled, np.zeros(len(sampled)), 1.0)
 
-    def measure(size: str, ranks: Ranks):
+    def measure(size: str, ranks: Ranks, lora_rank: int = 0):
         def load_model(folder, dtype, attention):
             shape = Qwen2Config(**SHAPES[size], attn_implementation=attention)
             return AutoModelForCausalLM.from_config(shape, dtype=dtype)
 
         monkeypatch.setattr(policy_module, "load_model", load_model)
-        policy = Policy(load_config(["--preset=paper"]), "nowhere", ranks, tried=True)
+        settings = load_config(["--preset=paper", f"--lora_rank={lora_rank}"])
+        policy = Policy(settings, "nowhere", ranks, tried=True)
+        reference = policy.reference if lora_rank == 0 else torch.nn.Module()
         moments = [m for state in policy.optimizer.state.values() for m in state.values()]
         stays = {
             "weights": gigabytes(policy.model.parameters()),
             "moments": gigabytes(moments),
-            "reference": gigabytes(policy.reference.parameters()),
+            "reference": gigabytes(reference.parameters()),
+            "adapters": gigabytes(policy.trained.values()) if lora_rank else 0.0,
         }
         batch = pack([row])
         loss = policy.loss_of(batch, None, torch.zeros(len(sampled)), 1, Counter())
         tracker = MemTracker()
+        if lora_rank:  # it would hang hooks on frozen weights, too; only its labels need them
+            track = MemTracker._track_module_params_and_buffers
+            unhooked = lambda self, module, *_, **__: track(self, module, install_grad_hooks=False)  # noqa: E731
+            monkeypatch.setattr(MemTracker, track.__name__, unhooked)
         if ranks.world_size > 1:
             tracker = FSDPMemTracker(policy.scorer, policy.optimizer)
         else:
@@ -157,3 +177,50 @@ def test_fake_bytes_of_1_5b_on_one_are_what_the_document_computes(update_bytes):
     total = peak["Total"] + stays["reference"]
     assert total < update  # whose copies autocast lets go at the end of the forward pass
     assert total == pytest.approx(update - gradients - copies, rel=0.06)
+
+
+RANK = 16
+LAYERS = 2  # are enough: what the document adds up is the same in every layer
+
+
+def lora_bytes(size: str) -> list[float]:
+    """The document's arithmetic [GB]: frozen model, adapters with moments and gradients, layer
+    inputs, one layer.
+    """
+    shape = Qwen2Config(**SHAPES[size])
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
+    H, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
+    K = H // shape.num_attention_heads * shape.num_key_value_heads
+    adapters = RANK * layers * (9 * H + 2 * K + 3 * inner)
+    counts = [
+        2 * numbers,
+        16 * adapters,
+        2 * layers * T * H,
+        T * (28 * H + 4 * K + 14 * inner),
+    ]
+    return [count / 1e9 for count in counts]
+
+
+@pytest.mark.parametrize(
+    ("size", "row", "card"),
+    [("1.5B", "24 GB", 24.1), ("3B", "24 GB", 24.1), ("7B", "80 GB", 85.5)],
+)
+def test_fake_bytes_of_lora_on_one_are_what_the_document_computes(
+    monkeypatch, update_bytes, size, row, card
+):
+    known = computed(f"LoRA, {size}, {row}")
+    parts = lora_bytes(size)
+    rollout = 0.6 * card + parts[0] + parts[1] * 12 / 16
+    assert [*parts, sum(parts), rollout] == pytest.approx(known, abs=0.051)
+    assert max(known) < card
+    monkeypatch.setitem(SHAPES[size], "num_hidden_layers", LAYERS)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        stays, peak = update_bytes(size, Ranks(), RANK)
+    frozen, adapters, inputs, layer = lora_bytes(size)
+    assert stays["reference"] == 0
+    assert stays["weights"] - stays["adapters"] == pytest.approx(frozen, rel=1e-3)
+    assert stays["adapters"] == pytest.approx(adapters * 4 / 16, rel=1e-3)
+    assert stays["moments"] == pytest.approx(adapters * 8 / 16, rel=1e-2)
+    activations = peak["Total"] - stays["weights"] - stays["moments"]
+    assert 0.8 * (inputs + layer) < activations < inputs + layer

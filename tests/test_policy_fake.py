@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from policies import config, make_policy
+from policies import config, make_policy, overwrite_parameters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -32,6 +32,7 @@ SIZES = {
     "num_key_value_heads": 2,
 }
 PRECISE = ["float32", "bfloat16"]
+TRAINED = [("float32", 0), ("bfloat16", 0), ("bfloat16", 4)]  # dtype, lora_rank
 
 
 @pytest.fixture
@@ -66,6 +67,7 @@ def fake_gpu(monkeypatch, current_gpu):
     monkeypatch.setattr(policy_module, "float", lambda value: value, raising=False)
     # Module.to cannot move fake parameters: they are made where they belong.
     monkeypatch.setattr(policy_module.TokenScorer, "to", lambda self, device: self)
+    monkeypatch.setattr(torch.nn.Module, "_apply", overwrite_parameters)  # LoRA's factors
     # A CausalBias is a tensor that cannot be fake; this is what it stands for.
     mask = lambda n, m: torch.ones(n, m, dtype=torch.bool, device=GPU).tril(m - n)  # noqa: E731
     monkeypatch.setattr(architecture, "causal_lower_right", mask)
@@ -110,9 +112,11 @@ def test_fake_packing_is_on_the_gpu(fake_gpu):
         assert (tensor.device, tensor.dtype) == (GPU, kind), name
 
 
-@pytest.mark.parametrize("dtype", PRECISE)
-def test_fake_scores_and_losses_stay_on_the_gpu_in_float32(fake_gpu, fake_gradients, dtype):
-    policy = fake_policy(dtype)
+@pytest.mark.parametrize(("dtype", "lora_rank"), TRAINED)
+def test_fake_scores_and_losses_stay_on_the_gpu_in_float32(
+    fake_gpu, fake_gradients, dtype, lora_rank
+):
+    policy = fake_policy(dtype, lora_rank=lora_rank)
     (batch,) = policy.plan(rows())
     old_S = policy.score(policy.scorer, batch)
     ref_S = policy.score(policy.reference, batch)
@@ -126,14 +130,15 @@ def test_fake_scores_and_losses_stay_on_the_gpu_in_float32(fake_gpu, fake_gradie
     assert {value.dtype for value in sums.values()} == {torch.float64}
 
 
-@pytest.mark.parametrize("dtype", PRECISE)
-def test_fake_step_and_weights_for_the_engine(fake_gpu, dtype):
-    policy = fake_policy(dtype)
-    for p in policy.model.parameters():
+@pytest.mark.parametrize(("dtype", "lora_rank"), TRAINED)
+def test_fake_step_and_weights_for_the_engine(fake_gpu, dtype, lora_rank):
+    policy = fake_policy(dtype, lora_rank=lora_rank)
+    for p in policy.trained.values():
         p.grad = torch.empty_like(p)
     assert policy.clip_gradient().device == GPU
     policy.step()
-    for p in policy.model.parameters():
+    assert {p.device for p in policy.model.parameters()} == {GPU}
+    for p in policy.trained.values():
         assert (p.device, p.dtype) == (GPU, torch.float32)
         assert {t.device for t in policy.optimizer.state[p].values()} == {GPU}
     for name, tensor in policy.named_weights():
