@@ -4,9 +4,6 @@ float64 reference.
 
 import dataclasses
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -189,19 +186,6 @@ def spoil(policy: Policy, token: int, backward: bool, bad: float = float("nan"))
         return output if backward else output.masked_fill(hit, bad)
 
     policy.model.get_input_embeddings().register_forward_hook(forward_hook)
-
-
-def torchrun(worker: str, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a test file as `ranks` processes over gloo, with one thread each."""
-    options = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run(
-        [sys.executable, *options, worker, *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 # --- the reference: one sequence at a time through the plain model, every logit kept, autograd for
