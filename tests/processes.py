@@ -14,14 +14,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from deepresearcher_min.config import ROOT
-
+ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pytest", "train", "eval", "policies", "torch.distributed.run"])
+ITSELF = multiprocessing.get_context("fork")  # of a program that has computed nothing
 
 
 def as_program(*words: str) -> None:
@@ -30,7 +30,7 @@ def as_program(*words: str) -> None:
     runpy.run_path(words[0], run_name="__main__")
 
 
-def as_torchrun(ranks: int, words: list[str]) -> None:
+def as_torchrun(options: list[str], words: list[str]) -> None:
     """torchrun itself, whose agent forks the ranks from this process."""
     from torch.distributed import run as torchrun
 
@@ -42,10 +42,12 @@ def as_torchrun(ranks: int, words: list[str]) -> None:
         return config, as_program, words
 
     torchrun.config_from_args = forking
-    torchrun.main(["--standalone", f"--nproc_per_node={ranks}", *words])
+    torchrun.main([*options, *words])
 
 
-def begin(words: list[str], ranks: int, folder: str, out: str, environment: dict[str, str]) -> None:
+def begin(
+    words: list[str], torchrun: list[str], folder: str, out: str, environment: dict[str, str]
+) -> None:
     """In the new process."""
     os.setsid()
     os.chdir(folder)
@@ -53,38 +55,46 @@ def begin(words: list[str], ranks: int, folder: str, out: str, environment: dict
     os.environ.update(environment)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{out}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    as_torchrun(ranks, words) if ranks else as_program(*words)
+    as_torchrun(torchrun, words) if torchrun else as_program(*words)
 
 
 @contextmanager
 def started(
-    *words: str, ranks: int = 0, cwd: Path = ROOT, **environment: str
+    *words: str,
+    ranks: int = 0,
+    torchrun: Sequence[str] = (),
+    cwd: Path = ROOT,
+    source=SERVER,
+    **environment: str,
 ) -> Iterator[multiprocessing.Process]:
     """The process, killed with all that it started when the block ends; `.out` is the folder of
     its stdout and stderr.
     """
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     environment = os.environ | {"PYTHONPATH": path} | environment
+    options = ["--standalone", f"--nproc_per_node={ranks}"] if ranks else torchrun
     with tempfile.TemporaryDirectory() as out:
-        given = (list(map(str, words)), ranks, str(cwd), out, environment)
-        process = SERVER.Process(target=begin, args=given)
+        given = (list(map(str, words)), list(options), str(cwd), out, environment)
+        process = source.Process(target=begin, args=given)
         process.out = Path(out)
-        start_server()
+        if source is SERVER:
+            start_server()
         process.start()
         try:
             yield process
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # it may not have a group yet
             process.join()
 
 
 def start_server() -> None:
-    """The server imports from where this process does."""
+    """It imports from where this process does."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     multiprocessing.forkserver.ensure_running()
-    os.environ.pop("PYTHONPATH")
+    del os.environ["PYTHONPATH"]
     if before is not None:
         os.environ["PYTHONPATH"] = before
 
