@@ -7,6 +7,7 @@ nothing of the test's own state. That the commands themselves work, tests of eac
 start a new interpreter.
 """
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -46,7 +47,12 @@ def as_torchrun(options: list[str], words: list[str]) -> None:
 
 
 def begin(
-    words: list[str], torchrun: list[str], folder: str, out: str, environment: dict[str, str]
+    words: list[str],
+    torchrun: list[str],
+    imports: str,
+    folder: str,
+    out: str,
+    environment: dict[str, str],
 ) -> None:
     """In the new process."""
     os.setsid()
@@ -55,6 +61,8 @@ def begin(
     os.environ.update(environment)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{out}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    if imports:  # once for all ranks
+        importlib.import_module(imports)
     as_torchrun(torchrun, words) if torchrun else as_program(*words)
 
 
@@ -63,6 +71,7 @@ def started(
     *words: str,
     ranks: int = 0,
     torchrun: Sequence[str] = (),
+    imports: str = "",
     cwd: Path = ROOT,
     source=SERVER,
     **environment: str,
@@ -74,7 +83,7 @@ def started(
     environment = os.environ | {"PYTHONPATH": path} | environment
     options = ["--standalone", f"--nproc_per_node={ranks}"] if ranks else torchrun
     with tempfile.TemporaryDirectory() as out:
-        given = (list(map(str, words)), list(options), str(cwd), out, environment)
+        given = (list(map(str, words)), list(options), imports, str(cwd), out, environment)
         process = source.Process(target=begin, args=given)
         process.out = Path(out)
         if source is SERVER:

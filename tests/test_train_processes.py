@@ -142,12 +142,12 @@ def test_a_run_of_one_rank_goes_on_with_two_and_through_vllm_which_then_loads_wh
     folder = tmp_path / "run"
     shutil.copytree(two_steps, folder)
     goes_on = ["train.py", f"--resume={folder}", "--engine=vllm", "--steps=3"]
-    done = torchrun("--standalone", "--nproc_per_node=2", *goes_on)
+    done = processes.run(*goes_on, ranks=2, imports="vllm")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = metrics(folder)
     assert rows[-1]["step"] == 3 and rows[-1]["mismatch"] < 1e-4 and rows[:-1] == metrics(two_steps)
     measures = ["eval.py", f"--model={folder}", "--engine=vllm", f"--run_dir={tmp_path / 'eval'}"]
-    done = torchrun("--standalone", "--nproc_per_node=2", *measures)
+    done = processes.run(*measures, ranks=2, imports="vllm")
     assert done.returncode == 0, done.stdout + done.stderr
     exported, engine = (
         json.loads((f / "summary.json").read_text()) for f in (tmp_path / "eval", folder)
