@@ -1,6 +1,8 @@
 """What users get wrong, as they meet it: whole processes, several ranks, consoles without UTF-8."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +13,9 @@ import pytest
 from bad_inputs import LOCAL, arguments
 from small_runs import SMALL
 
+import eval as evaluation
+import train
+from deepresearcher_min import evaluation as package_evaluation
 from deepresearcher_min.config import ROOT
 
 pytestmark = pytest.mark.slow
@@ -97,3 +102,53 @@ def test_no_console_ends_a_run(encoding, consoles):
     assert "held-out questions went from" in said
     assert "bootstraps" in (consoles / f"{encoding}-eval").read_bytes().decode(encoding)
     assert "–" in (consoles / encoding / "eval/results.md").read_text(encoding="utf-8")
+
+
+def test_the_corrected_command_starts_and_dies_of_nothing_late(
+    place, tmp_path, monkeypatch, capsys
+):
+    """Sampling values that contradict each other, a home that cannot be written, ~ in a path, a
+    long context.
+    """
+    model = shutil.copytree(place / "m", tmp_path / "m")
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(
+        json.dumps({**settings, "temperature": 0.6, "top_k": 3})
+    )
+    monkeypatch.setattr(package_evaluation, "CACHE", place / "file" / "cache")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = arguments(LOCAL, f"--run_dir={tmp_path}/run", place)
+    words += [
+        "--model=~/m",
+        "--steps=1",
+        "--max_turn_tokens=8",
+        "--max_model_len=2000",
+        "--limit=3",
+        "--search_url=http://x",
+    ]
+    assert train.main([*words, "--data=~/none.jsonl"]) == 2
+    assert train.main(words) == 0
+    said = capsys.readouterr().out
+    assert "max_model_len=2000 is above the model's own limit of 1024 tokens" in said
+    assert "Without effect on this run: limit, search_url.\n" in said
+    saved = tmp_path / "run/checkpoints/step-000001"
+    exported = json.loads((saved / "generation_config.json").read_text())
+    assert exported["eos_token_id"] == settings["eos_token_id"] and "temperature" not in exported
+    assert evaluation.main([*words, f"--run_dir={tmp_path}/eval"]) == 0
+    assert "Without effect on this run: steps, search_url.\n" in capsys.readouterr().out
+
+    for name, content, words in (  # what is broken in the run folder, when it is to go on
+        ("state.json", "{", "delete this checkpoint"),
+        ("state/.metadata", "", "delete this checkpoint"),
+    ):
+        whole = (saved / name).read_bytes()
+        (saved / name).write_text(content)
+        assert train.main([f"--resume={tmp_path}/run", "--steps=2"]) == 2
+        said = capsys.readouterr()
+        assert (
+            not said.out
+            and said.err.startswith(f"train.py: resume='{saved}'")
+            and words in said.err
+        )
+        (saved / name).write_bytes(whole)
+    assert train.main([f"--resume={tmp_path}/run", "--steps=2"]) == 0

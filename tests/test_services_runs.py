@@ -41,7 +41,7 @@ def die_after_step(step: int, calls: int, server: World, monkeypatch) -> None:
     monkeypatch.setattr(train.report, "step_line", reported)
 
 
-@pytest.mark.quick
+@pytest.mark.slow
 def test_a_step_without_search_is_not_trained_on_and_a_resumed_run_repeats_it(
     tmp_path, monkeypatch, capsys
 ):
