@@ -17,7 +17,7 @@ def pytest_xdist_auto_num_workers(config):
     """Two workers for the whole suite or a part of it by marks, none for single files; more would
     be too much for 24 GB.
     """
-    whole = config.args_source.name == "TESTPATHS" or config.args == [str(config.rootpath)]
+    whole = all(Path(argument).is_dir() for argument in config.args)
     return min(2, os.cpu_count() or 1) if whole else 0
 
 
