@@ -7,6 +7,7 @@ nothing of the test's own state. That the commands themselves work, tests of eac
 start a new interpreter.
 """
 
+import functools
 import importlib
 import multiprocessing
 import os
@@ -98,14 +99,18 @@ def started(
             process.join()
 
 
+@functools.cache
 def start_server() -> None:
-    """It imports from where this process does."""
+    """Returns when it has imported everything, from where this process imports."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     multiprocessing.forkserver.ensure_running()
     del os.environ["PYTHONPATH"]
     if before is not None:
         os.environ["PYTHONPATH"] = before
+    first = SERVER.Process(target=int)  # it does nothing
+    first.start()
+    first.join()
 
 
 def run(*words: str, timeout: float = 300, **options) -> subprocess.CompletedProcess[str]:

@@ -55,6 +55,7 @@ def test_the_line_is_all_that_a_person_sees(program, base, place, nothing_begun)
 
 
 def test_several_ranks_say_it_once_and_end_soon(place, nothing_begun):
+    processes.start_server()
     for words in (["--model={}/mistyped"], ["--model={}/m_weights_torn"], ["--steps=many"]):
         started = time.monotonic()
         given = arguments(LOCAL, " ".join(words), place)

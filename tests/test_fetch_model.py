@@ -41,7 +41,7 @@ def fetch(url, cache, real=False, **environment):
         script.write_text(FETCH)
         command = [sys.executable, str(script), "maker/model"]
         given = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-        done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=120)
     else:
         script.write_text(f"{AGAIN}\n{FETCH}")
         done = processes.run(script, "maker/model", timeout=60, **environment)
@@ -109,6 +109,7 @@ def test_a_hub_that_does_not_give_it_is_one_line(kind, tmp_path):
     pages = {"/api/models/maker/model": answer}
     with Server(pages, delay=60.0 if kind == "silent" else 0.0) as server:
         url = "http://127.0.0.1:9" if kind == "dead" else server.url
+        processes.start_server()
         start = time.monotonic()
         said, shown = fetch(url, tmp_path, HF_HUB_OFFLINE="1" if kind == "offline" else "0")
     assert not said and time.monotonic() - start < 45
