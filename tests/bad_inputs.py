@@ -23,6 +23,16 @@ PAGES = [
 ]
 
 
+EYES = {  # as small as they may be; by default they are a large model
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
 def lines(rows: list) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
@@ -80,6 +90,7 @@ MODELS = {  # how a copy of the toy's model is broken
         folder,
         model_type="gemma3",
         text_config={"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 352},
+        vision_config=EYES,
     ),
 }
 

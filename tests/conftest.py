@@ -3,6 +3,7 @@ shared fixtures.
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,25 @@ import pytest
 # More threads only fight over the cores of a small machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Two workers for the whole suite or a part of it by marks, none for single files; more would
+    be too much for 24 GB.
+    """
+    whole = all(Path(argument).is_dir() for argument in config.args)
+    return min(2, os.cpu_count() or 1) if whole else 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Files with long tests come first, then those with many, so that no worker ends long before
+    the other.
+    """
+    weights = Counter()
+    for item in items:
+        weights[item.path] += 1 if item.get_closest_marker("quick") else 1000
+    items.sort(key=lambda item: -weights[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,7 @@ float64 reference.
 import dataclasses
 import itertools
 import math
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -200,19 +197,6 @@ def overwrite_parameters(module, fn, recurse: bool = True):
         for name, p in part.named_parameters(recurse=False):
             setattr(part, name, torch.nn.Parameter(fn(p.detach()), requires_grad=p.requires_grad))
     return module
-
-
-def torchrun(worker: str, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a test file as `ranks` processes over gloo, with one thread each."""
-    options = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run(
-        [sys.executable, *options, worker, *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 # --- the reference: one sequence at a time through the plain model, every logit kept, autograd for

@@ -5,9 +5,7 @@ The tables hold the mistake, and words that must stand in the line; {} is the fo
 bad_inputs.make().
 """
 
-import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from small_runs import SMALL
 
 import eval as evaluation
 import train
-from deepresearcher_min import evaluation as package_evaluation
 from deepresearcher_min.config import ROOT, TYPES
 
 pytestmark = pytest.mark.quick
@@ -229,56 +226,6 @@ def test_a_mistake_is_one_line_that_names_it(
 
 def test_the_tables_are_long():
     assert all(len(cases) >= 60 for cases in TABLES.values())
-
-
-def test_the_corrected_command_starts_and_dies_of_nothing_late(
-    place, tmp_path, monkeypatch, capsys
-):
-    """Sampling values that contradict each other, a home that cannot be written, ~ in a path, a
-    long context.
-    """
-    model = shutil.copytree(place / "m", tmp_path / "m")
-    settings = json.loads((model / "generation_config.json").read_text())
-    (model / "generation_config.json").write_text(
-        json.dumps({**settings, "temperature": 0.6, "top_k": 3})
-    )
-    monkeypatch.setattr(package_evaluation, "CACHE", place / "file" / "cache")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    words = arguments(LOCAL, f"--run_dir={tmp_path}/run", place)
-    words += [
-        "--model=~/m",
-        "--steps=1",
-        "--max_turn_tokens=8",
-        "--max_model_len=2000",
-        "--limit=3",
-        "--search_url=http://x",
-    ]
-    assert train.main([*words, "--data=~/none.jsonl"]) == 2
-    assert train.main(words) == 0
-    said = capsys.readouterr().out
-    assert "max_model_len=2000 is above the model's own limit of 1024 tokens" in said
-    assert "Without effect on this run: limit, search_url.\n" in said
-    saved = tmp_path / "run/checkpoints/step-000001"
-    exported = json.loads((saved / "generation_config.json").read_text())
-    assert exported["eos_token_id"] == settings["eos_token_id"] and "temperature" not in exported
-    assert evaluation.main([*words, f"--run_dir={tmp_path}/eval"]) == 0
-    assert "Without effect on this run: steps, search_url.\n" in capsys.readouterr().out
-
-    for name, content, words in (  # what is broken in the run folder, when it is to go on
-        ("state.json", "{", "delete this checkpoint"),
-        ("state/.metadata", "", "delete this checkpoint"),
-    ):
-        whole = (saved / name).read_bytes()
-        (saved / name).write_text(content)
-        assert train.main([f"--resume={tmp_path}/run", "--steps=2"]) == 2
-        said = capsys.readouterr()
-        assert (
-            not said.out
-            and said.err.startswith(f"train.py: resume='{saved}'")
-            and words in said.err
-        )
-        (saved / name).write_bytes(whole)
-    assert train.main([f"--resume={tmp_path}/run", "--steps=2"]) == 0
 
 
 def test_help_shows_every_key_with_its_default_and_meaning(capsys):

@@ -4,14 +4,12 @@ refuses.
 
 import io
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 
 import eval as evaluation
@@ -69,21 +67,31 @@ def test_killed_and_resumed(whole, tmp_path):
     one go.
     """
     folder, path = tmp_path / "eval", tmp_path / "eval/trajectories/eval.jsonl"
-    command = [sys.executable, str(ROOT / "eval.py")]
     first = [*TOY, f"--run_dir={folder}", "--max_in_flight=1"]
     for arguments, enough in ((first, 2), ([f"--resume={folder}"], 5)):
-        process = subprocess.Popen([*command, *arguments], cwd=ROOT, start_new_session=True)
-        limit = time.monotonic() + 300
-        while time.monotonic() < limit and not (
-            path.exists() and path.read_bytes().count(b"\n") >= enough
-        ):
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with processes.started("eval.py", *arguments):  # killed where the block ends
+            limit = time.monotonic() + 300
+            while time.monotonic() < limit and not (
+                path.exists() and path.read_bytes().count(b"\n") >= enough
+            ):
+                time.sleep(0.005)
         assert enough <= len(rows_of(folder)) < 8
-    assert subprocess.run([*command, f"--resume={folder}"], cwd=ROOT, timeout=300).returncode == 0
+    assert processes.run("eval.py", f"--resume={folder}").returncode == 0
     answers = [[(row["id"], row["answer"]) for row in rows_of(each)] for each in (whole, folder)]
     assert sorted(answers[0]) == sorted(answers[1])
+
+
+@pytest.mark.slow
+def test_two_ranks_share_every_run(tmp_path):
+    folder = tmp_path / "eval"
+    words = ["--preset=toy", "--model=toy", "--limit=2", "--eval_temperature=1", "--repeats=2"]
+    done = processes.run("eval.py", *words, f"--run_dir={folder}", ranks=2)
+    assert done.returncode == 0, done.stderr
+    files = sorted((folder / "trajectories").glob("eval*.jsonl"))
+    rows = [row for file in files for row in report.read_json_lines(file)]
+    keys = [(row["index"], row["id"]) for row in rows]
+    assert len(keys) == len(set(keys)) == 8
+    assert [path.stem for path in files] == ["eval-rank0", "eval-rank1"]
 
 
 @pytest.mark.quick

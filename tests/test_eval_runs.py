@@ -1,9 +1,6 @@
 """eval.py --repeats: seeds, files, replies of readers and judges, the scores of several runs."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections import Counter
 
@@ -14,7 +11,7 @@ from test_eval_scores import answered, judging, reply
 
 import eval as evaluation
 from deepresearcher_min import report
-from deepresearcher_min.config import ROOT, RunStopped, load_config
+from deepresearcher_min.config import RunStopped, load_config
 from deepresearcher_min.evaluation import scores_over_runs
 from deepresearcher_min.reward import ask_judge
 from deepresearcher_min.trajectory import Group
@@ -107,30 +104,6 @@ def test_runs_that_would_be_the_same_are_refused(capsys, three):
         assert "repeats=" in said and "eval_temperature=0" in said and said.count("\n") == 1
     assert evaluation.main(["--preset=toy", "--model=toy", "--repeats=0"]) == 2
     assert "repeats=0: must be greater than 0" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_two_ranks_share_every_run(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "eval.py",
-        *TOY,
-        "--repeats=2",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, f"--run_dir={tmp_path / 'eval'}"],
-        cwd=ROOT,
-        env=environment,
-        check=True,
-        timeout=300,
-    )
-    keys = [(row["index"], row["id"]) for row in rows_of(tmp_path / "eval")]
-    assert len(keys) == len(set(keys)) == 8
-    assert len(list((tmp_path / "eval/trajectories").glob("eval-rank*.jsonl"))) == 2
 
 
 # --- readers and judges

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import processes
 import pytest
 from loopback import Handler, Server
 
@@ -21,22 +22,29 @@ from deepresearcher_min.run import Ranks
 from deepresearcher_min.toyworld import MODEL_DIR
 
 SHA = "a" * 40
-FETCH = (
-    "import sys; from deepresearcher_min.run import Ranks; "
-    "from deepresearcher_min.architecture import fetch_model; fetch_model(sys.argv[1], Ranks())"
-)
+FETCH = """
+import sys
+from deepresearcher_min.architecture import fetch_model
+from deepresearcher_min.run import Ranks
+fetch_model(sys.argv[1], Ranks())
+print("fetched")
+"""
+# The hub's client reads its address when it is imported; a forked process has it imported.
+AGAIN = "import importlib; from huggingface_hub import constants; importlib.reload(constants)"
 
 
-def fetch(url, cache, model="maker/model", seconds=60, **environment):
-    """fetch_model in a process of its own, since the hub's client reads its address when it is
-    imported.
-    """
-    command = [sys.executable, "-c", f"{FETCH}; print('fetched')", model]
+def fetch(url, cache, real=False, **environment):
+    """fetch_model in a process of its own: a new interpreter, or a forked one."""
     environment = {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"} | environment
-    environment = {**os.environ, **environment}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
-    )
+    script = cache / "fetch.py"
+    if real:
+        script.write_text(FETCH)
+        command = [sys.executable, str(script), "maker/model"]
+        given = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=120)
+    else:
+        script.write_text(f"{AGAIN}\n{FETCH}")
+        done = processes.run(script, "maker/model", timeout=60, **environment)
     return done.stdout, done.stderr
 
 
@@ -80,7 +88,7 @@ def hub(monkeypatch):
 
 @pytest.mark.slow
 def test_a_model_is_fetched_once_with_a_bar(hub, tmp_path):
-    said, shown = fetch(hub.url, tmp_path)
+    said, shown = fetch(hub.url, tmp_path, real=True)
     assert said == "fetched\n" and re.search(r"\d+%\|.*\d/\d", shown)
     assert (
         tmp_path / f"hub/models--maker--model/snapshots/{SHA}/model.safetensors"
@@ -101,6 +109,7 @@ def test_a_hub_that_does_not_give_it_is_one_line(kind, tmp_path):
     pages = {"/api/models/maker/model": answer}
     with Server(pages, delay=60.0 if kind == "silent" else 0.0) as server:
         url = "http://127.0.0.1:9" if kind == "dead" else server.url
+        processes.start_server()
         start = time.monotonic()
         said, shown = fetch(url, tmp_path, HF_HUB_OFFLINE="1" if kind == "offline" else "0")
     assert not said and time.monotonic() - start < 45

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -19,7 +20,6 @@ from policies import (
     make_policy,
     relative,
     save_models,
-    torchrun,
     weights,
 )
 from small_runs import metrics, run_small
@@ -335,7 +335,7 @@ def test_two_ranks_give_what_one_gives(tmp_path):
     single.update(groups)
     single.save(tmp_path / "state")
     work(Ranks(), tmp_path)
-    done = torchrun(__file__, 2, str(tmp_path))
+    done = processes.run(__file__, tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"result{count}.pt") for count in (1, 2))
     for dtype, limit in (("float64", 1e-6), ("bfloat16", 0.05)):

@@ -7,7 +7,6 @@ import random
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from test_pdf import pdf, pdf_of_three
 
 from bench.tools import quality, trafilatura_mode
-from deepresearcher_min import browse as browse_module
 from deepresearcher_min.browse import Parsers, main_text, parse
 from deepresearcher_min.config import ROOT
 from deepresearcher_min.web import WebFailure
@@ -297,51 +295,6 @@ def test_no_real_page_is_worse_than_the_extractor_alone():
 
 
 # --- parsers in child processes
-
-
-def test_a_parser_that_takes_too_long_or_dies_is_replaced():
-    own = Parsers(1)
-    body = page(ARTICLE).encode()
-    assert "Velden" in own.text(body, HTML, time.monotonic() + 30)
-    heavy = (
-        b"<html><body>"
-        + b"<p>Some words that are <a href=b>long</a> enough to be read by it.</p>" * 50_000
-    )
-    start = time.monotonic()
-    with pytest.raises(WebFailure, match="unreadable"):
-        own.text(heavy, HTML, start + 0.2)
-    assert time.monotonic() - start < 1.0
-    assert "Velden" in own.text(body, HTML, time.monotonic() + 30)
-    child = own.idle.get()
-    child.kill()
-    child.wait()
-    own.idle.put(child)
-    # One that died meanwhile harms no page.
-    assert "Velden" in own.text(body, HTML, time.monotonic() + 30)
-    held = own.idle.get()
-    with pytest.raises(WebFailure, match="timeout"):
-        own.text(body, HTML, time.monotonic() + 0.1)
-    held.communicate()
-
-
-def test_many_threads_that_need_a_parser_at_once_start_no_more_than_there_may_be(monkeypatch):
-    started, start = [], browse_module.Popen
-
-    def counted(*args, **options):
-        started.append(start(*args, **options))
-        return started[-1]
-
-    monkeypatch.setattr(browse_module, "Popen", counted)
-    own = Parsers(2)
-    with ThreadPoolExecutor(8) as threads:
-        texts = list(
-            threads.map(
-                lambda i: own.text(b"page %d" % i, "text/plain", time.monotonic() + 60), range(16)
-            )
-        )
-    assert texts == [f"page {i}" for i in range(16)] and 1 <= len(started) <= 2
-    for child in started:
-        child.communicate()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's memory")

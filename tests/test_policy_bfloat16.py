@@ -5,9 +5,10 @@ by torchrun, this file is also the worker of its test with ranks.
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
-from policies import MODELS, make_groups, make_policy, relative, torchrun
+from policies import MODELS, make_groups, make_policy, relative
 
 from deepresearcher_min.grpo import HeadLoss
 from deepresearcher_min.policy import Policy, whole
@@ -95,7 +96,7 @@ def work_as_rank(models: Path, out: Path) -> None:
 
 @pytest.mark.slow
 def test_bfloat16_on_two_ranks_is_that_of_one(models, tmp_path):
-    done = torchrun(__file__, 2, str(models), str(tmp_path))
+    done = processes.run(__file__, models, tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     for (name, _), (found, metrics) in torch.load(tmp_path / "bfloat16.pt").items():
         exact, _ = gradient(make_policy(models, name, dtype="float32", **OPTIONS), make_groups())

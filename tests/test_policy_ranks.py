@@ -8,6 +8,7 @@ import sys
 import weakref
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from policies import (
@@ -22,7 +23,6 @@ from policies import (
     reference_update,
     relative,
     spoil,
-    torchrun,
     weights,
 )
 from tokenizers import Tokenizer
@@ -135,7 +135,7 @@ def test_gradient_and_checkpoints_do_not_depend_on_the_ranks(models, tmp_path, s
     single = adam_policy(models)
     single.update(groups)
     single.save(tmp_path / "state1")
-    done = torchrun(__file__, len(shares), str(models), str(tmp_path), json.dumps(shares))
+    done = processes.run(__file__, models, tmp_path, json.dumps(shares), ranks=len(shares))
     assert done.returncode == 0, done.stderr
     result = torch.load(tmp_path / "result.pt")
     expected = reference_update(models / "llama", groups, config())
@@ -156,7 +156,7 @@ def test_gradient_and_checkpoints_do_not_depend_on_the_ranks(models, tmp_path, s
 
 @pytest.mark.slow
 def test_a_rank_with_bad_numbers_ends_the_job_with_their_name(models, tmp_path):
-    done = torchrun(__file__, 2, str(models), str(tmp_path), json.dumps("nan on the last rank"))
+    done = processes.run(__file__, models, tmp_path, json.dumps("nan on the last rank"), ranks=2)
     assert done.returncode != 0
     assert not (tmp_path / "rank 1 left").exists()  # rank 0 does: over gloo it hears of the end
     assert re.search(

@@ -113,7 +113,7 @@ document.querySelectorAll('.list button').forEach(button => {
 
 
 @needs_chromium
-@pytest.mark.quick
+@pytest.mark.slow
 def test_hostile_text_stays_text(tmp_path, listener):
     url, asked = listener
     path = report.write_html(hostile_run(tmp_path / "run", url))
@@ -146,7 +146,7 @@ def test_the_attacks_work_on_a_careless_page(tmp_path, listener):
 
 
 @needs_chromium
-@pytest.mark.quick
+@pytest.mark.slow
 def test_the_policy_stops_a_script_that_is_not_ours(tmp_path):
     path = report.write_html(write_run(tmp_path / "run", steps=1))
     assert "<h2>Trajectories</h2>" in visible(browse(path, tmp_path / "profile"))
@@ -200,7 +200,7 @@ def interact(folder):
 
 
 @needs_chromium
-@pytest.mark.quick
+@pytest.mark.slow
 def test_filters_order_and_hover(tmp_path):
     said = interact(write_run(tmp_path, steps=6, questions=4, size=4))
     rows = page_data(tmp_path / "report.html")["trajectories"]

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from engines import counted
 from loopback import FAULTS, Handler, Server
 from scripted import TOY_CHAT, WORLD, Recorder, batch, flat, toy_config
@@ -28,7 +29,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
-def test_vllm_computes_only_what_is_new_in_a_turn():
+def test_vllm_computes_only_what_is_new_in_a_turn(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM ends it for good
     config = toy_config(engine="vllm", max_in_flight=32, tool_threads=8)
     engine = counted(make_engine(config, str(MODEL_DIR)))
     try:

@@ -3,13 +3,11 @@ resumed.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from loopback import CONFIG, Server
@@ -20,7 +18,6 @@ from transformers import AutoModelForCausalLM
 import eval as evaluation
 import train
 from deepresearcher_min import report, toyworld
-from deepresearcher_min.config import ROOT
 
 TRAFFIC = ("requests", "bytes", "cache_hits")  # what a cassette saves the second time
 
@@ -44,7 +41,7 @@ def die_after_step(step: int, calls: int, server: World, monkeypatch) -> None:
     monkeypatch.setattr(train.report, "step_line", reported)
 
 
-@pytest.mark.quick
+@pytest.mark.slow
 def test_a_step_without_search_is_not_trained_on_and_a_resumed_run_repeats_it(
     tmp_path, monkeypatch, capsys
 ):
@@ -142,18 +139,8 @@ def test_a_reader_that_dies_stops_the_run(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_two_ranks_stop_and_go_on_together(tmp_path):
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    command = ["torchrun", "--standalone", "--nproc_per_node=2", "train.py"]
-
     def run(*more: str) -> str:
-        done = subprocess.run(
-            [*command, *more],
-            cwd=ROOT,
-            env=os.environ | {"PATH": path},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = processes.run("train.py", *more, ranks=2)
         return done.stdout + done.stderr
 
     with World(lambda role, number: True) as server:

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 from small_runs import SMALL, metrics
 
@@ -40,7 +41,8 @@ def wait_for_step(process: subprocess.Popen, step: int | str = r"\d+") -> None:
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path):
-    assert start(*SMALL, f"--run_dir={tmp_path / 'whole'}", "--steps=6").wait(timeout=120) == 0
+    whole = [*SMALL, f"--run_dir={tmp_path / 'whole'}", "--steps=6"]
+    assert processes.run("train.py", *whole, timeout=120).returncode == 0
     whole, folder = metrics(tmp_path / "whole"), tmp_path / "stopped"
     process = start(*SMALL, f"--run_dir={folder}", "--steps=6", "--save_every=100")
     wait_for_step(process, 2)
@@ -49,7 +51,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path):
     assert (
         process.returncode == 130 and f"--resume={folder}" in output and "Traceback" not in output
     )
-    assert start(f"--resume={folder}").wait(timeout=120) == 0
+    assert processes.run("train.py", f"--resume={folder}", timeout=120).returncode == 0
     assert metrics(folder) == whole
 
 
@@ -67,7 +69,8 @@ def torchrun(*arguments: str, timeout: float = 300) -> subprocess.CompletedProce
 
 
 def test_torchrun_without_arguments_is_the_same_as_python(tmp_path):
-    assert start(*SMALL, f"--run_dir={tmp_path / 'python'}").wait(timeout=120) == 0
+    alone = processes.run("train.py", *SMALL, f"--run_dir={tmp_path / 'python'}")
+    assert alone.returncode == 0, alone.stderr
     done = torchrun("train.py", *SMALL, f"--run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "held-out questions went from" in done.stdout
@@ -139,12 +142,12 @@ def test_a_run_of_one_rank_goes_on_with_two_and_through_vllm_which_then_loads_wh
     folder = tmp_path / "run"
     shutil.copytree(two_steps, folder)
     goes_on = ["train.py", f"--resume={folder}", "--engine=vllm", "--steps=3"]
-    done = torchrun("--standalone", "--nproc_per_node=2", *goes_on)
+    done = processes.run(*goes_on, ranks=2, imports="vllm")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = metrics(folder)
     assert rows[-1]["step"] == 3 and rows[-1]["mismatch"] < 1e-4 and rows[:-1] == metrics(two_steps)
     measures = ["eval.py", f"--model={folder}", "--engine=vllm", f"--run_dir={tmp_path / 'eval'}"]
-    done = torchrun("--standalone", "--nproc_per_node=2", *measures)
+    done = processes.run(*measures, ranks=2, imports="vllm")
     assert done.returncode == 0, done.stdout + done.stderr
     exported, engine = (
         json.loads((f / "summary.json").read_text()) for f in (tmp_path / "eval", folder)
