@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.ablate import fallen, moved
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCHES = sorted((ROOT / "bench").glob("*.py"))
 OWN = {"deepresearcher_min", "scripts", "train", "eval", *(path.stem for path in BENCHES)}
@@ -46,3 +48,12 @@ def test_benches_start_in_a_fresh_environment(tmp_path):
         tmp_path / "peers"
     )
     subprocess.run([python, "-c", peers], check=True, cwd=ROOT / "bench")
+
+
+@pytest.mark.quick
+def test_the_rules_by_which_a_collapse_is_dated():
+    assert fallen([0.2, 0.4, 0.6, 0.5, 0.3, 0.1, 0.1]) == 6  # best mean of three: 0.5
+    assert fallen([0.5, 0.5, 0.5, 0.0, 0.5, 0.1, 0.1]) == 6  # one bad step is noise
+    assert fallen([0.5, 0.5, 0.5, 0.3, 0.3]) is None
+    assert moved([0.0, 9.0, 0.0, -9.0, 9.0], -1.0, 1.0) == 5
+    assert moved([9.0, None, 9.0, 0.0], 0.0, 1.0) is None  # nothing was measured in between
