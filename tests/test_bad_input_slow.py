@@ -92,7 +92,7 @@ def consoles(tmp_path_factory) -> Path:
     environment = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
     command = [sys.executable, "-c", script, str(folder), *ENCODINGS]
     given = os.environ | environment
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=given, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=given, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder
 
