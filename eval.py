@@ -98,7 +98,7 @@ def conclude(config: Config, task: Task, started: float):
     seconds = time.monotonic() - started
     summary = {"seed": config.seed, "model": config.model, "method": config.method, "usd": usd}
     summary |= {"seconds": seconds, "sources": sources, "overall": overall, "runs": each}
-    report.publish(folder, summary | {"table": table, "caption": caption})
+    report.publish(config, summary | {"table": table, "caption": caption})
     text = f"{report.text_table(table, markdown=True)}\n\n{caption}\n"
     (folder / "results.md").write_text(text, encoding="utf-8")
     print(f"{report.text_table(table)}\n\n{caption}\n")

@@ -87,11 +87,13 @@ def conclude(config: Config, state: dict):
     """summary.json, the curve, the report page and the table; ends with what was learned."""
     before, after, folder = state["before"], state["after"], Path(config.run_dir)
     steps = [row for row in report.read_json_lines(folder / "metrics.jsonl") if "reward" in row]
-    report.curve_png(steps, folder / "curve.png", before, after)
+    report.curve_png(steps, folder / "curve.png", [before["f1"], after["f1"]])
     scores = {"before": before, "after": after}
+    table = report.score_rows(scores)
     summary = {"seed": config.seed, "steps": state["step"], "seconds": state["seconds"]}
-    report.publish(folder, summary | {"cpu_seconds": state["cpu_seconds"]} | scores)
-    print(f"\n{report.text_table(report.score_rows(scores))}\n")
+    summary |= {"cpu_seconds": state["cpu_seconds"], "table": table}
+    report.publish(config, summary | scores)
+    print(f"\n{report.text_table(table)}\n")
     print(
         f"F1 on {before['n']} held-out questions went from {before['f1']:.2f} to {after['f1']:.2f} "
         f"in {state['step']} steps of GRPO ({state['seconds']:.0f} s). The curve is in "

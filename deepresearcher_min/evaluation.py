@@ -246,7 +246,6 @@ def write_groups(config: Config, name: str, step: int, groups: list):
     """All trajectories as JSON lines, and the best and the worst as text."""
     path = Path(f"{config.run_dir}/trajectories/{name}.jsonl")
     why = partial(reward.explain, config=config)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # of a step that was run before a kill, and runs again
     report.write_trajectories(path, step, groups, why)
     report.write_readable(path.with_suffix(".txt"), groups, why)
@@ -254,12 +253,12 @@ def write_groups(config: Config, name: str, step: int, groups: list):
 
 def written(config: Config, task: Task) -> list[list]:
     """What eval.py has written of each run: not what the harness ended, but what is not usable."""
-    asked = {question.id for question in task.held_out}
+    asked = {question.id: question for question in task.held_out}
     runs: list = [[] for _ in range(config.repeats)]
     for file in sorted(Path(config.run_dir).glob("trajectories/eval*.jsonl")):
         for row in report.read_json_lines(file):
             if row["id"] in asked and row["index"] < config.repeats:
-                runs[row["index"]].append(report.read_trajectory(row))
+                runs[row["index"]].append(report.read_trajectory(row, asked[row["id"]]))
     return runs
 
 
