@@ -52,7 +52,7 @@ def resolve(argv: list) -> Config:
             "add --eval_temperature=1 (or --repeats=1)"
         )
     if config.blocked_hosts == "auto":
-        listed = (ROOT / "deepresearcher_min/blocked_hosts.txt").read_text(encoding="utf-8")
+        listed = (ROOT / "deepresearcher_min/blocked_hosts.txt").read_text("utf-8")
         hosts = re.findall(r"(?m)^[^#\s]+", listed)
         config = replace(config, blocked_hosts=" ".join(hosts))
     if config.method == "cot" and config.search != "toy":
@@ -82,7 +82,7 @@ def conclude(config: Config, task: Task, started: float):
         part = [[one for one in tried if one.question.source == name] for tried in runs]
         sources[name or "no source"], _ = evaluation.scores_over_runs(part, verdicts, config)
     table = report.score_rows({**sources, "all": overall})
-    published = (ROOT / "docs/paper.csv").read_text(encoding="utf-8").splitlines()
+    published = (ROOT / "docs/paper.csv").read_text("utf-8").splitlines()
     for row in csv.DictReader(published):
         if sources.keys() & row.keys():
             cells = [row.get(name, "-") for name in table[0][1:]]
@@ -100,7 +100,7 @@ def conclude(config: Config, task: Task, started: float):
     summary |= {"seconds": seconds, "sources": sources, "overall": overall, "runs": each}
     report.publish(config, summary | {"table": table, "caption": caption})
     text = f"{report.text_table(table, markdown=True)}\n\n{caption}\n"
-    (folder / "results.md").write_text(text, encoding="utf-8")
+    (folder / "results.md").write_text(text, "utf-8")
     print(f"{report.text_table(table)}\n\n{caption}\n")
     print(
         f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {folder}/report.html, the table in "

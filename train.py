@@ -67,11 +67,12 @@ def train(task: Task, agent: Agent, examinee: Agent, policy: Policy, state: dict
 def measure(name: str, state: dict, task: Task, examinee: Agent, ranks: Ranks):
     """Scores on the held-out questions, into files and state; their cost is added to the state."""
     config, step = examinee.config, state["step"]
+    numbered = enumerate(task.held_out)
     with ranks.progress(f"evaluation {name}", len(task.held_out) // ranks.world_size) as bar:
-        found = ranks.gather(evaluate(task.held_out, examinee, ranks, lambda _: bar.update()))
+        found = ranks.gather(evaluate(numbered, examinee, ranks, lambda _: bar.update()))
     sums, scores = step_sums([], [found]), summarize(found)
     raise_if_down(config, sums)
-    if task.world is not None:
+    if task.world:
         scores |= toyworld.behaviour_rates(found, task.world)
     if ranks.rank == 0:
         groups = [judge(one.question, [one], config, 0) for one in found]
@@ -84,15 +85,15 @@ def measure(name: str, state: dict, task: Task, examinee: Agent, ranks: Ranks):
 
 
 def conclude(config: Config, state: dict):
-    """summary.json, the curve, the report page and the table; ends with what was learned."""
+    """summary.json (the state and more), the curve, the report page and the table; ends with what
+    was learned.
+    """
     before, after, folder = state["before"], state["after"], Path(config.run_dir)
     steps = [row for row in report.read_json_lines(folder / "metrics.jsonl") if "reward" in row]
     report.curve_png(steps, folder / "curve.png", [before["f1"], after["f1"]])
-    scores = {"before": before, "after": after}
-    table = report.score_rows(scores)
-    summary = {"seed": config.seed, "steps": state["step"], "seconds": state["seconds"]}
-    summary |= {"cpu_seconds": state["cpu_seconds"], "table": table}
-    report.publish(config, summary | scores)
+    table = report.score_rows({"before": before, "after": after})
+    summary = {"seed": config.seed, "steps": state["step"], "table": table}
+    report.publish(config, state | summary)
     print(f"\n{report.text_table(table)}\n")
     print(
         f"F1 on {before['n']} held-out questions went from {before['f1']:.2f} to {after['f1']:.2f} "

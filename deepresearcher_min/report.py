@@ -51,7 +51,7 @@ def step_line(metrics: dict) -> str:
     return re.sub(r"(?<![\d$])(-?)0\.", r" \1.", line)  # .41 is easier to read than 0.41
 
 
-def score_rows(named: dict) -> list:
+def score_rows(named: dict):
     """A table of evaluations {name: scores} side by side, the head first; what none of them
     measured is left out.
     """
@@ -59,15 +59,14 @@ def score_rows(named: dict) -> list:
     for key, (name, form) in SCORES.items():
         cells = []
         for scores in named.values():
-            value = scores.get(key)
-            ends = np.ravel([] if value is None else value)  # one number, or an interval
-            cells.append("–".join(format(end, form) for end in ends) or "-")
+            ends = np.ravel(scores.get(key))  # one number, an interval, or None
+            cells.append("–".join(format(end, form) for end in ends if end is not None) or "-")
         if set(cells) != {"-"}:
             rows.append([name, *cells])
     return rows
 
 
-def text_table(rows: list, markdown: bool = False) -> str:
+def text_table(rows: list, markdown=False) -> str:
     """Rows of cells, the head first, as aligned text or as a Markdown table."""
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     end = ":" if markdown else "-"  # figures are aligned to the right
@@ -108,11 +107,11 @@ def jsonable(value):
     return json.loads(text, parse_constant=lambda name: None)
 
 
-def read_json_lines(path: Path):
+def read_json_lines(path):
     """The objects in a file of JSON lines (none without the file); a line torn by a kill is passed
     over.
     """
-    with suppress(FileNotFoundError), path.open("rb") as lines:
+    with suppress(FileNotFoundError), open(path, "rb") as lines:
         for line in lines:
             with suppress(ValueError):
                 yield json.loads(line)
