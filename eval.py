@@ -67,7 +67,7 @@ def conclude(config: Config, task: Task, started: float):
     """Judge the answers; write summary.json, results.md and report.html from the files; print the
     table.
     """
-    folder, runs = Path(config.run_dir), written(config, task)
+    runs = written(config, task)
     kept = [usable(tried, config) for tried in runs]
     if not any(kept):
         raise RunStopped(
@@ -92,19 +92,19 @@ def conclude(config: Config, task: Task, started: float):
         met = {one.question.id for one in tried}
         lost += len(task.held_out) - len(met)
         spoilt += len(met) - len(known)
-    caption = CAPTION + REPEATED * (config.repeats > 1)
-    caption = caption.format(**asdict(config), judge=judge, lost=lost, spoilt=spoilt)
-    caption = textwrap.fill(caption, 118)
+    words = CAPTION + REPEATED * (config.repeats > 1)
+    words = words.format(**asdict(config), judge=judge, lost=lost, spoilt=spoilt)
+    caption = textwrap.fill(words, 118)
     seconds = time.monotonic() - started
     summary = {"seed": config.seed, "model": config.model, "method": config.method, "usd": usd}
     summary |= {"seconds": seconds, "sources": sources, "overall": overall, "runs": each}
     report.publish(config, summary | {"table": table, "caption": caption})
     text = f"{report.text_table(table, markdown=True)}\n\n{caption}\n"
-    (folder / "results.md").write_text(text, "utf-8")
+    Path(f"{config.run_dir}/results.md").write_text(text, "utf-8")
     print(f"{report.text_table(table)}\n\n{caption}\n")
     print(
-        f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {folder}/report.html, the table in "
-        f"{folder}/results.md"
+        f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {config.run_dir}/report.html, "
+        f"the table in {config.run_dir}/results.md"
     )
 
 

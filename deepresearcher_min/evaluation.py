@@ -41,7 +41,7 @@ from deepresearcher_min.reward import measures, step_sums
 from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Corpus
-from deepresearcher_min.trajectory import Question, Recording, Trajectory, load_questions
+from deepresearcher_min.trajectory import Question, Recording, load_questions
 from deepresearcher_min.web import Web
 
 # The revision is the one at which a public copy of the official repository has the file; never
@@ -145,7 +145,7 @@ def open_web(config: Config, ranks: Ranks) -> Web:
     return web
 
 
-def make_agent(config: Config, task: Task, ranks: Ranks, notes: list):
+def make_agent(config: Config, task: Task, ranks: Ranks, notes):
     """The agent in training, and the same one on the held-out web; all parts are tried. A context
     above the model's own is a line more in `notes`.
     """
@@ -179,7 +179,7 @@ def make_agent(config: Config, task: Task, ranks: Ranks, notes: list):
     return agent, replace(agent, tools=Tools(config, chat, task.held_out_corpus, web))
 
 
-def begin(config: Config, ranks: Ranks, notes: list, asks=True, judges=False):
+def begin(config: Config, ranks: Ranks, notes, asks=True, judges=False):
     """Try the services that the run will use (ConfigError on all ranks); then write its config.yaml
     and say what is special about it, unless it is for one typed question.
     """
@@ -209,11 +209,11 @@ class PlainChat(ChatFormat):
         return super().prompt_ids(question)
 
 
-def search_once(questions: list, agent: Agent):
+def search_once(questions, agent: Agent):
     """For rag, what a search for each question finds, by its text, and what it costs, by its id."""
     texts, costs = {}, {}
 
-    async def search(question: Question):
+    async def search(question):
         record = Recording(question, [])
         entry = await agent.tools.entry("search", question.text, record)
         text, *_ = agent.chat.fit("search", [entry], agent.config.max_observation_tokens)
@@ -257,7 +257,7 @@ def written(config: Config, task: Task):
     return runs
 
 
-def usable(tried: list, config: Config):
+def usable(tried, config: Config):
     """The last trajectory of each question, by its id, that met no failed service; the others are
     asked again (but in a replay, which would repeat the failures).
     """
@@ -269,7 +269,7 @@ def usable(tried: list, config: Config):
     return dict(sorted(known.items()))
 
 
-def ask_all(config: Config, task: Task, agent: Agent, done: list, left: int, ranks: Ranks):
+def ask_all(config: Config, task: Task, agent: Agent, done, left: int, ranks: Ranks):
     """Ask what is not `done` yet in each run, `left` in all; a trajectory is written as it ends, so
     that no kill loses or repeats one.
     """
@@ -277,7 +277,7 @@ def ask_all(config: Config, task: Task, agent: Agent, done: list, left: int, ran
     web, why = agent.tools.browser.web, partial(reward.explain, config=config)
     sums, paid, found, prepaid = Counter(), spent(config, done), {}, {}
 
-    def on_done(one: Trajectory):
+    def on_done(one):
         one = replace(one, cost=prepaid.get(one.question.id, {}) | one.cost)
         group = reward.judge(one.question, [one], config, 0)  # empty for what the harness ended
         report.write_trajectories(path, 0, [group], why, run)
@@ -301,7 +301,7 @@ def ask_all(config: Config, task: Task, agent: Agent, done: list, left: int, ran
     raise_if_down(config, ranks.total(sums))  # now that every rank's file is complete
 
 
-def spent(config: Config, runs: list) -> float:
+def spent(config: Config, runs):
     """Dollars for these trajectories and for the judge so far."""
     costs = [one.cost for known in runs for one in known.values()]
     costs += report.read_json_lines(f"{config.run_dir}/judge.jsonl")
@@ -314,7 +314,7 @@ def check_budget(config: Config, usd: float):
         raise RunStopped(f"The estimated cost, ${usd:.2f}, has reached max_cost={config.max_cost}.")
 
 
-def ask_judge_all(config: Config, runs: list):
+def ask_judge_all(config: Config, runs):
     """MBE by question in each run (empty without a judge), a sentence on who judged and what stayed
     without a verdict, and dollars so far. RunStopped at max_cost.
     """
@@ -324,7 +324,7 @@ def ask_judge_all(config: Config, runs: list):
     web, counts, verdicts = open_web(config, Ranks()), Counter(), []
     web.enough = ENOUGH
 
-    def ask_one(one: Trajectory) -> float | None:
+    def ask_one(one):
         if config.price_judge_token:
             check_budget(config, paid + counts["usd"])
         return reward.ask_judge(one, config, web, counts)
@@ -344,7 +344,7 @@ def ask_judge_all(config: Config, runs: list):
     return verdicts, f"{words} ({', '.join(causes) or '-'})", paid + counts["usd"]
 
 
-def scores_of(tried: list, found: list, rows: list, config: Config):
+def scores_of(tried, found, rows, config: Config):
     """What reward.summarize says of the usable trajectories, `found`, and more, of their `rows` of
     measures; but all that were `tried` cost, and count in `failed` and `blocked`.
     """
@@ -360,7 +360,7 @@ def scores_of(tried: list, found: list, rows: list, config: Config):
     return scores
 
 
-def scores_over_runs(runs: list, verdicts: list, config: Config):
+def scores_over_runs(runs, verdicts, config: Config):
     """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's
     scores, too; their interval draws questions, with the mean F1 of each.
     """
@@ -394,13 +394,13 @@ def scores_over_runs(runs: list, verdicts: list, config: Config):
     return scores, each
 
 
-def interval(f1: list):
+def interval(f1):
     """The 95 % interval of the mean F1 of questions, from 2,000 draws of as many."""
     draws = np.random.default_rng(0).choice(f1, (2000, len(f1)))
     return np.quantile(draws.mean(axis=1), (0.025, 0.975)).round(3).tolist()
 
 
-def mean(rows: list, name: str) -> float | None:
+def mean(rows, name: str) -> float | None:
     """The mean of a score over the rows that have it."""
     known = [row[name] for row in rows if row.get(name) is not None]
     return sum(known) / len(known) if known else None

@@ -41,7 +41,7 @@ BEHAVIOURS = yaml.safe_load((ROOT / "deepresearcher_min/behaviours.yaml").read_b
 # --- lines and tables
 
 
-def step_line(metrics: dict) -> str:
+def step_line(metrics) -> str:
     """The console line of one step, from its metrics {"f1": 0.41, "em": 0.35, ...}; columns keep
     their width; shares are in [0, 1].
     """
@@ -51,7 +51,7 @@ def step_line(metrics: dict) -> str:
     return re.sub(r"(?<![\d$])(-?)0\.", r" \1.", line)  # .41 is easier to read than 0.41
 
 
-def score_rows(named: dict):
+def score_rows(named):
     """A table of evaluations {name: scores} side by side, the head first; what none of them
     measured is left out.
     """
@@ -66,7 +66,7 @@ def score_rows(named: dict):
     return rows
 
 
-def text_table(rows: list, markdown=False) -> str:
+def text_table(rows, markdown=False) -> str:
     """Rows of cells, the head first, as aligned text or as a Markdown table."""
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     end = ":" if markdown else "-"  # figures are aligned to the right
@@ -78,7 +78,7 @@ def text_table(rows: list, markdown=False) -> str:
     return "\n".join(lines)
 
 
-def curve_png(metrics: list, path: Path, greedy: list):
+def curve_png(metrics, path, greedy):
     """Draw reward and F1 of the sampled trajectories, and greedy F1 before and after; the page has
     all the curves.
     """
@@ -117,7 +117,7 @@ def read_json_lines(path):
                 yield json.loads(line)
 
 
-def append_json_line(path: Path, row: dict):
+def append_json_line(path: Path, row):
     """Append one line; a torn last one is ended, lest it swallow this."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(jsonable(row)).encode()
@@ -179,7 +179,7 @@ def write_trajectories(path: Path, step: int, groups, explain, first=0):
             append_json_line(path, row)
 
 
-def read_trajectory(row: dict, question: Question) -> Trajectory:
+def read_trajectory(row, question: Question) -> Trajectory:
     """What write_trajectories wrote of this question, log-probabilities rounded to six digits."""
     logprobs = np.full(len(row["token_ids"]), np.nan)
     np.place(logprobs, row["sampled_mask"], row["logprobs"])
@@ -262,6 +262,9 @@ def publish(config: Config, summary: dict):
 def load_trajectories(folder: Path):
     """What the page embeds of trajectories/*.jsonl, evaluations and late steps first, and a
     sentence about it.
+
+    What is too much loses its observations by question, so that those that stay whole can be
+    compared with each other.
     """
     files = sorted(folder.glob("eval*.jsonl"))
     files += sorted(folder.glob("step*.jsonl"), reverse=True)
@@ -277,23 +280,9 @@ def load_trajectories(folder: Path):
             # What was asked twice, after a service failed, is shown once.
             rows[file, row["id"], row["index"]] = row
     kept = list(rows.values())[:MAX_TRAJECTORIES]
-    kept.sort(key=itemgetter("step", "file"))
-    shown = {row["file"] for row in kept}
-    note = f"{len(kept):,} trajectories from {len(shown)} of {len(files)} files"
-    cut = shorten(kept)
-    if cut:
-        note += f"; {cut:,} of them without observations, to keep the page small"
-    return {"trajectories": kept, "note": note}
-
-
-def shorten(rows: list):
-    """Fit the texts of these rows into the page, in place; how many lost their observations.
-
-    By question, so that those that stay whole can be compared with each other; ids are read
-    backwards, which mixes the sources.
-    """
     left, cut = MAX_PAGE_TEXT, 0
-    for row in sorted(rows, key=lambda row: row["id"][::-1]):
+    # Read backwards, ids of one source lie far apart.
+    for row in sorted(kept, key=lambda row: row["id"][::-1]):
         left -= sum(len(turn["text"] + turn["observation"]) for turn in row["turns"])
         cut += left < 0
         for turn in row["turns"]:
@@ -303,4 +292,8 @@ def shorten(rows: list):
             if left < 0:
                 turn["text"] = turn["text"][:MAX_TURN]
                 turn["observation"] = turn["observation"] and None  # None: cut
-    return cut
+    shown = {row["file"] for row in kept}
+    note = f"{len(kept):,} trajectories from {len(shown)} of {len(files)} files"
+    if cut:
+        note += f"; {cut:,} of them without observations, to keep the page small"
+    return {"trajectories": sorted(kept, key=itemgetter("step", "file")), "note": note}

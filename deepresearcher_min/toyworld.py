@@ -70,7 +70,7 @@ class World:
         for name, facts in self.facts.items():
             lead = f"{name} is a {self.kind[name]}."
             sentences = [f"The {relation} is {value}." for relation, value in facts.items()]
-            documents.append((name, url_of(name), " ".join([lead, *sentences])))
+            documents.append((name, url_of(name), f"{lead} {' '.join(sentences)}"))
             summaries.append(f"{lead} {rng.choice(sentences)}")
         self.corpus = Corpus(documents, snippet=summaries.__getitem__)
 
