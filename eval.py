@@ -17,7 +17,7 @@ import re
 import sys
 import textwrap
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from deepresearcher_min import evaluation, report
@@ -93,7 +93,7 @@ def conclude(config: Config, task: Task, started: float):
         lost += len(task.held_out) - len(met)
         spoilt += len(met) - len(known)
     words = CAPTION + REPEATED * (config.repeats > 1)
-    words = words.format(**asdict(config), judge=judge, lost=lost, spoilt=spoilt)
+    words = words.format(**vars(config), judge=judge, lost=lost, spoilt=spoilt)
     caption = textwrap.fill(words, 118)
     seconds = time.monotonic() - started
     summary = {"seed": config.seed, "model": config.model, "method": config.method, "usd": usd}

@@ -67,9 +67,10 @@ def train(task: Task, agent: Agent, examinee: Agent, policy: Policy, state: dict
 def measure(name: str, state: dict, task: Task, examinee: Agent, ranks: Ranks):
     """Scores on the held-out questions, into files and state; their cost is added to the state."""
     config, step = examinee.config, state["step"]
-    numbered = enumerate(task.held_out)
     with ranks.progress(f"evaluation {name}", len(task.held_out) // ranks.world_size) as bar:
-        found = ranks.gather(evaluate(numbered, examinee, ranks, lambda _: bar.update()))
+        found = ranks.gather(
+            evaluate(enumerate(task.held_out), examinee, ranks, lambda _: bar.update())
+        )
     sums, scores = step_sums([], [found]), summarize(found)
     raise_if_down(config, sums)
     if task.world:

@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import stdev
@@ -61,22 +61,19 @@ class Task:
     questions: list[Question]
     held_out: list[Question]
     corpus: Corpus | None = None
-    held_out_corpus: Corpus | None = None
-    world: toyworld.World | None = None  # the held-out toy world, for the behaviour rates
+    world: toyworld.World | None = None  # the toy's held-out one: its web, and the behaviour rates
 
 
 def load_task(config: Config, key: str = "eval_data") -> Task:
     """Questions, offline web and model that the config names; ValueError for what cannot be used.
     `key` is what messages call eval_data. Without data there is nothing to learn on.
     """
-    model_dir = config.model
-    if model_dir == "toy":
-        model_dir = str(toyworld.MODEL_DIR)
+    model_dir = str(toyworld.MODEL_DIR) if config.model == "toy" else config.model
     seed, count = config.seed, config.eval_questions
     if config.search == "toy":
         world, other = toyworld.World("training", seed), toyworld.World("held out", seed)
-        questions, held_out = world.questions(1000, seed), other.questions(count, seed)
-        return Task(model_dir, questions, held_out, world.corpus, other.corpus, other)
+        questions = world.questions(1000, seed)
+        return Task(model_dir, questions, other.questions(count, seed), world.corpus, other)
     questions = read_questions("data", config.data)
     held_out = read_questions(key, config.eval_data)[: count or None]
     if config.data and not config.eval_data:  # set aside, and never trained on
@@ -90,7 +87,7 @@ def load_task(config: Config, key: str = "eval_data") -> Task:
     if config.corpus:
         with named("corpus", config.corpus, "it must be a corpus.jsonl (title, url, text)"):
             corpus = Corpus.from_jsonl(config.corpus)
-    return Task(model_dir, questions, held_out, corpus, corpus)
+    return Task(model_dir, questions, held_out, corpus)
 
 
 def read_questions(key: str, path: str):
@@ -176,7 +173,8 @@ def make_agent(config: Config, task: Task, ranks: Ranks, notes):
     with named("model", config.model):
         engine = make_engine(config, task.model_dir, ranks.world_size)
     agent = Agent(config, engine, Tools(config, chat, task.corpus, web), chat)
-    return agent, replace(agent, tools=Tools(config, chat, task.held_out_corpus, web))
+    held_out = (task.world or task).corpus
+    return agent, replace(agent, tools=Tools(config, chat, held_out, web))
 
 
 def begin(config: Config, ranks: Ranks, notes, asks=True, judges=False):
@@ -190,7 +188,7 @@ def begin(config: Config, ranks: Ranks, notes, asks=True, judges=False):
     if trouble:
         raise ConfigError(trouble)
     if ranks.rank == 0 and not config.question:
-        text = yaml.safe_dump(asdict(config), sort_keys=False)
+        text = yaml.safe_dump(vars(config), sort_keys=False)
         replace_file(Path(f"{config.run_dir}/config.yaml"), text.encode())
         print(f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n")
         print(*notes, sep="\n", flush=True)
@@ -344,17 +342,25 @@ def ask_judge_all(config: Config, runs):
     return verdicts, f"{words} ({', '.join(causes) or '-'})", paid + counts["usd"]
 
 
-def scores_of(tried, found, rows, config: Config):
-    """What reward.summarize says of the usable trajectories, `found`, and more, of their `rows` of
-    measures; but all that were `tried` cost, and count in `failed` and `blocked`.
+def scores_of(tried, known, judged, answers, config: Config):
+    """What reward.summarize says of the usable trajectories, `known`, and more; but all that were
+    `tried` cost, and count in `failed` and `blocked`. Their measures are added to `answers`.
     """
-    shown, sums, scores = Counter(), step_sums([], [tried]), reward.summarize(found)
-    for one in found:
+    rows, shown, sums = [], Counter(), step_sums([], [tried])
+    for key, one in known.items():
+        text = " ".join(reward.words(one.answer or ""))
+        rows.append(measures(one) | {"mbe": judged.get(key), "answer": text})
+        answers[key].append(rows[-1])
         shown.update(report.behaviours(one))
+    scores = reward.summarize(known.values())
     for name in report.BEHAVIOURS:
-        scores[name] = shown[name] / len(found)
-    scores |= {"mbe": mean(rows, "mbe"), "f1_interval": interval([row["f1"] for row in rows])}
-    scores |= {"usd": sums["cost_usd"], "failed": reward.step_means(sums)["failed"]}
+        scores[name] = shown[name] / len(rows)
+    scores |= {
+        "mbe": mean(rows, "mbe"),
+        "f1_interval": interval([row["f1"] for row in rows]),
+        "usd": sums["cost_usd"],
+        "failed": reward.step_means(sums)["failed"],
+    }
     if host_list(config):
         scores["blocked"] = sums["cost_blocked"] + sums["cost_fail_page_blocked_host"]
     return scores
@@ -364,18 +370,14 @@ def scores_over_runs(runs, verdicts, config: Config):
     """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's
     scores, too; their interval draws questions, with the mean F1 of each.
     """
-    each, answers = [], defaultdict(list)
+    each, answers = [], defaultdict(list)  # answers: the measures of each run's, by question
     for tried, judged in zip(runs, verdicts, strict=True):
         known = usable(tried, config)
-        for key, one in known.items():
-            text = " ".join(reward.words(one.answer or ""))
-            answers[key].append(measures(one) | {"mbe": judged.get(key), "answer": text})
         if known:
-            rows = [answers[key][-1] for key in known]
-            each.append(scores_of(tried, list(known.values()), rows, config))
+            each.append(scores_of(tried, known, judged, answers, config))
     if config.repeats == 1:
         return each[0], each
-    scores: dict = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
+    scores = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
     right = "mbe" if scores["mbe"] is not None else "em"
     averages, best, chosen = [], [], []
     for rows in answers.values():

@@ -10,7 +10,6 @@ import json
 import re
 import textwrap
 from contextlib import suppress
-from dataclasses import asdict
 from operator import itemgetter
 from pathlib import Path
 
@@ -247,14 +246,14 @@ def publish(config: Config, summary: dict):
     run, summary = Path(config.run_dir), jsonable(summary)
     replace_file(run / "summary.json", json.dumps(summary, indent=1).encode())
     page = {
-        "name": run.resolve().name,
-        "config": asdict(config),
+        "name": run.name,
+        "config": vars(config),
         "summary": summary,
         "metrics": [*read_json_lines(run / "metrics.jsonl")],
         **load_trajectories(run / "trajectories"),
     }
-    data = json.dumps(page, ensure_ascii=False)
-    data = data.replace("<", "\\u003c")  # no text can end the script element
+    # No text can end the script element.
+    data = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")
     text = (ROOT / "deepresearcher_min/report.html").read_text("utf-8")
     (run / "report.html").write_text(text.replace("__DATA__", data), "utf-8", "replace")
 
