@@ -41,7 +41,7 @@ at least; majority: the commonest answer. Each run has seeds, reader and judge r
 searches and pages are shared."""
 
 
-def resolve(argv: list) -> Config:
+def resolve(argv) -> Config:
     """The config of an evaluation (see open_run) with its blocked hosts spelled out, and what the
     baselines change. ConfigError for several runs that would be the same.
     """
@@ -101,8 +101,8 @@ def conclude(config: Config, task: Task, started: float):
     report.publish(config, summary | {"table": table, "caption": caption})
     text = f"{report.text_table(table, markdown=True)}\n\n{caption}\n"
     Path(f"{config.run_dir}/results.md").write_text(text, "utf-8")
-    print(f"{report.text_table(table)}\n\n{caption}\n")
     print(
+        f"{report.text_table(table)}\n\n{caption}\n\n"
         f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {config.run_dir}/report.html, "
         f"the table in {config.run_dir}/results.md"
     )
@@ -119,7 +119,7 @@ def ask(config: Config, task: Task, agent: Agent):
     print("Sources:", *dict.fromkeys(urls), sep="\n  ")
 
 
-def start(config: Config, ranks: Ranks, notes: list):
+def start(config: Config, ranks: Ranks, notes):
     """The whole evaluation, or the one question."""
     started = time.monotonic()
     with starting(config, ranks.rank):
@@ -150,7 +150,7 @@ def start(config: Config, ranks: Ranks, notes: list):
         agent.engine.close()
 
 
-def main(argv: list) -> int:
+def main(argv) -> int:
     return run_program("eval.py", __doc__, resolve, start, argv)
 
 

@@ -96,8 +96,8 @@ def conclude(config: Config, state: dict):
     table = report.score_rows({"before": before, "after": after})
     summary = {"seed": config.seed, "steps": state["step"], "table": table}
     report.publish(config, state | summary)
-    print(f"\n{report.text_table(table)}\n")
     print(
+        f"\n{report.text_table(table)}\n\n"
         f"F1 on {before['n']} held-out questions went from {before['f1']:.2f} to {after['f1']:.2f} "
         f"in {state['step']} steps of GRPO ({state['seconds']:.0f} s). The curve is in "
         f"{config.run_dir}/curve.png, trajectories are in report.html, models in checkpoints "

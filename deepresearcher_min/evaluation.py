@@ -173,8 +173,7 @@ def make_agent(config: Config, task: Task, ranks: Ranks, notes):
     with named("model", config.model):
         engine = make_engine(config, task.model_dir, ranks.world_size)
     agent = Agent(config, engine, Tools(config, chat, task.corpus, web), chat)
-    held_out = (task.world or task).corpus
-    return agent, replace(agent, tools=Tools(config, chat, held_out, web))
+    return agent, replace(agent, tools=Tools(config, chat, (task.world or task).corpus, web))
 
 
 def begin(config: Config, ranks: Ranks, notes, asks=True, judges=False):
@@ -214,8 +213,9 @@ def search_once(questions, agent: Agent):
     async def search(question):
         record = Recording(question, [])
         entry = await agent.tools.entry("search", question.text, record)
-        text, *_ = agent.chat.fit("search", [entry], agent.config.max_observation_tokens)
-        texts[question.text] = text
+        texts[question.text], *_ = agent.chat.fit(
+            "search", [entry], agent.config.max_observation_tokens
+        )
         costs[question.id] = record.cost
 
     async def search_all():
@@ -230,8 +230,10 @@ def evaluate(numbered, agent: Agent, ranks: Ranks, on_done, run=0):
     """Ask each of (number among all, question) once; the trajectories of this rank's share,
     for ranks.gather(). Seeds come of the numbers and of the `run` of the repeats.
     """
-    share, temperature = dict(ranks.deal([*numbered])), agent.config.eval_temperature
-    batch = Batch([*share.values()], [*share], 1, temperature, rollout.EVALUATION, run)
+    share = dict(ranks.deal([*numbered]))
+    batch = Batch(
+        [*share.values()], [*share], 1, agent.config.eval_temperature, rollout.EVALUATION, run
+    )
     return [trajectory for (trajectory,) in roll_out(batch, agent, on_done)]
 
 
@@ -378,7 +380,7 @@ def scores_over_runs(runs, verdicts, config: Config):
     if config.repeats == 1:
         return each[0], each
     scores = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
-    right = "mbe" if scores["mbe"] is not None else "em"
+    right = "em" if scores["mbe"] is None else "mbe"
     averages, best, chosen = [], [], []
     for rows in answers.values():
         averages.append(mean(rows, "f1"))
@@ -387,8 +389,7 @@ def scores_over_runs(runs, verdicts, config: Config):
         del votes[""]
         # The earliest of equals.
         chosen.append(max(rows, key=lambda row: votes[row["answer"]]))
-    scores |= {"n": len(answers), "f1_interval": interval(averages)}
-    scores["pass_at_k"] = mean(best, right)
+    scores |= {"n": len(answers), "f1_interval": interval(averages), "pass_at_k": mean(best, right)}
     for name in ("f1", "em", "mbe"):
         values = [row[name] for row in each if row[name] is not None]
         scores[f"{name}_std"] = stdev(values) if len(values) > 1 else None

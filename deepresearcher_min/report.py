@@ -182,10 +182,10 @@ def read_trajectory(row, question: Question) -> Trajectory:
     """What write_trajectories wrote of this question, log-probabilities rounded to six digits."""
     logprobs = np.full(len(row["token_ids"]), np.nan)
     np.place(logprobs, row["sampled_mask"], row["logprobs"])
-    turns = []
-    for turn in row["turns"]:
-        spans = tuple(turn["sampled"]), tuple(turn["observed"])
-        turns.append(Turn(*spans, turn["text"], turn["kind"], turn["observation"]))
+    said = itemgetter("text", "kind", "observation")
+    turns = [
+        Turn(tuple(one["sampled"]), tuple(one["observed"]), *said(one)) for one in row["turns"]
+    ]
     return Trajectory(
         question,
         row["token_ids"],

@@ -33,7 +33,7 @@ class World:
     with the others.
     """
 
-    def __init__(self, purpose: str, seed: object):
+    def __init__(self, purpose: str, seed):
         # The order of all draws makes the world: whoever changes it changes what a seed stands for.
         rng = Random(f"{purpose} {seed}")
         held_out = purpose == "held out"
@@ -74,7 +74,7 @@ class World:
             summaries.append(f"{lead} {rng.choice(sentences)}")
         self.corpus = Corpus(documents, snippet=summaries.__getitem__)
 
-    def questions(self, count: int, seed: int) -> list:
+    def questions(self, count: int, seed: int):
         """`count` different questions, half of them with one hop and half with two, in random
         order.
         """
