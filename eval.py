@@ -85,8 +85,8 @@ def conclude(config: Config, task: Task, started: float):
     published = (ROOT / "docs/paper.csv").read_text("utf-8").splitlines()
     for row in csv.DictReader(published):
         if sources.keys() & row.keys():
-            cells = [row.get(name, "-") for name in table[0][1:]]
-            table.append([f"paper: {row['method']}", *cells])
+            row[""] = f"paper: {row['method']}"  # the head begins with an empty cell
+            table.append([row.get(name, "-") for name in table[0]])
     lost = spoilt = 0
     for tried, known in zip(runs, kept, strict=True):
         met = {one.question.id for one in tried}
