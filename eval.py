@@ -17,7 +17,7 @@ import re
 import sys
 import textwrap
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from deepresearcher_min import evaluation, report
@@ -41,7 +41,7 @@ at least; majority: the commonest answer. Each run has seeds, reader and judge r
 searches and pages are shared."""
 
 
-def resolve(argv: list) -> Config:
+def resolve(argv) -> Config:
     """The config of an evaluation (see open_run) with its blocked hosts spelled out, and what the
     baselines change. ConfigError for several runs that would be the same.
     """
@@ -52,7 +52,7 @@ def resolve(argv: list) -> Config:
             "add --eval_temperature=1 (or --repeats=1)"
         )
     if config.blocked_hosts == "auto":
-        listed = (ROOT / "deepresearcher_min/blocked_hosts.txt").read_text(encoding="utf-8")
+        listed = (ROOT / "deepresearcher_min/blocked_hosts.txt").read_text("utf-8")
         hosts = re.findall(r"(?m)^[^#\s]+", listed)
         config = replace(config, blocked_hosts=" ".join(hosts))
     if config.method == "cot" and config.search != "toy":
@@ -67,7 +67,7 @@ def conclude(config: Config, task: Task, started: float):
     """Judge the answers; write summary.json, results.md and report.html from the files; print the
     table.
     """
-    folder, runs = Path(config.run_dir), written(config, task)
+    runs = written(config, task)
     kept = [usable(tried, config) for tried in runs]
     if not any(kept):
         raise RunStopped(
@@ -82,29 +82,29 @@ def conclude(config: Config, task: Task, started: float):
         part = [[one for one in tried if one.question.source == name] for tried in runs]
         sources[name or "no source"], _ = evaluation.scores_over_runs(part, verdicts, config)
     table = report.score_rows({**sources, "all": overall})
-    published = (ROOT / "docs/paper.csv").read_text(encoding="utf-8").splitlines()
+    published = (ROOT / "docs/paper.csv").read_text("utf-8").splitlines()
     for row in csv.DictReader(published):
         if sources.keys() & row.keys():
-            cells = [row.get(name, "-") for name in table[0][1:]]
-            table.append([f"paper: {row['method']}", *cells])
+            row[""] = f"paper: {row['method']}"  # the head begins with an empty cell
+            table.append([row.get(name, "-") for name in table[0]])
     lost = spoilt = 0
     for tried, known in zip(runs, kept, strict=True):
         met = {one.question.id for one in tried}
         lost += len(task.held_out) - len(met)
         spoilt += len(met) - len(known)
-    caption = CAPTION + REPEATED * (config.repeats > 1)
-    caption = caption.format(**asdict(config), judge=judge, lost=lost, spoilt=spoilt)
-    caption = textwrap.fill(caption, 118)
+    words = CAPTION + REPEATED * (config.repeats > 1)
+    words = words.format(**vars(config), judge=judge, lost=lost, spoilt=spoilt)
+    caption = textwrap.fill(words, 118)
     seconds = time.monotonic() - started
     summary = {"seed": config.seed, "model": config.model, "method": config.method, "usd": usd}
     summary |= {"seconds": seconds, "sources": sources, "overall": overall, "runs": each}
-    report.publish(folder, summary | {"table": table, "caption": caption})
+    report.publish(config, summary | {"table": table, "caption": caption})
     text = f"{report.text_table(table, markdown=True)}\n\n{caption}\n"
-    (folder / "results.md").write_text(text, encoding="utf-8")
-    print(f"{report.text_table(table)}\n\n{caption}\n")
+    Path(f"{config.run_dir}/results.md").write_text(text, "utf-8")
     print(
-        f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {folder}/report.html, the table in "
-        f"{folder}/results.md"
+        f"{report.text_table(table)}\n\n{caption}\n\n"
+        f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {config.run_dir}/report.html, "
+        f"the table in {config.run_dir}/results.md"
     )
 
 
@@ -119,7 +119,7 @@ def ask(config: Config, task: Task, agent: Agent):
     print("Sources:", *dict.fromkeys(urls), sep="\n  ")
 
 
-def start(config: Config, ranks: Ranks, notes: list):
+def start(config: Config, ranks: Ranks, notes):
     """The whole evaluation, or the one question."""
     started = time.monotonic()
     with starting(config, ranks.rank):
@@ -150,7 +150,7 @@ def start(config: Config, ranks: Ranks, notes: list):
         agent.engine.close()
 
 
-def main(argv: list) -> int:
+def main(argv) -> int:
     return run_program("eval.py", __doc__, resolve, start, argv)
 
 

@@ -68,34 +68,40 @@ def measure(name: str, state: dict, task: Task, examinee: Agent, ranks: Ranks):
     """Scores on the held-out questions, into files and state; their cost is added to the state."""
     config, step = examinee.config, state["step"]
     with ranks.progress(f"evaluation {name}", len(task.held_out) // ranks.world_size) as bar:
-        found = ranks.gather(evaluate(task.held_out, examinee, ranks, lambda _: bar.update()))
+        found = ranks.gather(
+            evaluate(enumerate(task.held_out), examinee, ranks, lambda _: bar.update())
+        )
     sums, scores = step_sums([], [found]), summarize(found)
     raise_if_down(config, sums)
-    if task.world is not None:
+    if task.world:
         scores |= toyworld.behaviour_rates(found, task.world)
     if ranks.rank == 0:
         groups = [judge(one.question, [one], config, 0) for one in found]
         write_groups(config, f"eval-{name}", step, groups)
         ranks.print(f"{name}: F1 {scores['f1']:.3f} on {scores['n']} held-out questions")
         if name != "after":  # a run that is continued later has another last one
-            row = {"step": step, "eval": scores}
-            report.append_json_line(Path(f"{config.run_dir}/metrics.jsonl"), row)
+            path = Path(f"{config.run_dir}/metrics.jsonl")
+            report.append_json_line(path, {"step": step, "eval": scores})
     state |= {"usd": state["usd"] + sums["cost_usd"], "measured": step, name: scores}
 
 
 def conclude(config: Config, state: dict):
-    """summary.json, the curve, the report page and the table; ends with what was learned."""
-    before, after, folder = state["before"], state["after"], Path(config.run_dir)
-    steps = [row for row in report.read_json_lines(folder / "metrics.jsonl") if "reward" in row]
-    report.curve_png(steps, folder / "curve.png", before, after)
-    scores = {"before": before, "after": after}
-    summary = {"seed": config.seed, "steps": state["step"], "seconds": state["seconds"]}
-    report.publish(folder, summary | {"cpu_seconds": state["cpu_seconds"]} | scores)
-    print(f"\n{report.text_table(report.score_rows(scores))}\n")
+    """summary.json (the state and more), the curve, the report page and the table; ends with what
+    was learned.
+    """
+    before, after = state["before"], state["after"]
+    metrics = report.read_json_lines(f"{config.run_dir}/metrics.jsonl")
+    steps = [row for row in metrics if "reward" in row]
+    report.curve_png(steps, f"{config.run_dir}/curve.png", [before["f1"], after["f1"]])
+    table = report.score_rows({"before": before, "after": after})
+    summary = {"seed": config.seed, "steps": state["step"], "table": table}
+    report.publish(config, state | summary)
     print(
+        f"\n{report.text_table(table)}\n\n"
         f"F1 on {before['n']} held-out questions went from {before['f1']:.2f} to {after['f1']:.2f} "
         f"in {state['step']} steps of GRPO ({state['seconds']:.0f} s). The curve is in "
-        f"{folder}/curve.png, trajectories are in report.html, models in checkpoints beside it."
+        f"{config.run_dir}/curve.png, trajectories are in report.html, models in checkpoints "
+        "beside it."
     )
 
 

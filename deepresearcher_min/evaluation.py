@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import stdev
@@ -24,7 +24,6 @@ from transformers import AutoConfig, AutoTokenizer
 from deepresearcher_min import report, reward, rollout, toyworld
 from deepresearcher_min.architecture import declared_ends, fetch_model
 from deepresearcher_min.config import (
-    ROLES,
     Config,
     ConfigError,
     RunStopped,
@@ -42,7 +41,7 @@ from deepresearcher_min.reward import measures, step_sums
 from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.search import Corpus
-from deepresearcher_min.trajectory import Question, Recording, Trajectory, load_questions
+from deepresearcher_min.trajectory import Question, Recording, load_questions
 from deepresearcher_min.web import Web
 
 # The revision is the one at which a public copy of the official repository has the file; never
@@ -62,22 +61,19 @@ class Task:
     questions: list[Question]
     held_out: list[Question]
     corpus: Corpus | None = None
-    held_out_corpus: Corpus | None = None
-    world: toyworld.World | None = None  # the held-out toy world, for the behaviour rates
+    world: toyworld.World | None = None  # the toy's held-out one: its web, and the behaviour rates
 
 
 def load_task(config: Config, key: str = "eval_data") -> Task:
     """Questions, offline web and model that the config names; ValueError for what cannot be used.
     `key` is what messages call eval_data. Without data there is nothing to learn on.
     """
-    model_dir = config.model
-    if model_dir == "toy":
-        model_dir = str(toyworld.MODEL_DIR)
+    model_dir = str(toyworld.MODEL_DIR) if config.model == "toy" else config.model
     seed, count = config.seed, config.eval_questions
     if config.search == "toy":
         world, other = toyworld.World("training", seed), toyworld.World("held out", seed)
-        questions, held_out = world.questions(1000, seed), other.questions(count, seed)
-        return Task(model_dir, questions, held_out, world.corpus, other.corpus, other)
+        questions = world.questions(1000, seed)
+        return Task(model_dir, questions, other.questions(count, seed), world.corpus, other)
     questions = read_questions("data", config.data)
     held_out = read_questions(key, config.eval_data)[: count or None]
     if config.data and not config.eval_data:  # set aside, and never trained on
@@ -91,10 +87,10 @@ def load_task(config: Config, key: str = "eval_data") -> Task:
     if config.corpus:
         with named("corpus", config.corpus, "it must be a corpus.jsonl (title, url, text)"):
             corpus = Corpus.from_jsonl(config.corpus)
-    return Task(model_dir, questions, held_out, corpus, corpus)
+    return Task(model_dir, questions, held_out, corpus)
 
 
-def read_questions(key: str, path: str) -> list[Question]:
+def read_questions(key: str, path: str):
     with named(key, path):
         return load_questions(path) if path else []
 
@@ -108,7 +104,7 @@ def load_examination(config: Config, ranks: Ranks) -> Task:
         file = ranks.share(test_set(config) if ranks.rank == 0 else None)
     if file:  # all of it, and no training data
         config = replace(config, data="", eval_data=file, eval_questions=0)
-    task, taken, kept = load_task(config, "data"), Counter[str](), []
+    task, taken, kept = load_task(config, "data"), Counter(), []
     for question in task.held_out:
         taken[question.source] += 1
         if config.limit == 0 or taken[question.source] <= config.limit:
@@ -119,21 +115,21 @@ def load_examination(config: Config, ranks: Ranks) -> Task:
 def test_set(config: Config) -> str:
     """The official test set, fetched once and kept under ~/.cache; ConfigError if it cannot be."""
     path = CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
-    if os.path.isfile(path) and hashlib.sha256(path.read_bytes()).hexdigest() == TEST_SET_SHA256:
-        return str(path)
-    with closing(Web(replace(config, cassette_mode="live"), ":memory:")) as web:
-        try:
-            body, _ = web.fetch(TEST_SET_URL, Counter(), time.monotonic() + 120, own=True)
-        except WebFailure as failure:
+    body = path.read_bytes() if os.path.isfile(path) else b""
+    if hashlib.sha256(body).hexdigest() != TEST_SET_SHA256:
+        with closing(Web(replace(config, cassette_mode="live"), ":memory:")) as web:
+            try:
+                body, _ = web.fetch(TEST_SET_URL, Counter(), time.monotonic() + 120, own=True)
+            except WebFailure as failure:
+                raise ConfigError(
+                    f"the official test set: {failure.words} ({TEST_SET_URL}) Or name --data=FILE"
+                ) from None
+        found = hashlib.sha256(body).hexdigest()
+        if found != TEST_SET_SHA256:
             raise ConfigError(
-                f"the official test set: {failure.words} ({TEST_SET_URL}) Or name --data=FILE"
-            ) from None
-    found = hashlib.sha256(body).hexdigest()
-    if found != TEST_SET_SHA256:
-        raise ConfigError(
-            f"{TEST_SET_URL} sent another file: sha256 {found}, not {TEST_SET_SHA256}"
-        )
-    replace_file(path, body)
+                f"{TEST_SET_URL} sent another file: sha256 {found}, not {TEST_SET_SHA256}"
+            )
+        replace_file(path, body)
     return str(path)
 
 
@@ -146,7 +142,7 @@ def open_web(config: Config, ranks: Ranks) -> Web:
     return web
 
 
-def make_agent(config: Config, task: Task, ranks: Ranks, notes: list) -> tuple[Agent, Agent]:
+def make_agent(config: Config, task: Task, ranks: Ranks, notes):
     """The agent in training, and the same one on the held-out web; all parts are tried. A context
     above the model's own is a line more in `notes`.
     """
@@ -154,11 +150,10 @@ def make_agent(config: Config, task: Task, ranks: Ranks, notes: list) -> tuple[A
     prompt, asked = "", config.max_model_len
     if config.system_prompt_file:
         with named("system_prompt_file", config.system_prompt_file):
-            prompt = Path(config.system_prompt_file).read_text(encoding="utf-8")
+            prompt = Path(config.system_prompt_file).read_text("utf-8")
             if not prompt.strip():
                 raise ValueError("there is no text in it")
-    with named("tools_file", config.tools_file):
-        schemas = rollout.read_tools(config.tools_file)
+    schemas = rollout.read_tools(config.tools_file)
     with named("model", config.model, "name a chat model with --model=DIR"):
         model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(task.model_dir)
@@ -178,10 +173,10 @@ def make_agent(config: Config, task: Task, ranks: Ranks, notes: list) -> tuple[A
     with named("model", config.model):
         engine = make_engine(config, task.model_dir, ranks.world_size)
     agent = Agent(config, engine, Tools(config, chat, task.corpus, web), chat)
-    return agent, replace(agent, tools=Tools(config, chat, task.held_out_corpus, web))
+    return agent, replace(agent, tools=Tools(config, chat, (task.world or task).corpus, web))
 
 
-def begin(config: Config, ranks: Ranks, notes: list, asks=True, judges=False):
+def begin(config: Config, ranks: Ranks, notes, asks=True, judges=False):
     """Try the services that the run will use (ConfigError on all ranks); then write its config.yaml
     and say what is special about it, unless it is for one typed question.
     """
@@ -192,7 +187,7 @@ def begin(config: Config, ranks: Ranks, notes: list, asks=True, judges=False):
     if trouble:
         raise ConfigError(trouble)
     if ranks.rank == 0 and not config.question:
-        text = yaml.safe_dump(asdict(config), sort_keys=False)
+        text = yaml.safe_dump(vars(config), sort_keys=False)
         replace_file(Path(f"{config.run_dir}/config.yaml"), text.encode())
         print(f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n")
         print(*notes, sep="\n", flush=True)
@@ -201,26 +196,26 @@ def begin(config: Config, ranks: Ranks, notes: list, asks=True, judges=False):
 class PlainChat(ChatFormat):
     """The prompt of the baselines: no tools, and for rag what a search for the question found."""
 
-    def __init__(self, chat: ChatFormat, found: dict):
+    def __init__(self, chat: ChatFormat, found):
         vars(self).update(vars(chat))
         self.tools, self.found = None, found
 
-    def prompt_ids(self, question: str) -> list[int]:
-        found = self.found.get(question)
-        if found:
-            question = f"{question}\n\nSearch results: {found}"
+    def prompt_ids(self, question: str):
+        if question in self.found:
+            question = f"{question}\n\nSearch results: {self.found[question]}"
         return super().prompt_ids(question)
 
 
-def search_once(questions: list, agent: Agent) -> tuple:
+def search_once(questions, agent: Agent):
     """For rag, what a search for each question finds, by its text, and what it costs, by its id."""
-    texts: dict = {}
-    costs: dict = {}
+    texts, costs = {}, {}
 
-    async def search(question: Question):
-        record, most = Recording(question, []), agent.config.max_observation_tokens
+    async def search(question):
+        record = Recording(question, [])
         entry = await agent.tools.entry("search", question.text, record)
-        texts[question.text], *_ = agent.chat.fit("search", [entry], most)
+        texts[question.text], *_ = agent.chat.fit(
+            "search", [entry], agent.config.max_observation_tokens
+        )
         costs[question.id] = record.cost
 
     async def search_all():
@@ -231,63 +226,59 @@ def search_once(questions: list, agent: Agent) -> tuple:
     return texts, costs
 
 
-def evaluate(
-    questions: list[Question], agent: Agent, ranks: Ranks, on_done, numbers=(), run=0
-) -> list[Trajectory]:
-    """Ask each question once; the trajectories of this rank's share, for ranks.gather(). Seeds come
-    of their `numbers` among all questions (0, 1, ...) and of the `run` of the repeats.
+def evaluate(numbered, agent: Agent, ranks: Ranks, on_done, run=0):
+    """Ask each of (number among all, question) once; the trajectories of this rank's share,
+    for ranks.gather(). Seeds come of the numbers and of the `run` of the repeats.
     """
-    share, numbers = ranks.deal(questions), ranks.deal(numbers or range(len(questions)))
-    batch = Batch(share, numbers, 1, agent.config.eval_temperature, rollout.EVALUATION, run)
+    share = dict(ranks.deal([*numbered]))
+    batch = Batch(
+        [*share.values()], [*share], 1, agent.config.eval_temperature, rollout.EVALUATION, run
+    )
     return [trajectory for (trajectory,) in roll_out(batch, agent, on_done)]
 
 
-def write_groups(config: Config, name: str, step: int, groups: list):
+def write_groups(config: Config, name: str, step: int, groups):
     """All trajectories as JSON lines, and the best and the worst as text."""
     path = Path(f"{config.run_dir}/trajectories/{name}.jsonl")
     why = partial(reward.explain, config=config)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # of a step that was run before a kill, and runs again
     report.write_trajectories(path, step, groups, why)
     report.write_readable(path.with_suffix(".txt"), groups, why)
 
 
-def written(config: Config, task: Task) -> list[list]:
+def written(config: Config, task: Task):
     """What eval.py has written of each run: not what the harness ended, but what is not usable."""
-    asked = {question.id for question in task.held_out}
-    runs: list = [[] for _ in range(config.repeats)]
+    asked = {question.id: question for question in task.held_out}
+    runs = [[] for _ in range(config.repeats)]
     for file in sorted(Path(config.run_dir).glob("trajectories/eval*.jsonl")):
         for row in report.read_json_lines(file):
             if row["id"] in asked and row["index"] < config.repeats:
-                runs[row["index"]].append(report.read_trajectory(row))
+                runs[row["index"]].append(report.read_trajectory(row, asked[row["id"]]))
     return runs
 
 
-def usable(tried: list, config: Config) -> dict[str, Trajectory]:
+def usable(tried, config: Config):
     """The last trajectory of each question, by its id, that met no failed service; the others are
     asked again (but in a replay, which would repeat the failures).
     """
     known = {}
     for one in tried:
-        failed = [role for role in ROLES if f"{role}_failed" in one.cost]
+        failed = {"search_failed", "reader_failed"} & one.cost.keys()
         if config.cassette_mode == "replay" or not failed:
             known[one.question.id] = one
     return dict(sorted(known.items()))
 
 
-def ask_all(config: Config, task: Task, agent: Agent, done: list, left: int, ranks: Ranks):
+def ask_all(config: Config, task: Task, agent: Agent, done, left: int, ranks: Ranks):
     """Ask what is not `done` yet in each run, `left` in all; a trajectory is written as it ends, so
     that no kill loses or repeats one.
     """
     path = Path(f"{config.run_dir}/trajectories/{ranks.own('eval')}.jsonl")
     web, why = agent.tools.browser.web, partial(reward.explain, config=config)
-    sums, paid = Counter[str](), spent(config, done)
-    found: dict = {}
-    prepaid: dict = {}
-    bar = ranks.progress(config.method, left // ranks.world_size)
+    sums, paid, found, prepaid = Counter(), spent(config, done), {}, {}
 
-    def on_done(one: Trajectory):
-        one = replace(one, cost={**prepaid.get(one.question.id, {}), **one.cost})
+    def on_done(one):
+        one = replace(one, cost=prepaid.get(one.question.id, {}) | one.cost)
         group = reward.judge(one.question, [one], config, 0)  # empty for what the harness ended
         report.write_trajectories(path, 0, [group], why, run)
         sums.update(step_sums([group], [[one]]))
@@ -297,24 +288,23 @@ def ask_all(config: Config, task: Task, agent: Agent, done: list, left: int, ran
         check_budget(config, paid + usd * ranks.world_size)  # the others pay about as much
 
     # One run after the other: alone, the first is what it is without repeats.
-    with bar:
+    with ranks.progress(config.method, left // ranks.world_size) as bar:
         for run, known in enumerate(done):
             missing = {n: one for n, one in enumerate(task.held_out) if one.id not in known}
-            questions = list(missing.values())
             if web:
                 web.run, web.enough = run, ENOUGH
             if config.method == "rag":
-                found, prepaid = search_once(ranks.deal(questions), agent)
+                found, prepaid = search_once(ranks.deal([*missing.values()]), agent)
             if config.method != "agent":
                 agent = replace(agent, chat=PlainChat(agent.chat, found))
-            evaluate(questions, agent, ranks, on_done, list(missing), run)
+            evaluate(missing.items(), agent, ranks, on_done, run)
     raise_if_down(config, ranks.total(sums))  # now that every rank's file is complete
 
 
-def spent(config: Config, runs: list) -> float:
+def spent(config: Config, runs):
     """Dollars for these trajectories and for the judge so far."""
     costs = [one.cost for known in runs for one in known.values()]
-    costs += report.read_json_lines(Path(f"{config.run_dir}/judge.jsonl"))
+    costs += report.read_json_lines(f"{config.run_dir}/judge.jsonl")
     return sum(cost.get("usd", 0.0) for cost in costs)
 
 
@@ -324,18 +314,17 @@ def check_budget(config: Config, usd: float):
         raise RunStopped(f"The estimated cost, ${usd:.2f}, has reached max_cost={config.max_cost}.")
 
 
-def ask_judge_all(config: Config, runs: list) -> tuple:
+def ask_judge_all(config: Config, runs):
     """MBE by question in each run (empty without a judge), a sentence on who judged and what stayed
     without a verdict, and dollars so far. RunStopped at max_cost.
     """
     paid = spent(config, runs)
     if not config.judge_url:
         return [{} for _ in runs], "not measured (judge_url is empty)", paid
-    web, counts = open_web(config, Ranks()), Counter[str]()
-    verdicts: list = []
+    web, counts, verdicts = open_web(config, Ranks()), Counter(), []
     web.enough = ENOUGH
 
-    def ask_one(one: Trajectory) -> float | None:
+    def ask_one(one):
         if config.price_judge_token:
             check_budget(config, paid + counts["usd"])
         return reward.ask_judge(one, config, web, counts)
@@ -355,51 +344,52 @@ def ask_judge_all(config: Config, runs: list) -> tuple:
     return verdicts, f"{words} ({', '.join(causes) or '-'})", paid + counts["usd"]
 
 
-def scores_of(tried: list, found: list, rows: list, config: Config) -> dict:
-    """What reward.summarize says of the usable trajectories, `found`, and more, of their `rows` of
-    measures; but all that were `tried` count in `failed`.
+def scores_of(tried, known, judged, answers, config: Config):
+    """What reward.summarize says of the usable trajectories, `known`, and more; but all that were
+    `tried` cost, and count in `failed` and `blocked`. Their measures are added to `answers`.
     """
-    shown = Counter[str]()
-    for one in found:
+    rows, shown, sums = [], Counter(), step_sums([], [tried])
+    for key, one in known.items():
+        text = " ".join(reward.words(one.answer or ""))
+        rows.append(measures(one) | {"mbe": judged.get(key), "answer": text})
+        answers[key].append(rows[-1])
         shown.update(report.behaviours(one))
-    costs = step_sums([], [found])
-    scores: dict = reward.summarize(found)
+    scores = reward.summarize(known.values())
     for name in report.BEHAVIOURS:
-        scores[name] = shown[name] / len(found)
-    scores |= {"f1_interval": interval(rows), "mbe": mean(rows, "mbe"), "usd": costs["cost_usd"]}
-    scores["failed"] = reward.step_means(step_sums([], [tried]))["failed"]
+        scores[name] = shown[name] / len(rows)
+    scores |= {
+        "mbe": mean(rows, "mbe"),
+        "f1_interval": interval([row["f1"] for row in rows]),
+        "usd": sums["cost_usd"],
+        "failed": reward.step_means(sums)["failed"],
+    }
     if host_list(config):
-        scores["blocked"] = costs["cost_blocked"] + costs["cost_fail_page_blocked_host"]
+        scores["blocked"] = sums["cost_blocked"] + sums["cost_fail_page_blocked_host"]
     return scores
 
 
-def scores_over_runs(runs: list, verdicts: list, config: Config) -> tuple:
+def scores_over_runs(runs, verdicts, config: Config):
     """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's
     scores, too; their interval draws questions, with the mean F1 of each.
     """
-    each: list = []
-    answers: dict = defaultdict(list)
+    each, answers = [], defaultdict(list)  # answers: the measures of each run's, by question
     for tried, judged in zip(runs, verdicts, strict=True):
-        known, rows = usable(tried, config), []
-        for key, one in known.items():
-            text = None if one.answer is None else " ".join(reward.words(one.answer))
-            rows.append({**measures(one), "mbe": judged.get(key), "answer": text})
-            answers[key].append(rows[-1])
+        known = usable(tried, config)
         if known:
-            each.append(scores_of(tried, list(known.values()), rows, config))
+            each.append(scores_of(tried, known, judged, answers, config))
     if config.repeats == 1:
         return each[0], each
-    scores: dict = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
-    right = "mbe" if scores["mbe"] is not None else "em"
+    scores = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
+    right = "em" if scores["mbe"] is None else "mbe"
     averages, best, chosen = [], [], []
     for rows in answers.values():
-        averages.append({"f1": mean(rows, "f1")})
+        averages.append(mean(rows, "f1"))
         best.append(max(rows, key=lambda row: row[right] or 0.0))
-        given = [row["answer"] for row in rows if row["answer"] is not None]
+        votes = Counter(row["answer"] for row in rows)
+        del votes[""]
         # The earliest of equals.
-        chosen.append(max(rows, key=lambda row: given.count(row["answer"])))
-    scores |= {"n": len(answers), "f1_interval": interval(averages)}
-    scores["pass_at_k"] = mean(best, right)
+        chosen.append(max(rows, key=lambda row: votes[row["answer"]]))
+    scores |= {"n": len(answers), "f1_interval": interval(averages), "pass_at_k": mean(best, right)}
     for name in ("f1", "em", "mbe"):
         values = [row[name] for row in each if row[name] is not None]
         scores[f"{name}_std"] = stdev(values) if len(values) > 1 else None
@@ -407,14 +397,13 @@ def scores_over_runs(runs: list, verdicts: list, config: Config) -> tuple:
     return scores, each
 
 
-def interval(rows: list) -> list:
+def interval(f1):
     """The 95 % interval of the mean F1 of questions, from 2,000 draws of as many."""
-    f1 = [row["f1"] for row in rows]
-    means = np.random.default_rng(0).choice(f1, (2000, len(f1))).mean(axis=1)
-    return np.quantile(means, (0.025, 0.975)).round(3).tolist()
+    draws = np.random.default_rng(0).choice(f1, (2000, len(f1)))
+    return np.quantile(draws.mean(axis=1), (0.025, 0.975)).round(3).tolist()
 
 
-def mean(rows: list, name: str) -> float | None:
+def mean(rows, name: str) -> float | None:
     """The mean of a score over the rows that have it."""
     known = [row[name] for row in rows if row.get(name) is not None]
     return sum(known) / len(known) if known else None

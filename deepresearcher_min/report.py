@@ -6,14 +6,9 @@ as text nodes.
 """
 
 import ast
-import base64
-import hashlib
 import json
-import random
 import re
 import textwrap
-from collections import defaultdict
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
@@ -21,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from deepresearcher_min.config import ROOT, replace_file
+from deepresearcher_min.config import ROOT, Config, replace_file
 from deepresearcher_min.trajectory import Question, Trajectory, Turn
 
 MAX_TRAJECTORIES = 4096  # that the page embeds; the files in trajectories/ hold all of them
@@ -29,7 +24,7 @@ MAX_TRAJECTORIES = 4096  # that the page embeds; the files in trajectories/ hold
 MAX_PAGE_TEXT = 16_000_000
 MAX_TURN = 1000  # characters of a turn, without its observation
 
-# The console line of a step; every format begins with its width, in one digit.
+# The console line of a step.
 STEP_LINE = (
     "step {step:3d}/{steps:1d} | reward {reward:5.2f} | f1 {f1:4.2f} | "
     "bad_format {bad_format:4.0%} | tied {tied:4.0%} | calls {calls:4.1f} | failed {failed:4.0%} | "
@@ -40,33 +35,22 @@ STEP_LINE = (
 SCORES = yaml.safe_load((ROOT / "deepresearcher_min/scores.yaml").read_bytes())
 # {name: regular expressions}
 BEHAVIOURS = yaml.safe_load((ROOT / "deepresearcher_min/behaviours.yaml").read_bytes())
-PAGE = (ROOT / "deepresearcher_min/report.html").read_text("utf-8")
 
 
 # --- lines and tables
 
 
-class Missing:
-    """What was not measured: a dash, as wide as the figure would be."""
-
-    def __format__(self, form: str) -> str:
-        return "-".rjust(int(form[0]))
-
-
-def step_line(metrics: dict) -> str:
+def step_line(metrics) -> str:
     """The console line of one step, from its metrics {"f1": 0.41, "em": 0.35, ...}; columns keep
-    their width; shares are in [0, 1]; a missing value prints '-'.
+    their width; shares are in [0, 1].
     """
-    figures = defaultdict(Missing, metrics)
-    tokens = metrics.get("tokens")
-    if tokens:
-        short = f"{tokens / 1000:4.1f}k"
-        figures["tokens"] = short if tokens >= 1000 else f"{tokens:5.0f}"
-    line = STEP_LINE.format_map(figures)
+    tokens = metrics["tokens"]
+    short = f"{tokens / 1000:4.1f}k" if tokens >= 1000 else f"{tokens:5.0f}"
+    line = STEP_LINE.format_map(metrics | {"tokens": short})
     return re.sub(r"(?<![\d$])(-?)0\.", r" \1.", line)  # .41 is easier to read than 0.41
 
 
-def score_rows(named: dict) -> list:
+def score_rows(named):
     """A table of evaluations {name: scores} side by side, the head first; what none of them
     measured is left out.
     """
@@ -74,19 +58,18 @@ def score_rows(named: dict) -> list:
     for key, (name, form) in SCORES.items():
         cells = []
         for scores in named.values():
-            value = scores.get(key)
-            ends = np.ravel([] if value is None else value)  # one number, or an interval
-            cells.append("–".join(format(end, form) for end in ends) or "-")
+            ends = np.ravel(scores.get(key))  # one number, an interval, or None
+            cells.append("–".join(format(end, form) for end in ends if end is not None) or "-")
         if set(cells) != {"-"}:
             rows.append([name, *cells])
     return rows
 
 
-def text_table(rows: list, markdown: bool = False) -> str:
+def text_table(rows, markdown=False) -> str:
     """Rows of cells, the head first, as aligned text or as a Markdown table."""
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     end = ":" if markdown else "-"  # figures are aligned to the right
-    rule = ["-" * first, *("-" * (width - 1) + end for width in others)]
+    rule = ["-" * first, *(f"{end:->{width}}" for width in others)]
     lines = []
     for name, *figures in [rows[0], rule, *rows[1:]]:
         cells = [name.ljust(first), *map(str.rjust, figures, others)]
@@ -94,24 +77,21 @@ def text_table(rows: list, markdown: bool = False) -> str:
     return "\n".join(lines)
 
 
-def curve_png(metrics: list, path: Path, before: dict, after: dict):
+def curve_png(metrics, path, greedy):
     """Draw reward and F1 of the sampled trajectories, and greedy F1 before and after; the page has
     all the curves.
     """
     from matplotlib.figure import Figure  # here: only this picture needs it
 
-    figure = Figure(figsize=(8, 3.6), dpi=160, layout="constrained")
+    figure = Figure((8, 3.6), dpi=160, layout="constrained")
     axes = figure.subplots()
-    steps = [row["step"] for row in metrics]
-    for key, color in (("reward", "#9aa5b1"), ("f1", "#1f66b0")):
-        values = np.array([row.get(key) for row in metrics], float)  # nan for what there is not
-        axes.plot(steps, values, label=f"{key}, sampled", color=color)
-    ends = [0, max(steps, default=1)]
-    greedy = np.array([before.get("f1"), after.get("f1")], float)
-    axes.plot(ends, greedy, "o", label="f1, greedy, held-out questions", color="#c2410c")
-    axes.set(xlabel="step", ylim=(None, 1.1))
-    axes.grid(axis="y", alpha=0.4)
-    axes.legend(frameon=False)
+    for key in ("reward", "f1"):
+        steps = [row["step"] for row in metrics]
+        axes.plot(steps, [row[key] for row in metrics], label=f"{key}, sampled")
+    axes.plot([0, len(metrics)], greedy, "o", label="f1, greedy, held-out questions")
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.4)
+    axes.legend()
     figure.savefig(path)
 
 
@@ -126,17 +106,17 @@ def jsonable(value):
     return json.loads(text, parse_constant=lambda name: None)
 
 
-def read_json_lines(path: Path):
+def read_json_lines(path):
     """The objects in a file of JSON lines (none without the file); a line torn by a kill is passed
     over.
     """
-    with suppress(FileNotFoundError), path.open("rb") as lines:
+    with suppress(FileNotFoundError), open(path, "rb") as lines:
         for line in lines:
             with suppress(ValueError):
                 yield json.loads(line)
 
 
-def append_json_line(path: Path, row: dict):
+def append_json_line(path: Path, row):
     """Append one line; a torn last one is ended, lest it swallow this."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(jsonable(row)).encode()
@@ -147,7 +127,7 @@ def append_json_line(path: Path, row: dict):
         file.write(line + b"\n")
 
 
-def resume_metrics(path: Path, step: int) -> list:
+def resume_metrics(path: Path, step: int):
     """The rows of metrics.jsonl up to this step; those after it, whose steps will run again, leave
     the file, too.
     """
@@ -160,22 +140,21 @@ def resume_metrics(path: Path, step: int) -> list:
 # --- trajectories
 
 
-def behaviours(trajectory: Trajectory) -> list:
+def behaviours(trajectory: Trajectory):
     """Which behaviours of the paper's section 6 the words of its turns show; how well:
     tests/test_report.py.
     """
-    turns = trajectory.turns
-    where = {"plans": turns[:1], "admits": turns[-1:]}
-    later = [turn for turn in turns[1:] if turn.kind in ("search", "browse")]
+    thoughts = [turn.text.partition("<tool_call>")[0] for turn in trajectory.turns]
+    where = {"plans": thoughts[:1], "admits": thoughts[-1:]}
     shown = []
     for name, patterns in BEHAVIOURS.items():
-        thoughts = [turn.text.partition("<tool_call>")[0] for turn in where.get(name, later)]
-        if re.search("|".join(patterns), " ".join(thoughts), re.I | re.S):
+        text = " ".join(where.get(name, thoughts[1:-1]))
+        if re.search("|".join(patterns), text, re.I | re.S):
             shown.append(name)
     return shown
 
 
-def write_trajectories(path: Path, step: int, groups: Sequence, explain: Callable, first: int = 0):
+def write_trajectories(path: Path, step: int, groups, explain, first=0):
     """Append each trajectory as one JSON line: to_json(), its reward and why (explain(trajectory)),
     each turn's mean logprob.
 
@@ -199,16 +178,16 @@ def write_trajectories(path: Path, step: int, groups: Sequence, explain: Callabl
             append_json_line(path, row)
 
 
-def read_trajectory(row: dict) -> Trajectory:
-    """What write_trajectories wrote, the log-probabilities rounded to six digits."""
+def read_trajectory(row, question: Question) -> Trajectory:
+    """What write_trajectories wrote of this question, log-probabilities rounded to six digits."""
     logprobs = np.full(len(row["token_ids"]), np.nan)
     np.place(logprobs, row["sampled_mask"], row["logprobs"])
-    turns = []
-    for turn in row["turns"]:
-        spans = tuple(turn["sampled"]), tuple(turn["observed"])
-        turns.append(Turn(*spans, turn["text"], turn["kind"], turn["observation"]))
+    said = itemgetter("text", "kind", "observation")
+    turns = [
+        Turn(tuple(one["sampled"]), tuple(one["observed"]), *said(one)) for one in row["turns"]
+    ]
     return Trajectory(
-        Question(row["id"], row["question"], tuple(row["answers"]), row["source"]),
+        question,
         row["token_ids"],
         row["sampled_mask"],
         logprobs,
@@ -241,11 +220,11 @@ def readable(trajectory: Trajectory, why: str = "") -> str:
     return printable(text)
 
 
-def write_readable(path: Path, groups: Sequence, explain: Callable):
+def write_readable(path: Path, groups, explain):
     """The trajectories with the highest and with the lowest reward of these groups, as one text
     file.
     """
-    scored: list = []
+    scored = []
     for group in groups:
         scored += zip(group.rewards, group.advantages, group.trajectories, strict=True)
     text = ""
@@ -254,90 +233,66 @@ def write_readable(path: Path, groups: Sequence, explain: Callable):
             reward, advantage, one = pick(scored, key=itemgetter(0))
             text += f"=== {name} reward: {reward:.3f}, advantage {advantage:+.3f}\n"
             text += f"{readable(one, explain(one))}\n\n"
-    path.write_text(text, "utf-8")
+    replace_file(path, text.encode())
 
 
 # --- the page
 
 
-def write_html(run_dir: Path) -> Path:
-    """Write report.html, one file without requests, from what a run folder holds: a stopped run has
-    a page, too.
+def publish(config: Config, summary: dict):
+    """Write summary.json, and report.html: one file without requests that holds the summary, the
+    config, the metrics and the trajectories of a run folder.
     """
-    data = json.dumps(page_data(run_dir.resolve()), ensure_ascii=False)
-    data = data.replace("<", "\\u003c")  # no text can end the script element
-    policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
-    for tag in ("script", "style"):  # only the template's own, known by their hashes, may run
-        own = PAGE.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
-        digest = base64.b64encode(hashlib.sha256(own.encode()).digest())
-        policy += f"; {tag}-src 'sha256-{digest.decode()}'"
-    page = PAGE.replace("__POLICY__", policy, 1).replace("__DATA__", data, 1)
-    path = run_dir / "report.html"
-    path.write_text(page, "utf-8", "replace")
-    return path
+    run, summary = Path(config.run_dir), jsonable(summary)
+    replace_file(run / "summary.json", json.dumps(summary, indent=1).encode())
+    page = {
+        "name": run.name,
+        "config": vars(config),
+        "summary": summary,
+        "metrics": [*read_json_lines(run / "metrics.jsonl")],
+        **load_trajectories(run / "trajectories"),
+    }
+    # No text can end the script element.
+    data = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")
+    text = (ROOT / "deepresearcher_min/report.html").read_text("utf-8")
+    (run / "report.html").write_text(text.replace("__DATA__", data), "utf-8", "replace")
 
 
-def page_data(run_dir: Path) -> dict:
-    """What the page embeds of a run folder."""
-    page: dict = {"name": run_dir.name, "config": {}, "summary": {}, "compared": []}
-    with suppress(FileNotFoundError):
-        page["config"] = yaml.safe_load((run_dir / "config.yaml").read_bytes())
-    with suppress(FileNotFoundError, KeyError):  # of a stopped run; of an evaluation
-        page["summary"] = summary = json.loads((run_dir / "summary.json").read_bytes())
-        page["compared"] = score_rows({"before": summary["before"], "after": summary["after"]})
-    page["metrics"] = list(read_json_lines(run_dir / "metrics.jsonl"))
-    return page | load_trajectories(run_dir / "trajectories")
-
-
-def load_trajectories(folder: Path) -> dict:
+def load_trajectories(folder: Path):
     """What the page embeds of trajectories/*.jsonl, evaluations and late steps first, and a
     sentence about it.
+
+    What is too much loses its observations by question, so that those that stay whole can be
+    compared with each other.
     """
-    files = sorted(folder.glob("eval*.jsonl"), reverse=True)
+    files = sorted(folder.glob("eval*.jsonl"))
     files += sorted(folder.glob("step*.jsonl"), reverse=True)
     rows: dict = {}
     for file in files:
         if len(rows) >= MAX_TRAJECTORIES:
             break
         for row in read_json_lines(file):
-            row |= {"file": file.stem, "tokens": len(row["token_ids"])}
-            for key in ("token_ids", "sampled_mask", "logprobs"):
-                del row[key]
+            row |= {"file": file.stem, "tokens": len(row.pop("token_ids"))}
+            del row["sampled_mask"], row["logprobs"]
             # Official data has answers of 40 kB.
             row["answers"] = [answer[:300] for answer in row["answers"][:20]]
-            # A step that ran twice is shown once.
-            rows[file.stem, row["step"], row["id"], row["index"]] = row
+            # What was asked twice, after a service failed, is shown once.
+            rows[file, row["id"], row["index"]] = row
     kept = list(rows.values())[:MAX_TRAJECTORIES]
-    kept.sort(key=itemgetter("step", "file"))
-    shown = {row["file"] for row in kept}
-    note = f"{len(kept):,} trajectories from {len(shown)} of {len(files)} files"
-    cut = shorten(kept)
-    if cut:
-        note += f"; {cut:,} of them without observations, to keep the page small"
-    return {"trajectories": kept, "note": note}
-
-
-def shorten(rows: list) -> int:
-    """Fit the texts of these rows into the page, in place; how many lost their observations.
-
-    By question, so that those that stay whole can be compared with each other.
-    """
     left, cut = MAX_PAGE_TEXT, 0
-    for row in sorted(rows, key=lambda row: random.Random(repr(row["id"])).random()):
+    # Read backwards, ids of one source lie far apart.
+    for row in sorted(kept, key=lambda row: row["id"][::-1]):
         left -= sum(len(turn["text"] + turn["observation"]) for turn in row["turns"])
         cut += left < 0
         for turn in row["turns"]:
-            with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            with suppress(Exception):  # literal_eval alone has four for what is no list
                 # A list, which the page can fold.
                 turn["observation"] = ast.literal_eval(turn["observation"])
             if left < 0:
                 turn["text"] = turn["text"][:MAX_TURN]
                 turn["observation"] = turn["observation"] and None  # None: cut
-    return cut
-
-
-def publish(run: Path, summary: dict):
-    """Write summary.json and report.html."""
-    text = json.dumps(jsonable(summary), indent=1)
-    (run / "summary.json").write_text(text, encoding="utf-8")
-    write_html(run)
+    shown = {row["file"] for row in kept}
+    note = f"{len(kept):,} trajectories from {len(shown)} of {len(files)} files"
+    if cut:
+        note += f"; {cut:,} of them without observations, to keep the page small"
+    return {"trajectories": sorted(kept, key=itemgetter("step", "file")), "note": note}

@@ -3,64 +3,25 @@
 A world is 250 pages about people, cities, companies and books with invented names. A search result
 shows a page's first sentence and one of its facts, so that browsing pays in two cases of three;
 half of the questions need two pages. Start model and tokenizer come from scripts/; the names must
-not change, since the model that ships was trained on them.
+not change, since the model that ships was trained on them. toyworld.yaml has them, and what pages
+tell and questions ask.
 """
 
-import math
 import re
 from random import Random
 
+import numpy as np
+import yaml
+
 from deepresearcher_min.config import ROOT
 from deepresearcher_min.search import Corpus
-from deepresearcher_min.trajectory import Question, Trajectory
+from deepresearcher_min.trajectory import Question
 
 MODEL_DIR = ROOT / "deepresearcher_min/toy_model"
 SITE = "https://toy.example/"
-# What a question can ask for, by kind of page; the value is the kind of the answer.
-RELATIONS = {
-    "person": {"birthplace": "city", "employer": "company", "spouse": "person"},
-    "company": {"headquarters": "city", "founder": "person"},
-    "book": {"author": "person"},
-    "city": {"mayor": "person"},
-}
-# Facts that nobody asks for: they make a search result's one fact less often the right one.
-FILLERS = {
-    "person": {},
-    "company": {"product": "lamps boats clocks paper tea glass"},
-    "book": {"genre": "comedy tragedy history travel", "length": "short long medium"},
-    "city": {"river": "Aro Bel Cim Dov Elt Fen", "climate": "mild dry wet cold"},
-}
-# What can be asked about the answer to another question: the first relation, then the second.
-TWO_HOP = {
-    "person": ("employer headquarters", "employer founder", "birthplace mayor"),
-    "company": ("founder birthplace",),
-    "book": ("author birthplace", "author employer", "author spouse"),
-    "city": ("mayor birthplace", "mayor employer"),
-}
-PARTS = {"first": 40, "last": 40, "city": 50, "brand": 40, "adjective": 30, "noun": 30}
-
-
-def invented_names():
-    """The same made-up words in every world; which of them pair up to a name, and all facts, differ
-    by world.
-    """
-    rng = Random(7)
-    syllables = [one + other for one in "bdfgklmnprstvz" for other in "aeiou"]
-    words = set[str]()
-    while len(words) < 250:
-        word = rng.choice(syllables) + rng.choice(syllables) + rng.choice("lmnrsk")
-        words.add(word.capitalize())
-    rest = sorted(words)
-    rng.shuffle(rest)
-    names = {}
-    for part, size in PARTS.items():
-        names[part] = rest[:size]
-        rest = rest[size:]
-    names["trade"] = ["Works", "Labs", "Group", "Foods"]
-    return names
-
-
-NAMES = invented_names()
+NAMES, RELATIONS, FILLERS, TWO_HOP = yaml.safe_load(
+    (ROOT / "deepresearcher_min/toyworld.yaml").read_bytes()
+).values()
 
 
 class World:
@@ -72,7 +33,7 @@ class World:
     with the others.
     """
 
-    def __init__(self, purpose: str, seed: object):
+    def __init__(self, purpose: str, seed):
         # The order of all draws makes the world: whoever changes it changes what a seed stands for.
         rng = Random(f"{purpose} {seed}")
         held_out = purpose == "held out"
@@ -92,16 +53,14 @@ class World:
             "book": draw("adjective", "noun", 50, "The "),
             "city": NAMES["city"],
         }
-        self.kind: dict = {}  # of page, by name
-        self.facts: dict = {}  # by name and relation
+        self.kind = {}  # of page, by name
+        self.facts = {}  # by name and relation
         for kind in names:
             for name in names[kind]:
                 self.kind[name] = kind
                 facts = self.facts[name] = {}
-                for relation, answer in RELATIONS[kind].items():
-                    facts[relation] = rng.choice(names[answer])
-                for relation, values in FILLERS[kind].items():
-                    facts[relation] = rng.choice(values.split())
+                for relation, values in (RELATIONS[kind] | FILLERS[kind]).items():
+                    facts[relation] = rng.choice(names.get(values) or values.split())
         couples = iter(names["person"])
         for one, other in zip(couples, couples, strict=True):
             self.facts[one]["spouse"] = other
@@ -111,11 +70,11 @@ class World:
         for name, facts in self.facts.items():
             lead = f"{name} is a {self.kind[name]}."
             sentences = [f"The {relation} is {value}." for relation, value in facts.items()]
-            documents.append((name, url_of(name), " ".join([lead, *sentences])))
+            documents.append((name, url_of(name), f"{lead} {' '.join(sentences)}"))
             summaries.append(f"{lead} {rng.choice(sentences)}")
         self.corpus = Corpus(documents, snippet=summaries.__getitem__)
 
-    def questions(self, count: int, seed: int) -> list:
+    def questions(self, count: int, seed: int):
         """`count` different questions, half of them with one hop and half with two, in random
         order.
         """
@@ -126,8 +85,7 @@ class World:
         for source, paths, wanted in kinds:
             chains = []
             for name, kind in self.kind.items():
-                for path in paths[kind]:
-                    chains.append((name, path.split()))
+                chains += [(name, path.split()) for path in paths[kind]]
             for subject, relations in rng.sample(chains, min(wanted, len(chains))):
                 text = f"What is the {' of the '.join(reversed(relations))} of {subject}?"
                 answer = subject
@@ -142,14 +100,14 @@ def url_of(name: str) -> str:
     return SITE + name.replace(" ", "_")
 
 
-def chain_of(question: str) -> tuple:
+def chain_of(question: str):
     """'What is the mayor of the birthplace of Ada Vek?' -> ('Ada Vek', ['birthplace', 'mayor'])."""
     chain = question.removeprefix("What is the ").removesuffix("?")
     subject, *relations = reversed(re.split(" of (?:the )?", chain))
     return subject, relations
 
 
-def behaviour_rates(trajectories: list[Trajectory], world: World) -> dict:
+def behaviour_rates(trajectories: list, world: World):
     """How often the three good decisions were taken when there was occasion [share, nan without
     occasion], of the trajectories that begin with a search.
 
@@ -158,7 +116,7 @@ def behaviour_rates(trajectories: list[Trajectory], world: World) -> dict:
     second_hop: a two-hop question whose first fact was seen, and a search or browse went on from
     it.
     """
-    taken: dict = {"full_name": [], "browse_when_needed": [], "second_hop": []}
+    taken = {"full_name": [], "browse_when_needed": [], "second_hop": []}
     for trajectory in trajectories:
         turns = trajectory.turns
         if not turns or turns[0].kind != "search":
@@ -167,16 +125,12 @@ def behaviour_rates(trajectories: list[Trajectory], world: World) -> dict:
         value = world.facts[subject][relations[0]]
         fact = f"The {relations[0]} is {value}."
         calls = [turn.text.partition("<tool_call>")[2] for turn in turns]
-        seen = [turn.observation for turn in turns]
+        shown = [fact in turn.observation for turn in turns]
         if " " in subject:
             taken["full_name"].append(subject in calls[0])
-        if f"'title': '{subject}'" in seen[0] and fact not in seen[0]:
+        if f"'title': '{subject}'" in turns[0].observation and not shown[0]:
             taken["browse_when_needed"].append(url_of(subject) in " ".join(calls))
-        shown = [fact in observation for observation in seen]
         if len(relations) == 2 and any(shown):
             later = " ".join(calls[shown.index(True) + 1 :])
             taken["second_hop"].append(value.split()[-1] in later)
-    rates = {}
-    for name, flags in taken.items():
-        rates[name] = sum(flags) / len(flags) if flags else math.nan
-    return rates
+    return {name: float(np.mean(flags or np.nan)) for name, flags in taken.items()}

@@ -5,10 +5,13 @@ them.
 import json
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
+import yaml
 
 from deepresearcher_min import report
+from deepresearcher_min.config import load_config
 from deepresearcher_min.protocol import Entry, page_item, render, search_item
 from deepresearcher_min.trajectory import Group, Question, Trajectory, Turn
 
@@ -107,9 +110,21 @@ def write_run(folder, steps=6, questions=4, size=4):
         "before": {"f1": 0.26, "em": 0.2},
         "after": {"f1": 0.99, "em": 0.98},
     }
+    summary["table"] = report.score_rows({name: summary[name] for name in ("before", "after")})
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "config.yaml").write_text("preset: toy\nmodel: toy\nlr: 0.0004\n")
     return folder
+
+
+def write_html(folder):
+    """The page of a folder with the config and the summary that are in it, if any."""
+    values, summary = {}, {}
+    if (folder / "config.yaml").exists():
+        values = yaml.safe_load((folder / "config.yaml").read_text())
+    if (folder / "summary.json").exists():
+        summary = json.loads((folder / "summary.json").read_text())
+    report.publish(replace(load_config([f"--run_dir={folder}"]), **values), summary)
+    return folder / "report.html"
 
 
 def page_data(path):

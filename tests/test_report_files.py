@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_folder import build, explain, group, page_data, researcher, write_run
+from run_folder import build, explain, group, page_data, researcher, write_html, write_run
 
 from deepresearcher_min import report
 from deepresearcher_min.trajectory import Group, Question, Trajectory, Turn
@@ -98,7 +98,8 @@ def test_trajectories_are_read_as_they_were_written(tmp_path):
     groups, path = [group(0), group(1)], tmp_path / "eval.jsonl"
     report.write_trajectories(path, 0, groups, explain)
     written = [one for each in groups for one in each.trajectories]
-    read = map(report.read_trajectory, report.read_json_lines(path))
+    questions = [one.question for one in written]
+    read = map(report.read_trajectory, report.read_json_lines(path), questions)
     for one, again in zip(written, read, strict=True):
         assert json.dumps(again.to_json()) == json.dumps(one.to_json()) and again.turns == one.turns
         assert np.allclose(again.logprobs, one.logprobs, atol=1e-6, equal_nan=True)
@@ -151,13 +152,13 @@ def test_write_readable_picks_best_and_worst(tmp_path):
 
 @pytest.mark.quick
 def test_page_holds_the_run_and_nothing_from_outside(tmp_path):
-    text = report.write_html(write_run(tmp_path)).read_text()
+    text = write_html(write_run(tmp_path)).read_text()
     data = page_data(tmp_path / "report.html")
     assert (
         len(data["trajectories"]) == 6 * 4 * 4 + 4
         and data["note"] == "100 trajectories from 7 of 7 files"
     )
-    assert data["compared"] == [
+    assert data["summary"]["table"] == [
         ["", "before", "after"],
         ["F1", "0.260", "0.990"],
         ["EM", "0.200", "0.980"],
@@ -168,11 +169,12 @@ def test_page_holds_the_run_and_nothing_from_outside(tmp_path):
     assert turn["observation"][0]["web_page_info_list"][0]["title"] == "Ray Lake"
     assert "token_ids" not in data["trajectories"][0] and data["trajectories"][0]["tokens"] > 40
     script = text.split("<script>")[1].split("</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert (
-        f"default-src 'none'; base-uri 'none'; form-action 'none'; script-src 'sha256-{digest}'"
-        in text
-    )
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
+    for tag in ("script", "style"):
+        own = text.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
+    assert f'http-equiv="Content-Security-Policy" content="{policy}"' in text
     markup = text.replace(script, "").split('id="data">')[0]
     assert not re.search(r"(src|href)=|url\(|@import|https?:", markup)
     code = re.sub(r"//.*", "", script)
@@ -199,19 +201,19 @@ def test_real_tool_payloads_unfold(tmp_path):
     report.write_trajectories(
         tmp_path / "trajectories" / "eval.jsonl", 0, [Group(question, [one], [1.0], [0.0])], explain
     )
-    (row,) = page_data(report.write_html(tmp_path))["trajectories"]
+    (row,) = page_data(write_html(tmp_path))["trajectories"]
     assert [turn["observation"] for turn in row["turns"]] == [*contents, ""]
 
 
 @pytest.mark.quick
 def test_page_of_an_evaluation_and_of_a_run_that_was_stopped(tmp_path):
     (tmp_path / "a").mkdir()
-    assert page_data(report.write_html(tmp_path / "a"))["trajectories"] == []
+    assert page_data(write_html(tmp_path / "a"))["trajectories"] == []
     (tmp_path / "a" / "summary.json").write_text(
         json.dumps({"table": [["", "nq"], ["F1", "0.500"]]})
     )
-    data = page_data(report.write_html(tmp_path / "a"))
-    assert data["summary"]["table"][1] == ["F1", "0.500"] and data["compared"] == []
+    data = page_data(write_html(tmp_path / "a"))
+    assert data["summary"]["table"][1] == ["F1", "0.500"] and "after" not in data["summary"]
 
 
 @pytest.mark.quick
@@ -219,14 +221,14 @@ def test_a_step_that_ran_twice_is_shown_once(tmp_path):
     path = tmp_path / "trajectories" / "step-000001.jsonl"
     for _ in range(2):
         report.write_trajectories(path, 1, [group(0)], explain)
-    assert len(page_data(report.write_html(tmp_path))["trajectories"]) == 4
+    assert len(page_data(write_html(tmp_path))["trajectories"]) == 4
 
 
 @pytest.mark.quick
 def test_a_full_page_keeps_evaluations_and_the_last_steps(tmp_path, monkeypatch):
     write_run(tmp_path, steps=8, questions=2, size=4)
     monkeypatch.setattr(report, "MAX_TRAJECTORIES", 2 + 2 * 8)
-    rows = page_data(report.write_html(tmp_path))["trajectories"]
+    rows = page_data(write_html(tmp_path))["trajectories"]
     assert sorted({row["file"] for row in rows}) == ["eval-before", "step-000007", "step-000008"]
     assert len(rows) == 18 and rows[0]["step"] == 0 and rows[-1]["step"] == 8
 
@@ -246,7 +248,7 @@ def test_a_full_page_keeps_observations_by_question(tmp_path, monkeypatch):
         report, "MAX_PAGE_TEXT", sum(len(turn.text + turn.observation) for turn in turns)
     )
     monkeypatch.setattr(report, "MAX_TURN", 10)
-    data = page_data(report.write_html(tmp_path))
+    data = page_data(write_html(tmp_path))
     cut = [row for row in data["trajectories"] if row["turns"][0]["observation"] is None]
     whole = [row for row in data["trajectories"] if row["turns"][0]["observation"] is not None]
     assert len(cut) == len(whole) == 16 and "; 16 of them without observations" in data["note"]

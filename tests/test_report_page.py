@@ -8,7 +8,7 @@ import time
 
 import pytest
 from loopback import Server
-from run_folder import build, explain, page_data, researcher, write_run
+from run_folder import build, explain, page_data, researcher, write_html, write_run
 
 from deepresearcher_min import report
 from deepresearcher_min.trajectory import Group, Question
@@ -116,7 +116,7 @@ document.querySelectorAll('.list button').forEach(button => {
 @pytest.mark.slow
 def test_hostile_text_stays_text(tmp_path, listener):
     url, asked = listener
-    path = report.write_html(hostile_run(tmp_path / "run", url))
+    path = write_html(hostile_run(tmp_path / "run", url))
     # As it is, and then every trajectory and fold opened without a policy: text nodes alone must be
     # enough.
     for page in (path, unguarded(path, OPEN_ALL)):
@@ -148,7 +148,7 @@ def test_the_attacks_work_on_a_careless_page(tmp_path, listener):
 @needs_chromium
 @pytest.mark.slow
 def test_the_policy_stops_a_script_that_is_not_ours(tmp_path):
-    path = report.write_html(write_run(tmp_path / "run", steps=1))
+    path = write_html(write_run(tmp_path / "run", steps=1))
     assert "<h2>Trajectories</h2>" in visible(browse(path, tmp_path / "profile"))
     path.write_text(path.read_text().replace('"use strict";', '"use strict" ;'))
     assert "<h2>Trajectories</h2>" not in visible(browse(path, tmp_path / "profile"))
@@ -190,7 +190,7 @@ out.id = "said"; out.textContent = lines.join("\n"); document.body.append(out);
 
 def interact(folder):
     """What a test's script sees when it uses the page's filters."""
-    dom = browse(unguarded(report.write_html(folder), INTERACT), folder / "profile")
+    dom = browse(unguarded(write_html(folder), INTERACT), folder / "profile")
     said = (
         re.search(r'<pre id="said">(.*?)</pre>', dom, re.DOTALL)[1]
         .replace("&lt;", "<")
@@ -258,7 +258,7 @@ def test_4096_trajectories_stay_usable(tmp_path):
             tmp_path / "trajectories" / f"step-{step:06d}.jsonl", step, groups, explain
         )
     start = time.perf_counter()
-    path = report.write_html(tmp_path)
+    path = write_html(tmp_path)
     written = time.perf_counter() - start
     said = interact(tmp_path)
     assert said["all"] == "4096 of 4096 | 101" and said["more"] == "201"
