@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import venv
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from importlib.metadata import version
@@ -35,14 +36,24 @@ import numpy as np
 import torch
 from contestants import Contestant, make_group, save_model
 
-# TRL's client needs the last.
-TRL = ("trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "requests==2.34.2")
+# What the peers' environment has is pinned by this file, or has the version of ours.
+PEERS_FILE = Path(__file__).with_name("requirements-peers.txt")
+SHARED = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "pyyaml",
+    "pyarrow",
+    "requests",
+)
+# Tried before anything is measured; contestants imports the package.
 NEEDED = (
-    "import requests; from trl import GRPOTrainer; "
+    "import requests, contestants; from trl import GRPOTrainer; "
     "from trl.experimental.async_grpo import AsyncGRPOTrainer"
 )
-# What the peers' environment has in the same version as ours.
-SHARED = ("torch", "transformers", "safetensors", "numpy", "pyyaml", "pyarrow")
 TAIL = (96, 112, 128, 144, 160, 192, 224, 256, 288, 320, 352, 448, 640, 1024, 1600, 2560)
 EVEN = (307, 358, 410, 461, 563, 614, 666, 717)  # 0.6 to 1.4 times 512
 # Vocabulary, lengths [tokens].
@@ -148,15 +159,17 @@ class Worker:
 
 def peers_python(cache: Path) -> str:
     """The interpreter of the environment with TRL, which is made if it is not there."""
-    folder = cache / "-".join(TRL).replace("==", "-")
+    shared = [f"{name}=={version(name)}" for name in SHARED]
+    pins = PEERS_FILE.read_text() + "\n".join(shared)
+    folder = cache / f"peers-{zlib.crc32(pins.encode()):08x}"
     python, done = folder / "bin/python", folder / "complete"
     if not done.exists():
-        print(f"installing {TRL[0]} into {folder} ...", flush=True)
+        print(f"installing TRL into {folder} ...", flush=True)
         venv.create(folder, clear=True, with_pip=True)
-        shared = [f"{name}=={version(name)}" for name in SHARED]
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *TRL, *shared], check=True)
+        install = [python, "-m", "pip", "install", "--quiet", "-r", PEERS_FILE, *shared]
+        subprocess.run(install, check=True)
         done.touch()
-    subprocess.run([python, "-c", NEEDED], check=True)  # before anything is measured
+    subprocess.run([python, "-c", NEEDED], check=True, cwd=PEERS_FILE.parent)
     return str(python)
 
 

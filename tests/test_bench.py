@@ -4,6 +4,7 @@ anything.
 
 import ast
 import subprocess
+import sys
 import venv
 from pathlib import Path
 
@@ -29,9 +30,34 @@ def imported(path: Path) -> set[str]:
     return found - OWN - PEERS - OPTIONAL
 
 
+HELP = """
+import contextlib, io, runpy, sys
+from pathlib import Path
+
+for path in sys.argv[1:]:
+    sys.argv, sys.path[0] = [path, "--help"], str(Path(path).parent)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        runpy.run_path(path, run_name="__main__")
+    print(path, said.getvalue().partition(" ")[0])
+"""
+
+
+@pytest.mark.quick
+def test_every_bench_says_how_it_is_called():
+    """In one process, which imports torch once."""
+    programs = [str(path) for path in BENCHES if "argparse" in imported(path)]
+    assert len(programs) >= 6
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, *programs], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{path} usage:" for path in programs]
+
+
 @pytest.mark.by_hand
 def test_benches_start_in_a_fresh_environment(tmp_path):
-    """Takes about five minutes, most of it installation."""
+    """Takes about five minutes of CPU time, most of it installation."""
     venv.create(tmp_path / "fresh", with_pip=True)
     python = tmp_path / "fresh/bin/python"
     requirements = ROOT / "requirements-cpu.txt"
