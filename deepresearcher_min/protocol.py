@@ -59,11 +59,11 @@ class Tool:
     over: str = ""  # what is said of a key beyond the limit; empty: it is left out, as published
 
 
-def search_item(summary: str, title: str = "", url: str = "") -> dict:
+def search_item(summary, title="", url=""):
     return {"quick_summary": summary, "title": title, "url": url}
 
 
-def page_item(summary: str, number: int = 0) -> dict:
+def page_item(summary, number=0):
     return {"page_number": number, "page_summary": summary}
 
 
@@ -90,7 +90,7 @@ TOOLS = {  # by kind, which is also the name of the method of rollout.Tools that
 }
 
 
-def schemas() -> list:
+def schemas():
     """The tools as chat templates want them."""
     described = []
     for tool in TOOLS.values():
@@ -136,7 +136,7 @@ def parse_turn(text: str) -> Call | Answer | Malformed:
     return Malformed("neither a complete <tool_call> nor a complete <answer> follows the thought")
 
 
-def parse_call(text: str) -> Call | Malformed:
+def parse_call(text) -> Call | Malformed:
     """Read what stands between the tags, in whichever syntax."""
     try:
         name, arguments = read_call(text)
@@ -149,7 +149,7 @@ def parse_call(text: str) -> Call | Malformed:
     return Malformed("the tool call does not name a tool")
 
 
-def read_call(text: str):
+def read_call(text):
     """Name and arguments, neither checked; any error where there are none.
 
     In tags: <function=NAME> around <parameter=KEY>VALUE</parameter> or JSON; NAME and pairs of
@@ -162,7 +162,7 @@ def read_call(text: str):
         name, sign = tagged.groups()
         given = text[tagged.end() :].partition("</function>")[0]
         if sign != "{":
-            arguments: Any = defaultdict(list)
+            arguments = defaultdict(list)
             for key, value in PAIR.findall(given):
                 arguments[key] += read_keys(value)
             return name, arguments
@@ -179,7 +179,7 @@ def read_call(text: str):
     return name, given
 
 
-def read_keys(value) -> tuple:
+def read_keys(value):
     """The strings that a value means: a list, a list's text, or plain text, each on a line."""
     if isinstance(value, str):
         if not re.match(r"\s*\[\s*[\"'\]]", value):
@@ -195,7 +195,7 @@ def read_keys(value) -> tuple:
     return tuple(filter(None, keys))
 
 
-def render(kind: str, entries: list) -> str:
+def render(kind, entries) -> str:
     """The observation: the Python repr of a list of dicts with keys in alphabetical order."""
     key_name, items_name = TOOLS[kind].shape
     found = []
@@ -205,10 +205,10 @@ def render(kind: str, entries: list) -> str:
     return repr(found)
 
 
-def template_inputs(date: str) -> dict:
+def template_inputs(date):
     """What templates ask for by these names: the run's date, not the clock's, and thoughts."""
 
-    def strftime_now(form: str) -> str:
+    def strftime_now(form) -> str:
         try:
             return datetime.fromisoformat(date).strftime(form)
         except ValueError:  # a date in words, or none
@@ -223,7 +223,7 @@ def template_inputs(date: str) -> dict:
     }
 
 
-def open_thought(text: str) -> str:
+def open_thought(text) -> str:
     """A generation prompt that ends in one open thought: the template's own, or else ours."""
     if text.rstrip().endswith(THINK):
         return text
@@ -244,8 +244,8 @@ class ChatFormat:
     def __init__(
         self,
         tokenizer,
-        date: str,
-        system_prompt: str = "",
+        date,
+        system_prompt="",
         tools=None,
         end_ids=(),
     ):
@@ -254,7 +254,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.encode = partial(tokenizer.encode, add_special_tokens=False)
         self.inputs, self.tools = template_inputs(date), tools or schemas()
-        self.frames: dict = {}  # around a result, by the number of earlier ones
+        self.frames = {}  # around a result, by the number of earlier ones
         self.system = (system_prompt or SYSTEM_PROMPT).replace("{date}", date)
         self.show_tools(bool(system_prompt), tools is not None)
         added = tokenizer.added_tokens_decoder.values()
@@ -279,7 +279,7 @@ class ChatFormat:
                 "the tokenizer splits a conversation otherwise than its parts; use another model"
             )
 
-    def show_tools(self, own_prompt: bool, own_tools: bool):
+    def show_tools(self, own_prompt, own_tools):
         """Put into our system prompt an example of a call, and schemas that the template ignores.
 
         The example is in the syntax that the template teaches, else in ours. What comes with each
@@ -300,10 +300,10 @@ class ChatFormat:
         if ignored:
             self.system += "\n\nTools:\n" + "\n".join(map(json.dumps, self.tools))
 
-    def opening(self, question: str) -> list:
+    def opening(self, question):
         return [{"role": "system", "content": self.system}, {"role": "user", "content": question}]
 
-    def template(self, messages: list, tools: list | None, **inputs) -> str:
+    def template(self, messages, tools, **inputs) -> str:
         """The template's text up to the next assistant turn; ValueError in the template's words."""
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, **self.inputs | inputs)
@@ -311,14 +311,14 @@ class ChatFormat:
             words = f"the chat template refuses the agent's conversation: {error}"
             raise ValueError(" ".join(words.split())) from error
 
-    def around_turn(self, answer: dict, earlier: int = 0):
+    def around_turn(self, answer, earlier=0):
         """What the template writes before and behind a turn that has this answer."""
         turn = {"role": "assistant", "content": TURN}
         messages = self.opening("x") + [turn, self.result(WORDS)] * earlier
         before, _, behind = self.template([*messages, turn, answer], self.tools).rpartition(TURN)
         return before, behind
 
-    def result(self, text: str) -> dict:
+    def result(self, text):
         """What a tool says as a message; a user's turn wraps it as Qwen's template does."""
         if self.role == "user":
             text = f"<tool_response>\n{text}\n</tool_response>"
@@ -357,12 +357,12 @@ class ChatFormat:
         messages = self.opening(self.defuse(question))
         return self.encode(open_thought(self.template(messages, self.tools)))
 
-    def message_ids(self, messages: list) -> list:
+    def message_ids(self, messages):
         """[P] ids of a plain conversation without tools or thoughts, as readers use it."""
         safe = [{**message, "content": self.defuse(message["content"])} for message in messages]
         return self.encode(self.template(safe, None, enable_thinking=False))
 
-    def observation_ids(self, text: str, earlier: int = 0) -> list:
+    def observation_ids(self, text, earlier=0):
         """[E] ids of all between a sampled end-of-turn token and the next turn's first token.
 
         They are encoded behind that token, where a tokenizer always splits, so that they are the
@@ -377,22 +377,25 @@ class ChatFormat:
             whole = self.behind_turn(words, earlier)
         return self.encode(whole)[1:]
 
-    def behind_turn(self, words: str, earlier: int) -> str:
+    def behind_turn(self, words, earlier) -> str:
         """What the template puts behind a turn: its end token, the result, the next prompt."""
         behind = self.around_turn(self.result(words), earlier)[1].partition(self.end_of_turn)[2]
         return self.end_of_turn + open_thought(behind)
 
-    def fit(self, kind: str, entries: list, max_tokens: int, earlier: int = 0) -> tuple:
+    def fit(self, kind, entries, max_tokens, earlier=0):
         """Render an observation within a token budget: (text, ids, number of items dropped).
 
         The worst ranks are dropped; if no item fits, the first ten entries say so in words.
         """
 
-        def length(kept: int) -> int:
-            return len(self.observation_ids(render(kind, best(entries, kept)), earlier))
+        def rendered(shown):
+            text = render(kind, shown)
+            return text, self.observation_ids(text, earlier)
 
-        text = render(kind, entries)
-        ids = self.observation_ids(text, earlier)
+        def length(kept):
+            return len(rendered(best(entries, kept))[1])
+
+        text, ids = rendered(entries)
         if len(ids) <= max_tokens:
             return text, ids, 0
         total = sum(len(entry.items) for entry in entries)
@@ -401,14 +404,13 @@ class ChatFormat:
         if not kept:
             too_long = TOOLS[kind].item("The result is too long to be shown.")
             shown = [Entry(entry.key[:100], (too_long,)) for entry in entries[:10]]
-        text = render(kind, shown)
-        return text, self.observation_ids(text, earlier), total - kept
+        return *rendered(shown), total - kept
 
-    def defuse(self, text: str) -> str:
+    def defuse(self, text) -> str:
         """Break tags and added tokens in foreign text (split_special_tokens spares <tool_call>)."""
         return self.unsafe.sub(r"\1 ", text)
 
-    def decode(self, token_ids: list) -> str:
+    def decode(self, token_ids) -> str:
         """Text for parsing and for people; never encoded again."""
         ids = list(token_ids)
         if ids and ids[-1] in self.end_ids:
