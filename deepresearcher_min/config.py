@@ -126,7 +126,7 @@ def raise_if_down(config: Config, counts, least=1):
             )
 
 
-def load_config(argv: list[str], base: dict | None = None) -> Config:
+def load_config(argv: list[str], base=None) -> Config:
     """The values of config.yaml, then the preset's, then every --key=value (or --key value) of
     argv.
 
@@ -192,7 +192,7 @@ def documented():
             yield heading, *found.groups()
 
 
-def help_text() -> str:
+def help_text():
     """The keys as config.yaml groups them, one `--key=default  meaning` a line."""
     text = "Keys, with the defaults that a preset may replace (see the end of config.yaml):"
     last = ""
@@ -223,8 +223,8 @@ def check_inputs(config: Config, argv, other):
     unread = {}
     if config.search == "toy":
         remedy = "the toy web does not answer it; add --search=local --corpus=FILE"
-        own = "the toy web has its own pages; add --search=local"
-        unread = {"data": remedy, "eval_data": remedy, "corpus": own}
+        unread = {"data": remedy, "eval_data": remedy}
+        unread["corpus"] = "the toy web has its own pages; add --search=local"
     elif other == "train.py" and typed.get("data"):
         unread["eval_data"] = f"data={typed['data']!r} is read instead"
     if not reads_web:
@@ -257,8 +257,8 @@ def type_of(key):
     return TYPES[key]
 
 
-def nearest(name, known) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+def nearest(name, known):
+    close = difflib.get_close_matches(name, known)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -299,7 +299,7 @@ def check(config: Config):
         if not fits:
             raise ConfigError(f"{key}={value}: must be {limit}")
         # All others: what the libraries below can count.
-        most = re.search(r"at most ([\d.]+)|$", meaning)[1] or 2**31 - 1
+        most = [*re.findall(r"at most ([\d.]+)", meaning), 2**31 - 1][0]
         if value > float(most):
             raise ConfigError(f"{key}={value}: must be at most {most}")
     if config.max_turn_tokens >= config.max_model_len:
@@ -338,7 +338,7 @@ def host_list(config: Config):
     return hosts
 
 
-def plain_host(name) -> str:
+def plain_host(name):
     """'Bücher.Example.' -> 'xn--bcher-kva.example': one spelling for each name; empty for what
     cannot be one.
     """
@@ -356,7 +356,7 @@ def is_blocked(url, hosts):
     return any(f".{host}".endswith(f".{blocked}") for blocked in hosts)
 
 
-def describe(config: Config) -> str:
+def describe(config: Config):
     """The resolved config as one line for each key that differs from the values of config.yaml."""
     return "\n".join(
         f"  {key}: {value}  (default {DEFAULTS[key]})"

@@ -6,23 +6,21 @@ gives it. No model is known by its name. Left out: more than one call a turn, as
 system.
 """
 
-import ast
 import json
 import re
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from uuid import uuid4
 
 from deepresearcher_min.config import ROOT
-from deepresearcher_min.trajectory import Entry, best
+from deepresearcher_min.trajectory import Entry, best, load_json, unpacked
 
 THINK = "<think>"  # forced: part of every generation prompt, never sampled, never trained
 SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text(encoding="utf-8").strip()
-load_json = partial(json.loads, strict=False)  # models write raw line breaks inside strings
 # A call in tags: its name, and what begins its arguments; an argument's name and value.
 TAGGED = re.compile(r"(?:<function=)?([\w.-]+)>?\s*(?=(<parameter=|<arg_key>|\{))")
 PAIR = re.compile(
@@ -92,14 +90,27 @@ TOOLS = {  # by kind, which is also the name of the method of rollout.Tools that
 
 def schemas():
     """The tools as chat templates want them."""
-    described = []
-    for tool in TOOLS.values():
-        keys = {"type": "array", "items": {"type": "string"}, "description": tool.meaning}
-        parameters = {"type": "object", "properties": {tool.argument: keys}}
-        parameters["required"] = [tool.argument]
-        function = {"name": tool.name, "description": tool.description, "parameters": parameters}
-        described.append({"type": "function", "function": function})
-    return described
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.name,
+                "description": tool.description,
+                "parameters": {
+                    "type": "object",
+                    "properties": {
+                        tool.argument: {
+                            "type": "array",
+                            "items": {"type": "string"},
+                            "description": tool.meaning,
+                        }
+                    },
+                    "required": [tool.argument],
+                },
+            },
+        }
+        for tool in TOOLS.values()
+    ]
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,9 @@ class Malformed:
 
 
 def parse_turn(text: str) -> Call | Answer | Malformed:
-    """What a turn says: behind </think>, its first complete <answer>, or else <tool_call>."""
+    """What a turn says: behind </think>, its first complete <answer>, or else <tool_call>, in
+    whichever syntax.
+    """
     thought, closed, rest = text.lstrip().removeprefix(THINK).partition("</think>")
     if not closed:
         return Malformed("the thought is not closed by </think>")
@@ -131,15 +144,12 @@ def parse_turn(text: str) -> Call | Answer | Malformed:
     if answer:
         return Answer(answer[1].strip())
     call = re.search("(?s)<tool_call>(.*?)</tool_call>", rest)
-    if call:
-        return parse_call(call[1])
-    return Malformed("neither a complete <tool_call> nor a complete <answer> follows the thought")
-
-
-def parse_call(text) -> Call | Malformed:
-    """Read what stands between the tags, in whichever syntax."""
+    if not call:
+        return Malformed(
+            "neither a complete <tool_call> nor a complete <answer> follows the thought"
+        )
     try:
-        name, arguments = read_call(text)
+        name, arguments = read_call(call[1])
         for kind, tool in TOOLS.items():
             if name == tool.name:
                 keys = read_keys(arguments[tool.argument])
@@ -182,20 +192,15 @@ def read_call(text):
 def read_keys(value):
     """The strings that a value means: a list, a list's text, or plain text, each on a line."""
     if isinstance(value, str):
-        if not re.match(r"\s*\[\s*[\"'\]]", value):
-            value = value.splitlines()
-        else:
-            try:
-                value = load_json(value)
-            except ValueError:
-                value = ast.literal_eval(value.strip())  # in single quotes
+        listed = re.match(r"\s*\[\s*[\"'\]]", value)
+        value = unpacked(value.strip()) if listed else value.splitlines()
     if not isinstance(value, list):
         raise TypeError("not a list")
     keys = [each.strip() for each in value]
     return tuple(filter(None, keys))
 
 
-def render(kind, entries) -> str:
+def render(kind, entries):
     """The observation: the Python repr of a list of dicts with keys in alphabetical order."""
     key_name, items_name = TOOLS[kind].shape
     found = []
@@ -223,7 +228,7 @@ def template_inputs(date):
     }
 
 
-def open_thought(text) -> str:
+def open_thought(text):
     """A generation prompt that ends in one open thought: the template's own, or else ours."""
     if text.rstrip().endswith(THINK):
         return text
@@ -241,20 +246,16 @@ class ChatFormat:
     tools: Any  # schemas; None in eval.py's baselines
     role = "tool"  # of results; "user" where the template refuses or drops tool messages
 
-    def __init__(
-        self,
-        tokenizer,
-        date,
-        system_prompt="",
-        tools=None,
-        end_ids=(),
-    ):
+    def __init__(self, tokenizer, date, system_prompt="", tools=None, end_ids=()):
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; use an instruction-tuned model")
         self.tokenizer = tokenizer
         self.encode = partial(tokenizer.encode, add_special_tokens=False)
         self.inputs, self.tools = template_inputs(date), tools or schemas()
-        self.frames = {}  # around a result, by the number of earlier ones
+        # Before and behind a result, by the number of earlier ones.
+        self.frame = cache(
+            lambda earlier: self.behind_turn(OBSERVATION, earlier).split(OBSERVATION)
+        )
         self.system = (system_prompt or SYSTEM_PROMPT).replace("{date}", date)
         self.show_tools(bool(system_prompt), tools is not None)
         added = tokenizer.added_tokens_decoder.values()
@@ -303,7 +304,7 @@ class ChatFormat:
     def opening(self, question):
         return [{"role": "system", "content": self.system}, {"role": "user", "content": question}]
 
-    def template(self, messages, tools, **inputs) -> str:
+    def template(self, messages, tools, **inputs):
         """The template's text up to the next assistant turn; ValueError in the template's words."""
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, **self.inputs | inputs)
@@ -352,14 +353,14 @@ class ChatFormat:
             ends.append(end[1])
         return ends
 
-    def prompt_ids(self, question: str) -> list:
+    def prompt_ids(self, question: str):
         """[P] ids of system, question and generation prompt, the forced <think> included."""
         messages = self.opening(self.defuse(question))
         return self.encode(open_thought(self.template(messages, self.tools)))
 
     def message_ids(self, messages):
         """[P] ids of a plain conversation without tools or thoughts, as readers use it."""
-        safe = [{**message, "content": self.defuse(message["content"])} for message in messages]
+        safe = [message | {"content": self.defuse(message["content"])} for message in messages]
         return self.encode(self.template(safe, None, enable_thinking=False))
 
     def observation_ids(self, text, earlier=0):
@@ -368,16 +369,14 @@ class ChatFormat:
         They are encoded behind that token, where a tokenizer always splits, so that they are the
         whole's ids. Templates may write the first result otherwise than one with `earlier` others.
         """
-        if earlier not in self.frames:
-            self.frames[earlier] = self.behind_turn(OBSERVATION, earlier).split(OBSERVATION)
-        frame, words = self.frames[earlier], self.defuse(text)
+        frame, words = self.frame(earlier), self.defuse(text)
         if len(frame) == 2 and words == words.strip():
             whole = words.join(frame)
         else:  # the template writes it in its own way
             whole = self.behind_turn(words, earlier)
         return self.encode(whole)[1:]
 
-    def behind_turn(self, words, earlier) -> str:
+    def behind_turn(self, words, earlier):
         """What the template puts behind a turn: its end token, the result, the next prompt."""
         behind = self.around_turn(self.result(words), earlier)[1].partition(self.end_of_turn)[2]
         return self.end_of_turn + open_thought(behind)
@@ -406,11 +405,11 @@ class ChatFormat:
             shown = [Entry(entry.key[:100], (too_long,)) for entry in entries[:10]]
         return *rendered(shown), total - kept
 
-    def defuse(self, text) -> str:
+    def defuse(self, text):
         """Break tags and added tokens in foreign text (split_special_tokens spares <tool_call>)."""
         return self.unsafe.sub(r"\1 ", text)
 
-    def decode(self, token_ids) -> str:
+    def decode(self, token_ids):
         """Text for parsing and for people; never encoded again."""
         ids = list(token_ids)
         if ids and ids[-1] in self.end_ids:

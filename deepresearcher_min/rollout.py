@@ -21,7 +21,6 @@ from signal import SIGINT, SIGTERM, default_int_handler, raise_signal, signal
 
 import numpy as np
 
-from deepresearcher_min import protocol
 from deepresearcher_min.browse import Browser
 from deepresearcher_min.config import (
     NO_FAULT,
@@ -36,15 +35,19 @@ from deepresearcher_min.config import (
 from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import (
     THINK,
-    Answer,
+    TOOLS,
     Call,
     ChatFormat,
     Entry,
     Malformed,
+    best,
+    page_item,
     parse_turn,
+    schemas,
+    search_item,
 )
 from deepresearcher_min.reward import ask_model
-from deepresearcher_min.search import SERVICES, Corpus, LiveSearch, make_search
+from deepresearcher_min.search import SERVICES, LiveSearch, make_search
 from deepresearcher_min.trajectory import Reading, Recording, Trajectory, Turn
 from deepresearcher_min.web import BLOCKED, Web, is_blocked
 
@@ -89,7 +92,7 @@ async def agent_loop(record: Recording, generate, agent: Agent) -> Trajectory:
                 stop, ids = "context", []
         record.turns.append(Turn(sampled, record.append(ids), text, action.kind, observation))
         if stop:
-            return record.finish(stop, action.text if isinstance(action, Answer) else None)
+            return record.finish(stop, getattr(action, "text", None))  # an Answer has one
     return record.finish("context")
 
 
@@ -105,7 +108,7 @@ async def observe(call: Call, record: Recording, agent: Agent):
     )
     count(record.cost, "dropped_results", dropped)
     found = sum(len(entry.items) for entry in entries)
-    for entry in protocol.best(entries, found - dropped):
+    for entry in best(entries, found - dropped):
         reading = record.readings.pop(entry.key, None)
         if reading:
             shown = len(entry.items)
@@ -123,9 +126,7 @@ class Tools:
     scheduler: "Scheduler"  # of the rollout that is under way
     slots: asyncio.Semaphore  # so many of its tool calls may be under way
 
-    def __init__(
-        self, config: Config, chat: ChatFormat, corpus: Corpus | None = None, web: Web | None = None
-    ):
+    def __init__(self, config: Config, chat: ChatFormat, corpus=None, web=None):
         self.config, self.chat = config, chat
         self.backend = make_search(config, web, corpus)
         self.browser = Browser(config, web, corpus, self.in_thread, self.generate_text)
@@ -134,7 +135,7 @@ class Tools:
 
     async def use(self, call: Call, record: Recording):
         """What each query of a search or address of a browse brought."""
-        tool = protocol.TOOLS[call.kind]
+        tool = TOOLS[call.kind]
         most = getattr(self.config, tool.most) or len(call.keys)
         jobs = [self.entry(call.kind, key, record) for key in call.keys[:most]]
         if self.config.tool_threads:
@@ -151,12 +152,12 @@ class Tools:
             entries += [Entry(key, (tool.item(words),)) for key in call.keys[most:]]
         return entries
 
-    async def search(self, query, record: Recording):
+    async def search(self, query, record):
         count(record.cost, "searches")
         found = await self.in_thread(self.backend, query, record.cost)
-        return [protocol.search_item(one.snippet, one.title, one.url) for one in found]
+        return [search_item(one.snippet, one.title, one.url) for one in found]
 
-    async def browse(self, url, record: Recording):
+    async def browse(self, url, record):
         if is_blocked(url, host_list(self.config)):
             raise WebFailure(*BLOCKED)
         query = record.shown.get(url)
@@ -168,9 +169,9 @@ class Tools:
         reading = Reading(record.question.text, query, record.memory[query], record.read[url])
         record.readings[url] = reading
         notes = await self.browser.browse(url, reading, record.cost)
-        return [protocol.page_item(summary, number) for number, summary in notes]
+        return [page_item(summary, number) for number, summary in notes]
 
-    async def entry(self, kind, key, record: Recording) -> Entry:
+    async def entry(self, kind, key, record):
         """What one query or address brought; a failure of the world as words."""
         try:
             async with self.slots:
@@ -186,7 +187,7 @@ class Tools:
             logging.getLogger(__name__).exception("tool call for %.200r", key)
             failure = WebFailure("error", "The tool failed.")
         count_failure(record.cost, "page" if kind == "browse" else kind, failure)
-        return Entry(key, (protocol.TOOLS[kind].item(failure.words),))
+        return Entry(key, (TOOLS[kind].item(failure.words),))
 
     async def in_thread(self, function, *args):
         """Run a blocking function, which keeps tool_timeout itself; TimeoutError if it does not."""
@@ -195,7 +196,7 @@ class Tools:
         async with asyncio.timeout(self.config.tool_timeout + GRACE):
             return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
 
-    async def generate_text(self, messages) -> str:
+    async def generate_text(self, messages):
         """The policy's own engine as a plain chat model; in no trajectory, and not counted for
         admission.
         """
@@ -226,7 +227,7 @@ def read_tools(path):
         return None
     with named("tools_file", path, "write a JSON list of tool schemas"):
         found = json.loads(Path(path).read_bytes())
-        described, wanted = arguments_of(found), arguments_of(protocol.schemas())
+        described, wanted = arguments_of(found), arguments_of(schemas())
         if described != wanted:
             raise ValueError(f"tools and arguments are {described}, but must be {wanted}")
     return found
@@ -253,12 +254,14 @@ def try_services(config: Config, agent=True, judge=False) -> str:
                 address, key = live.base, SERVICES[config.search][2] or "the network"
                 live.search("Wikipedia", Counter())
             else:
-                hello = [{"role": "user", "content": "Hello"}]
                 ask_model(
                     web,
                     f"{address.rstrip('/')}/chat/completions",
                     key,
-                    {"model": getattr(config, f"{role}_model"), "messages": hello},
+                    {
+                        "model": getattr(config, f"{role}_model"),
+                        "messages": [{"role": "user", "content": "Hello"}],
+                    },
                     Counter(),
                     time.monotonic() + config.tool_timeout,
                 )
@@ -288,7 +291,7 @@ class Scheduler:
 
     async def enter(self, number, tokens):
         """Wait for room, in place of what the trajectory has held so far."""
-        admitted = asyncio.Future[None]()
+        admitted = asyncio.Future()
         heapq.heappush(self.queue, (number, tokens, admitted))
         self.leave(number)
         await admitted

@@ -256,7 +256,7 @@ class Ranks:
         if self.rank == 0:
             tqdm.write(text)  # above the progress bar
 
-    def own(self, name) -> str:
+    def own(self, name):
         """A name for a file that only this rank writes."""
         return f"{name}-rank{self.rank}" if self.world_size > 1 else name
 

@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,16 @@ PRINTED = re.compile(
 )
 
 
+load_json = partial(json.loads, strict=False)  # models write raw line breaks inside strings
+
+
 @dataclass(frozen=True)
 class Question:
     """One question with all its accepted (gold) answers."""
 
     id: str
     text: str
-    answers: tuple[str, ...]
+    answers: tuple  # of strings
     source: str = ""  # data source: nq, hotpotqa, ..., toy_1hop, toy_2hop
 
 
@@ -54,8 +58,8 @@ class Turn:
     trajectory.
     """
 
-    sampled: tuple[int, int]  # [start, end) in Trajectory.token_ids
-    observed: tuple[int, int]  # empty (start == end) for a turn that ended the trajectory
+    sampled: tuple  # (start, end before) in Trajectory.token_ids
+    observed: tuple  # the same; empty (start == end) for a turn that ended the trajectory
     text: str  # what the model wrote, the forced "<think>" in front, the end-of-turn token left out
     kind: str  # search | browse | answer | malformed
     observation: str = ""
@@ -73,7 +77,7 @@ class Trajectory:
     sampled_mask: np.ndarray  # [T] bool, true exactly where the model sampled token i
     # [T] float32, the engine's log-probability of a sampled token, nan elsewhere
     logprobs: np.ndarray
-    turns: tuple[Turn, ...]
+    turns: tuple  # of Turn
     answer: str | None
     stop_reason: str
     # searches, pages, bytes, failures by kind, ...
@@ -187,7 +191,7 @@ class Group:
     """
 
     question: Question
-    trajectories: Sequence[Trajectory]
+    trajectories: Sequence  # of Trajectory
     rewards: Sequence
     advantages: Sequence
 
@@ -286,7 +290,7 @@ def unpacked(value):
     as it is.
     """
     if isinstance(value, str) and value.lstrip().startswith(("[", "{", "array(")):
-        for read in (json.loads, read_printed):
+        for read in (load_json, read_printed):
             with suppress(Exception):  # literal_eval alone has five for what it cannot read
                 return read(value)
     return value
@@ -320,7 +324,7 @@ def gold_answers(value):
     return tuple(gold.strip() for gold in golds if gold.strip())
 
 
-def take_questions(questions: Sequence, seed: int, start: int, count: int) -> list[Question]:
+def take_questions(questions, seed, start, count) -> list[Question]:
     """Questions `start` to `start + count` of an endless order, a function of the seed and so the
     same on all ranks.
 
