@@ -272,7 +272,7 @@ class ChatFormat:
         ids = tokenizer.convert_tokens_to_ids(ends)
         self.end_of_turn, self.end_of_turn_id = ends[0], ids[0]
         self.end_ids = tuple({*ids, *end_ids, tokenizer.eos_token_id} - {None})
-        before, behind = self.around_turn(self.result(WORDS))
+        before, _, behind = self.around_turn(self.result(WORDS))
         whole = self.encode(before + TURN + open_thought(behind))
         appended = [self.end_of_turn_id, *self.observation_ids(WORDS)]
         if whole[-len(appended) :] != appended:
@@ -313,11 +313,10 @@ class ChatFormat:
             raise ValueError(" ".join(words.split())) from error
 
     def around_turn(self, answer, earlier=0):
-        """What the template writes before and behind a turn that has this answer."""
+        """What the template writes: before a turn that has this answer, the turn, and behind it."""
         turn = {"role": "assistant", "content": TURN}
         messages = self.opening("x") + [turn, self.result(WORDS)] * earlier
-        before, _, behind = self.template([*messages, turn, answer], self.tools).rpartition(TURN)
-        return before, behind
+        return self.template([*messages, turn, answer], self.tools).rpartition(TURN)
 
     def result(self, text):
         """What a tool says as a message; a user's turn wraps it as Qwen's template does."""
@@ -333,7 +332,7 @@ class ChatFormat:
         prompt = EMPTY_THOUGHT.sub("", self.template(self.opening("x"), self.tools))
         ends = []
         for answer in (self.result(WORDS), {"role": "user", "content": WORDS}):
-            before, behind = self.around_turn(answer)
+            before, _, behind = self.around_turn(answer)
             if not before or WORDS not in behind:
                 raise ValueError(
                     "the chat template leaves out assistant or tool messages; "
@@ -378,7 +377,7 @@ class ChatFormat:
 
     def behind_turn(self, words, earlier):
         """What the template puts behind a turn: its end token, the result, the next prompt."""
-        behind = self.around_turn(self.result(words), earlier)[1].partition(self.end_of_turn)[2]
+        behind = self.around_turn(self.result(words), earlier)[2].partition(self.end_of_turn)[2]
         return self.end_of_turn + open_thought(behind)
 
     def fit(self, kind, entries, max_tokens, earlier=0):
