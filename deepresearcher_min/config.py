@@ -16,7 +16,7 @@ import threading
 import time
 from configparser import ConfigParser
 from contextlib import contextmanager
-from dataclasses import asdict, make_dataclass
+from dataclasses import make_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
@@ -33,30 +33,11 @@ except yaml.YAMLError as error:  # an import cannot raise in one line
     sys.exit(2)
 PRESETS = DEFAULTS.pop("presets")
 TYPES = {key: type(value) for key, value in DEFAULTS.items()}  # bool, int, float or str
-CHOICES = {
-    "preset": tuple(PRESETS),
-    "dtype": ("float32", "bfloat16"),
-    "method": ("agent", "cot", "rag"),
-    "engine": ("auto", "vllm", "hf"),
-    "search": ("serper", "searxng", "wikipedia", "retriever", "local", "toy"),
-    "reader": ("engine", "openai", "extractive"),
-    "cassette_mode": ("live", "record", "replay"),
-}
-MOST = {  # all others: what the libraries below can count
-    "threads": 1024,
-    "tool_threads": 4096,
-    "connections_per_host": 4096,
-    "max_in_flight": 2**16,
-    "max_model_len": 10**7,
-    "engine_memory": 1.0,
-    "adam_beta1": 0.999999,
-    "adam_beta2": 0.999999,
-}
 ROLES = ("search", "reader", "judge")  # the operator's services, whose failures can stop a run
 NO_FAULT = ("no_results", "no_verdict")  # kinds of failure of a service that works
 TIMEOUT = ("timeout", "The server did not answer in time.")
 BAD_REPLY = ("bad_reply", "The service sent a reply that cannot be read.")
-LAST_WORDS: dict = {}  # how a call to each service failed last, for people
+LAST_WORDS = {}  # how a call to each service failed last, for people
 COUNT_LOCK = threading.Lock()
 
 
@@ -69,7 +50,7 @@ class WebFailure(Exception):
 
     counted = False
 
-    def __init__(self, kind: str, words: str, said=""):
+    def __init__(self, kind, words, said=""):
         super().__init__(f"{kind}: {words}{said and f' It said: {said}'}")
         self.kind, self.words, self.said = kind, words, said
 
@@ -82,20 +63,20 @@ class RunStopped(Exception):
     """Why a run ends before its end, with everything saved: --resume goes on."""
 
 
-def count(counts: dict, name: str, amount=1):
+def count(counts, name, amount=1):
     """Add to a counter that several tool threads of one trajectory may share."""
     with COUNT_LOCK:
         counts[name] += amount
 
 
-def count_failure(counts: dict, source: str, failure: WebFailure):
+def count_failure(counts, source, failure: WebFailure):
     """As fail_<source>_<kind>, once for each failure, however many see it on its way."""
     if not failure.counted:
         failure.counted = True
         count(counts, f"fail_{source}_{failure.kind}")
 
 
-def seconds_left(deadline: float) -> float:
+def seconds_left(deadline):
     """Seconds until a deadline on the monotonic clock; raises WebFailure when it has passed."""
     left = deadline - time.monotonic()
     if left <= 0:
@@ -104,7 +85,7 @@ def seconds_left(deadline: float) -> float:
 
 
 @contextmanager
-def named(key: str, value: str, remedy=""):
+def named(key, value, remedy=""):
     """Whatever a library raises over a user's file, as one line of at most 400 characters that
     names key and value.
 
@@ -132,7 +113,7 @@ class Config(make_dataclass("Keys", TYPES.items(), frozen=True)):  # type: ignor
     """
 
 
-def raise_if_down(config: Config, counts: dict, least=1):
+def raise_if_down(config: Config, counts, least=1):
     """RunStopped if most of at least `least` calls to a service failed (keys of metrics.jsonl)."""
     if config.cassette_mode == "replay":
         return
@@ -145,7 +126,7 @@ def raise_if_down(config: Config, counts: dict, least=1):
             )
 
 
-def load_config(argv: list[str], base: dict | None = None) -> Config:
+def load_config(argv: list[str], base=None) -> Config:
     """The values of config.yaml, then the preset's, then every --key=value (or --key value) of
     argv.
 
@@ -160,7 +141,7 @@ def load_config(argv: list[str], base: dict | None = None) -> Config:
     return config
 
 
-def parse_arguments(argv: list[str]) -> dict:
+def parse_arguments(argv):
     """['--lr=1e-4', '--steps', '5', '--resume'] -> {'lr': '1e-4', 'steps': '5', 'resume':
     'newest'}.
     """
@@ -187,7 +168,7 @@ def parse_arguments(argv: list[str]) -> dict:
     return typed
 
 
-def read_config(key: str, folder: Path) -> dict:
+def read_config(key, folder: Path):
     """The values in the config.yaml of the run that `key` names; ConfigError where that is no file
     of keys.
     """
@@ -211,10 +192,7 @@ def documented():
             yield heading, *found.groups()
 
 
-MEANINGS = {key: meaning for _, key, _, meaning in documented()}
-
-
-def help_text() -> str:
+def help_text():
     """The keys as config.yaml groups them, one `--key=default  meaning` a line."""
     text = "Keys, with the defaults that a preset may replace (see the end of config.yaml):"
     last = ""
@@ -226,15 +204,15 @@ def help_text() -> str:
     return text
 
 
-def searches_web(config: Config) -> bool:
+def searches_web(config: Config):
     return config.search not in ("toy", "local")
 
 
-def uses_web(config: Config) -> bool:
+def uses_web(config: Config):
     return searches_web(config) or config.reader == "openai"
 
 
-def check_inputs(config: Config, argv: list[str], other: str) -> list[str]:
+def check_inputs(config: Config, argv, other):
     """ConfigError for an input that this run will not read; a line on typed keys without effect, if
     there are any.
 
@@ -245,8 +223,8 @@ def check_inputs(config: Config, argv: list[str], other: str) -> list[str]:
     unread = {}
     if config.search == "toy":
         remedy = "the toy web does not answer it; add --search=local --corpus=FILE"
-        own = "the toy web has its own pages; add --search=local"
-        unread = {"data": remedy, "eval_data": remedy, "corpus": own}
+        unread = {"data": remedy, "eval_data": remedy}
+        unread["corpus"] = "the toy web has its own pages; add --search=local"
     elif other == "train.py" and typed.get("data"):
         unread["eval_data"] = f"data={typed['data']!r} is read instead"
     if not reads_web:
@@ -264,25 +242,27 @@ def check_inputs(config: Config, argv: list[str], other: str) -> list[str]:
         idle.append("cassette_mode")
     if config.reader != "openai":
         idle += ["reader_url", "reader_model", "price_reader_token"]
-    for heading, key, _, meaning in documented():
-        if f"{other} only" in heading or meaning.startswith(f"{other}:"):
-            idle.append(key)
+    idle += [
+        key
+        for heading, key, _, meaning in documented()
+        if f"{other} only" in heading or meaning.startswith(f"{other}:")
+    ]
     told = ", ".join(key for key in typed if key in idle)
     return [f"Without effect on this run: {told}."] if told else []
 
 
-def type_of(key: str) -> type:
+def type_of(key):
     if key not in TYPES:
         raise ConfigError(f"unknown key {key!r}{nearest(key, TYPES)}; config.yaml lists every key")
     return TYPES[key]
 
 
-def nearest(name: str, known) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+def nearest(name, known):
+    close = difflib.get_close_matches(name, known)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def convert(key: str, value):
+def convert(key, value):
     """The value in the type of this key."""
     kind = type_of(key)
     if kind is str:
@@ -297,26 +277,31 @@ def convert(key: str, value):
 
 
 def check(config: Config):
-    for key, choices in CHOICES.items():
+    """ConfigError for a value that its line in config.yaml does not allow, or that does not go with
+    another: it may list choices (a | b), say "at most N", or what "0: ..." stands for.
+    """
+    for _, key, _, meaning in documented():
         value = getattr(config, key)
+        listed = re.match(r"(?:eval\.py: )?(\w+(?: \| \w+)+)", meaning)
+        choices = listed[1].split(" | ") if listed else [value]
         if value not in choices:
             raise ConfigError(
                 f"{key}={value!r}{nearest(value, choices)}; allowed: {', '.join(choices)}"
             )
-    for key, value in asdict(config).items():
         if isinstance(value, bool | str):
             continue
         if key in ("format_reward", "browse_timeout"):  # may be negative
             fits, limit = math.isfinite(value), "a finite number"
-        elif DEFAULTS[key] == 0 or " 0: " in f" {MEANINGS[key]}":  # it says what 0 stands for
+        elif DEFAULTS[key] == 0 or " 0: " in f" {meaning}":
             fits, limit = value >= 0, "at least 0"
         else:
             fits, limit = value > 0, "greater than 0"
         if not fits:
             raise ConfigError(f"{key}={value}: must be {limit}")
-        most = MOST.get(key, 2**31 - 1)
-        if value > most:
-            raise ConfigError(f"{key}={value}: must be at most {most:.10g}")
+        # All others: what the libraries below can count.
+        most = [*re.findall(r"at most ([\d.]+)", meaning), 2**31 - 1][0]
+        if value > float(most):
+            raise ConfigError(f"{key}={value}: must be at most {most}")
     if config.max_turn_tokens >= config.max_model_len:
         raise ConfigError(
             f"max_turn_tokens={config.max_turn_tokens}: must be less than "
@@ -336,7 +321,7 @@ def check(config: Config):
         )
 
 
-def host_list(config: Config) -> list[str]:
+def host_list(config: Config):
     """The names in `blocked_hosts`, as plain_host writes them; auto, which eval.py spells out, and
     none are empty.
     """
@@ -355,7 +340,7 @@ def host_list(config: Config) -> list[str]:
     return hosts
 
 
-def plain_host(name: str) -> str:
+def plain_host(name):
     """'Bücher.Example.' -> 'xn--bcher-kva.example': one spelling for each name; empty for what
     cannot be one.
     """
@@ -365,7 +350,7 @@ def plain_host(name: str) -> str:
         return ""
 
 
-def is_blocked(url: str, hosts: list[str]) -> bool:
+def is_blocked(url, hosts):
     """Whether an address, however spelled, is at one of these (from host_list) or a subdomain."""
     # matches everything, if need be with an empty host
     found = re.findall(r"(?:[^/?#]*//)?(?:[^/?#]*@)?([^/?#:]*)", url.strip().replace("\\", "/"))
@@ -373,16 +358,16 @@ def is_blocked(url: str, hosts: list[str]) -> bool:
     return any(f".{host}".endswith(f".{blocked}") for blocked in hosts)
 
 
-def describe(config: Config) -> str:
+def describe(config: Config):
     """The resolved config as one line for each key that differs from the values of config.yaml."""
-    lines = []
-    for key, value in asdict(config).items():
-        if value != DEFAULTS[key]:
-            lines.append(f"  {key}: {value}  (default {DEFAULTS[key]})")
-    return "\n".join(lines)
+    return "\n".join(
+        f"  {key}: {value}  (default {DEFAULTS[key]})"
+        for key, value in vars(config).items()
+        if value != DEFAULTS[key]
+    )
 
 
-def replace_file(path: Path, content: bytes):
+def replace_file(path: Path, content):
     """Write aside and rename: a kill in between leaves the old file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
@@ -390,7 +375,7 @@ def replace_file(path: Path, content: bytes):
     aside.replace(path)
 
 
-def require_environment(name: str, purpose: str) -> str:
+def require_environment(name, purpose) -> str:
     """The value of an environment variable, or a ConfigError that says what it is for."""
     value = os.environ.get(name, "").strip()
     if not value:
@@ -398,6 +383,6 @@ def require_environment(name: str, purpose: str) -> str:
     return value
 
 
-def code_of(file: str, *packages: str) -> str:
+def code_of(file, *packages) -> str:
     """What made a cached reply: a hash of a module's file, the versions of what it works with."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() + "".join(map(version, packages))

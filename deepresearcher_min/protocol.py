@@ -6,23 +6,21 @@ gives it. No model is known by its name. Left out: more than one call a turn, as
 system.
 """
 
-import ast
 import json
 import re
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from uuid import uuid4
 
 from deepresearcher_min.config import ROOT
-from deepresearcher_min.trajectory import Entry, best
+from deepresearcher_min.trajectory import Entry, best, load_json, unpacked
 
 THINK = "<think>"  # forced: part of every generation prompt, never sampled, never trained
 SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text(encoding="utf-8").strip()
-load_json = partial(json.loads, strict=False)  # models write raw line breaks inside strings
 # A call in tags: its name, and what begins its arguments; an argument's name and value.
 TAGGED = re.compile(r"(?:<function=)?([\w.-]+)>?\s*(?=(<parameter=|<arg_key>|\{))")
 PAIR = re.compile(
@@ -59,11 +57,11 @@ class Tool:
     over: str = ""  # what is said of a key beyond the limit; empty: it is left out, as published
 
 
-def search_item(summary: str, title: str = "", url: str = "") -> dict:
+def search_item(summary, title="", url=""):
     return {"quick_summary": summary, "title": title, "url": url}
 
 
-def page_item(summary: str, number: int = 0) -> dict:
+def page_item(summary, number=0):
     return {"page_number": number, "page_summary": summary}
 
 
@@ -90,16 +88,29 @@ TOOLS = {  # by kind, which is also the name of the method of rollout.Tools that
 }
 
 
-def schemas() -> list:
+def schemas():
     """The tools as chat templates want them."""
-    described = []
-    for tool in TOOLS.values():
-        keys = {"type": "array", "items": {"type": "string"}, "description": tool.meaning}
-        parameters = {"type": "object", "properties": {tool.argument: keys}}
-        parameters["required"] = [tool.argument]
-        function = {"name": tool.name, "description": tool.description, "parameters": parameters}
-        described.append({"type": "function", "function": function})
-    return described
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.name,
+                "description": tool.description,
+                "parameters": {
+                    "type": "object",
+                    "properties": {
+                        tool.argument: {
+                            "type": "array",
+                            "items": {"type": "string"},
+                            "description": tool.meaning,
+                        }
+                    },
+                    "required": [tool.argument],
+                },
+            },
+        }
+        for tool in TOOLS.values()
+    ]
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,9 @@ class Malformed:
 
 
 def parse_turn(text: str) -> Call | Answer | Malformed:
-    """What a turn says: behind </think>, its first complete <answer>, or else <tool_call>."""
+    """What a turn says: behind </think>, its first complete <answer>, or else <tool_call>, in
+    whichever syntax.
+    """
     thought, closed, rest = text.lstrip().removeprefix(THINK).partition("</think>")
     if not closed:
         return Malformed("the thought is not closed by </think>")
@@ -131,15 +144,12 @@ def parse_turn(text: str) -> Call | Answer | Malformed:
     if answer:
         return Answer(answer[1].strip())
     call = re.search("(?s)<tool_call>(.*?)</tool_call>", rest)
-    if call:
-        return parse_call(call[1])
-    return Malformed("neither a complete <tool_call> nor a complete <answer> follows the thought")
-
-
-def parse_call(text: str) -> Call | Malformed:
-    """Read what stands between the tags, in whichever syntax."""
+    if not call:
+        return Malformed(
+            "neither a complete <tool_call> nor a complete <answer> follows the thought"
+        )
     try:
-        name, arguments = read_call(text)
+        name, arguments = read_call(call[1])
         for kind, tool in TOOLS.items():
             if name == tool.name:
                 keys = read_keys(arguments[tool.argument])
@@ -149,7 +159,7 @@ def parse_call(text: str) -> Call | Malformed:
     return Malformed("the tool call does not name a tool")
 
 
-def read_call(text: str):
+def read_call(text):
     """Name and arguments, neither checked; any error where there are none.
 
     In tags: <function=NAME> around <parameter=KEY>VALUE</parameter> or JSON; NAME and pairs of
@@ -162,7 +172,7 @@ def read_call(text: str):
         name, sign = tagged.groups()
         given = text[tagged.end() :].partition("</function>")[0]
         if sign != "{":
-            arguments: Any = defaultdict(list)
+            arguments = defaultdict(list)
             for key, value in PAIR.findall(given):
                 arguments[key] += read_keys(value)
             return name, arguments
@@ -179,23 +189,18 @@ def read_call(text: str):
     return name, given
 
 
-def read_keys(value) -> tuple:
+def read_keys(value):
     """The strings that a value means: a list, a list's text, or plain text, each on a line."""
     if isinstance(value, str):
-        if not re.match(r"\s*\[\s*[\"'\]]", value):
-            value = value.splitlines()
-        else:
-            try:
-                value = load_json(value)
-            except ValueError:
-                value = ast.literal_eval(value.strip())  # in single quotes
+        listed = re.match(r"\s*\[\s*[\"'\]]", value)
+        value = unpacked(value.strip()) if listed else value.splitlines()
     if not isinstance(value, list):
         raise TypeError("not a list")
     keys = [each.strip() for each in value]
     return tuple(filter(None, keys))
 
 
-def render(kind: str, entries: list) -> str:
+def render(kind, entries):
     """The observation: the Python repr of a list of dicts with keys in alphabetical order."""
     key_name, items_name = TOOLS[kind].shape
     found = []
@@ -205,10 +210,10 @@ def render(kind: str, entries: list) -> str:
     return repr(found)
 
 
-def template_inputs(date: str) -> dict:
+def template_inputs(date):
     """What templates ask for by these names: the run's date, not the clock's, and thoughts."""
 
-    def strftime_now(form: str) -> str:
+    def strftime_now(form) -> str:
         try:
             return datetime.fromisoformat(date).strftime(form)
         except ValueError:  # a date in words, or none
@@ -223,7 +228,7 @@ def template_inputs(date: str) -> dict:
     }
 
 
-def open_thought(text: str) -> str:
+def open_thought(text):
     """A generation prompt that ends in one open thought: the template's own, or else ours."""
     if text.rstrip().endswith(THINK):
         return text
@@ -241,20 +246,16 @@ class ChatFormat:
     tools: Any  # schemas; None in eval.py's baselines
     role = "tool"  # of results; "user" where the template refuses or drops tool messages
 
-    def __init__(
-        self,
-        tokenizer,
-        date: str,
-        system_prompt: str = "",
-        tools=None,
-        end_ids=(),
-    ):
+    def __init__(self, tokenizer, date, system_prompt="", tools=None, end_ids=()):
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; use an instruction-tuned model")
         self.tokenizer = tokenizer
         self.encode = partial(tokenizer.encode, add_special_tokens=False)
         self.inputs, self.tools = template_inputs(date), tools or schemas()
-        self.frames: dict = {}  # around a result, by the number of earlier ones
+        # Before and behind a result, by the number of earlier ones.
+        self.frame = cache(
+            lambda earlier: self.behind_turn(OBSERVATION, earlier).split(OBSERVATION)
+        )
         self.system = (system_prompt or SYSTEM_PROMPT).replace("{date}", date)
         self.show_tools(bool(system_prompt), tools is not None)
         added = tokenizer.added_tokens_decoder.values()
@@ -271,7 +272,7 @@ class ChatFormat:
         ids = tokenizer.convert_tokens_to_ids(ends)
         self.end_of_turn, self.end_of_turn_id = ends[0], ids[0]
         self.end_ids = tuple({*ids, *end_ids, tokenizer.eos_token_id} - {None})
-        before, behind = self.around_turn(self.result(WORDS))
+        before, _, behind = self.around_turn(self.result(WORDS))
         whole = self.encode(before + TURN + open_thought(behind))
         appended = [self.end_of_turn_id, *self.observation_ids(WORDS)]
         if whole[-len(appended) :] != appended:
@@ -279,7 +280,7 @@ class ChatFormat:
                 "the tokenizer splits a conversation otherwise than its parts; use another model"
             )
 
-    def show_tools(self, own_prompt: bool, own_tools: bool):
+    def show_tools(self, own_prompt, own_tools):
         """Put into our system prompt an example of a call, and schemas that the template ignores.
 
         The example is in the syntax that the template teaches, else in ours. What comes with each
@@ -300,10 +301,10 @@ class ChatFormat:
         if ignored:
             self.system += "\n\nTools:\n" + "\n".join(map(json.dumps, self.tools))
 
-    def opening(self, question: str) -> list:
+    def opening(self, question):
         return [{"role": "system", "content": self.system}, {"role": "user", "content": question}]
 
-    def template(self, messages: list, tools: list | None, **inputs) -> str:
+    def template(self, messages, tools, **inputs):
         """The template's text up to the next assistant turn; ValueError in the template's words."""
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, **self.inputs | inputs)
@@ -311,14 +312,13 @@ class ChatFormat:
             words = f"the chat template refuses the agent's conversation: {error}"
             raise ValueError(" ".join(words.split())) from error
 
-    def around_turn(self, answer: dict, earlier: int = 0):
-        """What the template writes before and behind a turn that has this answer."""
+    def around_turn(self, answer, earlier=0):
+        """What the template writes: before a turn that has this answer, the turn, and behind it."""
         turn = {"role": "assistant", "content": TURN}
         messages = self.opening("x") + [turn, self.result(WORDS)] * earlier
-        before, _, behind = self.template([*messages, turn, answer], self.tools).rpartition(TURN)
-        return before, behind
+        return self.template([*messages, turn, answer], self.tools).rpartition(TURN)
 
-    def result(self, text: str) -> dict:
+    def result(self, text):
         """What a tool says as a message; a user's turn wraps it as Qwen's template does."""
         if self.role == "user":
             text = f"<tool_response>\n{text}\n</tool_response>"
@@ -332,7 +332,7 @@ class ChatFormat:
         prompt = EMPTY_THOUGHT.sub("", self.template(self.opening("x"), self.tools))
         ends = []
         for answer in (self.result(WORDS), {"role": "user", "content": WORDS}):
-            before, behind = self.around_turn(answer)
+            before, _, behind = self.around_turn(answer)
             if not before or WORDS not in behind:
                 raise ValueError(
                     "the chat template leaves out assistant or tool messages; "
@@ -352,47 +352,48 @@ class ChatFormat:
             ends.append(end[1])
         return ends
 
-    def prompt_ids(self, question: str) -> list:
+    def prompt_ids(self, question: str):
         """[P] ids of system, question and generation prompt, the forced <think> included."""
         messages = self.opening(self.defuse(question))
         return self.encode(open_thought(self.template(messages, self.tools)))
 
-    def message_ids(self, messages: list) -> list:
+    def message_ids(self, messages):
         """[P] ids of a plain conversation without tools or thoughts, as readers use it."""
-        safe = [{**message, "content": self.defuse(message["content"])} for message in messages]
+        safe = [message | {"content": self.defuse(message["content"])} for message in messages]
         return self.encode(self.template(safe, None, enable_thinking=False))
 
-    def observation_ids(self, text: str, earlier: int = 0) -> list:
+    def observation_ids(self, text, earlier=0):
         """[E] ids of all between a sampled end-of-turn token and the next turn's first token.
 
         They are encoded behind that token, where a tokenizer always splits, so that they are the
         whole's ids. Templates may write the first result otherwise than one with `earlier` others.
         """
-        if earlier not in self.frames:
-            self.frames[earlier] = self.behind_turn(OBSERVATION, earlier).split(OBSERVATION)
-        frame, words = self.frames[earlier], self.defuse(text)
+        frame, words = self.frame(earlier), self.defuse(text)
         if len(frame) == 2 and words == words.strip():
             whole = words.join(frame)
         else:  # the template writes it in its own way
             whole = self.behind_turn(words, earlier)
         return self.encode(whole)[1:]
 
-    def behind_turn(self, words: str, earlier: int) -> str:
+    def behind_turn(self, words, earlier):
         """What the template puts behind a turn: its end token, the result, the next prompt."""
-        behind = self.around_turn(self.result(words), earlier)[1].partition(self.end_of_turn)[2]
+        behind = self.around_turn(self.result(words), earlier)[2].partition(self.end_of_turn)[2]
         return self.end_of_turn + open_thought(behind)
 
-    def fit(self, kind: str, entries: list, max_tokens: int, earlier: int = 0) -> tuple:
+    def fit(self, kind, entries, max_tokens, earlier=0):
         """Render an observation within a token budget: (text, ids, number of items dropped).
 
         The worst ranks are dropped; if no item fits, the first ten entries say so in words.
         """
 
-        def length(kept: int) -> int:
-            return len(self.observation_ids(render(kind, best(entries, kept)), earlier))
+        def rendered(shown):
+            text = render(kind, shown)
+            return text, self.observation_ids(text, earlier)
 
-        text = render(kind, entries)
-        ids = self.observation_ids(text, earlier)
+        def length(kept):
+            return len(rendered(best(entries, kept))[1])
+
+        text, ids = rendered(entries)
         if len(ids) <= max_tokens:
             return text, ids, 0
         total = sum(len(entry.items) for entry in entries)
@@ -401,14 +402,13 @@ class ChatFormat:
         if not kept:
             too_long = TOOLS[kind].item("The result is too long to be shown.")
             shown = [Entry(entry.key[:100], (too_long,)) for entry in entries[:10]]
-        text = render(kind, shown)
-        return text, self.observation_ids(text, earlier), total - kept
+        return *rendered(shown), total - kept
 
-    def defuse(self, text: str) -> str:
+    def defuse(self, text):
         """Break tags and added tokens in foreign text (split_special_tokens spares <tool_call>)."""
         return self.unsafe.sub(r"\1 ", text)
 
-    def decode(self, token_ids: list) -> str:
+    def decode(self, token_ids):
         """Text for parsing and for people; never encoded again."""
         ids = list(token_ids)
         if ids and ids[-1] in self.end_ids:

@@ -13,16 +13,14 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT, SIGTERM, default_int_handler, raise_signal, signal
-from typing import Any
 
 import numpy as np
 
-from deepresearcher_min import protocol
 from deepresearcher_min.browse import Browser
 from deepresearcher_min.config import (
     NO_FAULT,
@@ -37,21 +35,24 @@ from deepresearcher_min.config import (
 from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import (
     THINK,
-    Answer,
+    TOOLS,
     Call,
     ChatFormat,
     Entry,
     Malformed,
+    best,
+    page_item,
     parse_turn,
+    schemas,
+    search_item,
 )
 from deepresearcher_min.reward import ask_model
-from deepresearcher_min.search import SERVICES, Corpus, LiveSearch, make_search
+from deepresearcher_min.search import SERVICES, LiveSearch, make_search
 from deepresearcher_min.trajectory import Reading, Recording, Trajectory, Turn
 from deepresearcher_min.web import BLOCKED, Web, is_blocked
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
 GRACE = 1.0  # after a tool's own deadline its thread is given up, although it cannot be ended [s]
-OnDone = Callable  # is given a trajectory that has ended
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Agent:
     chat: ChatFormat
 
 
-async def agent_loop(record: Recording, generate: Callable, agent: Agent) -> Trajectory:
+async def agent_loop(record: Recording, generate, agent: Agent) -> Trajectory:
     """Think, act, observe, until an answer or a limit. await generate(max new tokens) gives the
     turn that follows the record.
     """
@@ -77,7 +78,7 @@ async def agent_loop(record: Recording, generate: Callable, agent: Agent) -> Tra
         text = THINK + agent.chat.decode(completion.token_ids)
         action = parse_turn(text)
         stop = observation = ""
-        ids: list = []
+        ids = []
         if completion.finish_reason == "length":  # cut off, whatever it reads like
             action = Malformed("the turn was cut off")
             stop = "length" if room > config.max_turn_tokens else "context"
@@ -91,11 +92,11 @@ async def agent_loop(record: Recording, generate: Callable, agent: Agent) -> Tra
                 stop, ids = "context", []
         record.turns.append(Turn(sampled, record.append(ids), text, action.kind, observation))
         if stop:
-            return record.finish(stop, action.text if isinstance(action, Answer) else None)
+            return record.finish(stop, getattr(action, "text", None))  # an Answer has one
     return record.finish("context")
 
 
-async def observe(call: Call, record: Recording, agent: Agent) -> tuple:
+async def observe(call: Call, record: Recording, agent: Agent):
     """Use a tool; what the agent is to read of it, as text and as the ids that follow its turn.
 
     What the agent has seen of pages is noted; what did not fit, the next browse reads again.
@@ -107,7 +108,7 @@ async def observe(call: Call, record: Recording, agent: Agent) -> tuple:
     )
     count(record.cost, "dropped_results", dropped)
     found = sum(len(entry.items) for entry in entries)
-    for entry in protocol.best(entries, found - dropped):
+    for entry in best(entries, found - dropped):
         reading = record.readings.pop(entry.key, None)
         if reading:
             shown = len(entry.items)
@@ -125,9 +126,7 @@ class Tools:
     scheduler: "Scheduler"  # of the rollout that is under way
     slots: asyncio.Semaphore  # so many of its tool calls may be under way
 
-    def __init__(
-        self, config: Config, chat: ChatFormat, corpus: Corpus | None = None, web: Web | None = None
-    ):
+    def __init__(self, config: Config, chat: ChatFormat, corpus=None, web=None):
         self.config, self.chat = config, chat
         self.backend = make_search(config, web, corpus)
         self.browser = Browser(config, web, corpus, self.in_thread, self.generate_text)
@@ -136,7 +135,7 @@ class Tools:
 
     async def use(self, call: Call, record: Recording):
         """What each query of a search or address of a browse brought."""
-        tool = protocol.TOOLS[call.kind]
+        tool = TOOLS[call.kind]
         most = getattr(self.config, tool.most) or len(call.keys)
         jobs = [self.entry(call.kind, key, record) for key in call.keys[:most]]
         if self.config.tool_threads:
@@ -153,12 +152,12 @@ class Tools:
             entries += [Entry(key, (tool.item(words),)) for key in call.keys[most:]]
         return entries
 
-    async def search(self, query: str, record: Recording):
+    async def search(self, query, record):
         count(record.cost, "searches")
         found = await self.in_thread(self.backend, query, record.cost)
-        return [protocol.search_item(one.snippet, one.title, one.url) for one in found]
+        return [search_item(one.snippet, one.title, one.url) for one in found]
 
-    async def browse(self, url: str, record: Recording):
+    async def browse(self, url, record):
         if is_blocked(url, host_list(self.config)):
             raise WebFailure(*BLOCKED)
         query = record.shown.get(url)
@@ -170,9 +169,9 @@ class Tools:
         reading = Reading(record.question.text, query, record.memory[query], record.read[url])
         record.readings[url] = reading
         notes = await self.browser.browse(url, reading, record.cost)
-        return [protocol.page_item(summary, number) for number, summary in notes]
+        return [page_item(summary, number) for number, summary in notes]
 
-    async def entry(self, kind: str, key: str, record: Recording) -> Entry:
+    async def entry(self, kind, key, record):
         """What one query or address brought; a failure of the world as words."""
         try:
             async with self.slots:
@@ -188,16 +187,16 @@ class Tools:
             logging.getLogger(__name__).exception("tool call for %.200r", key)
             failure = WebFailure("error", "The tool failed.")
         count_failure(record.cost, "page" if kind == "browse" else kind, failure)
-        return Entry(key, (protocol.TOOLS[kind].item(failure.words),))
+        return Entry(key, (TOOLS[kind].item(failure.words),))
 
-    async def in_thread(self, function: Callable, *args: Any):
+    async def in_thread(self, function, *args):
         """Run a blocking function, which keeps tool_timeout itself; TimeoutError if it does not."""
         if not self.config.tool_threads:
             return function(*args)
         async with asyncio.timeout(self.config.tool_timeout + GRACE):
             return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
 
-    async def generate_text(self, messages: list) -> str:
+    async def generate_text(self, messages):
         """The policy's own engine as a plain chat model; in no trajectory, and not counted for
         admission.
         """
@@ -216,25 +215,25 @@ class Tools:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def arguments_of(found: list):
+def arguments_of(found):
     """Each tool's name and its arguments' names."""
     functions = [schema["function"] for schema in found]
     return sorted([each["name"], *each["parameters"]["properties"]] for each in functions)
 
 
-def read_tools(path: str) -> list | None:
+def read_tools(path):
     """The schemas of tools_file, as they stand there; ConfigError where they are of other tools."""
     if not path:
         return None
     with named("tools_file", path, "write a JSON list of tool schemas"):
         found = json.loads(Path(path).read_bytes())
-        described, wanted = arguments_of(found), arguments_of(protocol.schemas())
+        described, wanted = arguments_of(found), arguments_of(schemas())
         if described != wanted:
             raise ValueError(f"tools and arguments are {described}, but must be {wanted}")
     return found
 
 
-def try_services(config: Config, agent: bool = True, judge: bool = False) -> str:
+def try_services(config: Config, agent=True, judge=False) -> str:
     """Ask each service that a run will use once, unrecorded: what is wrong with the first that
     fails, or an empty text.
 
@@ -255,12 +254,14 @@ def try_services(config: Config, agent: bool = True, judge: bool = False) -> str
                 address, key = live.base, SERVICES[config.search][2] or "the network"
                 live.search("Wikipedia", Counter())
             else:
-                hello = [{"role": "user", "content": "Hello"}]
                 ask_model(
                     web,
                     f"{address.rstrip('/')}/chat/completions",
                     key,
-                    {"model": getattr(config, f"{role}_model"), "messages": hello},
+                    {
+                        "model": getattr(config, f"{role}_model"),
+                        "messages": [{"role": "user", "content": "Hello"}],
+                    },
                     Counter(),
                     time.monotonic() + config.tool_timeout,
                 )
@@ -280,22 +281,22 @@ class Scheduler:
     alone, a trajectory of any size goes on.
     """
 
-    def __init__(self, engine: Engine, max_in_flight: int):
+    def __init__(self, engine: Engine, max_in_flight):
         self.engine, self.most = engine, max_in_flight
-        self.held: dict = {}  # tokens by trajectory; trajectories are numbered by age
+        self.held = {}  # tokens by trajectory; trajectories are numbered by age
         self.used = 0  # their sum
-        self.queue: list = []  # a heap: (number, tokens, admitted)
-        self.waiting: dict = {}  # futures by request
+        self.queue = []  # a heap: (number, tokens, admitted)
+        self.waiting = {}  # futures by request
         self.wake = asyncio.Event()
 
-    async def enter(self, number: int, tokens: int):
+    async def enter(self, number, tokens):
         """Wait for room, in place of what the trajectory has held so far."""
-        admitted = asyncio.Future[None]()
+        admitted = asyncio.Future()
         heapq.heappush(self.queue, (number, tokens, admitted))
         self.leave(number)
         await admitted
 
-    def leave(self, number: int):
+    def leave(self, number):
         """Give back what a trajectory has held, and let in whom there is room for now."""
         self.used -= self.held.pop(number, 0)
         while self.queue:
@@ -309,7 +310,7 @@ class Scheduler:
                 admitted.set_result(None)
             heapq.heappop(self.queue)
 
-    async def generate(self, request_id: str, token_ids: list, sampling: Sampling) -> Completion:
+    async def generate(self, request_id, token_ids, sampling: Sampling) -> Completion:
         """Wait for one turn."""
         self.engine.submit(request_id, token_ids, sampling)
         self.waiting[request_id] = asyncio.Future()
@@ -348,7 +349,7 @@ class Batch:
     first: int = 0  # index of the first of the repeats, for the seeds
 
 
-async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone):
+async def roll_out_async(batch: Batch, agent: Agent, on_done):
     """See roll_out. However it ends, nothing is left over. No list, of which asyncio.run would make
     a string.
     """
@@ -381,7 +382,7 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone):
         on_done(trajectory)
         return trajectory
 
-    jobs: list = []
+    jobs = []
     try:
         async with asyncio.TaskGroup() as tasks:
             for question, number in zip(batch.questions, batch.numbers, strict=True):
@@ -395,7 +396,7 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done: OnDone):
     return (flat[start : start + batch.repeats] for start in range(0, len(flat), batch.repeats))
 
 
-def roll_out(batch: Batch, agent: Agent, on_done: OnDone = lambda trajectory: None) -> list:
+def roll_out(batch: Batch, agent: Agent, on_done=lambda trajectory: None):
     """Run all trajectories of a batch; returns them by question and index.
 
     `on_done` sees each one as it ends, so that an interruption loses none. Ctrl-C and SIGTERM raise

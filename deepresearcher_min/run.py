@@ -17,7 +17,6 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -49,7 +48,7 @@ LATE = ["matplotlib.figure", "bm25s"]  # packages that are imported where they a
 LATE_ON_THE_WEB = ["matplotlib.figure", "trafilatura", "bs4", "lxml", "pypdf"]
 
 
-def run_program(program: str, about, resolve: Callable, body: Callable, argv: list) -> int:
+def run_program(program, about, resolve, body, argv):
     """What train.py and eval.py do around their own work, body(config, ranks, notes).
 
     The exit code is 0, or 2: the command, a file or a service is wrong, 3: stopped by max_cost or a
@@ -65,7 +64,10 @@ def run_program(program: str, about, resolve: Callable, body: Callable, argv: li
         run_dir = config.run_dir
         notes = check_inputs(config, argv, "eval.py" if program == "train.py" else "train.py")
         torch.set_num_threads(config.threads)
-        finished = watch(ranks, config.rank_timeout)
+        finished = threading.Event()
+        if ranks.world_size > 1:
+            limits = ranks, config.rank_timeout, finished
+            threading.Thread(target=watch, args=limits, daemon=True).start()
         body(config, ranks, notes)
         finished.set()
     except (ValueError, FloatingPointError) as error:
@@ -96,7 +98,7 @@ def quiet_libraries():
             stream.reconfigure(errors="replace")  # what a console lacks must not end a run
 
 
-def open_run(argv: list, evaluates=False) -> Config:
+def open_run(argv, evaluates=False) -> Config:
     """The resolved config: of a new run, or with --resume the one that was saved; argv over it.
 
     An evaluation starts from the config of the run that its model belongs to, else from a preset.
@@ -184,7 +186,7 @@ def check_needs(config: Config, questions=True):
 
 
 @contextmanager
-def starting(config: Config, rank: int) -> Iterator[None]:
+def starting(config: Config, rank):
     """Everything before the first step: if it fails, a run folder that was not there is gone again.
     Whatever is raised becomes a ConfigError, which says where it comes from, if nothing else.
     """
@@ -237,11 +239,11 @@ class Ranks:
         """Rank 0's value on every rank."""
         return self.gather([value])[0]
 
-    def deal(self, items: Sequence) -> list:
+    def deal(self, items):
         """This rank's share of the items, dealt out one by one; gather brings them back."""
         return list(items[self.rank :: self.world_size])
 
-    def gather(self, items: list) -> list:
+    def gather(self, items):
         """Every rank's items in one list, in the order before they were dealt."""
         shares, found = [items] * self.world_size, []
         if self.world_size > 1:
@@ -251,28 +253,28 @@ class Ranks:
                 found += share[i : i + 1]
         return found
 
-    def total(self, sums: Counter) -> Counter:
-        result: Counter = Counter()
+    def total(self, sums):
+        result = Counter()
         for share in self.gather([sums]):
             result.update(share)  # `+` would drop negative sums
         return result
 
-    def print(self, text: str):
+    def print(self, text):
         if self.rank == 0:
             tqdm.write(text)  # above the progress bar
 
-    def own(self, name: str) -> str:
+    def own(self, name):
         """A name for a file that only this rank writes."""
         return f"{name}-rank{self.rank}" if self.world_size > 1 else name
 
-    def progress(self, name: str, total: int) -> tqdm:
+    def progress(self, name, total):
         """A bar over trajectories, on rank 0's terminal only; it leaves nothing behind."""
         # disable=None: where there is no terminal
         return tqdm(
             total=total, desc=name, unit="trajectory", leave=False, disable=self.rank > 0 or None
         )
 
-    def say_once(self, text: str, stream):
+    def say_once(self, text, stream):
         """Print how this ends; of several ranks only the first: torchrun then ends the others."""
         count = 1
         if self.world_size > 1:
@@ -281,7 +283,7 @@ class Ranks:
         if count == 1:
             print(text.strip(), file=stream, flush=True)
 
-    def store(self, name: str) -> dist.Store:
+    def store(self, name):
         """Numbers in torchrun's store that all ranks count up together."""
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         limit = timedelta(seconds=30)
@@ -296,19 +298,12 @@ class Ranks:
             time.sleep(1)
 
 
-def watch(ranks: Ranks, limit: float) -> threading.Event:
+def watch(ranks: Ranks, limit, finished):
     """End this process when another rank's has died or hangs, so that none waits for it for ever.
 
     Every process counts up its own number in torchrun's store and looks at the others'. The event
-    is to be set after the last collective.
+    `finished` is to be set after the last collective; `limit` in seconds.
     """
-    finished = threading.Event()
-    if ranks.world_size > 1:
-        threading.Thread(target=listen, args=(ranks, limit, finished), daemon=True).start()
-    return finished
-
-
-def listen(ranks: Ranks, limit: float, finished: threading.Event):
     store, silent = ranks.store("watch"), ""
     numbers = [0] * ranks.world_size
     since = [time.monotonic()] * ranks.world_size  # when a rank's number was new
@@ -338,7 +333,7 @@ def complete_checkpoints(run) -> list[Path]:
     return sorted(file.parent for file in Path(run).glob("checkpoints/step-*/state.json"))
 
 
-def save_checkpoint(config: Config, ranks: Ranks, state: dict, write: Callable):
+def save_checkpoint(config: Config, ranks: Ranks, state, write):
     """checkpoints/step-000020/: what write(folder) puts there on every rank, and state.json.
 
     Written aside and renamed, so a kill at any moment leaves the last good one; what is not
@@ -365,7 +360,7 @@ def save_checkpoint(config: Config, ranks: Ranks, state: dict, write: Callable):
     ranks.share(None)
 
 
-def load_checkpoint(config: Config, ranks: Ranks, state: dict, read: Callable) -> dict:
+def load_checkpoint(config: Config, ranks: Ranks, state, read):
     """The state in the newest checkpoint, which every rank read(folder)s; without one, `state`."""
     for folder in ranks.share(complete_checkpoints(config.run_dir)[-1:]):
         order = state["order"]

@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,16 @@ PRINTED = re.compile(
 )
 
 
+load_json = partial(json.loads, strict=False)  # models write raw line breaks inside strings
+
+
 @dataclass(frozen=True)
 class Question:
     """One question with all its accepted (gold) answers."""
 
     id: str
     text: str
-    answers: tuple[str, ...]
+    answers: tuple  # of strings
     source: str = ""  # data source: nq, hotpotqa, ..., toy_1hop, toy_2hop
 
 
@@ -54,8 +58,8 @@ class Turn:
     trajectory.
     """
 
-    sampled: tuple[int, int]  # [start, end) in Trajectory.token_ids
-    observed: tuple[int, int]  # empty (start == end) for a turn that ended the trajectory
+    sampled: tuple  # (start, end before) in Trajectory.token_ids
+    observed: tuple  # the same; empty (start == end) for a turn that ended the trajectory
     text: str  # what the model wrote, the forced "<think>" in front, the end-of-turn token left out
     kind: str  # search | browse | answer | malformed
     observation: str = ""
@@ -73,7 +77,7 @@ class Trajectory:
     sampled_mask: np.ndarray  # [T] bool, true exactly where the model sampled token i
     # [T] float32, the engine's log-probability of a sampled token, nan elsewhere
     logprobs: np.ndarray
-    turns: tuple[Turn, ...]
+    turns: tuple  # of Turn
     answer: str | None
     stop_reason: str
     # searches, pages, bytes, failures by kind, ...
@@ -82,7 +86,7 @@ class Trajectory:
     def __post_init__(self):
         types = {"token_ids": np.int32, "sampled_mask": np.bool_, "logprobs": np.float32}
         for name, dtype in types.items():
-            array: np.ndarray = np.array(getattr(self, name), dtype)  # a copy: nobody changes it
+            array = np.array(getattr(self, name), dtype)  # a copy: nobody changes it
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         whose = f"trajectory of question {self.question.id!r}"
@@ -94,7 +98,7 @@ class Trajectory:
         if self.stop_reason not in POLICY_STOPS + HARNESS_STOPS:
             raise ValueError(f"unknown stop reason {self.stop_reason!r}")
 
-    def to_json(self) -> dict:
+    def to_json(self):
         """What json.dumps accepts; log-probabilities only of the sampled tokens, in order."""
         asked, mask = self.question, self.sampled_mask
         return vars(self) | {
@@ -117,7 +121,7 @@ class Entry:
     items: tuple  # dicts as search_item and page_item make them, best first
 
 
-def best(entries: list, kept: int) -> list:
+def best(entries, kept):
     """The entries with `kept` items together: every entry's best, every entry's second, ..."""
     ranked = []
     for place, entry in enumerate(entries):
@@ -144,22 +148,22 @@ class Recording:
     the agent knows.
     """
 
-    def __init__(self, question: Question, prompt_ids: Sequence):
+    def __init__(self, question: Question, prompt_ids):
         self.question = question
         # Of int, bool and float; a Trajectory makes arrays of them.
         self.token_ids: Any = []
         self.sampled_mask: Any = []
         self.logprobs: Any = []
-        self.turns: list = []
-        self.cost: Counter = Counter()
-        self.shown: dict = {}  # every URL that a search has shown: the latest query
+        self.turns = []
+        self.cost = Counter()
+        self.shown = {}  # every URL that a search has shown: the latest query
         # What the reader noted in earlier turns, by query, and how many segments it read, by URL.
-        self.memory: dict = defaultdict(list)
-        self.read: Counter = Counter()
-        self.readings: dict = {}  # each Reading of this turn, by URL
+        self.memory = defaultdict(list)
+        self.read = Counter()
+        self.readings = {}  # each Reading of this turn, by URL
         self.append(prompt_ids)
 
-    def append(self, ids: Sequence, logprobs: Sequence | None = None) -> tuple:
+    def append(self, ids, logprobs=None):
         """Add given tokens, or with logprobs sampled ones; returns their span [start, end)."""
         start = len(self.token_ids)
         self.token_ids += ids
@@ -167,7 +171,7 @@ class Recording:
         self.logprobs += logprobs or [math.nan] * len(ids)
         return start, len(self.token_ids)
 
-    def finish(self, stop_reason: str, answer: str | None = None) -> Trajectory:
+    def finish(self, stop_reason, answer: str | None = None) -> Trajectory:
         return Trajectory(
             self.question,
             self.token_ids,
@@ -187,7 +191,7 @@ class Group:
     """
 
     question: Question
-    trajectories: Sequence[Trajectory]
+    trajectories: Sequence  # of Trajectory
     rewards: Sequence
     advantages: Sequence
 
@@ -202,7 +206,7 @@ def load_questions(path: str | Path) -> list[Question]:
     """
     path = Path(path)
     where = ""
-    questions: dict = {}
+    questions = {}
     if path.suffix not in (".parquet", ".jsonl") or not path.is_file():
         raise ValueError(f"{path}: must be an existing file that ends in .parquet or .jsonl")
     try:
@@ -267,7 +271,7 @@ def parse_row(row) -> Question:
     return question
 
 
-def first_of(row: dict, *columns: str):
+def first_of(row, *columns):
     """What the first of these columns holds that is there and not null, else None; outer.inner is
     one of an object in a column.
     """
@@ -286,20 +290,20 @@ def unpacked(value):
     as it is.
     """
     if isinstance(value, str) and value.lstrip().startswith(("[", "{", "array(")):
-        for read in (json.loads, read_printed):
+        for read in (load_json, read_printed):
             with suppress(Exception):  # literal_eval alone has five for what it cannot read
                 return read(value)
     return value
 
 
-def read_printed(text: str):
+def read_printed(text):
     """numpy prints no commas, and Python joins texts that stand side by side."""
     return ast.literal_eval(
         PRINTED.sub(lambda found: (found[1] or "") + "," * bool(found[2]), text)
     )
 
 
-def gold_answers(value) -> tuple:
+def gold_answers(value):
     """The texts in a text, a number, a list of them or {"target": ...}; none where anything else is
     in it.
 
@@ -308,7 +312,7 @@ def gold_answers(value) -> tuple:
     """
     if isinstance(value, dict):
         value = unpacked(value.get("target"))
-    golds: list = []
+    golds = []
     for part in value if isinstance(value, list) else [value]:
         if isinstance(part, bool):
             part = "yes" if part else "no"
@@ -320,14 +324,14 @@ def gold_answers(value) -> tuple:
     return tuple(gold.strip() for gold in golds if gold.strip())
 
 
-def take_questions(questions: Sequence, seed: int, start: int, count: int) -> list[Question]:
+def take_questions(questions, seed, start, count) -> list[Question]:
     """Questions `start` to `start + count` of an endless order, a function of the seed and so the
     same on all ranks.
 
     Each epoch is a shuffle of its own. A checkpoint needs only the number of questions taken so
     far.
     """
-    order: list = []
+    order = []
     while len(order) < start + count:
         epoch = len(order) // len(questions)
         order += np.random.default_rng([seed, epoch]).permutation(len(questions)).tolist()
