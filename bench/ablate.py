@@ -293,10 +293,11 @@ def collapse(args: argparse.Namespace) -> dict[str, float]:
     return figures | mask_cost()
 
 
-def mask_cost(rounds: int = 3) -> dict[str, float]:
+def mask_cost(rounds: int = 5) -> dict[str, float]:
     """CPU seconds of one update with and without sequence_mask, in turn: the tiny model of
     bench/update.py, twice eight trajectories of 256 tokens, half of it a common prompt.
     """
+    import torch
     from contestants import SETTINGS, make_group, save_model
 
     from deepresearcher_min.config import load_config
@@ -304,6 +305,7 @@ def mask_cost(rounds: int = 3) -> dict[str, float]:
     from deepresearcher_min.run import Ranks
     from deepresearcher_min.trajectory import Question
 
+    torch.set_num_threads(1)  # two would wait for each other, and their waiting would count
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), 4096)
