@@ -203,7 +203,9 @@ def fallen(rewards: list[float]) -> int | None:
 def collapse_table(results: list[dict[str, Any]]) -> dict[str, float]:
     """Print for each run when the reward fell and when each sign had moved; flat figures."""
     figures: dict[str, float] = {}
-    print(f"| run | seed | best reward, last | reward fell | {' | '.join(HEALTHY)} |")
+    print(
+        f"| run | seed | reward: best and last three steps | reward fell | {' | '.join(HEALTHY)} |"
+    )
     print("|---|---|---|---|" + "---|" * len(HEALTHY))
     for name, result in itertools.product(COLLAPSES, results):
         if result["variant"] != name:
@@ -264,6 +266,7 @@ def collapse_picture(results: list[dict[str, Any]], path: Path) -> None:
                 other.axhspan(*HEALTHY[key], color="#16a34a", alpha=0.12, linewidth=0)
     for axes in grid[-1]:
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path)
@@ -271,7 +274,7 @@ def collapse_picture(results: list[dict[str, Any]], path: Path) -> None:
 
 def collapse(args: argparse.Namespace) -> dict[str, float]:
     """Run what is missing of COLLAPSES, then table, picture and the cost of sequence_mask."""
-    steps = args.steps or 20
+    steps = args.steps or 14
     path = args.results.with_name("collapse.jsonl")
     results = read(path)
     finished = {(result["variant"], result["seed"], result["steps"]) for result in results}
@@ -283,8 +286,9 @@ def collapse(args: argparse.Namespace) -> dict[str, float]:
             results.append(result)
             add(path, result)
     results = [result for result in results if result["steps"] == steps]
+    results.sort(key=lambda result: result["seed"])
     figures = collapse_table(results)
-    if args.picture:
+    if args.picture and results:
         collapse_picture(results, args.picture)
     return figures | mask_cost()
 
@@ -293,6 +297,7 @@ def mask_cost(rounds: int = 5) -> dict[str, float]:
     """CPU seconds of one update with and without sequence_mask, in turn: the tiny model of
     bench/update.py, twice eight trajectories of 256 tokens, half of it a common prompt.
     """
+    import torch
     from contestants import SETTINGS, make_group, save_model
 
     from deepresearcher_min.config import load_config
@@ -300,6 +305,7 @@ def mask_cost(rounds: int = 5) -> dict[str, float]:
     from deepresearcher_min.run import Ranks
     from deepresearcher_min.trajectory import Question
 
+    torch.set_num_threads(1)  # two would wait for each other, and their waiting would count
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), 4096)
@@ -388,7 +394,7 @@ def main() -> int:
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, help="80; with --collapse 20")
+    parser.add_argument("--steps", type=int, help="80; with --collapse 14")
     parser.add_argument("--results", type=Path, default=ROOT / "runs/ablation/results.jsonl")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--collapse", action="store_true")
