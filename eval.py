@@ -22,10 +22,10 @@ from pathlib import Path
 
 from deepresearcher_min import evaluation, report
 from deepresearcher_min.config import ROOT, Config, ConfigError, RunStopped, require_environment
-from deepresearcher_min.evaluation import Task, ask_all, usable, written
+from deepresearcher_min.evaluation import ask_all, usable, written
 from deepresearcher_min.reward import explain, judge_rules
-from deepresearcher_min.rollout import Agent, Batch, roll_out
-from deepresearcher_min.run import Ranks, check_needs, open_run, run_program, starting
+from deepresearcher_min.rollout import Batch, roll_out
+from deepresearcher_min.run import check_needs, open_run, run_program, starting
 from deepresearcher_min.trajectory import Question
 
 CAPTION = """\
@@ -63,7 +63,7 @@ def resolve(argv) -> Config:
     return config
 
 
-def conclude(config: Config, task: Task, started: float):
+def conclude(config, task, started: float):
     """Judge the answers; write summary.json, results.md and report.html from the files; print the
     table.
     """
@@ -108,7 +108,7 @@ def conclude(config: Config, task: Task, started: float):
     )
 
 
-def ask(config: Config, task: Task, agent: Agent):
+def ask(config, task, agent):
     """Answer one question and print the whole trajectory; a known question is scored, too."""
     known = {question.text: question for question in task.held_out}
     question = known.get(config.question, Question("typed", config.question, ("",)))
@@ -119,7 +119,7 @@ def ask(config: Config, task: Task, agent: Agent):
     print("Sources:", *dict.fromkeys(urls), sep="\n  ")
 
 
-def start(config: Config, ranks: Ranks, notes):
+def start(config, ranks, notes):
     """The whole evaluation, or the one question."""
     started = time.monotonic()
     with starting(config, ranks.rank):

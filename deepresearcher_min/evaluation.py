@@ -24,7 +24,6 @@ from transformers import AutoConfig, AutoTokenizer
 from deepresearcher_min import report, reward, rollout, toyworld
 from deepresearcher_min.architecture import declared_ends, fetch_model
 from deepresearcher_min.config import (
-    Config,
     ConfigError,
     RunStopped,
     WebFailure,
@@ -64,7 +63,7 @@ class Task:
     world: toyworld.World | None = None  # the toy's held-out one: its web, and the behaviour rates
 
 
-def load_task(config: Config, key: str = "eval_data") -> Task:
+def load_task(config, key="eval_data") -> Task:
     """Questions, offline web and model that the config names; ValueError for what cannot be used.
     `key` is what messages call eval_data. Without data there is nothing to learn on.
     """
@@ -95,7 +94,7 @@ def read_questions(key: str, path: str):
         return load_questions(path) if path else []
 
 
-def load_examination(config: Config, ranks: Ranks) -> Task:
+def load_examination(config, ranks) -> Task:
     """eval.py's task: at most `limit` questions of each data source, of eval_data (or --data), else
     of those that the model's run set aside, else of the official test set.
     """
@@ -112,7 +111,7 @@ def load_examination(config: Config, ranks: Ranks) -> Task:
     return replace(task, held_out=kept)
 
 
-def test_set(config: Config) -> str:
+def test_set(config) -> str:
     """The official test set, fetched once and kept under ~/.cache; ConfigError if it cannot be."""
     path = CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
     body = path.read_bytes() if os.path.isfile(path) else b""
@@ -133,7 +132,7 @@ def test_set(config: Config) -> str:
     return str(path)
 
 
-def open_web(config: Config, ranks: Ranks) -> Web:
+def open_web(config, ranks) -> Web:
     """The web through the cassette that the config names, or that of the run folder."""
     cassette = config.cassette or f"{config.run_dir}/cassette.sqlite"
     with named("cassette", cassette, "it must be an SQLite file that can be written"):
@@ -142,7 +141,7 @@ def open_web(config: Config, ranks: Ranks) -> Web:
     return web
 
 
-def make_agent(config: Config, task: Task, ranks: Ranks, notes):
+def make_agent(config, task, ranks, notes):
     """The agent in training, and the same one on the held-out web; all parts are tried. A context
     above the model's own is a line more in `notes`.
     """
@@ -176,7 +175,7 @@ def make_agent(config: Config, task: Task, ranks: Ranks, notes):
     return agent, replace(agent, tools=Tools(config, chat, (task.world or task).corpus, web))
 
 
-def begin(config: Config, ranks: Ranks, notes, asks=True, judges=False):
+def begin(config, ranks, notes, asks=True, judges=False):
     """Try the services that the run will use (ConfigError on all ranks); then write its config.yaml
     and say what is special about it, unless it is for one typed question.
     """
@@ -196,7 +195,7 @@ def begin(config: Config, ranks: Ranks, notes, asks=True, judges=False):
 class PlainChat(ChatFormat):
     """The prompt of the baselines: no tools, and for rag what a search for the question found."""
 
-    def __init__(self, chat: ChatFormat, found):
+    def __init__(self, chat, found):
         vars(self).update(vars(chat))
         self.tools, self.found = None, found
 
@@ -206,7 +205,7 @@ class PlainChat(ChatFormat):
         return super().prompt_ids(question)
 
 
-def search_once(questions, agent: Agent):
+def search_once(questions, agent):
     """For rag, what a search for each question finds, by its text, and what it costs, by its id."""
     texts, costs = {}, {}
 
@@ -226,7 +225,7 @@ def search_once(questions, agent: Agent):
     return texts, costs
 
 
-def evaluate(numbered, agent: Agent, ranks: Ranks, on_done, run=0):
+def evaluate(numbered, agent, ranks, on_done, run=0):
     """Ask each of (number among all, question) once; the trajectories of this rank's share,
     for ranks.gather(). Seeds come of the numbers and of the `run` of the repeats.
     """
@@ -237,7 +236,7 @@ def evaluate(numbered, agent: Agent, ranks: Ranks, on_done, run=0):
     return [trajectory for (trajectory,) in roll_out(batch, agent, on_done)]
 
 
-def write_groups(config: Config, name: str, step: int, groups):
+def write_groups(config, name, step, groups):
     """All trajectories as JSON lines, and the best and the worst as text."""
     path = Path(f"{config.run_dir}/trajectories/{name}.jsonl")
     why = partial(reward.explain, config=config)
@@ -246,7 +245,7 @@ def write_groups(config: Config, name: str, step: int, groups):
     report.write_readable(path.with_suffix(".txt"), groups, why)
 
 
-def written(config: Config, task: Task):
+def written(config, task):
     """What eval.py has written of each run: not what the harness ended, but what is not usable."""
     asked = {question.id: question for question in task.held_out}
     runs = [[] for _ in range(config.repeats)]
@@ -257,7 +256,7 @@ def written(config: Config, task: Task):
     return runs
 
 
-def usable(tried, config: Config):
+def usable(tried, config):
     """The last trajectory of each question, by its id, that met no failed service; the others are
     asked again (but in a replay, which would repeat the failures).
     """
@@ -269,7 +268,7 @@ def usable(tried, config: Config):
     return dict(sorted(known.items()))
 
 
-def ask_all(config: Config, task: Task, agent: Agent, done, left: int, ranks: Ranks):
+def ask_all(config, task, agent, done, left: int, ranks):
     """Ask what is not `done` yet in each run, `left` in all; a trajectory is written as it ends, so
     that no kill loses or repeats one.
     """
@@ -301,20 +300,20 @@ def ask_all(config: Config, task: Task, agent: Agent, done, left: int, ranks: Ra
     raise_if_down(config, ranks.total(sums))  # now that every rank's file is complete
 
 
-def spent(config: Config, runs):
+def spent(config, runs):
     """Dollars for these trajectories and for the judge so far."""
     costs = [one.cost for known in runs for one in known.values()]
     costs += report.read_json_lines(f"{config.run_dir}/judge.jsonl")
     return sum(cost.get("usd", 0.0) for cost in costs)
 
 
-def check_budget(config: Config, usd: float):
+def check_budget(config, usd: float):
     """RunStopped where the estimated cost of a run has reached max_cost."""
     if 0 < config.max_cost <= usd:
         raise RunStopped(f"The estimated cost, ${usd:.2f}, has reached max_cost={config.max_cost}.")
 
 
-def ask_judge_all(config: Config, runs):
+def ask_judge_all(config, runs):
     """MBE by question in each run (empty without a judge), a sentence on who judged and what stayed
     without a verdict, and dollars so far. RunStopped at max_cost.
     """
@@ -344,7 +343,7 @@ def ask_judge_all(config: Config, runs):
     return verdicts, f"{words} ({', '.join(causes) or '-'})", paid + counts["usd"]
 
 
-def scores_of(tried, known, judged, answers, config: Config):
+def scores_of(tried, known, judged, answers, config):
     """What reward.summarize says of the usable trajectories, `known`, and more; but all that were
     `tried` cost, and count in `failed` and `blocked`. Their measures are added to `answers`.
     """
@@ -368,7 +367,7 @@ def scores_of(tried, known, judged, answers, config: Config):
     return scores
 
 
-def scores_over_runs(runs, verdicts, config: Config):
+def scores_over_runs(runs, verdicts, config):
     """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's
     scores, too; their interval draws questions, with the mean F1 of each.
     """
@@ -403,7 +402,7 @@ def interval(f1):
     return np.quantile(draws.mean(axis=1), (0.025, 0.975)).round(3).tolist()
 
 
-def mean(rows, name: str) -> float | None:
+def mean(rows, name) -> float | None:
     """The mean of a score over the rows that have it."""
     known = [row[name] for row in rows if row.get(name) is not None]
     return sum(known) / len(known) if known else None

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from deepresearcher_min.config import ROOT, Config, replace_file
+from deepresearcher_min.config import ROOT, replace_file
 from deepresearcher_min.trajectory import Question, Trajectory, Turn
 
 MAX_TRAJECTORIES = 4096  # that the page embeds; the files in trajectories/ hold all of them
@@ -116,7 +116,7 @@ def read_json_lines(path):
                 yield json.loads(line)
 
 
-def append_json_line(path: Path, row):
+def append_json_line(path, row):
     """Append one line; a torn last one is ended, lest it swallow this."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(jsonable(row)).encode()
@@ -127,7 +127,7 @@ def append_json_line(path: Path, row):
         file.write(line + b"\n")
 
 
-def resume_metrics(path: Path, step: int):
+def resume_metrics(path, step):
     """The rows of metrics.jsonl up to this step; those after it, whose steps will run again, leave
     the file, too.
     """
@@ -140,7 +140,7 @@ def resume_metrics(path: Path, step: int):
 # --- trajectories
 
 
-def behaviours(trajectory: Trajectory):
+def behaviours(trajectory):
     """Which behaviours of the paper's section 6 the words of its turns show; how well:
     tests/test_report.py.
     """
@@ -154,7 +154,7 @@ def behaviours(trajectory: Trajectory):
     return shown
 
 
-def write_trajectories(path: Path, step: int, groups, explain, first=0):
+def write_trajectories(path, step, groups, explain, first=0):
     """Append each trajectory as one JSON line: to_json(), its reward and why (explain(trajectory)),
     each turn's mean logprob.
 
@@ -198,12 +198,12 @@ def read_trajectory(row, question: Question) -> Trajectory:
     )
 
 
-def printable(text: str) -> str:
+def printable(text) -> str:
     """Without escape sequences, and without what UTF-8 cannot hold."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
 
-def readable(trajectory: Trajectory, why: str = "") -> str:
+def readable(trajectory, why="") -> str:
     """A trajectory as text for people: question, gold answers, what was written and observed, and
     the reward.
     """
@@ -220,7 +220,7 @@ def readable(trajectory: Trajectory, why: str = "") -> str:
     return printable(text)
 
 
-def write_readable(path: Path, groups, explain):
+def write_readable(path, groups, explain):
     """The trajectories with the highest and with the lowest reward of these groups, as one text
     file.
     """
@@ -239,7 +239,7 @@ def write_readable(path: Path, groups, explain):
 # --- the page
 
 
-def publish(config: Config, summary: dict):
+def publish(config, summary):
     """Write summary.json, and report.html: one file without requests that holds the summary, the
     config, the metrics and the trajectories of a run folder.
     """
@@ -267,7 +267,7 @@ def load_trajectories(folder: Path):
     """
     files = sorted(folder.glob("eval*.jsonl"))
     files += sorted(folder.glob("step*.jsonl"), reverse=True)
-    rows: dict = {}
+    rows = {}
     for file in files:
         if len(rows) >= MAX_TRAJECTORIES:
             break

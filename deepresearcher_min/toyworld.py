@@ -74,7 +74,7 @@ class World:
             summaries.append(f"{lead} {rng.choice(sentences)}")
         self.corpus = Corpus(documents, snippet=summaries.__getitem__)
 
-    def questions(self, count: int, seed: int):
+    def questions(self, count, seed: int):
         """`count` different questions, half of them with one hop and half with two, in random
         order.
         """
@@ -96,7 +96,7 @@ class World:
         return questions
 
 
-def url_of(name: str) -> str:
+def url_of(name) -> str:
     return SITE + name.replace(" ", "_")
 
 
@@ -107,7 +107,7 @@ def chain_of(question: str):
     return subject, relations
 
 
-def behaviour_rates(trajectories: list, world: World):
+def behaviour_rates(trajectories, world):
     """How often the three good decisions were taken when there was occasion [share, nan without
     occasion], of the trajectories that begin with a search.
 
