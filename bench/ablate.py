@@ -15,7 +15,7 @@ the first with a mean sampled F1 of 0.8 or more over the five steps that end the
 The runs that collapse have an engine that gets new weights only every sixth step, a learning rate
 of 1.5e-3 (the preset's is 4e-4) that does not decay, and no importance cap; half of the preset's
 questions a step.
-Decided after one trial of seed 0, before the other seeds: a sign has moved at the second of two
+Decided with trials of seed 0 in view, before the other seeds: a sign has moved at the second of two
 steps in a row outside its healthy range (docs/metrics.md, from runs of the preset); the reward has
 fallen at the first of two steps in a row that are more than 0.3 below the best mean of three steps
 before.
