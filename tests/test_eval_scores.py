@@ -13,6 +13,7 @@ from loopback import Server
 import eval as evaluation
 from deepresearcher_min import report
 from deepresearcher_min.config import ROOT, load_config
+from deepresearcher_min.evaluation import Task
 from deepresearcher_min.reward import ask_judge, parse_verdict
 from deepresearcher_min.trajectory import Group, Question, Trajectory
 from deepresearcher_min.web import Web
@@ -38,7 +39,7 @@ def evaluated(folder, config):
     groups = [Group(one.question, [one], [0.0], [0.0]) for one in results]
     report.write_trajectories(folder / "trajectories/eval.jsonl", 0, groups, lambda one: "why")
     asked = [one.question for one in results] + [Question("lost", "Lost?", ("x",), "nq")]
-    evaluation.conclude(config, evaluation.Task("", [], asked), 0.0)
+    evaluation.conclude(config, Task("", [], asked), 0.0)
     return json.loads((folder / "summary.json").read_text())
 
 

@@ -51,7 +51,7 @@ def evaluation(config, cassette, questions):
     chat = ChatFormat(AutoTokenizer.from_pretrained(toyworld.MODEL_DIR), date="2026-01-01")
     engine, tools = HFEngine(config, str(toyworld.MODEL_DIR)), Tools(config, chat, None, web)
     done = evaluate(
-        questions,
+        enumerate(questions),
         Agent(config, engine, tools, chat),
         Ranks(0, 1, torch.device("cpu")),
         lambda _: None,

@@ -157,12 +157,11 @@ def test_results_are_by_question_and_index_whatever_finishes_first():
 
 
 def test_evaluation_is_greedy_one_each_in_order(toy):
-    found = evaluate(questions(6), make_agent(toy), Ranks(), lambda trajectory: None)
+    found = evaluate(enumerate(questions(6)), make_agent(toy), Ranks(), lambda trajectory: None)
     assert [t.question for t in found] == questions(6)
     engine = Scripted(turns(answer_turn()))
-    evaluate(
-        questions(3), make_agent(engine), Ranks(1, 1, torch.device("cpu")), lambda trajectory: None
-    )
+    ranks = Ranks(1, 1, torch.device("cpu"))
+    evaluate(enumerate(questions(3)), make_agent(engine), ranks, lambda trajectory: None)
     assert [(name, s.temperature) for name, _, s in engine.submitted] == [
         (f"{EVALUATION}/{n}/0", 0.0) for n in range(1, 3)
     ]
