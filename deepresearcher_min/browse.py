@@ -49,7 +49,8 @@ NO_WORD = re.compile(r"\W+")
 NOT_CONTENT = """head title script style noscript template svg iframe nav footer aside dialog button
     select textarea""".split()  # noqa: SIM905
 # Characters that no page uses: where a line ends, and on both sides of what is a link.
-BREAK, LINK = "\U0010fff0", "\U0010fff1"
+BREAK = "\U0010fff0"
+LINK = "\U0010fff1"
 LAYOUT = {
     # One mark for a run of tags: beautifulsoup takes the square of the time for nested texts.
     r"(?:</?(?:address|article|aside|blockquote|br|caption|center|dd|details|div|dl|dt|fieldset"
@@ -99,7 +100,7 @@ def page_text(body: bytes, content_type: str) -> str:
     return html_text(text)
 
 
-def pdf_text(body) -> str:
+def pdf_text(body):
     """The text of a PDF's first fifty pages; a broken page costs only itself."""
     import pypdf  # here, like the others: only the parsers need them, and trafilatura takes 0.6 s
 
@@ -122,13 +123,13 @@ def pdf_text(body) -> str:
     return "\n\n".join(texts)
 
 
-def rewrite(text, tags) -> str:
+def rewrite(text, tags):
     for pattern, written in tags.items():
         text = re.sub(f"(?i){pattern}", written, text)
     return text
 
 
-def html_text(text) -> str:
+def html_text(text):
     """The library's extract, or, where it has lost the page or its lines, the page's own lines."""
     import trafilatura
 
@@ -150,7 +151,7 @@ def html_text(text) -> str:
     return found or html.unescape(TAG.sub("\n", NO_TEXT.sub("", text)))
 
 
-def lines_of(found, lines) -> str:
+def lines_of(found, lines):
     """Those of a page's lines that stand in `found`, however it is broken into lines."""
     words = NO_WORD.sub("", found)
     return "\n".join(line for line in lines if NO_WORD.sub("", line) in words)
@@ -166,7 +167,8 @@ def page_lines(text):
     for link in soup("a"):
         for words in list(link.strings):
             words.replace_with(f"{LINK}{words}{LINK}")
-    prose, everything = [], []
+    prose = []
+    everything = []
     lines = re.sub(r"\s+", " ", soup.get_text()).split(BREAK)
     for marked in lines[:9000]:  # more than is ever read
         line = marked.replace(LINK, "")
@@ -177,7 +179,7 @@ def page_lines(text):
     return prose, everything
 
 
-def superscript(found) -> str:
+def superscript(found):
     """The text of a <sup>: a power, a note, or the rest of a word."""
     mark = html.unescape(TAG.sub("", found[1])).strip()
     before = found.string[max(0, found.start() - 60) : found.start()]
@@ -209,7 +211,7 @@ MARKS = {
 }
 
 
-def decode(body, content_type) -> str:
+def decode(body, content_type):
     """Bytes to text: mark, UTF-8, what is declared, detection; raises WebFailure (unreadable)."""
     text = webencodings.decode(body, "utf-8")[0]
     if fits(text) and not body.isascii():
@@ -217,7 +219,7 @@ def decode(body, content_type) -> str:
     page = NO_TEXT.sub("", body.decode("latin-1"))
     pieces = [piece for piece in TAG.split(page) if not piece.isascii()]
     sample = "\n".join(pieces).encode("latin-1")
-    beyond = len(sample.translate(None, bytes(range(128))))
+    beyond = len(re.findall(rb"[\x80-\xff]", sample))
     western = 2 * beyond <= len(sample)  # ASCII with accents
     enough = beyond >= (12 if western else 60)  # fewer characters are often judged wrongly
     text = ""
@@ -240,7 +242,7 @@ def decode(body, content_type) -> str:
     raise WebFailure("unreadable", "The page's characters are in an unknown encoding.")
 
 
-def fits(text) -> bool:
+def fits(text):
     """Whether at most a tenth of a decoded text's characters beyond ASCII are errors."""
     beyond = len(text) - len(text.encode("ascii", "ignore"))
     return 10 * text.count("\ufffd") <= beyond
@@ -264,8 +266,8 @@ class Parsers:
             raise WebFailure(*TIMEOUT) from None
         try:
             if child is None or child.poll() is not None:
-                command = [sys.executable, "-W", "ignore", "-m", __name__]
                 # A session of its own spares it a Ctrl-C.
+                command = [sys.executable, "-W", "ignore", "-m", __name__]
                 child = Popen(command, stdin=PIPE, stdout=PIPE, cwd=ROOT, start_new_session=True)
             alarm = threading.Timer(deadline - time.monotonic(), child.kill)
             alarm.start()
@@ -358,19 +360,23 @@ class Browser:
         if config.reader == "extractive":
             return extract(reading.question, segment), True
         notes = [note for _, note in reading.notes]
-        earlier = "\n".join([*reading.memory, *notes])
-        newest = earlier[-config.reader_memory :]  # [-0:] is all
+        # [-0:] is all
+        earlier = "\n".join([*reading.memory, *notes])[-config.reader_memory :]
         content = (
             f"Question: {reading.question}\n\nSearch query: {reading.query or 'none'}\n\n"
-            f"Earlier notes: {newest or 'none'}\n\n"
+            f"Earlier notes: {earlier or 'none'}\n\n"
             f"Page segment {reading.next + 1} of {reading.total}:\n<<<\n{segment}\n>>>"
         )
-        rules = {"role": "system", "content": READER_RULES}
-        messages = [rules, {"role": "user", "content": content}]
+        messages = [
+            {"role": "system", "content": READER_RULES},
+            {"role": "user", "content": content},
+        ]
         if config.reader == "engine":  # bounded in tokens: the clock would make it unrepeatable
             return parse_notes(await self.generate_text(messages))
-        asked = ("reader", config, self.web, messages, str, BAD_REPLY, counts, deadline)
-        return parse_notes(await self.in_thread(ask_service, *asked))
+        reply = await self.in_thread(
+            ask_service, "reader", config, self.web, messages, str, BAD_REPLY, counts, deadline
+        )
+        return parse_notes(reply)
 
 
 # A parser: (body, content type) in, one line of JSON out (which a page that took it over could

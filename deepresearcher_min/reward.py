@@ -1,5 +1,6 @@
 """The reward: word-level F1 of the answer, or a penalty when there is no answer in the right
-format. Below it the judge of evaluations, and the sums that a step or an evaluation is told by.
+format. Below it models at an endpoint (the reader of pages, the judge of evaluations), and the sums
+that a step or an evaluation is told by.
 
 The scorer follows the published one to the bit: words are sets, so neither order nor repetition
 counts, and articles are words (SQuAD's F1 differs in both). Omitted, as in the paper: any reward
@@ -32,7 +33,7 @@ FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
 JUDGE_FIELDS = re.compile(r"\{(question|gt_answer|pred_answer)\}")
 
 
-def words(text) -> list[str]:
+def words(text):
     """'The U.S.' -> ['the', 'u', 's']. Only ASCII punctuation separates: an en dash stays part of
     its word.
     """
@@ -77,13 +78,14 @@ def reward(trajectory: Trajectory, config: Config) -> float:
     Raises ValueError for what the harness ended (deadline, cancelled): it says nothing about the
     policy.
     """
-    question = trajectory.question
-    stop_reason = trajectory.stop_reason
-    if stop_reason not in POLICY_STOPS:
-        raise ValueError(f"question {question.id!r}: a {stop_reason} trajectory has no reward")
+    if trajectory.stop_reason not in POLICY_STOPS:
+        raise ValueError(
+            f"question {trajectory.question.id!r}: a {trajectory.stop_reason} trajectory has no "
+            "reward"
+        )
     if trajectory.answer is None:
         return config.format_reward
-    return f1_score(trajectory.answer, question.answers)
+    return f1_score(trajectory.answer, trajectory.question.answers)
 
 
 def explain(trajectory: Trajectory, config: Config) -> str:
@@ -147,7 +149,7 @@ def ask_model(web, url, key, payload, counts, deadline):
                 sent["max_completion_tokens"] = value
         try:
             reply = web.fetch_json(url, headers, sent, counts, deadline)
-            text = reply["choices"][0]["message"].get("content")
+            text = reply["choices"][0]["message"]["content"]
             break
         except WebFailure as failure:
             said = failure.said
@@ -219,7 +221,7 @@ def parse_verdict(reply) -> float | None:
     return None if verdict is None else float(not verdict[1])
 
 
-def ask_judge(trajectory: Trajectory, config: Config, web, counts: Counter) -> float | None:
+def ask_judge(trajectory: Trajectory, config: Config, web, counts) -> float | None:
     """MBE, a language model's verdict on an answer: 1 or 0; None, counted as fail_judge_*, where
     there is no verdict. `web` is a web.Web.
 
@@ -277,7 +279,7 @@ def step_sums(groups, rollouts):
     """Sums over this rank's share of a step: the measures of what the policy ended, and costs of
     all.
     """
-    sums: Counter = Counter({"groups": len(groups), "lost": 0, "cost_usd": 0.0})
+    sums = Counter(groups=len(groups), lost=0, cost_usd=0)
     for rollout in rollouts:
         for trajectory in rollout:
             for name, amount in trajectory.cost.items():

@@ -58,7 +58,7 @@ SENTENCE_END = re.compile(rf"[{ENDS}]+[」』”’）]*|[\u0e00-\u0eff](?=\s+[\
 # Where a segment ends best: at a paragraph's end, or else a line's, a sentence's, a word's.
 BORDER = re.compile(rf"(?s).*\n(?=\n)|.*\n|.*(?:\.(?= )|[{ENDS}])|.* ")
 # What a reader writes around its notes, and in place of them.
-CONTINUE = re.compile(r"(?i)\bcontinue\W{0,3}:\W{0,3}(?:(yes)|no)\b\W*")
+CONTINUE = r"(?i)\bcontinue\W{0,3}:\W{0,3}(?:(yes)|no)\b\W*"
 NO_NOTES = r"(?i)^(?:\W*notes\W{0,4}:\W*)?(?:\W*(?:none|nothing)?\W*\Z)?"
 NO_RESULTS = "no_results", "Nothing was found for this query."
 TOO_MANY = "rate_limited", "Too many searches are under way at the moment."
@@ -148,7 +148,8 @@ class Corpus:
         self.documents = documents
         self.snippet = snippet or self.beginning
         self.index = bm25s.BM25()
-        indexed, passages = [], defaultdict(list)
+        indexed = []
+        passages = defaultdict(list)
         for title, url, text in documents:
             indexed.append(words(f"{title}\n{text}"))
             passages[url].append(text)
@@ -179,7 +180,7 @@ class Corpus:
             return f"{flat[:SNIPPET_CHARS]} ..."
         return short
 
-    def search(self, query: str, k: int) -> list:
+    def search(self, query: str, k: int):
         """The k best documents, best first, equal scores in corpus order; none that shares no word
         with the query.
         """
@@ -201,8 +202,7 @@ def live_search(config: Config, web):
     place = {"gl": config.search_country, "hl": config.search_language} if key else {}
     place = {name: value for name, value in place.items() if value}
     most = config.search_results
-    lock = threading.Lock()
-    next_slot = 0.0
+    lock, next_slot = threading.Lock(), 0.0
 
     def search(query, counts):
         query = one_line(query)
@@ -210,8 +210,7 @@ def live_search(config: Config, web):
 
         def ask(path, payload=None):
             nonlocal next_slot
-            # A bucket of one token: a larger one would break the limit in its first second.
-            with lock:
+            with lock:  # a bucket of one token: a larger one would break the limit at once
                 slot = max(next_slot, time.monotonic())
                 if slot >= deadline:
                     raise WebFailure(*TOO_MANY)
@@ -245,13 +244,11 @@ def live_search(config: Config, web):
     return search
 
 
-def one_line(text) -> str:
+def one_line(text):
     """Text without line breaks and without the half characters that JSON can bring; empty for what
     is no text.
     """
-    if not isinstance(text, str):
-        return ""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
+    return " ".join(str(text or "").encode("utf-8", "replace").decode().split())
 
 
 # The services: ask(path, JSON to POST or nothing for a GET) gives the JSON of the reply; what is
@@ -288,7 +285,8 @@ def retriever(query, results, ask):
     all is shown.
     """
     reply = ask("/retrieve", {"queries": [query], "topk": results, "return_scores": True})
-    rows, found = reply["result"][0], []
+    rows = reply["result"][0]
+    found = []
     for row in rows:
         with suppress(LookupError, TypeError, AttributeError):  # a bad one costs only itself
             document = row.get("document", row) if isinstance(row, dict) else row
@@ -328,7 +326,7 @@ def check_search(config: Config):
     _, base, key = SERVICES[name]
     if key:
         require_environment(key, f"search: {name} asks for it; search: wikipedia needs no key")
-    if not (config.search_url or base).startswith(("http://", "https://")):
+    if not re.match("https?://", config.search_url or base):
         raise ConfigError(
             f"search_url={config.search_url!r}: search: {name} needs its base URL (http...)"
         )
@@ -361,7 +359,8 @@ def make_search(config: Config, web, corpus):
 
 def segments(text, max_chars):
     """Cut a text into pieces of at most `max_chars`, at the best border in the second half."""
-    pieces, start = [], 0
+    pieces = []
+    start = 0
     while start < len(text):
         end = start + max_chars
         if end < len(text):
@@ -388,6 +387,6 @@ def extract(question: str, segment: str) -> str:
 def parse_notes(reply):
     """(notes, whether to read on) of a reply; one in no format is all notes, and ends the page."""
     reply = reply.rpartition("</think>")[2]
-    further = CONTINUE.search(reply)
-    notes = re.sub(NO_NOTES, "", CONTINUE.sub("", reply, count=1)).strip()
+    further = re.search(CONTINUE, reply)
+    notes = re.sub(NO_NOTES, "", re.sub(CONTINUE, "", reply, count=1)).strip()
     return notes, bool(further and further[1])

@@ -154,9 +154,6 @@ class SecureConnection(urllib3.connection.HTTPSConnection):
     response_class = response_in_time  # type: ignore[assignment]
 
 
-CONNECTIONS = {"http": PlainConnection, "https": SecureConnection}
-
-
 class Door(requests.adapters.HTTPAdapter):
     """The only way out of our requests.Session: what was checked is dialled, and all is limited."""
 
@@ -173,15 +170,15 @@ class Door(requests.adapters.HTTPAdapter):
         own = ERRAND.own
         if not own and is_blocked(request.url, host_list(limits)):
             raise BlockedURL(*BLOCKED)
-        private = own or limits.allow_private_hosts
-        parts, addresses = check_url(request.url, private, seconds_left(ERRAND.deadline))
+        parts, addresses = check_url(
+            request.url, own or limits.allow_private_hosts, seconds_left(ERRAND.deadline)
+        )
         address = addresses[ERRAND.attempt % len(addresses)]  # they take turns
         request.headers["Host"] = parts.netloc
         # each for a place in the pool, the connection and its TLS: together in time
         third = seconds_left(ERRAND.deadline) / 3
         # a language model says nothing until it has said all
-        patient = request.url.endswith("/chat/completions")
-        silence = 3 * third if patient else limits.read_timeout
+        silence = 3 * third if request.url.endswith("/chat/completions") else limits.read_timeout
         # the certificate must be that of the name
         pinned = {
             "maxsize": limits.tool_threads + 1 if own else limits.connections_per_host,
@@ -189,7 +186,7 @@ class Door(requests.adapters.HTTPAdapter):
         }
         count(ERRAND.counts, "requests")
         pool = self.poolmanager.connection_from_host(address, parts.port, parts.scheme, pinned)
-        pool.ConnectionCls = CONNECTIONS[parts.scheme]
+        pool.ConnectionCls = PlainConnection if parts.scheme == "http" else SecureConnection
         reply = pool.urlopen(
             request.method,
             parts.request_uri,
@@ -238,7 +235,7 @@ def status_failure(response, headers):
     return WebFailure(*STATUS.get(status, other), server_words(body, headers))
 
 
-def server_words(body, headers) -> str:
+def server_words(body, headers):
     """The words of an error's JSON or HTML, shortened, and without our key."""
     # no scripts and tags, no keys and brackets
     rest = r'(?s)<(style|script).*?</\1>|<[^>]*>|,? ?"\w+" ?:|[][{}]|\\?"'
@@ -291,7 +288,7 @@ class Web:
         self.session.headers.update(HEADERS)
         self.session.adapters = {"": Door(config)}
 
-    def cached(self, kind: str, request, produce, counts: Counter, deadline: float, made=""):
+    def cached(self, kind, request, produce, counts, deadline, made=""):
         """The recorded reply to `request` (any JSON), else that of produce(), which is recorded, be
         it a WebFailure. Calls and failures are counted.
 
@@ -362,7 +359,10 @@ class Web:
 
         `own`: a service of the operator, so any address and content type, no redirects.
         """
-        ERRAND.own, ERRAND.counts, ERRAND.deadline, ERRAND.attempt = own, counts, deadline, 0
+        ERRAND.own = own
+        ERRAND.counts = counts
+        ERRAND.deadline = deadline
+        ERRAND.attempt = 0
         while True:
             pause = 2**ERRAND.attempt * random.SystemRandom().uniform(0.25, 0.75)
             try:
