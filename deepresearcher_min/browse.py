@@ -5,19 +5,18 @@ the engine, and a page made to crash or to occupy a parser takes only a child wi
 scripts, frames, images.
 """
 
-import asyncio
 import html
 import io
 import json
 import logging
 import math
+import pickle
 import queue
 import re
 import sys
 import threading
 import time
 import unicodedata
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from subprocess import PIPE, Popen
@@ -30,51 +29,47 @@ from deepresearcher_min.config import (
     ROOT,
     TIMEOUT,
     Config,
-    ConfigError,
     WebFailure,
     code_of,
-    count,
     count_failure,
-    require_environment,
     seconds_left,
 )
-from deepresearcher_min.reward import ask_model
+from deepresearcher_min.reward import ask_service
 from deepresearcher_min.search import Corpus, extract, parse_notes, segments
 from deepresearcher_min.trajectory import Reading
 
-LIBRARIES = "trafilatura beautifulsoup4 lxml pypdf charset-normalizer"
-EXTRACTOR = code_of(__file__, *LIBRARIES.split())  # what made a recorded text
+LIBRARIES = ("trafilatura", "beautifulsoup4", "lxml", "pypdf", "charset-normalizer")
+EXTRACTOR = code_of(__file__, *LIBRARIES)  # what made a recorded text
 NOT_READ = "The page is built in a way that cannot be read."
-INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]")
-PDF_ROOT = re.compile(rb"(?s)(\d{1,9}) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b")
+INVISIBLE = r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]"
+PDF_ROOT = rb"(?s)(\d{1,9}) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b"
 TAG = re.compile("<[^<>]*>")
 NO_TEXT = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style|noscript)\b.*?(?:</\1[^<>]*>|\Z)")
 NO_WORD = re.compile(r"\W+")
 NOT_CONTENT = """head title script style noscript template svg iframe nav footer aside dialog button
     select textarea""".split()  # noqa: SIM905
 # Characters that no page uses: where a line ends, and on both sides of what is a link.
-BREAK, LINK = "\U0010fff0", "\U0010fff1"
+BREAK = "\U0010fff0"
+LINK = "\U0010fff1"
 LAYOUT = {
     # One mark for a run of tags: beautifulsoup takes the square of the time for nested texts.
     r"(?:</?(?:address|article|aside|blockquote|br|caption|center|dd|details|div|dl|dt|fieldset"
     r"|figcaption|figure|form|h\d|header|hr|legend|li|main|ol|p|pre|section|summary|table|tr|ul)"
-    r"\b[^<>]*>\s*)+": BREAK + r"\g<0>",
+    r"\b[^<>]*>\s*)+": rf"{BREAK}\g<0>",
     r"<t[dh]\b[^<>]*>": r"\g<0> | ",
     r"<li\b[^<>]*>": r"\g<0>- ",
 }
 ORDINALS = "st nd rd th e er re me ère ème o os".split()  # noqa: SIM905
-SIGNED = re.compile(r"^[+\u2212\u2013-]|[+\u2212-]$")
+SIGNED = r"^[+\u2212\u2013-]|[+\u2212-]$"
 # Before a power: a unit or variable, a function, a number below 1,000, a power of ten, a bracket.
-BASE = re.compile(
-    r"(?<![\w.,$€£¥])(?:[^\W\d_]{1,2}|sin|cos|tan|log|\d{1,3}(?:\.\d+)?|10+)$|[)\]}|]$"
-)
-CHARSET = re.compile(
+BASE = r"(?<![\w.,$€£¥])(?:[^\W\d_]{1,2}|sin|cos|tan|log|\d{1,3}(?:\.\d+)?|10+)$|[)\]}|]$"
+CHARSET = (
     r"(?i)(?:<meta\s[^>]{0,500}?\bcharset|<\?xml[^>]{0,500}?\bencoding)\s*=\s*[\"']?\s*([\w.:-]+)"
 )
 # What pages are found in, in Python's names.
 LEGACY = """gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r iso8859_5 cp1253 cp1255 cp1256 cp874
     cp1252 cp1250 iso8859_2 cp1254 cp1257 cp1258""".split()  # noqa: SIM905
-READER_RULES = (ROOT / "prompts/reader.txt").read_text(encoding="utf-8").strip()
+READER_RULES = (ROOT / "prompts/reader.txt").read_text("utf-8").strip()
 
 
 def main_text(body: bytes, content_type: str) -> str:
@@ -82,13 +77,13 @@ def main_text(body: bytes, content_type: str) -> str:
     return parse(body, content_type)[0]
 
 
-def parse(body: bytes, content_type: str) -> tuple:
+def parse(body, content_type):
     """(main_text, ""), or ("", why the page cannot be read)."""
     try:
         text = page_text(body, content_type)
     except Exception as error:  # parsers of hostile bytes may raise anything
         return "", getattr(error, "words", NOT_READ)
-    text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
+    text = unicodedata.normalize("NFC", re.sub(INVISIBLE, "", text))
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip(), ""
 
@@ -105,7 +100,7 @@ def page_text(body: bytes, content_type: str) -> str:
     return html_text(text)
 
 
-def pdf_text(body: bytes) -> str:
+def pdf_text(body):
     """The text of a PDF's first fifty pages; a broken page costs only itself."""
     import pypdf  # here, like the others: only the parsers need them, and trafilatura takes 0.6 s
 
@@ -113,13 +108,14 @@ def pdf_text(body: bytes) -> str:
         reader = pypdf.PdfReader(io.BytesIO(body))
     except Exception:
         # The file's end is lost: one that only names the root makes pypdf look for the objects.
-        root = PDF_ROOT.findall(body)[-1]
+        root = re.findall(PDF_ROOT, body)[-1]
         body += b"\ntrailer<</Root %s 0 R>>\nstartxref\n%d\n%%%%EOF" % (root, len(body))
         reader = pypdf.PdfReader(io.BytesIO(body))
     # Many files are encrypted only to forbid printing.
     if reader.is_encrypted and not reader.decrypt(""):
-        words = "The file is locked: it cannot be read without its password."
-        raise WebFailure("unreadable", words)
+        raise WebFailure(
+            "unreadable", "The file is locked: it cannot be read without its password."
+        )
     texts = []
     for number in range(min(50, len(reader.pages))):
         with suppress(Exception):
@@ -127,13 +123,13 @@ def pdf_text(body: bytes) -> str:
     return "\n\n".join(texts)
 
 
-def rewrite(text: str, tags: dict) -> str:
+def rewrite(text, tags):
     for pattern, written in tags.items():
-        text = re.sub("(?i)" + pattern, written, text)
+        text = re.sub(f"(?i){pattern}", written, text)
     return text
 
 
-def html_text(text: str) -> str:
+def html_text(text):
     """The library's extract, or, where it has lost the page or its lines, the page's own lines."""
     import trafilatura
 
@@ -155,13 +151,13 @@ def html_text(text: str) -> str:
     return found or html.unescape(TAG.sub("\n", NO_TEXT.sub("", text)))
 
 
-def lines_of(found: str, lines: list) -> str:
+def lines_of(found, lines):
     """Those of a page's lines that stand in `found`, however it is broken into lines."""
     words = NO_WORD.sub("", found)
     return "\n".join(line for line in lines if NO_WORD.sub("", line) in words)
 
 
-def page_lines(text: str) -> tuple:
+def page_lines(text):
     """(prose, everything) of an HTML page: a line for each block; prose is not mostly links."""
     import bs4
 
@@ -170,8 +166,9 @@ def page_lines(text: str) -> tuple:
         node.decompose()
     for link in soup("a"):
         for words in list(link.strings):
-            words.replace_with(LINK + words + LINK)
-    prose, everything = [], []
+            words.replace_with(f"{LINK}{words}{LINK}")
+    prose = []
+    everything = []
     lines = re.sub(r"\s+", " ", soup.get_text()).split(BREAK)
     for marked in lines[:9000]:  # more than is ever read
         line = marked.replace(LINK, "")
@@ -182,7 +179,7 @@ def page_lines(text: str) -> tuple:
     return prose, everything
 
 
-def superscript(found: re.Match) -> str:
+def superscript(found):
     """The text of a <sup>: a power, a note, or the rest of a word."""
     mark = html.unescape(TAG.sub("", found[1])).strip()
     before = found.string[max(0, found.start() - 60) : found.start()]
@@ -193,7 +190,7 @@ def superscript(found: re.Match) -> str:
     fraction = found.string.startswith(("/", "\u2044"), found.end())  # 3 1/2
     if fraction or mark.startswith("["):
         return f" {mark}"
-    power = SIGNED.search(mark) or (BASE.search(base) and mark[0].isalnum())
+    power = re.search(SIGNED, mark) or (re.search(BASE, base) and mark[0].isalnum())
     if "#" in found[0] or not power:  # a link within the page
         return f" [{mark}]"
     if re.search(r"\w\W+\w", mark):
@@ -214,7 +211,7 @@ MARKS = {
 }
 
 
-def decode(body: bytes, content_type: str) -> str:
+def decode(body, content_type):
     """Bytes to text: mark, UTF-8, what is declared, detection; raises WebFailure (unreadable)."""
     text = webencodings.decode(body, "utf-8")[0]
     if fits(text) and not body.isascii():
@@ -222,11 +219,11 @@ def decode(body: bytes, content_type: str) -> str:
     page = NO_TEXT.sub("", body.decode("latin-1"))
     pieces = [piece for piece in TAG.split(page) if not piece.isascii()]
     sample = "\n".join(pieces).encode("latin-1")
-    beyond = len(sample.translate(None, bytes(range(128))))
+    beyond = len(re.findall(rb"[\x80-\xff]", sample))
     western = 2 * beyond <= len(sample)  # ASCII with accents
     enough = beyond >= (12 if western else 60)  # fewer characters are often judged wrongly
     text = ""
-    for label in CHARSET.findall(f"<meta {content_type}>{page[:100_000]}"):
+    for label in re.findall(CHARSET, f"<meta {content_type}>{page[:100_000]}"):
         encoding = webencodings.lookup(label)
         if not encoding or (encoding.name == "windows-1252" and enough and not western):
             continue  # that one is the default of many servers, whatever they send
@@ -245,7 +242,7 @@ def decode(body: bytes, content_type: str) -> str:
     raise WebFailure("unreadable", "The page's characters are in an unknown encoding.")
 
 
-def fits(text: str) -> bool:
+def fits(text):
     """Whether at most a tenth of a decoded text's characters beyond ASCII are errors."""
     beyond = len(text) - len(text.encode("ascii", "ignore"))
     return 10 * text.count("\ufffd") <= beyond
@@ -256,12 +253,12 @@ class Parsers:
     children would import the program's main module again, and torch with it.
     """
 
-    def __init__(self, number: int):
-        self.idle: Any = queue.LifoQueue()  # of children, None where none is started yet
+    def __init__(self, number):
+        self.idle = queue.LifoQueue()  # of children, None where none is started yet
         for _ in range(number):
             self.idle.put(None)
 
-    def text(self, body: bytes, content_type: str, deadline: float) -> str:
+    def text(self, body, content_type, deadline):
         """main_text(body, content_type) from a child; raises WebFailure (timeout, unreadable)."""
         try:
             child = self.idle.get(timeout=seconds_left(deadline))
@@ -269,13 +266,13 @@ class Parsers:
             raise WebFailure(*TIMEOUT) from None
         try:
             if child is None or child.poll() is not None:
-                command = [sys.executable, "-W", "ignore", "-m", __name__]
                 # A session of its own spares it a Ctrl-C.
+                command = [sys.executable, "-W", "ignore", "-m", __name__]
                 child = Popen(command, stdin=PIPE, stdout=PIPE, cwd=ROOT, start_new_session=True)
             alarm = threading.Timer(deadline - time.monotonic(), child.kill)
             alarm.start()
             try:
-                child.stdin.write(json.dumps([len(body), content_type]).encode() + b"\n" + body)
+                pickle.dump((body, content_type), child.stdin)
                 child.stdin.flush()
                 reply = child.stdout.readline()
             finally:
@@ -293,7 +290,7 @@ class Parsers:
 
 @dataclass
 class Browser:
-    """Opens pages, and has them read by whom `reader:` names; ConfigError for what it lacks."""
+    """Opens pages, and has them read by whom `reader:` names."""
 
     config: Config
     web: Any  # None where only the corpus is read
@@ -302,27 +299,18 @@ class Browser:
     generate_text: Any  # awaited as generate_text(messages), it asks the policy's own engine
     parsers = Parsers(2)  # of one rank
 
-    def __post_init__(self):
-        config = self.config
-        if config.reader != "openai":
-            return
-        if not (config.reader_url and config.reader_model):
-            raise ConfigError("reader='openai': needs reader_url and reader_model")
-        if config.cassette_mode != "replay":
-            why = "reader: openai sends it (any word, if the server asks for none)"
-            require_environment("READER_API_KEY", why)
-
-    async def browse(self, url: str, reading: Reading, counts: Counter) -> list:
+    async def browse(self, url, reading: Reading, counts):
         """(page_number, page_summary) of what is new in segments from reading.next on, which moves.
 
         Fetching and each reading keep tool_timeout, all together browse_timeout. What ends it early
         leaves the notes so far; raises WebFailure where there are none.
         """
-        config, notes = self.config, reading.notes
+        config = self.config
+        notes = reading.notes
         limit = config.tool_timeout if config.browse_timeout < 0 else config.browse_timeout
         end = time.monotonic() + (limit or math.inf)
 
-        def deadline() -> float:
+        def deadline():
             return min(end, time.monotonic() + config.tool_timeout)
 
         try:
@@ -335,8 +323,9 @@ class Browser:
             pieces = segments(text, config.segment_chars)
             reading.total = len(pieces)
             if 0 < reading.total <= reading.next:
-                words = "This page was read to its end before; nothing is left of it."
-                raise WebFailure("nothing_left", words)
+                raise WebFailure(
+                    "nothing_left", "This page was read to its end before; nothing is left of it."
+                )
             for segment in pieces[reading.next :][: config.max_segments or None]:
                 information, further = await self.read(reading, segment, counts, deadline())
                 if information:
@@ -347,16 +336,16 @@ class Browser:
             if not notes:
                 raise WebFailure("no_information", "The page says nothing about this.")
         except (WebFailure, TimeoutError) as error:
-            failure = error if isinstance(error, WebFailure) else WebFailure(*TIMEOUT)
             if not notes:
-                raise failure from None
+                raise
+            failure = error if isinstance(error, WebFailure) else WebFailure(*TIMEOUT)
             count_failure(counts, "page", failure)
         return notes
 
-    def fetch_text(self, url: str, counts: Counter, deadline: float) -> str:
+    def fetch_text(self, url, counts, deadline):
         """The text of a live page, through the cassette, which records the text, not the page."""
 
-        def produce() -> str:
+        def produce():
             body, content_type = self.web.fetch(url, counts, deadline)
             text = self.parsers.text(body, content_type, deadline)
             if not text:
@@ -365,48 +354,33 @@ class Browser:
 
         return self.web.cached("page", url.partition("#")[0], produce, counts, deadline, EXTRACTOR)
 
-    async def read(self, reading: Reading, segment: str, counts: Counter, deadline: float) -> tuple:
+    async def read(self, reading: Reading, segment, counts, deadline):
         """(notes on one segment, whether to read on); a model's tokens are in no trajectory."""
         config = self.config
         if config.reader == "extractive":
             return extract(reading.question, segment), True
         notes = [note for _, note in reading.notes]
-        earlier = "\n".join([*reading.memory, *notes])
-        newest = earlier[-config.reader_memory :]  # [-0:] is all
+        # [-0:] is all
+        earlier = "\n".join([*reading.memory, *notes])[-config.reader_memory :]
         content = (
             f"Question: {reading.question}\n\nSearch query: {reading.query or 'none'}\n\n"
-            f"Earlier notes: {newest or 'none'}\n\n"
+            f"Earlier notes: {earlier or 'none'}\n\n"
             f"Page segment {reading.next + 1} of {reading.total}:\n<<<\n{segment}\n>>>"
         )
-        rules = {"role": "system", "content": READER_RULES}
-        messages = [rules, {"role": "user", "content": content}]
+        messages = [
+            {"role": "system", "content": READER_RULES},
+            {"role": "user", "content": content},
+        ]
         if config.reader == "engine":  # bounded in tokens: the clock would make it unrepeatable
             return parse_notes(await self.generate_text(messages))
-        async with asyncio.timeout(seconds_left(deadline)):
-            return parse_notes(await self.ask_endpoint(messages, counts, deadline))
-
-    async def ask_endpoint(self, messages: list, counts: Counter, deadline: float) -> str:
-        """The reply of `reader: openai`, through the cassette."""
-        config = self.config
-        url = config.reader_url.rstrip("/") + "/chat/completions"
-        payload: dict = {"model": config.reader_model, "messages": messages}
-        payload["temperature"] = config.reader_temperature
-        if config.reader_tokens:
-            payload["max_tokens"] = config.reader_tokens
-
-        def ask() -> str:
-            text, tokens = ask_model(self.web, url, "READER_API_KEY", payload, counts, deadline)
-            if text is None:
-                raise WebFailure(*BAD_REPLY)
-            count(counts, "reader_tokens", tokens)
-            count(counts, "usd", tokens * config.price_reader_token)
-            return text
-
-        asked = [url, payload]
-        return await self.in_thread(self.web.cached, "reader", asked, ask, counts, deadline)
+        reply = await self.in_thread(
+            ask_service, "reader", config, self.web, messages, str, BAD_REPLY, counts, deadline
+        )
+        return parse_notes(reply)
 
 
-# A parser: [length, content type] and a body in, one line of JSON out, until no more comes.
+# A parser: (body, content type) in, one line of JSON out (which a page that took it over could
+# write, too), until no more comes.
 if __name__ == "__main__":
     logging.disable()
     # A PDF of a few kB can ask for gigabytes; elsewhere only the deadline ends it.
@@ -414,7 +388,6 @@ if __name__ == "__main__":
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
-    for line in sys.stdin.buffer:
-        length, content_type = json.loads(line)
-        body = sys.stdin.buffer.read(length)
-        print(json.dumps(parse(body, content_type)), flush=True)
+    with suppress(EOFError):
+        while True:
+            print(json.dumps(parse(*pickle.load(sys.stdin.buffer))), flush=True)

@@ -1,5 +1,6 @@
 """The reward: word-level F1 of the answer, or a penalty when there is no answer in the right
-format. Below it the judge of evaluations, and the sums that a step or an evaluation is told by.
+format. Below it models at an endpoint (the reader of pages, the judge of evaluations), and the sums
+that a step or an evaluation is told by.
 
 The scorer follows the published one to the bit: words are sets, so neither order nor repetition
 counts, and articles are words (SQuAD's F1 differs in both). Omitted, as in the paper: any reward
@@ -23,8 +24,7 @@ from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Traject
 
 PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation, " "))
 FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
-    "malformed": "its last turn was neither a complete thought with one tool call nor one with an "
-    "answer",
+    "malformed": "its last turn was no complete thought with one tool call or with an answer",
     "tool_budget": "it asked for another tool after its last allowed call instead of answering",
     "length": "its last turn reached the limit of tokens for a turn (max_turn_tokens)",
     "context": "it reached the limit of tokens for a whole trajectory (max_model_len)",
@@ -33,7 +33,7 @@ FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
 JUDGE_FIELDS = re.compile(r"\{(question|gt_answer|pred_answer)\}")
 
 
-def words(text: str) -> list[str]:
+def words(text):
     """'The U.S.' -> ['the', 'u', 's']. Only ASCII punctuation separates: an en dash stays part of
     its word.
     """
@@ -83,9 +83,8 @@ def reward(trajectory: Trajectory, config: Config) -> float:
             f"question {trajectory.question.id!r}: a {trajectory.stop_reason} trajectory has no "
             "reward"
         )
-    if trajectory.stop_reason != "answer":
+    if trajectory.answer is None:
         return config.format_reward
-    assert trajectory.answer is not None, "stopped with an answer: there is none"
     return f1_score(trajectory.answer, trajectory.question.answers)
 
 
@@ -93,11 +92,11 @@ def explain(trajectory: Trajectory, config: Config) -> str:
     """The reward in words: which gold answer it was compared with, precision and recall, or what
     went wrong.
     """
+    answer = trajectory.answer
     stop_reason = trajectory.stop_reason
     if stop_reason not in POLICY_STOPS:
         return f"no reward: the harness ended this trajectory ({stop_reason}), so it is left out"
     value = reward(trajectory, config)
-    answer = trajectory.answer
     if answer is None:
         return f"reward {value:g} for the format: {FORMAT_FAILURES[stop_reason]}"
     golds = trajectory.question.answers
@@ -116,7 +115,7 @@ def explain(trajectory: Trajectory, config: Config) -> str:
     )
 
 
-def judge(question: Question, trajectories: list, config: Config, step: int) -> Group:
+def judge(question: Question, trajectories, config: Config, step) -> Group:
     """Rewards and advantages of one question's trajectories; what the harness ended is left out."""
     kept = [one for one in trajectories if one.stop_reason in POLICY_STOPS]
     rewards = [reward(one, config) for one in kept]
@@ -125,25 +124,19 @@ def judge(question: Question, trajectories: list, config: Config, step: int) -> 
     return Group(question, kept, rewards, group_advantages(rewards, config.advantage_std).tolist())
 
 
-# --- MBE: a language model as judge of answers
-
-
-# --- models at an endpoint: the judge, and the reader of pages
+# --- models at an endpoint: the reader of pages, and the judge of answers (MBE)
 
 # by endpoint and model: the names of parameters that it refuses
-LEFT_OUT: dict = {}
+LEFT_OUT = {}
 # what a message that refuses a parameter calls it
-PARAMETER = (
-    r"(?i)\b(?:(?P<temperature>temperature)|(?P<max_tokens>max[_ ]?tokens)"
-    r"|(?P<max_completion_tokens>max_completion_tokens))\b"
-)
+PARAMETER = r"(?i)\b(?:(?P<temperature>temperature)|(?P<max_tokens>max[_ ]?tokens))\b"
 
 
-def ask_model(web, url: str, key: str, payload: dict, counts: Counter, deadline: float) -> tuple:
-    """(text, tokens) of a chat completion; (None, 0) without text. `web` is a web.Web.
+def ask_model(web, url, key, payload, counts, deadline):
+    """(text, tokens) of a chat completion; ("", 0) without text. `web` is a web.Web.
 
     `key`: the environment variable of the key. Parameters that the endpoint refuses by name are
-    left out, max_tokens only after it was tried by its newer name.
+    left out, but for max_tokens, which has a newer name.
     """
     headers = {"Authorization": f"Bearer {os.environ.get(key, '').strip()}"}
     known = LEFT_OUT.setdefault((url, payload["model"]), [])
@@ -156,41 +149,61 @@ def ask_model(web, url: str, key: str, payload: dict, counts: Counter, deadline:
                 sent["max_completion_tokens"] = value
         try:
             reply = web.fetch_json(url, headers, sent, counts, deadline)
-            text = reply["choices"][0]["message"].get("content")
+            text = reply["choices"][0]["message"]["content"]
             break
         except WebFailure as failure:
-            refused.append(refused_parameter(failure, sent))
             said = failure.said
+            told = [one.lastgroup for one in re.finditer(PARAMETER, said) if one.lastgroup in sent]
+            if not told or failure.kind not in ("http_400", "http_422") or "context length" in said:
+                raise
+            refused.append(told[0])
         except (LookupError, TypeError, AttributeError):
             raise WebFailure(*BAD_REPLY) from None
-    if len(refused) > len(known):
+    if refused != known:
         known[:] = refused
         if web.rank == 0:
             print(
                 f"{url} refuses {', '.join(refused)}, and is asked without: {said}", file=sys.stderr
             )
     if not isinstance(text, str):
-        return None, 0
+        return "", 0
     with suppress(LookupError, TypeError):
         return text, reply["usage"]["total_tokens"] + 0
     return text, len(f"{payload['messages']}{text}") // 4  # an estimate
 
 
-def refused_parameter(failure: WebFailure, sent: dict):
-    """The first of them that an endpoint's words name; raises the failure if it is no refusal."""
-    if failure.kind in ("http_400", "http_422") and "context length" not in failure.said:
-        for found in re.finditer(PARAMETER, failure.said):
-            if found.lastgroup in sent:
-                return found.lastgroup
-    raise failure
+def ask_service(role, config: Config, web, messages, read, unread, counts, deadline):
+    """read(the text of a reply) of the reader or the judge, through the cassette.
+
+    `read` gives None for what it cannot read: the third such reply is a WebFailure, `unread`.
+    """
+    keys = vars(config)
+    url = f"{keys[f'{role}_url'].rstrip('/')}/chat/completions"
+    payload = {
+        "model": keys[f"{role}_model"],
+        "messages": messages,
+        "temperature": keys[f"{role}_temperature"],
+    }
+    if role == "reader" and config.reader_tokens:
+        payload["max_tokens"] = config.reader_tokens
+
+    def ask():
+        for _ in range(3):
+            text, tokens = ask_model(web, url, f"{role.upper()}_API_KEY", payload, counts, deadline)
+            count(counts, f"{role}_tokens", tokens)
+            count(counts, "usd", tokens * keys[f"price_{role}_token"])
+            found = read(text)
+            if found not in (None, ""):
+                return found
+        raise WebFailure(*unread)
+
+    return web.cached(role, [url, payload], ask, counts, deadline)
 
 
 def judge_rules(config: Config) -> str:
     """The text of judge_prompt_file, or ours; ConfigError where it cannot be used."""
     with named("judge_prompt_file", config.judge_prompt_file):
-        rules = Path(config.judge_prompt_file or ROOT / "prompts/judge.txt").read_text(
-            encoding="utf-8"
-        )
+        rules = Path(config.judge_prompt_file or ROOT / "prompts/judge.txt").read_text("utf-8")
         if len(set(JUDGE_FIELDS.findall(rules))) in (1, 2):
             raise ValueError(
                 "must hold all of {question}, {gt_answer} and {pred_answer}, or none of them"
@@ -198,36 +211,22 @@ def judge_rules(config: Config) -> str:
     return rules
 
 
-def judge_messages(rules: str, question: str, golds: list, given: str) -> list:
-    """What the judge is asked: rules before the case, or rules with fields, filled in, as the
-    official scorer does.
-    """
-    case = {"question": question, "accepted": golds, "given": given}
-    asked = json.dumps(case, ensure_ascii=False)
-    if JUDGE_FIELDS.search(rules):
-        values = {"question": question, "gt_answer": str(golds), "pred_answer": given}
-        asked = JUDGE_FIELDS.sub(lambda field: values[field[1]], rules)
-        rules = "You are a helpful assistant."
-    return [{"role": "system", "content": rules}, {"role": "user", "content": asked}]
-
-
-def parse_verdict(reply: str) -> float | None:
+def parse_verdict(reply) -> float | None:
     """1.0 or 0.0 by {"judgement": word} in the reply, the official form, or else by a word alone on
     its last line.
     """
     reply = reply.rpartition("</think>")[2].strip()
     told = re.findall(r'"judgement"\s*:\s*"(.*?)"', reply) or reply.splitlines()[-1:]
     verdict = re.fullmatch(r"\W*(IN)?CORRECT\W*", "\n".join(told), re.I)
-    if verdict is None:
-        return None
-    return 0.0 if verdict[1] else 1.0
+    return None if verdict is None else float(not verdict[1])
 
 
-def ask_judge(trajectory: Trajectory, config: Config, web, counts: Counter) -> float | None:
+def ask_judge(trajectory: Trajectory, config: Config, web, counts) -> float | None:
     """MBE, a language model's verdict on an answer: 1 or 0; None, counted as fail_judge_*, where
     there is no verdict. `web` is a web.Web.
 
-    No answer is wrong and an exact match is right without asking, as in the official code.
+    No answer is wrong and an exact match is right without asking, as in the official code. Rules
+    come before the case, or have fields, which are filled in, as the official scorer does.
     """
     answer = trajectory.answer
     golds = list(trajectory.question.answers)
@@ -236,25 +235,19 @@ def ask_judge(trajectory: Trajectory, config: Config, web, counts: Counter) -> f
     if config.judge_normalize:
         golds = [*map(str.lower, golds)]
         answer = " ".join(words(answer))
-    url = f"{config.judge_url.rstrip('/')}/chat/completions"
-    payload = {
-        "model": config.judge_model,
-        "messages": judge_messages(judge_rules(config), trajectory.question.text, golds, answer),
-        "temperature": config.judge_temperature,
-    }
+    rules = judge_rules(config)
+    question = trajectory.question.text
+    case = {"question": question, "accepted": golds, "given": answer}
+    asked = json.dumps(case, ensure_ascii=False)
+    if JUDGE_FIELDS.search(rules):
+        fields = {"question": question, "gt_answer": str(golds), "pred_answer": answer}
+        asked = JUDGE_FIELDS.sub(lambda field: fields[field[1]], rules)
+        rules = "You are a helpful assistant."
+    messages = [{"role": "system", "content": rules}, {"role": "user", "content": asked}]
+    unread = "no_verdict", "The judge gave no verdict."
     deadline = time.monotonic() + config.tool_timeout
-
-    def ask():
-        for _ in range(3):  # replies without a verdict, before an answer stays without one
-            text, tokens = ask_model(web, url, "JUDGE_API_KEY", payload, counts, deadline)
-            count(counts, "usd", tokens * config.price_judge_token)
-            verdict = parse_verdict(text or "")
-            if verdict is not None:
-                return verdict
-        raise WebFailure("no_verdict", "The judge gave no verdict.")
-
     try:
-        return web.cached("judge", [url, payload], ask, counts, deadline)
+        return ask_service("judge", config, web, messages, parse_verdict, unread, counts, deadline)
     except WebFailure:
         return None
 
@@ -262,9 +255,9 @@ def ask_judge(trajectory: Trajectory, config: Config, web, counts: Counter) -> f
 # --- measures: what is told about trajectories
 
 
-def measures(trajectory: Trajectory) -> dict:
+def measures(trajectory: Trajectory):
     """What counts about one trajectory: f1 and em (0 without an answer), format_errors (0 or 1),
-    calls, tokens, costs.
+    calls, tokens.
     """
     answer = trajectory.answer
     golds = trajectory.question.answers
@@ -279,15 +272,14 @@ def measures(trajectory: Trajectory) -> dict:
         "calls": sum(turn.observation != "" for turn in trajectory.turns),
         "searches": cost.get("searches", 0),
         "pages": cost.get("pages", 0),
-        "usd": cost.get("usd", 0),
     }
 
 
-def step_sums(groups: list, rollouts: list) -> Counter:
+def step_sums(groups, rollouts):
     """Sums over this rank's share of a step: the measures of what the policy ended, and costs of
     all.
     """
-    sums: Counter = Counter({"groups": len(groups), "lost": 0, "cost_usd": 0.0})
+    sums = Counter(groups=len(groups), lost=0, cost_usd=0)
     for rollout in rollouts:
         for trajectory in rollout:
             for name, amount in trajectory.cost.items():
@@ -303,12 +295,16 @@ def step_sums(groups: list, rollouts: list) -> Counter:
     return sums
 
 
-def summarize(trajectories: list) -> dict:
+def mean(sums, name):
+    return sums[name] / max(1, sums["trajectories"])
+
+
+def summarize(trajectories):
     """Means of `measures` over the trajectories that the policy ended; n, their number; F1 by hops
     on the toy.
     """
     sums = step_sums([], [trajectories])
-    scores: dict = {"n": sums["trajectories"]}
+    scores = {"n": sums["trajectories"]}
     for name in ("f1", "em", "format_errors", "calls", "searches", "pages"):
         scores[name] = mean(sums, name)
     for hops in ("1hop", "2hop"):
@@ -319,11 +315,7 @@ def summarize(trajectories: list) -> dict:
     return scores
 
 
-def mean(sums: Counter, name: str) -> float:
-    return sums[name] / max(1, sums["trajectories"])
-
-
-def step_means(sums: Counter) -> dict:
+def step_means(sums):
     """Means over the trajectories of all ranks; lost and cost_... stay totals.
 
     `tied` is the share of groups, `failed` that of the calls to pages and services.

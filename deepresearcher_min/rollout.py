@@ -47,7 +47,7 @@ from deepresearcher_min.protocol import (
     search_item,
 )
 from deepresearcher_min.reward import ask_model
-from deepresearcher_min.search import SERVICES, LiveSearch, make_search
+from deepresearcher_min.search import SERVICES, live_search, make_search
 from deepresearcher_min.trajectory import Reading, Recording, Trajectory, Turn
 from deepresearcher_min.web import BLOCKED, Web, is_blocked
 
@@ -250,9 +250,9 @@ def try_services(config: Config, agent=True, judge=False) -> str:
         address, key = getattr(config, f"{role}_url"), f"{role.upper()}_API_KEY"
         try:
             if role == "search":
-                live = LiveSearch(config, web)
-                address, key = live.base, SERVICES[config.search][2] or "the network"
-                live.search("Wikipedia", Counter())
+                _, public, key = SERVICES[config.search]
+                address, key = address or public, key or "the network"
+                live_search(config, web)("Wikipedia", Counter())
             else:
                 ask_model(
                     web,

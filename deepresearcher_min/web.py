@@ -23,7 +23,6 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -53,7 +52,6 @@ from deepresearcher_min.config import (
 
 # --- failures: kinds, and words for the model
 
-CONNECTION = ("connection", "The connection to the server failed.")
 REFUSED = (
     "refused_address",
     "Only plain http and https addresses of the public internet can be opened.",
@@ -76,7 +74,7 @@ NETWORKS = """224.0.0.0/3 192.0.0.0/24 192.88.99.0/24 168.63.129.16/32
 RESOLVERS = ThreadPoolExecutor(16, "resolver")  # getaddrinfo knows no deadline; waiting for it does
 
 
-def is_public(address: str) -> bool:
+def is_public(address) -> bool:
     """Whether an IP address belongs to the public internet; IPv4 inside IPv6 is judged as IPv4."""
     ip = ipaddress.ip_address(address)
     if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
@@ -86,7 +84,7 @@ def is_public(address: str) -> bool:
     return ip.is_global and not any(ip in ipaddress.ip_network(network) for network in NETWORKS)
 
 
-def check_url(url: str, allow_private=False, seconds=5.0) -> tuple:
+def check_url(url: str, allow_private=False, seconds=5.0):
     """A plain URL's parts, and the only addresses to dial; BlockedURL if one is not public."""
     parts = parse_url("")
     with suppress(ValueError):
@@ -96,7 +94,7 @@ def check_url(url: str, allow_private=False, seconds=5.0) -> tuple:
         raise BlockedURL(*REFUSED)
     lookup = RESOLVERS.submit(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
     try:
-        addresses = [str(entry[4][0]) for entry in lookup.result(seconds)]
+        addresses = [entry[4][0] for entry in lookup.result(seconds)]
     except (OSError, UnicodeError):  # no such name, or no answer in time
         raise BlockedURL("dns", f"No server with the name {host} can be found.") from None
     finally:
@@ -108,15 +106,22 @@ def check_url(url: str, allow_private=False, seconds=5.0) -> tuple:
 
 # --- the exchange: one request and its reply
 
-USER_AGENT = "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)"
+HEADERS = {
+    "User-Agent": "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)",
+    "Accept-Encoding": "gzip, deflate",
+}
 # content types of pages
-READABLE = r"$|text/(html|plain|markdown)|application/(xhtml\+xml|pdf)"
-QUOTA = ("quota", "The quota of the service is used up.")
-NO_ACCESS = ("unauthorized", "The server refused access.")
-BUSY = ("rate_limited", "The server answered with the error 429 (Too Many Requests).")
+READABLE = r"(?i)\s*($|text/(html|plain|markdown)|application/(xhtml\+xml|pdf))"
+QUOTA = "quota", "The quota of the service is used up."
+NO_ACCESS = "unauthorized", "The server refused access."
+BUSY = "rate_limited", "The server answered with the error 429 (Too Many Requests)."
 STATUS = {401: NO_ACCESS, 402: QUOTA, 403: NO_ACCESS, 429: BUSY, 432: QUOTA}
-# what urllib3 raises; all else is a CONNECTION that failed
+# what requests and urllib3 raise; all else is a connection that failed
 RAISED = {
+    requests.TooManyRedirects: (
+        "redirects",
+        "The address leads from redirect to redirect without end.",
+    ),
     errors.SSLError: ("tls", "No secure connection to the server is possible."),
     errors.ConnectTimeoutError: TIMEOUT,
     errors.ReadTimeoutError: TIMEOUT,
@@ -126,29 +131,27 @@ RAISED = {
 ERRAND = threading.local()
 
 
-class DeadlineResponse(http.client.HTTPResponse):
-    """Head and body end at the deadline: a limit of silence never meets a byte every second."""
+def response_in_time(_, sock, method):
+    """A reply whose head and body end at the deadline: a limit of silence never meets a byte every
+    second.
+    """
+    response = http.client.HTTPResponse(sock, method=method)
+    receive = response.fp.raw.readinto  # of the buffered file just made over the socket
 
-    def __init__(self, sock, *args, **kwargs):
-        super().__init__(sock, *args, **kwargs)
-        receive = self.fp.raw.readinto  # of the buffered file just made over the socket
+    def receive_in_time(buffer):
+        sock.settimeout(min(seconds_left(ERRAND.deadline), sock.gettimeout()))
+        return receive(buffer)
 
-        def receive_in_time(buffer):
-            sock.settimeout(min(seconds_left(ERRAND.deadline), sock.gettimeout()))
-            return receive(buffer)
-
-        self.fp.raw.readinto = receive_in_time  # type: ignore[method-assign]
+    response.fp.raw.readinto = receive_in_time  # type: ignore[method-assign]
+    return response
 
 
 class PlainConnection(urllib3.connection.HTTPConnection):
-    response_class = DeadlineResponse
+    response_class = response_in_time  # type: ignore[assignment]
 
 
 class SecureConnection(urllib3.connection.HTTPSConnection):
-    response_class = DeadlineResponse
-
-
-CONNECTIONS = {"http": PlainConnection, "https": SecureConnection}
+    response_class = response_in_time  # type: ignore[assignment]
 
 
 class Door(requests.adapters.HTTPAdapter):
@@ -163,7 +166,8 @@ class Door(requests.adapters.HTTPAdapter):
 
     def send(self, request, *_, **__):
         """The reply, read, whatever its status is."""
-        limits, own = self.limits, ERRAND.own
+        limits = self.limits
+        own = ERRAND.own
         if not own and is_blocked(request.url, host_list(limits)):
             raise BlockedURL(*BLOCKED)
         parts, addresses = check_url(
@@ -173,44 +177,39 @@ class Door(requests.adapters.HTTPAdapter):
         request.headers["Host"] = parts.netloc
         # each for a place in the pool, the connection and its TLS: together in time
         third = seconds_left(ERRAND.deadline) / 3
-        silence = limits.read_timeout
         # a language model says nothing until it has said all
-        if request.url.endswith("/chat/completions"):
-            silence = 3 * third
+        silence = 3 * third if request.url.endswith("/chat/completions") else limits.read_timeout
         # the certificate must be that of the name
         pinned = {
             "maxsize": limits.tool_threads + 1 if own else limits.connections_per_host,
             "server_hostname": parts.host,
         }
         count(ERRAND.counts, "requests")
+        pool = self.poolmanager.connection_from_host(address, parts.port, parts.scheme, pinned)
+        pool.ConnectionCls = PlainConnection if parts.scheme == "http" else SecureConnection
+        reply = pool.urlopen(
+            request.method,
+            parts.request_uri,
+            request.body,
+            request.headers,
+            timeout=urllib3.Timeout(connect=min(limits.connect_timeout, third), read=silence),
+            pool_timeout=third,  # type: ignore[arg-type]
+            redirect=False,
+            preload_content=False,
+        )
+        # both: a connection with unread bytes is closed, and its place in the pool given back
         try:
-            pool = self.poolmanager.connection_from_host(address, parts.port, parts.scheme, pinned)
-            pool.ConnectionCls = CONNECTIONS[parts.scheme]
-            reply = pool.urlopen(
-                request.method,
-                parts.request_uri,
-                request.body,
-                request.headers,
-                timeout=urllib3.Timeout(connect=min(limits.connect_timeout, third), read=silence),
-                pool_timeout=third,  # type: ignore[arg-type]
-                redirect=False,
-                preload_content=False,
-            )
-            # both: a connection with unread bytes is closed, and its place in the pool given back
-            try:
-                response = self.build_response(request, reply)
-                # read already, and without cookies that the session could keep
-                response.raw = io.BytesIO(self.body_of(reply))
-                return response
-            finally:
-                reply.close()
-                reply.release_conn()
-        except (errors.HTTPError, OSError, ValueError) as error:
-            raise WebFailure(*RAISED.get(type(error), CONNECTION)) from None
+            response = self.build_response(request, reply)
+            # read already, and without cookies that the session could keep
+            response.raw = io.BytesIO(self.body_of(reply))
+            return response
+        finally:
+            reply.close()
+            reply.release_conn()
 
-    def body_of(self, reply) -> bytes:
+    def body_of(self, reply):
         """Decompressed, and no more of it than a page may have."""
-        kind = reply.headers.get("Content-Type", "").strip().lower()
+        kind = reply.headers.get("Content-Type", "")
         if reply.status == 200 and not ERRAND.own and not re.match(READABLE, kind):
             raise WebFailure(
                 "content_type", f"This is not a page to read but a file of type {kind[:60]}."
@@ -222,9 +221,10 @@ class Door(requests.adapters.HTTPAdapter):
         return body
 
 
-def status_failure(response: requests.Response) -> WebFailure:
-    """What a reply that is no success means."""
-    status, body = response.status_code, response.content
+def status_failure(response, headers):
+    """What a reply that is no success, to a request with these headers, means."""
+    status = response.status_code
+    body = response.content
     if status == 400 and b"credit" in body[:1000].lower():
         status = 402  # "Not enough credits" is Serper's
     other = (
@@ -232,19 +232,16 @@ def status_failure(response: requests.Response) -> WebFailure:
         f"The server answered with the error {status} "
         f"({http.client.responses.get(status, 'unknown')}).",
     )
-    return WebFailure(*STATUS.get(status, other), server_words(body, response.request.headers))
+    return WebFailure(*STATUS.get(status, other), server_words(body, headers))
 
 
-def server_words(body: bytes, headers) -> str:
-    """The texts of an error's JSON, or its text without tags; shortened, and without our key."""
-    said = body[:10_000].decode(errors="replace")
-    if re.match(r"\s*[{[]", said):
-        # keys are matched, too, but not found
-        found = re.findall(r'"(?:[^"\\]|\\.)*"\s*:|"((?:[^"\\]|\\.)*)"', said)
-        said = ", ".join(filter(None, found))
-    said = re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", said)
-    for name in ("Authorization", "X-API-KEY"):
-        key = headers.get(name, "").removeprefix("Bearer ")
+def server_words(body, headers):
+    """The words of an error's JSON or HTML, shortened, and without our key."""
+    # no scripts and tags, no keys and brackets
+    rest = r'(?s)<(style|script).*?</\1>|<[^>]*>|,? ?"\w+" ?:|[][{}]|\\?"'
+    said = re.sub(rest, " ", body[:10_000].decode(errors="replace"))
+    for value in (headers or {}).values():
+        key = value.removeprefix("Bearer ")
         if len(key) > 3:
             said = said.replace(key, "...")
     return "".join(filter(str.isprintable, shorten(said, 400, placeholder=" ...")))
@@ -264,11 +261,10 @@ class Web:
     enough = 0  # from how many calls on most failures stop the run; 0: never
 
     def __init__(self, config: Config, cassette: str | Path, rank=0, world_size=1):
-        self.config, self.cassette = config, Path(cassette)
+        self.config = config
+        self.cassette = Path(cassette)
         if config.cassette_mode == "replay" and not self.cassette.is_file():
-            raise ConfigError(
-                f"cassette={str(cassette)!r}: cassette_mode: replay needs a recording"
-            )
+            raise ConfigError(f"cassette='{cassette}': cassette_mode: replay needs a recording")
         self.cassette.parent.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(
             cassette, timeout=30, isolation_level=None, check_same_thread=False
@@ -281,19 +277,18 @@ class Web:
             self.db.execute("PRAGMA journal_mode=WAL")
         # a power cut may cost the last replies, never the file
         self.db.execute("PRAGMA synchronous=NORMAL")
-        self.db_lock, self.opened = threading.Lock(), time.time()
-        self.flights: dict = {}  # a lock for each first two bytes of a key
-        self.totals = Counter[str]()  # calls and failures
-        self.rank, self.world_size, self.session = rank, world_size, requests.Session()
+        self.db_lock = threading.Lock()
+        self.opened = time.time()
+        self.flights = {}  # a lock for each first two bytes of a key
+        self.totals = Counter()  # calls and failures
+        self.rank = rank
+        self.world_size = world_size
+        self.session = requests.Session()
         self.session.trust_env = False  # ~/.netrc would replace our Authorization header
-        self.session.max_redirects = 5
-        self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate"})
-        self.session.adapters.clear()
-        self.session.mount("", Door(config))
+        self.session.headers.update(HEADERS)
+        self.session.adapters = {"": Door(config)}
 
-    def cached(
-        self, kind: str, request, produce: Callable, counts: Counter, deadline: float, made=""
-    ):
+    def cached(self, kind, request, produce, counts, deadline, made=""):
         """The recorded reply to `request` (any JSON), else that of produce(), which is recorded, be
         it a WebFailure. Calls and failures are counted.
 
@@ -311,68 +306,68 @@ class Web:
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
         # all but one of identical requests wait for its reply
         flight = self.flights.setdefault(key[:2], threading.Lock())
-        reply: dict = {"failure": TIMEOUT}
         left = deadline - time.monotonic()
-        if left > 0 and flight.acquire(timeout=left):
+        try:
+            if not flight.acquire(timeout=seconds_left(deadline)):
+                raise WebFailure(*TIMEOUT)
             try:
-                reply = self.reply_to(key, produce, counts, made)
+                return self.reply_to(key, produce, counts, made)
             finally:
                 flight.release()
-        if "value" in reply:
-            return reply["value"]
-        failure = WebFailure(*reply["failure"])
-        count_failure(counts, kind, failure)
-        # then others took this call's time, and its timeout is no fault of the service
-        hurried = failure.kind == "timeout" and left < self.config.tool_timeout / 2
-        if not hurried and failure.kind not in NO_FAULT:
-            count(counts, f"{kind}_failed")
-            count(self.totals, f"cost_{kind}_failed")
-            LAST_WORDS[kind] = str(failure)
-        raise failure
+        except WebFailure as failure:
+            count_failure(counts, kind, failure)
+            # then others took this call's time, and its timeout is no fault of the service
+            hurried = failure.kind == "timeout" and left < self.config.tool_timeout / 2
+            if not hurried and failure.kind not in NO_FAULT:
+                count(counts, f"{kind}_failed")
+                count(self.totals, f"cost_{kind}_failed")
+                LAST_WORDS[kind] = str(failure)
+            raise
 
-    def reply_to(self, key: bytes, produce: Callable, counts: Counter, made: str) -> dict:
-        """{"value": any JSON} or {"failure": the arguments of WebFailure}."""
+    def reply_to(self, key, produce, counts, made):
+        """What is recorded, or else is produced and recorded; raises the WebFailure that it is."""
         with self.db_lock:
             found = self.db.execute("SELECT time, reply FROM replies WHERE key = ?", (key,))
             written, text = found.fetchone() or (0, "{}")
-        reply, now, mode = json.loads(text), time.time(), self.config.cassette_mode
+        reply = json.loads(text)
+        now = time.time()
+        mode = self.config.cassette_mode
         oldest = now - self.config.search_ttl if mode == "live" else 0.0
         # soon forgotten, and by the next process at once: a service may be mended
         if mode != "replay" and "failure" in reply:
             oldest = max(now - 60, self.opened)
-        same = mode != "live" or reply.get("made", "") == made
+        same = mode != "live" or reply.get("made") == made
         if reply and written >= oldest and same:
             count(counts, "cache_hits")
-            return reply
-        if mode == "replay":
-            return {
-                "failure": ("replay_miss", "This is not in the recording that is being replayed.")
-            }
-        try:
-            reply = {"value": produce()}
-        except WebFailure as failure:
-            reply = {"failure": (failure.kind, failure.words, failure.said)}
-        text = json.dumps({**reply, "made": made})
-        with self.db_lock:
-            self.db.execute(
-                "INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (key, time.time(), text)
-            )
-        return reply
+        elif mode == "replay":
+            raise WebFailure("replay_miss", "This is not in the recording that is being replayed.")
+        else:
+            try:
+                reply = {"value": produce()}
+            except WebFailure as failure:
+                reply = {"failure": (failure.kind, failure.words, failure.said)}
+            row = (key, time.time(), json.dumps(reply | {"made": made}))
+            with self.db_lock:
+                self.db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", row)
+        if "failure" in reply:
+            raise WebFailure(*reply["failure"])
+        return reply["value"]
 
-    def fetch(
-        self, url: str, counts: Counter, deadline: float, own=False, headers=None, payload=None
-    ) -> tuple:
+    def fetch(self, url, counts, deadline, own=False, headers=None, payload=None):
         """(body, decompressed; content type) of a successful reply to a GET, or to a POST of
         `payload`, after up to 1 + max_retries attempts.
 
         `own`: a service of the operator, so any address and content type, no redirects.
         """
-        ERRAND.own, ERRAND.counts, ERRAND.deadline, ERRAND.attempt = own, counts, deadline, 0
+        ERRAND.own = own
+        ERRAND.counts = counts
+        ERRAND.deadline = deadline
+        ERRAND.attempt = 0
         while True:
-            retry_after = ""
+            pause = 2**ERRAND.attempt * random.SystemRandom().uniform(0.25, 0.75)
             try:
                 response = self.session.request(
-                    "GET" if payload is None else "POST",
+                    "POST" if payload else "GET",
                     url,
                     headers=headers,
                     json=payload,
@@ -380,20 +375,17 @@ class Web:
                 )
                 if 200 <= response.status_code < 300:
                     return response.content, response.headers.get("Content-Type", "")
-                failure = status_failure(response)
-                retry_after = response.headers.get("Retry-After", "")
-            except requests.TooManyRedirects:
-                failure = WebFailure(
-                    "redirects", "The address leads from redirect to redirect without end."
-                )
-            except ValueError:  # what requests does not even take for an address
-                failure = BlockedURL(*REFUSED)
+                failure = status_failure(response, headers)
+                # no Retry-After, or one that cannot be read
+                with suppress(KeyError, errors.InvalidHeader, ValueError):
+                    pause = urllib3.Retry().parse_retry_after(response.headers["Retry-After"])
             except WebFailure as raised:
                 failure = raised
-            pause = 2**ERRAND.attempt * random.SystemRandom().uniform(0.25, 0.75)
-            # no Retry-After, or one that cannot be read
-            with suppress(errors.InvalidHeader, ValueError):
-                pause = urllib3.Retry().parse_retry_after(retry_after)
+            except ValueError:  # what requests does not even take for an address
+                failure = BlockedURL(*REFUSED)
+            except (errors.HTTPError, OSError) as error:
+                broken = "connection", "The connection to the server failed."
+                failure = WebFailure(*RAISED.get(type(error), broken))
             again = re.match("timeout|connection|rate_limited|http_5", failure.kind)
             late = time.monotonic() + pause >= deadline
             if late or not again or ERRAND.attempt == self.config.max_retries:
@@ -401,7 +393,7 @@ class Web:
             time.sleep(pause)
             ERRAND.attempt += 1
 
-    def fetch_json(self, url: str, headers, payload, counts: Counter, deadline: float):
+    def fetch_json(self, url, headers, payload, counts, deadline):
         """The JSON reply of a service of the operator."""
         body, _ = self.fetch(url, counts, deadline, True, headers, payload)
         with suppress(ValueError, RecursionError):

@@ -15,7 +15,7 @@ from test_pages import ARTICLE, page
 from deepresearcher_min import browse
 from deepresearcher_min.browse import Browser, extract, parse_notes, segments
 from deepresearcher_min.config import ConfigError, load_config
-from deepresearcher_min.search import SENTENCE_END, Corpus
+from deepresearcher_min.search import SENTENCE_END, Corpus, check_search
 from deepresearcher_min.trajectory import Reading
 from deepresearcher_min.web import Web, WebFailure
 
@@ -334,7 +334,7 @@ def test_a_reader_waits_in_the_thread_that_tools_are_given_and_counts_tokens_as_
     url = server.url + "/page"
     notes, counts = read_page(url, "Which river?", None, [], config, web, in_thread=in_thread)
     assert notes == [(0, "The Ost.")]
-    assert asked == ["fetch_text", "cached"] and counts["reader_tokens"] > 100
+    assert asked == ["fetch_text", "ask_service"] and counts["reader_tokens"] > 100
 
 
 @pytest.mark.parametrize("mode", ["live", "record"])
@@ -375,12 +375,6 @@ def test_live_pages_that_cannot_be_read_say_so(live):
 def test_readers_say_what_they_lack(monkeypatch):
     monkeypatch.delenv("READER_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="reader_url"):
-        Browser(replace(TOY, reader="openai"), None, None, inline, None)
+        check_search(replace(TOY, reader="openai"))
     with pytest.raises(ConfigError, match="READER_API_KEY"):
-        Browser(
-            replace(TOY, reader="openai", reader_url="http://x/v1", reader_model="m"),
-            None,
-            None,
-            inline,
-            None,
-        )
+        check_search(replace(TOY, reader="openai", reader_url="http://x/v1", reader_model="m"))

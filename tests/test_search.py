@@ -338,8 +338,6 @@ def test_missing_keys_and_addresses_are_said_before_anything_is_loaded(monkeypat
         with pytest.raises(ConfigError, match="search_url"):
             check_search(replace(CONFIG, search=name))
     check_search(replace(CONFIG, search="wikipedia"))
-    with pytest.raises(ConfigError, match="needs a corpus"):
-        make_search(replace(CONFIG, search="toy"), None, None)
 
 
 @pytest.mark.skipif(not FIXTURES.is_dir(), reason="needs the recorded responses of ../shared")
