@@ -36,7 +36,6 @@ from deepresearcher_min.config import (
 )
 from deepresearcher_min.reward import ask_service
 from deepresearcher_min.search import Corpus, extract, parse_notes, segments
-from deepresearcher_min.trajectory import Reading
 
 LIBRARIES = ("trafilatura", "beautifulsoup4", "lxml", "pypdf", "charset-normalizer")
 EXTRACTOR = code_of(__file__, *LIBRARIES)  # what made a recorded text
@@ -72,7 +71,7 @@ LEGACY = """gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r iso8859_5 cp1253 cp125
 READER_RULES = (ROOT / "prompts/reader.txt").read_text("utf-8").strip()
 
 
-def main_text(body: bytes, content_type: str) -> str:
+def main_text(body, content_type) -> str:
     """The main content of a page (HTML, PDF, plain text), one block a line, or ""; never raises."""
     return parse(body, content_type)[0]
 
@@ -88,7 +87,7 @@ def parse(body, content_type):
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip(), ""
 
 
-def page_text(body: bytes, content_type: str) -> str:
+def page_text(body, content_type) -> str:
     """main_text without its safety net; raises WebFailure (unreadable), and what parsers raise."""
     if body.startswith(b"%PDF-") or "pdf" in content_type:
         return pdf_text(body)
@@ -299,7 +298,7 @@ class Browser:
     generate_text: Any  # awaited as generate_text(messages), it asks the policy's own engine
     parsers = Parsers(2)  # of one rank
 
-    async def browse(self, url, reading: Reading, counts):
+    async def browse(self, url, reading, counts):
         """(page_number, page_summary) of what is new in segments from reading.next on, which moves.
 
         Fetching and each reading keep tool_timeout, all together browse_timeout. What ends it early
@@ -354,7 +353,7 @@ class Browser:
 
         return self.web.cached("page", url.partition("#")[0], produce, counts, deadline, EXTRACTOR)
 
-    async def read(self, reading: Reading, segment, counts, deadline):
+    async def read(self, reading, segment, counts, deadline):
         """(notes on one segment, whether to read on); a model's tokens are in no trajectory."""
         config = self.config
         if config.reader == "extractive":

@@ -18,9 +18,9 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from deepresearcher_min.config import BAD_REPLY, ROOT, Config, WebFailure, count, named
+from deepresearcher_min.config import BAD_REPLY, ROOT, WebFailure, count, named
 from deepresearcher_min.grpo import group_advantages
-from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Trajectory
+from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question
 
 PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation, " "))
 FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
@@ -71,7 +71,7 @@ def exact_match(prediction: str, answers: list | tuple) -> float:
     return float(words(prediction) in map(words, answers))
 
 
-def reward(trajectory: Trajectory, config: Config) -> float:
+def reward(trajectory, config) -> float:
     """F1 of the answer, or config.format_reward when the trajectory ended without one (paper
     section 3.3).
 
@@ -88,7 +88,7 @@ def reward(trajectory: Trajectory, config: Config) -> float:
     return f1_score(trajectory.answer, trajectory.question.answers)
 
 
-def explain(trajectory: Trajectory, config: Config) -> str:
+def explain(trajectory, config) -> str:
     """The reward in words: which gold answer it was compared with, precision and recall, or what
     went wrong.
     """
@@ -115,7 +115,7 @@ def explain(trajectory: Trajectory, config: Config) -> str:
     )
 
 
-def judge(question: Question, trajectories, config: Config, step) -> Group:
+def judge(question: Question, trajectories, config, step) -> Group:
     """Rewards and advantages of one question's trajectories; what the harness ended is left out."""
     kept = [one for one in trajectories if one.stop_reason in POLICY_STOPS]
     rewards = [reward(one, config) for one in kept]
@@ -172,7 +172,7 @@ def ask_model(web, url, key, payload, counts, deadline):
     return text, len(f"{payload['messages']}{text}") // 4  # an estimate
 
 
-def ask_service(role, config: Config, web, messages, read, unread, counts, deadline):
+def ask_service(role, config, web, messages, read, unread, counts, deadline):
     """read(the text of a reply) of the reader or the judge, through the cassette.
 
     `read` gives None for what it cannot read: the third such reply is a WebFailure, `unread`.
@@ -200,7 +200,7 @@ def ask_service(role, config: Config, web, messages, read, unread, counts, deadl
     return web.cached(role, [url, payload], ask, counts, deadline)
 
 
-def judge_rules(config: Config) -> str:
+def judge_rules(config) -> str:
     """The text of judge_prompt_file, or ours; ConfigError where it cannot be used."""
     with named("judge_prompt_file", config.judge_prompt_file):
         rules = Path(config.judge_prompt_file or ROOT / "prompts/judge.txt").read_text("utf-8")
@@ -221,7 +221,7 @@ def parse_verdict(reply) -> float | None:
     return None if verdict is None else float(not verdict[1])
 
 
-def ask_judge(trajectory: Trajectory, config: Config, web, counts) -> float | None:
+def ask_judge(trajectory, config, web, counts) -> float | None:
     """MBE, a language model's verdict on an answer: 1 or 0; None, counted as fail_judge_*, where
     there is no verdict. `web` is a web.Web.
 
@@ -255,7 +255,7 @@ def ask_judge(trajectory: Trajectory, config: Config, web, counts) -> float | No
 # --- measures: what is told about trajectories
 
 
-def measures(trajectory: Trajectory):
+def measures(trajectory):
     """What counts about one trajectory: f1 and em (0 without an answer), format_errors (0 or 1),
     calls, tokens.
     """

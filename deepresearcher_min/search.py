@@ -26,7 +26,6 @@ import numpy as np
 
 from deepresearcher_min.config import (
     BAD_REPLY,
-    Config,
     ConfigError,
     WebFailure,
     code_of,
@@ -180,7 +179,7 @@ class Corpus:
             return f"{flat[:SNIPPET_CHARS]} ..."
         return short
 
-    def search(self, query: str, k: int):
+    def search(self, query, k: int):
         """The k best documents, best first, equal scores in corpus order; none that shares no word
         with the query.
         """
@@ -192,7 +191,7 @@ class Corpus:
         return [SearchResult(*row) for row in rows]
 
 
-def live_search(config: Config, web):
+def live_search(config, web):
     """One of SERVICES as a function (query, counts) -> SearchResults that have addresses; asked by
     web.py, at this rank's share of `requests_per_second`."""
     service, base, key = SERVICES[config.search]
@@ -306,7 +305,7 @@ SERVICES = {
 }
 
 
-def check_search(config: Config):
+def check_search(config):
     """Raise ConfigError for what the chosen backend and reader lack, before anything is loaded."""
     name = config.search
     replay = config.cassette_mode == "replay"
@@ -332,7 +331,7 @@ def check_search(config: Config):
         )
 
 
-def make_search(config: Config, web, corpus):
+def make_search(config, web, corpus):
     """What `search:` names, as a function (query, counts) -> SearchResults: local and toy need a
     corpus, all others a Web, and that check_search finds nothing.
 

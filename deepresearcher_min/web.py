@@ -39,7 +39,6 @@ from deepresearcher_min.config import (
     NO_FAULT,
     TIMEOUT,
     BlockedURL,
-    Config,
     ConfigError,
     WebFailure,
     count,
@@ -84,7 +83,7 @@ def is_public(address) -> bool:
     return ip.is_global and not any(ip in ipaddress.ip_network(network) for network in NETWORKS)
 
 
-def check_url(url: str, allow_private=False, seconds=5.0):
+def check_url(url, allow_private=False, seconds=5.0):
     """A plain URL's parts, and the only addresses to dial; BlockedURL if one is not public."""
     parts = parse_url("")
     with suppress(ValueError):
@@ -157,7 +156,7 @@ class SecureConnection(urllib3.connection.HTTPSConnection):
 class Door(requests.adapters.HTTPAdapter):
     """The only way out of our requests.Session: what was checked is dialled, and all is limited."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         super().__init__()
         self.limits = config
         self.poolmanager = urllib3.PoolManager(
@@ -260,7 +259,7 @@ class Web:
     run = 0  # of an evaluation's repeats
     enough = 0  # from how many calls on most failures stop the run; 0: never
 
-    def __init__(self, config: Config, cassette: str | Path, rank=0, world_size=1):
+    def __init__(self, config, cassette: str | Path, rank=0, world_size=1):
         self.config = config
         self.cassette = Path(cassette)
         if config.cassette_mode == "replay" and not self.cassette.is_file():
