@@ -103,8 +103,8 @@ class PackedBatch:
     one segment.
     """
 
-    lengths: tuple[int, ...]  # of each segment, sums to T
-    prefix_of: dict[int, int]  # the segment that a segment continues
+    lengths: tuple  # of each segment, sums to T
+    prefix_of: dict  # the segment that a segment continues
     token_ids_T: Tensor
     position_ids_T: Tensor
     # indices into T: token i of a row is predicted at its position i-1, which rows may share
@@ -142,10 +142,9 @@ def pack(rows, device="cpu") -> PackedBatch:
     nothing = np.arange(0)
     rows = rows or [TrainingRow("nobody", np.zeros(2), nothing, nothing, 0.0)]
     ids: list = []
-    prefix_of = {}
-    positions, predict, packed = [], [], []
+    prefix_of, positions, predict, packed = {}, [], [], []
 
-    def add_segment(row, first, end) -> np.ndarray:
+    def add_segment(row, first, end):
         """Append a row's tokens from its position `first` on; where in T they stand."""
         places = np.arange(first, end)
         start = sum(map(len, ids))
@@ -261,7 +260,7 @@ def token_losses(
     kl_coef=0.0,
     entropy_coef=0.0,
     importance_cap=0.0,
-) -> tuple[Tensor, dict]:
+):
     """The loss of each sampled token, [S], not yet divided by N, and sums of metrics.
 
     Gradient flows through new_S and entropy_S only. One update per rollout: pass old_S =
@@ -326,9 +325,7 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, hidden_SD, weight_VD, targets_S, chunk: int, loss: Loss | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx, hidden_SD, weight_VD, targets_S, chunk: int, loss: Loss | None):
         """loss(logprobs_C, entropy_C, slice of S) is the sum of one chunk's losses; None: only
         the log-probabilities are wanted.
         """
@@ -339,7 +336,7 @@ class HeadLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(logprobs_S)
         if loss is not None:
             d_hidden_SD = torch.zeros_like(hidden_SD)
-            # not under LoRA
+            # The head is not trained under LoRA.
             d_weight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
             ctx.gradients = d_hidden_SD, d_weight_VD
         for start in range(0, len(hidden_SD), chunk):

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -176,7 +176,7 @@ class Policy:
             os._exit(2)
 
     def learn(self, groups, engine: str):
-        sums, norms, trained, weights = Counter[str](), [], 0, [-math.inf]
+        sums, norms, trained, weights = Counter(), [], 0, [-math.inf]
         for rows, batches, total in self.prepare(groups):
             for batch, old_S in batches:
                 found = self.backward(batch, old_S, total)
@@ -194,17 +194,19 @@ class Policy:
             trained += total
         self.rollouts += 1
         sums = self.ranks.total(sums)
-        # Means over the computed tokens, those of skipped trajectories excluded; the loss over all.
-        means = {name: sums[name] / max(1, sums["tokens"]) for name in METRICS}
-        means["loss"] = sums["loss"] / max(1, trained)
-        means["logprob_good"] = sums["logprob_good"] / (sums["good_tokens"] or math.nan)
         largest = max(self.ranks.gather(weights))
-        means["weight_max"] = math.exp(min(largest, grpo.EXPONENT_LIMIT))
-        means["grad_norm"] = sum(norms) / max(1, len(norms))
-        rate = self.optimizer.param_groups[0]["lr"]
-        return means | {"lr": rate, "updates": len(norms), "trained_tokens": trained}
+        # Means over the computed tokens, those of skipped trajectories excluded; the loss over all.
+        return {name: sums[name] / max(1, sums["tokens"]) for name in METRICS} | {
+            "loss": sums["loss"] / max(1, trained),
+            "logprob_good": sums["logprob_good"] / (sums["good_tokens"] or math.nan),
+            "weight_max": math.exp(min(largest, grpo.EXPONENT_LIMIT)),
+            "grad_norm": sum(norms) / max(1, len(norms)),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "updates": len(norms),
+            "trained_tokens": trained,
+        }
 
-    def prepare(self, groups) -> list[tuple]:
+    def prepare(self, groups):
         """What each optimizer step needs, made before the first: each takes its share of the
         questions.
 
@@ -278,7 +280,7 @@ class Policy:
         the largest of its trajectories, as a logarithm. total: N.
         """
         ref_S = None if self.reference is None else self.score(self.reference, batch)
-        sums = Counter[str]()
+        sums = Counter()
         loss = self.loss_of(batch, old_S, ref_S, total, sums)
         value, logprobs_S = self.scorer(batch, loss)
         check_finite(logprobs_S, batch)
@@ -321,7 +323,7 @@ class Policy:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def blame(self, rows) -> str:
+    def blame(self, rows):
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
         for row in rows:
             self.optimizer.zero_grad()
@@ -330,7 +332,7 @@ class Policy:
                 return f"from {row.name}"
         return "from all trajectories together, from none alone"
 
-    def named_weights(self) -> Iterator[tuple]:
+    def named_weights(self):
         """Full weights under their Hugging Face names in config.dtype, one by one: copy them;
         exhaust on every rank.
         """
@@ -406,7 +408,7 @@ def check_finite(logprobs_S: Tensor, batch):
         )
 
 
-def trial(config, folder: str, prompts) -> list[tuple]:
+def trial(config, folder, prompts):
     """The update's log-probabilities of all tokens but the first (architecture.difference)."""
     policy = Policy(config, folder, Ranks(), tried=True)
     rows = []
