@@ -5,22 +5,21 @@ every key of config.yaml can be given as --key=value; --resume continues the new
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from deepresearcher_min import evaluation, report, run, toyworld
-from deepresearcher_min.config import Config, RunStopped, named, raise_if_down
-from deepresearcher_min.evaluation import Task, evaluate, load_task, write_groups
+from deepresearcher_min.config import RunStopped, named, raise_if_down
+from deepresearcher_min.evaluation import evaluate, load_task, write_groups
 from deepresearcher_min.policy import Policy
 from deepresearcher_min.reward import judge, step_means, step_sums, summarize
-from deepresearcher_min.rollout import Agent, Batch, roll_out
-from deepresearcher_min.run import Ranks, Stop
+from deepresearcher_min.rollout import Batch, roll_out
+from deepresearcher_min.run import Stop
 from deepresearcher_min.trajectory import take_questions
 
 
-def train(task: Task, agent: Agent, examinee: Agent, policy: Policy, state: dict, save: Callable):
+def train(task, agent, examinee, policy, state, save):
     """All steps that are left; a RunStopped or KeyboardInterrupt leaves the state of the last."""
     config, engine, ranks, stop = agent.config, agent.engine, policy.ranks, Stop()
     while True:
@@ -64,7 +63,7 @@ def train(task: Task, agent: Agent, examinee: Agent, policy: Policy, state: dict
             write_groups(config, ranks.own(f"step-{step:06d}"), step, groups)
 
 
-def measure(name: str, state: dict, task: Task, examinee: Agent, ranks: Ranks):
+def measure(name, state, task, examinee, ranks):
     """Scores on the held-out questions, into files and state; their cost is added to the state."""
     config, step = examinee.config, state["step"]
     with ranks.progress(f"evaluation {name}", len(task.held_out) // ranks.world_size) as bar:
@@ -85,7 +84,7 @@ def measure(name: str, state: dict, task: Task, examinee: Agent, ranks: Ranks):
     state |= {"usd": state["usd"] + sums["cost_usd"], "measured": step, name: scores}
 
 
-def conclude(config: Config, state: dict):
+def conclude(config, state):
     """summary.json (the state and more), the curve, the report page and the table; ends with what
     was learned.
     """
@@ -105,7 +104,7 @@ def conclude(config: Config, state: dict):
     )
 
 
-def start(config: Config, ranks: Ranks, notes: list):
+def start(config, ranks, notes):
     """Prepare all that the run needs, each tried once, before the run is described; then train."""
     torch.manual_seed(config.seed)
     with run.starting(config, ranks.rank):
@@ -148,7 +147,7 @@ def start(config: Config, ranks: Ranks, notes: list):
             part.close()
 
 
-def main(argv: list) -> int:
+def main(argv) -> int:
     return run.run_program("train.py", __doc__, run.open_run, start, argv)
 
 

@@ -26,14 +26,13 @@ Shape suffixes of tensor names (a parameter that has one is a Tensor):
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from deepresearcher_min.trajectory import Group
 
 # Of log-probability differences before exp. Beyond it there is no gradient; infinity would make it
 # nan.
@@ -43,7 +42,7 @@ RARE = 1e-4  # probability below which a sampled token is called rare (docs/metr
 Loss = Callable  # (logprobs_C, entropy_C, slice of S) -> the sum of one chunk's losses
 
 
-def group_advantages(rewards: list | Tensor, normalize_std: bool = True) -> Tensor:
+def group_advantages(rewards: list | Tensor, normalize_std=True) -> Tensor:
     """Advantages of the trajectories of one question: rewards_G -> advantages_G (paper eq. 1).
 
     (r - mean) / (std + 1e-6), std unbiased; undivided if normalize_std is false. Equal rewards give
@@ -77,7 +76,7 @@ class TrainingRow:
     group: str = ""  # rows of one group begin alike: what they share is computed once
 
 
-def training_rows(group: Group) -> list[TrainingRow]:
+def training_rows(group) -> list[TrainingRow]:
     """A group's trajectories that sampled anything; a reward or advantage that is not finite is an
     error.
     """
@@ -104,8 +103,8 @@ class PackedBatch:
     one segment.
     """
 
-    lengths: tuple[int, ...]  # of each segment, sums to T
-    prefix_of: dict[int, int]  # the segment that a segment continues
+    lengths: tuple  # of each segment, sums to T
+    prefix_of: dict  # the segment that a segment continues
     token_ids_T: Tensor
     position_ids_T: Tensor
     # indices into T: token i of a row is predicted at its position i-1, which rows may share
@@ -117,25 +116,22 @@ class PackedBatch:
     owner_S: Tensor  # those trajectories as numbers: 0 is the first in this batch
 
 
-def families(rows: Sequence[TrainingRow]) -> list:
+def families(rows):
     """The groups as families (how many first tokens its inputs, rows without their last token,
     share; which rows they are); a row without a group is a family of its own.
     """
-    members: dict = defaultdict(list)
+    members = defaultdict(list)
     for i, row in enumerate(rows):
         members[row.group or i].append(i)
     found = []
     for indices in members.values():
-        common = rows[indices[0]].token_ids[:-1]
-        for i in indices:
-            length = min(len(common), len(rows[i].token_ids) - 1)
-            same = common[:length] == rows[i].token_ids[:length]
-            common = common[:length][np.logical_and.accumulate(same)]
-        found.append((len(common), indices))
+        inputs = [rows[i].token_ids[:-1].tolist() for i in indices]
+        alike = takewhile(lambda column: len(set(column)) == 1, zip(*inputs, strict=False))
+        found.append((len(list(alike)), indices))
     return found
 
 
-def pack(rows: list[TrainingRow], device="cpu") -> PackedBatch:
+def pack(rows, device="cpu") -> PackedBatch:
     """Join rows into one micro-batch. ValueError when nothing is sampled, or a first token.
 
     No rows give one token and no trained position: an idle rank still takes part in collectives.
@@ -146,31 +142,31 @@ def pack(rows: list[TrainingRow], device="cpu") -> PackedBatch:
     nothing = np.arange(0)
     rows = rows or [TrainingRow("nobody", np.zeros(2), nothing, nothing, 0.0)]
     ids: list = []
-    prefix_of = {}
-    positions, predict, packed = [], [], []
+    prefix_of, positions, predict, packed = {}, [], [], []
 
-    def add_segment(part: np.ndarray, first: int) -> np.ndarray:
+    def add_segment(row, first, end):
         """Append a row's tokens from its position `first` on; where in T they stand."""
+        places = np.arange(first, end)
         start = sum(map(len, ids))
-        if len(part):
-            ids.append(part)
-            positions.append(first + np.arange(len(part)))
-        return start + np.arange(len(part))
+        if len(places):
+            ids.append(row.token_ids[first:end])
+            positions.append(places)
+        return start + places - first
 
     for shared, indices in families(rows):
         prefix = len(ids)
-        prefix_places = add_segment(rows[indices[0]].token_ids[:shared], 0)
+        prefix_places = add_segment(rows[indices[0]], 0, shared)
         for i in indices:
             row = rows[i]
-            rest = row.token_ids[shared:-1]
-            if shared and len(rest):
+            end = len(row.token_ids) - 1
+            if 0 < shared < end:
                 prefix_of[len(ids)] = prefix
-            places = np.append(prefix_places, add_segment(rest, shared))
+            places = np.append(prefix_places, add_segment(row, shared, end))
             predict.append(places[row.sampled - 1])
             packed.append(row)
     owner_S = [i for i, row in enumerate(packed) for _ in row.sampled]
 
-    def tensor(arrays: list, dtype=torch.int64) -> Tensor:
+    def tensor(arrays, dtype=torch.int64) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(device, dtype)
 
     return PackedBatch(
@@ -187,9 +183,7 @@ def pack(rows: list[TrainingRow], device="cpu") -> PackedBatch:
     )
 
 
-def plan_microbatches(
-    lengths: list, budget: int, world_size: int, hidden_size: int, families: list
-) -> list:
+def plan_microbatches(lengths, budget: int, world_size, hidden_size: int, families):
     """Share sequences out: plan[rank][micro-batch] is a list of indices into lengths, longest
     first.
 
@@ -207,7 +201,7 @@ def plan_microbatches(
     limit = budget
     if world_size > 1:
         limit = min(budget, sum(lengths) // world_size // 4)
-    plan: list = [[] for _ in range(world_size)]
+    plan = [[] for _ in range(world_size)]
     work = [0.0] * world_size
     tokens = [budget] * world_size  # of each rank's last micro-batch: nothing more fits
     for shared, piece in pieces(lengths, families, limit):
@@ -220,12 +214,10 @@ def plan_microbatches(
             tokens[rank] = size
         plan[rank][-1] += piece
     count = max(1, *map(len, plan))
-    for batches in plan:
-        batches.extend([] for _ in range(count - len(batches)))
-    return plan
+    return [batches + [[]] * (count - len(batches)) for batches in plan]
 
 
-def pieces(lengths: list, families: list, limit: int) -> list:
+def pieces(lengths, families, limit: int):
     """The families in pieces of at most `limit` tokens, or of one sequence; those with the longest
     come first.
     """
@@ -235,7 +227,7 @@ def pieces(lengths: list, families: list, limit: int) -> list:
         for i in sorted(indices, key=lengths.__getitem__, reverse=True):
             rest = lengths[i] - shared
             if rest > room:
-                piece: list[int] = []
+                piece = []
                 found.append((shared, piece))
                 room = limit - shared
             piece.append(i)
@@ -265,10 +257,10 @@ def token_losses(
     *,
     clip_low: float,
     clip_high: float,
-    kl_coef: float = 0.0,
-    entropy_coef: float = 0.0,
-    importance_cap: float = 0.0,
-) -> tuple[Tensor, dict]:
+    kl_coef=0.0,
+    entropy_coef=0.0,
+    importance_cap=0.0,
+):
     """The loss of each sampled token, [S], not yet divided by N, and sums of metrics.
 
     Gradient flows through new_S and entropy_S only. One update per rollout: pass old_S =
@@ -284,9 +276,7 @@ def token_losses(
     cap = importance_cap or math.inf
     if importance_cap:
         losses_S = losses_S * weights_S.clamp(max=cap)
-    kl_S = torch.zeros_like(new_S)
-    if ref_S is not None:
-        kl_S = kl_k3(new_S, ref_S)
+    kl_S = torch.zeros_like(new_S) if ref_S is None else kl_k3(new_S, ref_S)
     losses_S = (losses_S + kl_coef * kl_S) * kept_S
     if entropy_coef:  # HeadLoss has less to do for an entropy that is not used
         losses_S = losses_S - entropy_coef * entropy_S * kept_S
@@ -306,14 +296,14 @@ def token_losses(
     return losses_S, {name: value_S.detach().double().sum() for name, value_S in metrics.items()}
 
 
-def sequence_weights(old_S, batch: PackedBatch) -> Tensor:
+def sequence_weights(old_S, batch) -> Tensor:
     """The importance weight of each trajectory, as its logarithm, the sum of old - rollout [nats]:
     the product itself overflows, 2,000 tokens that are off by half a nat make e^1000.
     """
     return torch.bincount(batch.owner_S, (old_S - batch.rollout_S).double())
 
 
-def kept(old_S, batch: PackedBatch, limit: float) -> Tensor:
+def kept(old_S, batch, limit: float) -> Tensor:
     """[S], 0 for a trajectory whose geometric mean of exp(old - rollout), or its inverse, is above
     the limit, else 1. Unlike the product it does not say more of a trajectory because that is long.
     """
@@ -335,21 +325,20 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, hidden_SD, weight_VD, targets_S, chunk: int, loss: Loss | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx, hidden_SD, weight_VD, targets_S, chunk: int, loss: Loss | None):
         """loss(logprobs_C, entropy_C, slice of S) is the sum of one chunk's losses; None: only
         the log-probabilities are wanted.
         """
-        trains_head = weight_VD.requires_grad  # not under LoRA
         weight_VD = weight_VD.to(hidden_SD.dtype)
         wide = torch.promote_types(hidden_SD.dtype, torch.float32)
         total = hidden_SD.new_zeros((), dtype=wide)
         logprobs_S = hidden_SD.new_zeros(len(hidden_SD), dtype=wide)
         ctx.mark_non_differentiable(logprobs_S)
         if loss is not None:
-            ctx.d_hidden_SD = torch.zeros_like(hidden_SD)
-            ctx.d_weight_VD = torch.zeros_like(weight_VD) if trains_head else None
+            d_hidden_SD = torch.zeros_like(hidden_SD)
+            # The head is not trained under LoRA.
+            d_weight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+            ctx.gradients = d_hidden_SD, d_weight_VD
         for start in range(0, len(hidden_SD), chunk):
             part = slice(start, start + chunk)
             hidden_CD = hidden_SD[part]
@@ -358,23 +347,22 @@ class HeadLoss(torch.autograd.Function):
             )
             if d_logits_CV is not None:
                 total += value
-                ctx.d_hidden_SD[part] = d_logits_CV @ weight_VD
-                if trains_head:
-                    ctx.d_weight_VD.addmm_(d_logits_CV.T, hidden_CD)
+                d_hidden_SD[part] = d_logits_CV @ weight_VD
+                if d_weight_VD is not None:
+                    d_weight_VD.addmm_(d_logits_CV.T, hidden_CD)
                 del d_logits_CV  # before the next chunk's logits are made
         return total, logprobs_S
 
     @staticmethod
-    def backward(ctx, d_total, _) -> tuple:
-        d_hidden_SD = ctx.d_hidden_SD.mul_(d_total)
-        d_weight_VD = ctx.d_weight_VD
-        if d_weight_VD is not None:
-            d_weight_VD.mul_(d_total)
-        del ctx.d_hidden_SD, ctx.d_weight_VD  # [V, D] is large: let go of it as early as possible
-        return d_hidden_SD, d_weight_VD, None, None, None
+    def backward(ctx, d_total, _):
+        gradients = [
+            None if gradient is None else gradient.mul_(d_total) for gradient in ctx.gradients
+        ]
+        del ctx.gradients  # [V, D] is large: let go of it as early as possible
+        return *gradients, None, None, None
 
 
-def head_chunk(hidden_CD, weight_VD, targets_C1, part: slice, loss: Loss | None) -> tuple:
+def head_chunk(hidden_CD, weight_VD, targets_C1, part: slice, loss: Loss | None):
     """Log-probabilities_C of the targets, and with a loss its value and d value / d logits_CV.
 
     Two float32 [C, V] exist at a time. With p the probabilities, H the entropy and t the target:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -39,10 +39,9 @@ from deepresearcher_min.architecture import (
     save_settings,
     whole,
 )
-from deepresearcher_min.config import Config, ConfigError, named
+from deepresearcher_min.config import ConfigError, named
 from deepresearcher_min.grpo import PackedBatch, TrainingRow, training_rows
 from deepresearcher_min.run import Ranks, complete_checkpoints
-from deepresearcher_min.trajectory import Group
 
 LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap")  # of the config
 METRICS = ("kl", "mismatch", "entropy", "clip_fraction", "capped_fraction", "rare_share", "masked")
@@ -55,13 +54,13 @@ class TokenScorer(nn.Module):
     around its hooks.
     """
 
-    def __init__(self, model: nn.Module, config: Config):
+    def __init__(self, model: nn.Module, config):
         super().__init__()
         self.model = model
         self.config = config
         self.dtype = getattr(torch, config.dtype)
 
-    def forward(self, batch: PackedBatch, loss: grpo.Loss | None = None) -> tuple:
+    def forward(self, batch, loss: grpo.Loss | None = None):
         """The sum of the losses of all chunks (grpo.HeadLoss), and log-probabilities_S."""
         device = batch.token_ids_T.device.type
         with torch.autocast(device, self.dtype, enabled=self.dtype == torch.bfloat16):
@@ -82,7 +81,7 @@ class TokenScorer(nn.Module):
 class Policy:
     """The model under training. With several ranks all call every method together."""
 
-    def __init__(self, config: Config, model_dir: str, ranks: Ranks, tried: bool = False):
+    def __init__(self, config, model_dir, ranks, tried=False):
         """float32 master weights, compute in config.dtype, reduction in float32; a frozen reference
         if kl_coef > 0. With lora_rank only adapters are trained, on a model frozen in config.dtype,
         which without them is the reference.
@@ -125,7 +124,7 @@ class Policy:
         self.rollouts = 0  # update() calls so far, for warm-up and decay
         self.compared = False  # with the engine, in this process
 
-    def load_model(self, model_dir: str) -> TokenScorer:
+    def load_model(self, model_dir) -> TokenScorer:
         # transformers builds no [T, T] mask for an attention that it does not know
         AttentionInterface.register("packed", attend)
         compute = getattr(torch, self.config.dtype)
@@ -157,7 +156,7 @@ class Policy:
             shard(layer)
         return shard(scorer)
 
-    def update(self, groups: list[Group], engine: str = "") -> dict:
+    def update(self, groups, engine=""):
         """Take config.updates_per_rollout optimizer steps on all ranks' groups, of which these are
         ours; their metrics.
 
@@ -176,8 +175,8 @@ class Policy:
             sys.stdout.flush()
             os._exit(2)
 
-    def learn(self, groups: list[Group], engine: str) -> dict:
-        sums, norms, trained, weights = Counter[str](), [], 0, [-math.inf]
+    def learn(self, groups, engine: str):
+        sums, norms, trained, weights = Counter(), [], 0, [-math.inf]
         for rows, batches, total in self.prepare(groups):
             for batch, old_S in batches:
                 found = self.backward(batch, old_S, total)
@@ -185,21 +184,29 @@ class Policy:
                 sums.update(found)
             if engine and not self.compared:
                 self.compare_with(engine, sums)
-            norms.append(self.optimizer_step(rows))
+            norm = self.clip_gradient()
+            if not math.isfinite(norm):
+                raise FloatingPointError(
+                    f"gradient norm {norm} {self.blame(rows)}; this update changed no weights"
+                )
+            self.step()
+            norms.append(norm)
             trained += total
         self.rollouts += 1
         sums = self.ranks.total(sums)
-        # Means over the computed tokens, those of skipped trajectories excluded; the loss over all.
-        means = {name: sums[name] / max(1, sums["tokens"]) for name in METRICS}
-        means["loss"] = sums["loss"] / max(1, trained)
-        means["logprob_good"] = sums["logprob_good"] / (sums["good_tokens"] or math.nan)
         largest = max(self.ranks.gather(weights))
-        means["weight_max"] = math.exp(min(largest, grpo.EXPONENT_LIMIT))
-        means["grad_norm"] = sum(norms) / max(1, len(norms))
-        rate = self.optimizer.param_groups[0]["lr"]
-        return means | {"lr": rate, "updates": len(norms), "trained_tokens": trained}
+        # Means over the computed tokens, those of skipped trajectories excluded; the loss over all.
+        return {name: sums[name] / max(1, sums["tokens"]) for name in METRICS} | {
+            "loss": sums["loss"] / max(1, trained),
+            "logprob_good": sums["logprob_good"] / (sums["good_tokens"] or math.nan),
+            "weight_max": math.exp(min(largest, grpo.EXPONENT_LIMIT)),
+            "grad_norm": sum(norms) / max(1, len(norms)),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "updates": len(norms),
+            "trained_tokens": trained,
+        }
 
-    def prepare(self, groups: list[Group]) -> list[tuple]:
+    def prepare(self, groups):
         """What each optimizer step needs, made before the first: each takes its share of the
         questions.
 
@@ -208,7 +215,7 @@ class Policy:
         """
         questions = self.ranks.gather([training_rows(group) for group in groups])
         count = self.config.updates_per_rollout
-        always = self.config.kl_coef > 0 or self.config.entropy_coef > 0
+        always = self.config.kl_coef or self.config.entropy_coef
         steps = []
         for u in range(count):
             share = slice(len(questions) * u // count, len(questions) * (u + 1) // count)
@@ -224,7 +231,7 @@ class Policy:
                 steps.append((rows, list(zip(batches, old, strict=True)), total))
         return steps
 
-    def compare_with(self, engine: str, sums: Counter):
+    def compare_with(self, engine: str, sums):
         """ValueError if the engine's log-probabilities are further from ours than rounding
         explains: another model.
         """
@@ -239,7 +246,7 @@ class Policy:
             )
         self.compared = bool(found["tokens"])
 
-    def plan(self, rows: list[TrainingRow]) -> list[PackedBatch]:
+    def plan(self, rows) -> list[PackedBatch]:
         """This rank's micro-batches of the given rows, which are the same on all ranks."""
         plan = grpo.plan_microbatches(
             [len(row.token_ids) - 1 for row in rows],
@@ -248,20 +255,17 @@ class Policy:
             self.model.config.get_text_config().hidden_size,
             grpo.families(rows),
         )
-        batches = []
-        for indices in plan[self.ranks.rank]:
-            mine = [rows[i] for i in indices]
-            batches.append(grpo.pack(mine, self.ranks.device))
-        return batches
+        mine = [list(map(rows.__getitem__, indices)) for indices in plan[self.ranks.rank]]
+        return [grpo.pack(batch, self.ranks.device) for batch in mine]
 
     @torch.no_grad()
-    def score(self, scorer: Callable, batch: PackedBatch) -> Tensor:
+    def score(self, scorer, batch) -> Tensor:
         """log-probabilities_S of a micro-batch."""
         _, logprobs_S = scorer(batch)
         check_finite(logprobs_S, batch)
         return logprobs_S
 
-    def without_adapters(self, batch: PackedBatch) -> tuple:
+    def without_adapters(self, batch):
         """What TokenScorer gives for the model before LoRA."""
         self.model.disable_adapters()
         for p in self.trained.values():
@@ -271,14 +275,12 @@ class Policy:
         self.model.enable_adapters()
         return found
 
-    def backward(self, batch: PackedBatch, old_S: Tensor | None, total: int) -> dict:
+    def backward(self, batch, old_S: Tensor | None, total: int):
         """Add one micro-batch's gradient to the others'; returns its sums of metrics, and "weight",
         the largest of its trajectories, as a logarithm. total: N.
         """
-        ref_S = None
-        if self.reference is not None:
-            ref_S = self.score(self.reference, batch)
-        sums = Counter[str]()
+        ref_S = None if self.reference is None else self.score(self.reference, batch)
+        sums = Counter()
         loss = self.loss_of(batch, old_S, ref_S, total, sums)
         value, logprobs_S = self.scorer(batch, loss)
         check_finite(logprobs_S, batch)
@@ -288,7 +290,7 @@ class Policy:
         found["weight"] = max(weights.tolist(), default=-math.inf)
         return found
 
-    def loss_of(self, batch: PackedBatch, old_S, ref_S, total: int, sums: Counter) -> grpo.Loss:
+    def loss_of(self, batch, old_S, ref_S, total: int, sums) -> grpo.Loss:
         """The loss of one chunk of a micro-batch; its metrics are added to sums. old_S, ref_S:
         log-probabilities, None where they are the new ones or there is no reference.
         """
@@ -307,18 +309,8 @@ class Policy:
 
         return loss
 
-    def optimizer_step(self, rows: list[TrainingRow]) -> float:
-        """Clip and step, unless the gradient is not finite; its norm before, over all ranks."""
-        norm = self.clip_gradient()
-        if not np.isfinite(norm):
-            raise FloatingPointError(
-                f"gradient norm {norm} {self.blame(rows)}; this update changed no weights"
-            )
-        self.step()
-        return norm
-
     def clip_gradient(self) -> float:
-        """To max_grad_norm; its norm before that."""
+        """To max_grad_norm; its norm before that, over all ranks."""
         limit = self.config.max_grad_norm
         return float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
 
@@ -331,7 +323,7 @@ class Policy:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def blame(self, rows: list[TrainingRow]) -> str:
+    def blame(self, rows):
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
         for row in rows:
             self.optimizer.zero_grad()
@@ -340,7 +332,7 @@ class Policy:
                 return f"from {row.name}"
         return "from all trajectories together, from none alone"
 
-    def named_weights(self) -> Iterator[tuple]:
+    def named_weights(self):
         """Full weights under their Hugging Face names in config.dtype, one by one: copy them;
         exhaust on every rank.
         """
@@ -357,7 +349,7 @@ class Policy:
         dcp.load(state, checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
         self.rollouts = int(state["rollouts"])
 
-    def state(self) -> dict:
+    def state(self):
         return {
             "model": self.trained,
             "optimizer": self.optimizer.state_dict()["state"],
@@ -368,18 +360,18 @@ class Policy:
         """Write a plain Hugging Face folder (rank 0 writes), which transformers and vLLM load; in
         it, LoRA's adapter as a folder of peft's.
         """
-        weights = {}
+        weights, writes = {}, self.ranks.rank == 0
         for name, tensor in self.named_weights():
-            if self.ranks.rank == 0:
+            if writes:
                 weights[name] = tensor.cpu().contiguous()
-        if self.ranks.rank == 0:
+        if writes:
             save_settings(self.model, self.scorer.dtype, tokenizer, folder)
             save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
         if self.config.lora_rank:
             # Not beside the weights: transformers would add it to them once more.
             device = self.ranks.device  # where shards are gathered
             factors = {name: whole(p.detach().to(device)).cpu() for name, p in self.trained.items()}
-            if self.ranks.rank == 0:
+            if writes:
                 self.model.save_pretrained(f"{folder}/adapter", state_dict=factors)
 
     def check_saving(self, tokenizer):
@@ -406,7 +398,7 @@ class Policy:
             )
 
 
-def check_finite(logprobs_S: Tensor, batch: PackedBatch):
+def check_finite(logprobs_S: Tensor, batch):
     """FloatingPointError naming the first trajectory of which one is nan or infinite."""
     bad = (~torch.isfinite(logprobs_S)).nonzero()
     if len(bad):
@@ -416,7 +408,7 @@ def check_finite(logprobs_S: Tensor, batch: PackedBatch):
         )
 
 
-def trial(config: Config, folder: str, prompts: list) -> list[tuple]:
+def trial(config, folder, prompts):
     """The update's log-probabilities of all tokens but the first (architecture.difference)."""
     policy = Policy(config, folder, Ranks(), tried=True)
     rows = []
