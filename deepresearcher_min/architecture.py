@@ -15,13 +15,12 @@ import functools
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from inspect import signature
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ from deepresearcher_min.config import ConfigError, load_config
 CAUSAL = (-1, 0)  # varlen_attn's window: all keys before, none behind; aligned at the last one
 
 
-def attend(_, query: Tensor, key: Tensor, value: Tensor, mask: None, **given) -> tuple:
+def attend(_, query: Tensor, key: Tensor, value: Tensor, mask: None, **given):
     """Causal attention inside each segment and to its prefix: [1, heads, T, head_dim] -> [1, T,
     heads, head_dim]; no attention weights.
 
@@ -67,7 +66,7 @@ def attend(_, query: Tensor, key: Tensor, value: Tensor, mask: None, **given) ->
     return torch.cat(mixed, dim=2).transpose(1, 2), None
 
 
-def seen(segments: tuple, i: int, prefix_of: dict) -> Tensor:
+def seen(segments, i: int, prefix_of) -> Tensor:
     """What segment i's queries may look at of keys or values: its prefix's, then its own."""
     if i not in prefix_of:
         return segments[i]
@@ -83,7 +82,7 @@ def takes_varlen(value: Tensor) -> bool:
     return value.is_cuda and half and head_dim % 8 == 0 and head_dim <= 256
 
 
-def joined(segments: tuple, prefix_of: dict) -> tuple:
+def joined(segments, prefix_of):
     """Segments [1, heads, n, head_dim] as varlen_attn takes them: their tokens [sum of n, heads,
     head_dim], where in those each begins (and the last ends), and the longest n.
     """
@@ -98,7 +97,7 @@ def joined(segments: tuple, prefix_of: dict) -> tuple:
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the hub
 
 
-def fetch_model(model: str, ranks: Any):
+def fetch_model(model: str, ranks):
     """Download a hub's model once on each node, with a bar; the other ranks wait. ConfigError where
     it cannot be had. Left out: weights in other formats than safetensors.
     """
@@ -137,7 +136,7 @@ def download(model: str) -> str:
     return problem
 
 
-def declared_ends(model: str) -> list:
+def declared_ends(model: str):
     """The end tokens of a model's generation config; none if it has no such file."""
     try:
         found = GenerationConfig.from_pretrained(model).eos_token_id
@@ -156,7 +155,7 @@ def missing_gpu() -> str:
     return ""
 
 
-def load_model(folder: str, dtype: Any, attention: str) -> nn.Module:
+def load_model(folder: str, dtype, attention: str) -> nn.Module:
     """The model with this attention; ValueError for weights that transformers would make up, or
     could not place.
     """
@@ -182,7 +181,7 @@ def load_model(folder: str, dtype: Any, attention: str) -> nn.Module:
 LORA_ALPHA = 32  # B A counts alpha / rank times: the best learning rate hardly depends on the rank
 
 
-def add_adapters(model: nn.Module, rank: int, dtype: Any):
+def add_adapters(model: nn.Module, rank, dtype):
     """LoRA (arXiv 2106.09685): freeze the model; every linear layer but the head is W + alpha/rank
     B A from now on, B = 0 at first, with factors of this type. ConfigError for a rank above the
     model's width, and for experts, which peft adapts another way.
@@ -208,7 +207,7 @@ def add_adapters(model: nn.Module, rank: int, dtype: Any):
             layer.cast_input_dtype_enabled = False
 
 
-def full_weights(model: nn.Module, device: Any, dtype: Any) -> Iterator[tuple]:
+def full_weights(model: nn.Module, device, dtype) -> Iterator[tuple]:
     """A model's weights under their Hugging Face names on this device, one by one, gathered from
     all ranks. With adapters W + alpha/rank B A, from float32 factors every time: merged in place,
     weights would drift.
@@ -224,7 +223,7 @@ def full_weights(model: nn.Module, device: Any, dtype: Any) -> Iterator[tuple]:
 
 
 @torch.no_grad()
-def merged(layer: Any, weight: Tensor) -> Tensor:
+def merged(layer, weight: Tensor) -> Tensor:
     """A layer's whole weight, with what its adapter adds."""
     if layer is None:
         return weight
@@ -241,7 +240,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def save_settings(model: Any, dtype: Any, tokenizer, folder: str | Path):
+def save_settings(model, dtype, tokenizer, folder: str | Path):
     """All of a model's folder but the weights, which are of this type; of sampling values that
     contradict each other, none.
     """
@@ -258,7 +257,7 @@ def save_settings(model: Any, dtype: Any, tokenizer, folder: str | Path):
         part.save_pretrained(folder)
 
 
-def key_shape(config: Any) -> tuple:
+def key_shape(config):
     """(layers, heads of the keys, width of a head)"""
     text = config.get_text_config()
     heads = text.num_attention_heads
@@ -283,7 +282,7 @@ WIDTHS = {*SMALL, "hidden_size", "num_key_value_heads", "head_dim"}  # no window
 
 
 @functools.cache  # a folder is tried once in a process
-def check_architecture(part: str, trial: Callable, model_dir: str, max_model_len: int):
+def check_architecture(part: str, trial, model_dir, max_model_len):
     """ValueError where `trial`, which runs `part` of our code, does not compute this architecture
     exactly.
     """
@@ -295,7 +294,7 @@ def check_architecture(part: str, trial: Callable, model_dir: str, max_model_len
         )
 
 
-def difference(trial: Callable, own: Any, max_model_len: int) -> str:
+def difference(trial, own, max_model_len) -> str:
     """What differs between the trial and the model's own computation, in words; "" where nothing
     does.
 
@@ -320,7 +319,7 @@ def difference(trial: Callable, own: Any, max_model_len: int) -> str:
     return ""
 
 
-def trial_lengths(architecture: str, max_model_len: int) -> list[int]:
+def trial_lengths(architecture: str, max_model_len) -> list[int]:
     """A short sequence, and one that is longer than any window below max_model_len, if there may be
     one.
     """
@@ -335,7 +334,7 @@ def trial_lengths(architecture: str, max_model_len: int) -> list[int]:
     return [short, min(longest + 64, max_model_len)]  # where windows have an effect
 
 
-def largest_difference(trial: Callable, architecture: Any, length: int) -> float:
+def largest_difference(trial, architecture, length: int) -> float:
     """Between the trial's log-probabilities and the model's own [nats]; two sequences that begin
     alike, random weights.
     """
@@ -351,14 +350,14 @@ def largest_difference(trial: Callable, architecture: Any, length: int) -> float
     return float(torch.cat(differences).abs().max())
 
 
-def small_copy(config: Any, length: int) -> PreTrainedModel:
+def small_copy(config, length: int) -> PreTrainedModel:
     """A narrow model of this architecture with random weights on the CPU, and the first layers
     only: at least two, and one of each kind. Its own attention suits the length.
     """
     text = config.get_text_config()
     # The width of a head is kept: rotary settings may be made for it.
     layers, kv_heads, head_dim = key_shape(config)
-    changes: dict = {**SMALL, "head_dim": head_dim, "hidden_size": 4 * head_dim}
+    changes = {**SMALL, "head_dim": head_dim, "hidden_size": 4 * head_dim}
     changes["num_key_value_heads"] = 4 if kv_heads == text.num_attention_heads else 2
     kept = 2
     by_layer = []
@@ -395,7 +394,7 @@ def small_copy(config: Any, length: int) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def own_logprobs(model: PreTrainedModel, token_ids: list[int], count: int) -> Tensor:
+def own_logprobs(model: PreTrainedModel, token_ids: list[int], count) -> Tensor:
     """Log-probabilities of the last `count` tokens by the model's own attention and head."""
     ids = torch.tensor(token_ids)
     logits = model(ids[None], use_cache=False).logits[0, -count - 1 : -1]

@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from deepresearcher_min.architecture import check_architecture, key_shape, load_model
-from deepresearcher_min.config import Config, ConfigError
+from deepresearcher_min.config import ConfigError
 from deepresearcher_min.run import missing_gpu
 
 
@@ -112,7 +111,7 @@ class HFEngine(Engine):
     sequence [1, N]; attention alone knows whose they are. On a CPU every bit repeats.
     """
 
-    def __init__(self, config: Config, model_dir: str, tried: bool = False):
+    def __init__(self, config, model_dir, tried=False):
         """ValueError for an architecture that is not computed exactly here, unless `tried`."""
         if not tried:
             check_architecture("engine=hf", trial, model_dir, config.max_model_len)
@@ -141,7 +140,7 @@ class HFEngine(Engine):
         """As new: who shares whose prefix decides the last bits, and a resumed run has no past."""
         self.ids = np.full((self.rows, self.max_len), -1, np.int32)  # in the rows; -1: nothing
         # last request -> its row, longest idle first
-        self.idle: dict = {row: row for row in range(self.rows)}
+        self.idle = {row: row for row in range(self.rows)}
 
     def submit(self, request_id, token_ids, sampling):
         super().submit(request_id, token_ids, sampling)
@@ -168,7 +167,7 @@ class HFEngine(Engine):
         self.abort(finished)
         return finished
 
-    def admit(self, name: str) -> int:
+    def admit(self, name) -> int:
         """Its last turn's row if idle, the longest prefix of any row; tokens left to compute."""
         request = self.running[name] = self.waiting.pop(name)
         prompt = request.inputs
@@ -184,7 +183,7 @@ class HFEngine(Engine):
         self.ids[request.row] = prompt + [-1] * (self.max_len - count)
         return count - request.past
 
-    def forward(self, requests: list[Request]) -> Tensor:
+    def forward(self, requests) -> Tensor:
         """The inputs enter the rows; logits after the last of each, [requests, vocabulary]."""
         ids = [token_id for r in requests for token_id in r.inputs]
         positions = [position for r in requests for position in range(r.past, r.end)]
@@ -213,7 +212,7 @@ class HFEngine(Engine):
         self.forget()
 
 
-def cache_shape(config: Config, model: Any) -> tuple:
+def cache_shape(config, model):
     """[layers, keys and values, rows, kv_heads, max_model_len, head_dim] of the KV cache.
 
     Rows as kv_tokens or max_in_flight say; a GPU's share engine_memory must have room for them.
@@ -234,7 +233,7 @@ def cache_shape(config: Config, model: Any) -> tuple:
     return layers, 2, rows, kv_heads, length, head_dim
 
 
-def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None, **given) -> tuple:
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None, **given):
     """One layer, one step. query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim].
 
     Requests come in the order of admission: a source may be filled just before, or be overwritten
@@ -261,7 +260,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None
     return torch.cat(mixed, dim=1).transpose(0, 1)[None], None
 
 
-def sample(logits: Tensor, requests: list[Request]) -> tuple:
+def sample(logits: Tensor, requests):
     """A token for each row of logits, by inverse transform, and its log-probability: [requests]."""
     temperature = torch.tensor([[r.sampling.temperature] for r in requests], device=logits.device)
     draws = [torch.rand(1, generator=r.generator, dtype=torch.float64) for r in requests]
@@ -276,12 +275,12 @@ def sample(logits: Tensor, requests: list[Request]) -> tuple:
     return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()
 
 
-def trial(config: Config, folder: str, prompts: list) -> list[tuple]:
+def trial(config, folder: str, prompts) -> list[tuple]:
     """HFEngine's log-probabilities of eight tokens that it samples (architecture.difference)."""
     engine = HFEngine(config, folder, tried=True)
     for i, prompt in enumerate(prompts):
         engine.submit(str(i), prompt[:-8], Sampling(1.0, 8, 0, ()))
-    done: dict = {}
+    done = {}
     while len(done) < len(prompts):
         done |= engine.step()
     found = []
@@ -302,7 +301,7 @@ class VLLMEngine(Engine):
     torch.set_num_threads on a CPU, and comes after init_process_group. GPU: never run by us.
     """
 
-    def __init__(self, config: Config, model_dir: str, world_size: int):
+    def __init__(self, config, model_dir, world_size):
         # in this process; no telemetry; few words, which hide that weights were not loaded
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -385,7 +384,7 @@ def repack_head(model: nn.Module):
     model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
-def make_engine(config: Config, model_dir: str, world_size: int = 1) -> Engine:
+def make_engine(config, model_dir, world_size=1) -> Engine:
     """The engine of the config; auto is vllm where it and a GPU are there, else hf, and says so."""
     name = config.engine
     missing = "" if importlib.util.find_spec("vllm") else "vllm is not installed"
