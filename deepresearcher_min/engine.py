@@ -9,12 +9,11 @@ search; top-p, top-k and penalties, for which the policy had to renormalise, too
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -36,7 +35,7 @@ class Completion:
     token_ids: list[int]  # sampled, the stop token included
     # after temperature; greedy: at temperature 1 (vLLM: if the whole batch is greedy)
     logprobs: list[float]
-    # stop | length (max_tokens, or the context is full) | aborted (by the engine itself)
+    # stop | length (max_tokens, or the context is full) | another: given up by the engine itself
     finish_reason: str
 
 
@@ -49,7 +48,7 @@ class Engine:
     capacity_tokens: int  # size of the KV cache, for admission
     max_len: int
 
-    def submit(self, request_id: str, token_ids: list[int], sampling: Sampling):
+    def submit(self, request_id: str, token_ids: list[int], sampling):
         """Queue a turn of a trajectory, never two at once. ValueError if token_ids do not fit."""
         if not 0 < len(token_ids) < self.max_len:
             raise ValueError(
@@ -59,10 +58,10 @@ class Engine:
     # Advance everything that runs; the requests that finished.
     def step(self) -> dict[str, Completion]: ...
     # Running or queued: step() never returns them.
-    def abort(self, request_ids: Iterable[str]): ...
+    def abort(self, request_ids): ...
     # Copy in weights (pairs of a Hugging Face name and a tensor), forget all prefixes. RuntimeError
     # while requests run.
-    def update_weights(self, named_tensors: Iterable): ...
+    def update_weights(self, named_tensors): ...
     def sleep(self): ...  # give memory to the optimizer step
     def wake_up(self): ...  # take it back; update_weights must follow before a request
     def close(self): ...  # the engine cannot be used afterwards
@@ -85,10 +84,10 @@ class Request:
     past: int = 0
 
     @property
-    def end(self) -> int:
+    def end(self):
         return self.past + len(self.inputs)
 
-    def append(self, token_id: int, logprob: float, max_len: int) -> str:
+    def append(self, token_id, logprob, max_len) -> str:
         """After a step: the inputs are in the row, and this came next. Why the turn ends, or ""."""
         self.past = self.end
         self.source = self.row
@@ -116,8 +115,8 @@ class HFEngine(Engine):
         if not tried:
             check_architecture("engine=hf", trial, model_dir, config.max_model_len)
         self.max_len = config.max_model_len
-        self.waiting = dict[str, Request]()
-        self.running = dict[str, Request]()
+        self.waiting = {}  # request_id -> Request, here and there
+        self.running = {}
         AttentionInterface.register("rows", attend)
         # Ranks.start has made the policy's GPU the current one.
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,7 +139,7 @@ class HFEngine(Engine):
         """As new: who shares whose prefix decides the last bits, and a resumed run has no past."""
         self.ids = np.full((self.rows, self.max_len), -1, np.int32)  # in the rows; -1: nothing
         # last request -> its row, longest idle first
-        self.idle = {row: row for row in range(self.rows)}
+        self.idle = dict(enumerate(range(self.rows)))
 
     def submit(self, request_id, token_ids, sampling):
         super().submit(request_id, token_ids, sampling)
@@ -149,7 +148,7 @@ class HFEngine(Engine):
 
     @torch.inference_mode()
     def step(self):
-        computed = sum(len(request.inputs) for request in self.running.values())
+        computed = len(self.running)  # a token each
         while self.waiting and self.idle and computed < PREFILL_TOKENS:
             computed += self.admit(next(iter(self.waiting)))
         if not self.running:
@@ -185,13 +184,21 @@ class HFEngine(Engine):
 
     def forward(self, requests) -> Tensor:
         """The inputs enter the rows; logits after the last of each, [requests, vocabulary]."""
-        ids = [token_id for r in requests for token_id in r.inputs]
-        positions = [position for r in requests for position in range(r.past, r.end)]
-        counts = [len(r.inputs) for r in requests]
+        ids, positions, counts = [], [], []
+        for request in requests:
+            ids += request.inputs
+            positions += range(request.past, request.end)
+            counts.append(len(request.inputs))
         new = torch.tensor([ids, positions], device=self.model.device)
-        last = torch.tensor(counts).cumsum(0) - 1
-        rows = {"cache": self.cache, "requests": requests, "counts": counts, "use_cache": False}
-        output = self.model(input_ids=new[:1], position_ids=new[1:], logits_to_keep=last, **rows)
+        output = self.model(
+            input_ids=new[:1],
+            position_ids=new[1:],
+            logits_to_keep=torch.tensor(counts).cumsum(0) - 1,
+            use_cache=False,
+            cache=self.cache,
+            requests=requests,
+            counts=counts,
+        )
         return output.logits[0]
 
     def abort(self, request_ids):
@@ -233,17 +240,17 @@ def cache_shape(config, model):
     return layers, 2, rows, kv_heads, length, head_dim
 
 
-def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None, **given):
+def attend(module, query, key, value, _, cache, requests, counts, scaling, **rest):
     """One layer, one step. query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim].
 
     Requests come in the order of admission: a source may be filled just before, or be overwritten
     just after.
     """
-    cache = given["cache"][module.layer_idx]  # [2, rows, kv_heads, max_len, head_dim]
-    queries = query[0].split(given["counts"], dim=1)
-    new = torch.cat([key, value]).split(given["counts"], dim=2)
+    cache = cache[module.layer_idx]  # [2, rows, kv_heads, max_len, head_dim]
+    queries = query[0].split(counts, dim=1)
+    new = torch.cat([key, value]).split(counts, dim=2)
     mixed = []
-    for request, q, kv in zip(given["requests"], queries, new, strict=True):
+    for request, q, kv in zip(requests, queries, new, strict=True):
         row, past, end = request.row, request.past, request.end
         if request.source != row:
             cache[:, row, :, :past] = cache[:, request.source, :, :past]
@@ -255,7 +262,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None
         if end - past > 1:
             causal = torch.ones(end - past, end, dtype=torch.bool, device=q.device).tril_(past)
             mask = causal.repeat(len(q) // keys.shape[1], 1)
-        out = scaled_dot_product_attention(grouped, keys, values, mask, scale=given["scaling"])
+        out = scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
         mixed.append(out.reshape_as(q))
     return torch.cat(mixed, dim=1).transpose(0, 1)[None], None
 
@@ -265,8 +272,7 @@ def sample(logits: Tensor, requests):
     temperature = torch.tensor([[r.sampling.temperature] for r in requests], device=logits.device)
     draws = [torch.rand(1, generator=r.generator, dtype=torch.float64) for r in requests]
     greedy = temperature == 0
-    scaled = logits.float() / temperature.masked_fill(greedy, 1)
-    probabilities = scaled.softmax(-1)
+    probabilities = (logits.float() / temperature.masked_fill(greedy, 1)).softmax(-1)
     cumulative = probabilities.double().cumsum_(-1)
     # A uniform number is below 1: the level is below the total, the token's probability above 0.
     level = cumulative[:, -1:] * torch.stack(draws).to(logits.device)
@@ -275,18 +281,16 @@ def sample(logits: Tensor, requests):
     return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()
 
 
-def trial(config, folder: str, prompts) -> list[tuple]:
+def trial(config, folder, prompts):
     """HFEngine's log-probabilities of eight tokens that it samples (architecture.difference)."""
     engine = HFEngine(config, folder, tried=True)
     for i, prompt in enumerate(prompts):
         engine.submit(str(i), prompt[:-8], Sampling(1.0, 8, 0, ()))
-    done = {}
-    while len(done) < len(prompts):
-        done |= engine.step()
     found = []
-    for i, prompt in enumerate(prompts):
-        turn = done[str(i)]
-        found.append((prompt[:-8] + turn.token_ids, torch.tensor(turn.logprobs)))
+    while len(found) < len(prompts):
+        for name, turn in engine.step().items():
+            ids = prompts[int(name)][:-8] + turn.token_ids
+            found.append((ids, torch.tensor(turn.logprobs)))
     return found
 
 
@@ -305,7 +309,8 @@ class VLLMEngine(Engine):
         # in this process; no telemetry; few words, which hide that weights were not loaded
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        self.vllm = importlib.import_module("vllm")  # 10-30 s; reads the environment
+        import vllm  # 10-30 s; reads the environment
+
         self.max_len = config.max_model_len
         self.gpu = torch.cuda.is_available()
         self.sleeps = self.gpu and config.engine_sleep
@@ -314,7 +319,7 @@ class VLLMEngine(Engine):
         gpu = {"gpu_memory_utilization": config.engine_memory, "enable_sleep_mode": self.sleeps}
         # bm25s loads it, and vLLM 0.32 breaks on its fake __dict__
         ffi = sys.modules.pop("llvmlite.binding.ffi", None)
-        self.llm = self.vllm.LLM(
+        self.llm = vllm.LLM(
             model_dir,
             dtype=config.dtype,
             max_model_len=self.max_len,
@@ -337,20 +342,24 @@ class VLLMEngine(Engine):
 
     def submit(self, request_id, token_ids, sampling):
         super().submit(request_id, token_ids, sampling)
-        # no stop tokens but ours; log-probabilities of sampled tokens only
-        fixed = {"ignore_eos": True, "logprobs": 0, "flat_logprobs": True, "detokenize": False}
-        final = self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY
-        params = self.vllm.SamplingParams(**asdict(sampling), **fixed, output_kind=final)
+        import vllm
+
+        params = vllm.SamplingParams(
+            **asdict(sampling),
+            ignore_eos=True,  # no stop tokens but ours
+            logprobs=0,  # of sampled tokens only
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+        )
         self.engine.add_request(request_id, {"prompt_token_ids": list(token_ids)}, params)
 
     def step(self):
         finished = {}
         for result in self.engine.step():
             output = result.outputs[0]
-            ended = output.finish_reason in ("stop", "length")
-            reason = output.finish_reason if ended else "aborted"
             finished[result.request_id] = Completion(
-                list(output.token_ids), list(output.logprobs.logprobs), reason
+                list(output.token_ids), list(output.logprobs.logprobs), output.finish_reason
             )
         return finished
 
@@ -379,7 +388,7 @@ class VLLMEngine(Engine):
         self.engine.engine_core.shutdown()
 
 
-def repack_head(model: nn.Module):
+def repack_head(model):
     """A CPU multiplies with repacked copies, and vLLM's reload forgets that of a tied head."""
     model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
