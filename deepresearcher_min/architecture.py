@@ -20,7 +20,7 @@ from inspect import signature
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
@@ -31,7 +31,7 @@ from deepresearcher_min.config import ConfigError, load_config
 # --- attention
 
 
-def attend(_, query: Tensor, key: Tensor, value: Tensor, mask, lengths, prefix_of, scaling, **rest):
+def attend(_, query, key, value, mask, lengths, prefix_of, scaling, **rest):
     """Causal attention inside each segment and to its prefix: [1, heads, T, head_dim] -> [1, T,
     heads, head_dim]; no attention weights.
 
@@ -66,7 +66,7 @@ def seen(segments, prefix_of):
         yield torch.cat([segments[prefix_of[i]], own], dim=2) if i in prefix_of else own
 
 
-def takes_varlen(value: Tensor) -> bool:
+def takes_varlen(value):
     """Whether FlashAttention's kernel behind varlen_attn is made for these (never run by us)."""
     head_dim = value.shape[3]
     half = value.is_cuda and value.dtype == torch.bfloat16
@@ -80,7 +80,7 @@ def joined(segments):
     """
     parts = list(segments)
     lengths = [part.shape[2] for part in parts]
-    begin = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=parts[0].device)
+    begin = parts[0].new_tensor([0, *accumulate(lengths)], dtype=torch.int32)
     return torch.cat(parts, dim=2)[0].transpose(0, 1), begin, max(lengths)
 
 
@@ -105,7 +105,7 @@ def fetch_model(model: str, ranks):
         raise ConfigError(f"model={model!r}: {problem}")
 
 
-def download(model: str) -> str:
+def download(model):
     """Bring a model into the hub's cache, by a node's first rank; what keeps it from there."""
     # Here: it takes a while, and only this needs it.
     from huggingface_hub import model_info, snapshot_download, utils
@@ -128,7 +128,7 @@ def download(model: str) -> str:
     return problem
 
 
-def declared_ends(model: str):
+def declared_ends(model):
     """The end tokens of a model's generation config; none if it has no such file."""
     try:
         found = GenerationConfig.from_pretrained(model).eos_token_id
@@ -147,7 +147,7 @@ def missing_gpu() -> str:
     return ""
 
 
-def load_model(folder: str, dtype, attention: str) -> nn.Module:
+def load_model(folder, dtype, attention):
     """The model with this attention; ValueError for weights that transformers would make up, or
     could not place.
     """
@@ -173,7 +173,7 @@ def load_model(folder: str, dtype, attention: str) -> nn.Module:
 LORA_ALPHA = 32  # B A counts alpha / rank times: the best learning rate hardly depends on the rank
 
 
-def add_adapters(model: nn.Module, rank, dtype):
+def add_adapters(model, rank, dtype):
     """LoRA (arXiv 2106.09685): freeze the model; every linear layer but the head is W + alpha/rank
     B A from now on, B = 0 at first, with factors of this type. ConfigError for a rank above the
     model's width, and for experts, which peft adapts another way.
@@ -209,19 +209,14 @@ def full_weights(model, device, dtype):
         weight = whole(parameter.detach().to(device, dtype))
         path, adapted, _ = name.rpartition(".base_layer.weight")
         if adapted:
-            weight = merged(model.get_submodule(path), weight)
+            layer = model.get_submodule(path)
+            factor_B = whole(layer.lora_B.default.weight.detach().to(device))
+            factor_A = whole(layer.lora_A.default.weight.detach().to(device))
+            change = layer.scaling["default"] * factor_B @ factor_A
+            if layer.fan_in_fan_out:  # GPT-2's layers keep W transposed
+                change = change.T
+            weight = (weight + change).to(dtype)
         yield name.replace(".base_layer.", "."), weight
-
-
-@torch.no_grad()
-def merged(layer, weight: Tensor) -> Tensor:
-    """A layer's whole weight, with what its adapter adds."""
-    factor_B = whole(layer.lora_B.default.weight.to(weight.device))
-    factor_A = whole(layer.lora_A.default.weight.to(weight.device))
-    change = layer.scaling["default"] * factor_B @ factor_A
-    if layer.fan_in_fan_out:  # GPT-2's layers keep W transposed
-        change = change.T
-    return (weight + change).to(weight.dtype)
 
 
 def whole(tensor) -> Tensor:
@@ -295,7 +290,7 @@ def check_architecture(part, trial, model_dir, max_model_len):
 
 
 @torch.no_grad()
-def difference(trial, architecture, length) -> str:
+def difference(trial, architecture, length):
     """What differs between the trial and the model's own attention and head, in words; "" where
     nothing does. Two sequences that begin alike, random weights.
 
@@ -356,8 +351,9 @@ def small_copy(config, length):
     text.update(SMALL | changes)
     # The default, sdpa, never holds all attention weights, as eager does, but lacks soft-capping.
     attention = "eager" if length == SHORT else None
-    options = {"dtype": torch.float32, "attn_implementation": attention}
-    model = AutoModelForCausalLM.from_config(config, **options).eval()
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention
+    ).eval()
     # Biases and sinks are zero in a new model, which would hide them. Sharp attention shows caps
     # and windows, and a head that is not sharp gives no token a probability near one, at which
     # nothing could be seen.

@@ -79,9 +79,9 @@ class Request:
     inputs: list[int]  # to compute in the next step: the prompt, later the token sampled last
     token_ids: list[int]  # sampled so far
     logprobs: list[float]
-    row: int = -1
-    source: int = -1  # the row that has the past tokens, and is copied where it is another one
-    past: int = 0
+    row: int
+    source: int  # the row that has the past tokens, and is copied where it is another one
+    past: int
 
     @property
     def end(self):
@@ -115,8 +115,8 @@ class HFEngine(Engine):
         if not tried:
             check_architecture("engine=hf", trial, model_dir, config.max_model_len)
         self.max_len = config.max_model_len
-        self.waiting = {}  # request_id -> Request, here and there
-        self.running = {}
+        self.waiting = {}  # request_id -> (token_ids, sampling)
+        self.running = {}  # request_id -> Request
         AttentionInterface.register("rows", attend)
         # Ranks.start has made the policy's GPU the current one.
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,8 +143,7 @@ class HFEngine(Engine):
 
     def submit(self, request_id, token_ids, sampling):
         super().submit(request_id, token_ids, sampling)
-        generator = torch.Generator().manual_seed(sampling.seed)  # the same numbers on any device
-        self.waiting[request_id] = Request(sampling, generator, list(token_ids), [], [])
+        self.waiting[request_id] = list(token_ids), sampling
 
     @torch.inference_mode()
     def step(self):
@@ -166,21 +165,22 @@ class HFEngine(Engine):
         self.abort(finished)
         return finished
 
-    def admit(self, name) -> int:
+    def admit(self, name):
         """Its last turn's row if idle, the longest prefix of any row; tokens left to compute."""
-        request = self.running[name] = self.waiting.pop(name)
-        prompt = request.inputs
+        prompt, sampling = self.waiting.pop(name)
         count = len(prompt)
-        request.row = self.idle.pop(name if name in self.idle else next(iter(self.idle)))
-        same = self.ids[:, :count] == np.array(prompt)
-        common = np.logical_and.accumulate(same, axis=1).sum(axis=1)
-        request.source = int(common.argmax())
+        row = self.idle.pop(name if name in self.idle else next(iter(self.idle)))
+        same = self.ids[:, : count + 1] == np.array([*prompt, -2])  # -2 is in no row
+        common = same.argmin(axis=1)  # the first that is not the same
+        source = int(common.argmax())
         # the last token is always computed: its logits are needed
-        request.past = min(int(common.max()), count - 1)
-        request.inputs = prompt[request.past :]
+        past = min(int(common.max()), count - 1)
+        generator = torch.Generator().manual_seed(sampling.seed)  # the same numbers on any device
+        inputs = prompt[past:]
+        self.running[name] = Request(sampling, generator, inputs, [], [], row, source, past)
         # Known from now on: who is let in next may copy it in this very step.
-        self.ids[request.row] = prompt + [-1] * (self.max_len - count)
-        return count - request.past
+        self.ids[row] = prompt + [-1] * (self.max_len - count)
+        return count - past
 
     def forward(self, requests) -> Tensor:
         """The inputs enter the rows; logits after the last of each, [requests, vocabulary]."""
@@ -260,7 +260,7 @@ def attend(module, query, key, value, _, cache, requests, counts, scaling, **res
         grouped = q.reshape(1, keys.shape[1], -1, q.shape[2])
         mask = None
         if end - past > 1:
-            causal = torch.ones(end - past, end, dtype=torch.bool, device=q.device).tril_(past)
+            causal = q.new_ones(end - past, end, dtype=torch.bool).tril_(past)
             mask = causal.repeat(len(q) // keys.shape[1], 1)
         out = scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
         mixed.append(out.reshape_as(q))
