@@ -20,7 +20,6 @@ from inspect import signature
 from itertools import accumulate
 
 import torch
-from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
@@ -137,7 +136,7 @@ def declared_ends(model):
     return [found] if isinstance(found, int) else found or []
 
 
-def missing_gpu() -> str:
+def missing_gpu():
     """Why there is none, by PyTorch's words: no GPU, an old driver, a build for CPUs. Or ""."""
     try:
         if not torch.cuda.is_available():
@@ -219,7 +218,7 @@ def full_weights(model, device, dtype):
         yield name.replace(".base_layer.", "."), weight
 
 
-def whole(tensor) -> Tensor:
+def whole(tensor):
     """The tensor of which FSDP keeps a shard on each rank; any other stays as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 

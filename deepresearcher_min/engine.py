@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -71,14 +70,12 @@ PREFILL_TOKENS = 1024  # no more prompts join a step that has so many tokens to 
 
 
 @dataclass
-class Request:
+class Request(Completion):
     """A turn under way, in a row of the KV cache that holds the `past` tokens before its inputs."""
 
     sampling: Sampling
     generator: torch.Generator
     inputs: list[int]  # to compute in the next step: the prompt, later the token sampled last
-    token_ids: list[int]  # sampled so far
-    logprobs: list[float]
     row: int
     source: int  # the row that has the past tokens, and is copied where it is another one
     past: int
@@ -95,10 +92,10 @@ class Request:
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         if token_id in self.sampling.stop_token_ids:
-            return "stop"
-        if self.end == max_len or len(self.token_ids) == self.sampling.max_tokens:
-            return "length"
-        return ""
+            self.finish_reason = "stop"
+        elif self.end == max_len or len(self.token_ids) == self.sampling.max_tokens:
+            self.finish_reason = "length"
+        return self.finish_reason
 
 
 class HFEngine(Engine):
@@ -156,12 +153,12 @@ class HFEngine(Engine):
         logits = self.forward(requests)
         tokens, logprobs = sample(logits, requests)
         finished = {}
-        found = zip(self.running, requests, tokens.tolist(), logprobs.tolist(), strict=True)
-        for name, request, token_id, logprob in found:
+        for name, request, token_id, logprob in zip(
+            self.running, requests, tokens.tolist(), logprobs.tolist(), strict=True
+        ):
             self.ids[request.row, request.past] = request.inputs[0]
-            reason = request.append(token_id, logprob, self.max_len)
-            if reason:
-                finished[name] = Completion(request.token_ids, request.logprobs, reason)
+            if request.append(token_id, logprob, self.max_len):
+                finished[name] = request
         self.abort(finished)
         return finished
 
@@ -176,13 +173,14 @@ class HFEngine(Engine):
         # the last token is always computed: its logits are needed
         past = min(int(common.max()), count - 1)
         generator = torch.Generator().manual_seed(sampling.seed)  # the same numbers on any device
-        inputs = prompt[past:]
-        self.running[name] = Request(sampling, generator, inputs, [], [], row, source, past)
+        self.running[name] = Request(
+            [], [], "", sampling, generator, prompt[past:], row, source, past
+        )
         # Known from now on: who is let in next may copy it in this very step.
         self.ids[row] = prompt + [-1] * (self.max_len - count)
         return count - past
 
-    def forward(self, requests) -> Tensor:
+    def forward(self, requests):
         """The inputs enter the rows; logits after the last of each, [requests, vocabulary]."""
         ids, positions, counts = [], [], []
         for request in requests:
@@ -267,7 +265,7 @@ def attend(module, query, key, value, _, cache, requests, counts, scaling, **res
     return torch.cat(mixed, dim=1).transpose(0, 1)[None], None
 
 
-def sample(logits: Tensor, requests):
+def sample(logits, requests):
     """A token for each row of logits, by inverse transform, and its log-probability: [requests]."""
     temperature = torch.tensor([[r.sampling.temperature] for r in requests], device=logits.device)
     draws = [torch.rand(1, generator=r.generator, dtype=torch.float64) for r in requests]
