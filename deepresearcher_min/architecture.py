@@ -15,81 +15,71 @@ import functools
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from inspect import signature
 from itertools import accumulate
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from deepresearcher_min.config import ConfigError, load_config
 
 # --- attention
 
-CAUSAL = (-1, 0)  # varlen_attn's window: all keys before, none behind; aligned at the last one
 
-
-def attend(_, query: Tensor, key: Tensor, value: Tensor, mask: None, **given) -> tuple:
+def attend(_, query, key, value, mask, lengths, prefix_of, scaling, **rest):
     """Causal attention inside each segment and to its prefix: [1, heads, T, head_dim] -> [1, T,
     heads, head_dim]; no attention weights.
 
     Half precision on a GPU: one launch for all segments; elsewhere one for each.
     """
-    options = {"scale": given["scaling"], "enable_gqa": query.shape[1] != key.shape[1]}
-    lengths, prefix_of = given["lengths"], given.get("prefix_of", {})
+    options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     # Positions are rotated in float32, and causal_lower_right comes before autocast.
     queries = query.to(value.dtype).split(lengths, dim=2)
-    keys = key.to(value.dtype).split(lengths, dim=2)
-    values = value.split(lengths, dim=2)
+    keys = seen(key.to(value.dtype).split(lengths, dim=2), prefix_of)
+    values = seen(value.split(lengths, dim=2), prefix_of)
     if takes_varlen(value):
-        q, begin_q, longest_q = joined(queries, {})
-        k, begin_k, longest_k = joined(keys, prefix_of)
-        v, _, _ = joined(values, prefix_of)
-        bounds = (begin_q, begin_k, longest_q, longest_k)
-        mixed_THd = varlen_attn(q, k, v, *bounds, window_size=CAUSAL, **options)
+        q, begin_q, longest_q = joined(queries)
+        k, begin_k, longest_k = joined(keys)
+        v, _, _ = joined(values)
+        # The window: all keys before, none behind; aligned at the last one.
+        options["window_size"] = (-1, 0)
+        mixed_THd = varlen_attn(q, k, v, begin_q, begin_k, longest_q, longest_k, **options)
         return mixed_THd[None], None
     mixed = []
-    for i, q in enumerate(queries):
-        k = seen(keys, i, prefix_of)
-        v = seen(values, i, prefix_of)
+    for q, k, v in zip(queries, keys, values, strict=True):
         bias = causal_lower_right(q.shape[2], k.shape[2])  # the last query sees the last key
         mixed.append(scaled_dot_product_attention(q, k, v, bias, **options))
     return torch.cat(mixed, dim=2).transpose(1, 2), None
 
 
-def seen(segments: tuple, i: int, prefix_of: dict) -> Tensor:
-    """What segment i's queries may look at of keys or values: its prefix's, then its own."""
-    if i not in prefix_of:
-        return segments[i]
-    return torch.cat([segments[prefix_of[i]], segments[i]], dim=2)
+def seen(segments, prefix_of):
+    """What each segment's queries may look at of keys or values: its prefix's, then its own.
+
+    One by one: the order of operations is also the order in which autograd adds their gradients.
+    """
+    for i, own in enumerate(segments):
+        yield torch.cat([segments[prefix_of[i]], own], dim=2) if i in prefix_of else own
 
 
-def takes_varlen(value: Tensor) -> bool:
+def takes_varlen(value):
     """Whether FlashAttention's kernel behind varlen_attn is made for these (never run by us)."""
-    if "enable_gqa" not in signature(varlen_attn).parameters:  # of torch 2.11
-        return False
     head_dim = value.shape[3]
-    half = value.dtype in (torch.bfloat16, torch.float16)
-    return value.is_cuda and half and head_dim % 8 == 0 and head_dim <= 256
+    half = value.is_cuda and value.dtype == torch.bfloat16
+    made = half and head_dim % 8 == 0 and head_dim <= 256
+    return made and "enable_gqa" in signature(varlen_attn).parameters  # not in torch 2.11
 
 
-def joined(segments: tuple, prefix_of: dict) -> tuple:
+def joined(segments):
     """Segments [1, heads, n, head_dim] as varlen_attn takes them: their tokens [sum of n, heads,
     head_dim], where in those each begins (and the last ends), and the longest n.
     """
-    parts = [seen(segments, i, prefix_of) for i in range(len(segments))]
+    parts = list(segments)
     lengths = [part.shape[2] for part in parts]
-    begin = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=parts[0].device)
+    begin = parts[0].new_tensor([0, *accumulate(lengths)], dtype=torch.int32)
     return torch.cat(parts, dim=2)[0].transpose(0, 1), begin, max(lengths)
 
 
@@ -98,14 +88,14 @@ def joined(segments: tuple, prefix_of: dict) -> tuple:
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the hub
 
 
-def fetch_model(model: str, ranks: Any):
+def fetch_model(model: str, ranks):
     """Download a hub's model once on each node, with a bar; the other ranks wait. ConfigError where
     it cannot be had. Left out: weights in other formats than safetensors.
     """
-    if os.path.isfile(f"{model}/{CONFIG_NAME}"):
+    if os.path.isfile(f"{model}/config.json"):
         return
     if os.path.exists(model):
-        problem = f"this is not the folder of a model: there is no {CONFIG_NAME} in it"
+        problem = "this is not the folder of a model: there is no config.json in it"
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         problem = "there is no such folder; name a chat model with --model=DIR"
     else:
@@ -114,7 +104,7 @@ def fetch_model(model: str, ranks: Any):
         raise ConfigError(f"model={model!r}: {problem}")
 
 
-def download(model: str) -> str:
+def download(model):
     """Bring a model into the hub's cache, by a node's first rank; what keeps it from there."""
     # Here: it takes a while, and only this needs it.
     from huggingface_hub import model_info, snapshot_download, utils
@@ -137,7 +127,7 @@ def download(model: str) -> str:
     return problem
 
 
-def declared_ends(model: str) -> list:
+def declared_ends(model):
     """The end tokens of a model's generation config; none if it has no such file."""
     try:
         found = GenerationConfig.from_pretrained(model).eos_token_id
@@ -146,7 +136,7 @@ def declared_ends(model: str) -> list:
     return [found] if isinstance(found, int) else found or []
 
 
-def missing_gpu() -> str:
+def missing_gpu():
     """Why there is none, by PyTorch's words: no GPU, an old driver, a build for CPUs. Or ""."""
     try:
         if not torch.cuda.is_available():
@@ -156,7 +146,7 @@ def missing_gpu() -> str:
     return ""
 
 
-def load_model(folder: str, dtype: Any, attention: str) -> nn.Module:
+def load_model(folder, dtype, attention):
     """The model with this attention; ValueError for weights that transformers would make up, or
     could not place.
     """
@@ -182,14 +172,12 @@ def load_model(folder: str, dtype: Any, attention: str) -> nn.Module:
 LORA_ALPHA = 32  # B A counts alpha / rank times: the best learning rate hardly depends on the rank
 
 
-def add_adapters(model: nn.Module, rank: int, dtype: Any):
+def add_adapters(model, rank, dtype):
     """LoRA (arXiv 2106.09685): freeze the model; every linear layer but the head is W + alpha/rank
     B A from now on, B = 0 at first, with factors of this type. ConfigError for a rank above the
     model's width, and for experts, which peft adapts another way.
     """
-    # Here: nothing else needs it.
-    from peft import LoraConfig
-    from peft.tuners.lora import LoraLayer
+    from peft import LoraConfig  # here: nothing else needs it
 
     most = model.config.get_text_config().hidden_size
     if rank > most:
@@ -201,47 +189,41 @@ def add_adapters(model: nn.Module, rank: int, dtype: Any):
     if settings.target_parameters:
         raise ConfigError(f"lora_rank={rank}: must be 0 for a model with experts")
     for layer in model.modules():
-        if isinstance(layer, LoraLayer):
+        if hasattr(layer, "lora_A"):
             layer.lora_A.to(dtype)
             layer.lora_B.to(dtype)
             # Autocast would keep a copy of this cast input, beside the input itself.
             layer.cast_input_dtype_enabled = False
 
 
-def full_weights(model: nn.Module, device: Any, dtype: Any) -> Iterator[tuple]:
-    """A model's weights under their Hugging Face names on this device, one by one, gathered from
-    all ranks. With adapters W + alpha/rank B A, from float32 factors every time: merged in place,
-    weights would drift.
+def full_weights(model, device, dtype):
+    """Pairs: a model's weights under their Hugging Face names on this device, one by one, gathered
+    from all ranks. With adapters W + alpha/rank B A, from float32 factors every time: merged in
+    place, weights would drift.
     """
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
-        path, adapted, _ = name.rpartition(".base_layer.weight")
-        layer = model.get_submodule(path) if adapted else None
         # a shard is cast before it is gathered
-        shard = parameter.detach().to(device, dtype)
-        yield name.replace(".base_layer.", "."), merged(layer, whole(shard))
+        weight = whole(parameter.detach().to(device, dtype))
+        path, adapted, _ = name.rpartition(".base_layer.weight")
+        if adapted:
+            layer = model.get_submodule(path)
+            factor_B = whole(layer.lora_B.default.weight.detach().to(device))
+            factor_A = whole(layer.lora_A.default.weight.detach().to(device))
+            change = layer.scaling["default"] * factor_B @ factor_A
+            if layer.fan_in_fan_out:  # GPT-2's layers keep W transposed
+                change = change.T
+            weight = (weight + change).to(dtype)
+        yield name.replace(".base_layer.", "."), weight
 
 
-@torch.no_grad()
-def merged(layer: Any, weight: Tensor) -> Tensor:
-    """A layer's whole weight, with what its adapter adds."""
-    if layer is None:
-        return weight
-    factor_B = whole(layer.lora_B["default"].weight.to(weight.device))
-    factor_A = whole(layer.lora_A["default"].weight.to(weight.device))
-    change = layer.scaling["default"] * factor_B @ factor_A
-    if layer.fan_in_fan_out:  # GPT-2's layers keep W transposed
-        change = change.T
-    return (weight + change).to(weight.dtype)
-
-
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor):
     """The tensor of which FSDP keeps a shard on each rank; any other stays as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def save_settings(model: Any, dtype: Any, tokenizer, folder: str | Path):
+def save_settings(model, dtype, tokenizer, folder):
     """All of a model's folder but the weights, which are of this type; of sampling values that
     contradict each other, none.
     """
@@ -258,7 +240,7 @@ def save_settings(model: Any, dtype: Any, tokenizer, folder: str | Path):
         part.save_pretrained(folder)
 
 
-def key_shape(config: Any) -> tuple:
+def key_shape(config):
     """(layers, heads of the keys, width of a head)"""
     text = config.get_text_config()
     heads = text.num_attention_heads
@@ -271,7 +253,7 @@ def key_shape(config: Any) -> tuple:
 
 LIMIT = 3e-4  # nats; in float32 what is exact differs by up to 2e-5 here
 SHORT = 32  # tokens of the first trial
-SMALL = {  # what the copy has of each, where the architecture has it
+SMALL = {  # what the copy has of each; what an architecture does not know, it does not read
     "vocab_size": 64,
     "num_attention_heads": 4,
     "intermediate_size": 64,
@@ -283,83 +265,75 @@ WIDTHS = {*SMALL, "hidden_size", "num_key_value_heads", "head_dim"}  # no window
 
 
 @functools.cache  # a folder is tried once in a process
-def check_architecture(part: str, trial: Callable, model_dir: str, max_model_len: int):
+def check_architecture(part, trial, model_dir, max_model_len):
     """ValueError where `trial`, which runs `part` of our code, does not compute this architecture
-    exactly.
+    exactly: in a short sequence, and in one that is longer than any window below max_model_len, if
+    there may be one.
     """
     own = AutoConfig.from_pretrained(model_dir)
-    what = difference(trial, own, max_model_len)
-    if what:
-        raise ValueError(
-            f"model={model_dir!r}: {part} does not compute {own.model_type} models exactly: {what}"
-        )
+    longest = 0
+    for name, text in re.findall(r'"(\w+)": (\d+)[,\s]', own.to_json_string(use_diff=False)):
+        number = int(text)
+        if number < max_model_len and name not in WIDTHS and not name.endswith("_token_id"):
+            longest = max(longest, number)
+    lengths = [SHORT]
+    if longest >= SHORT:
+        lengths.append(min(longest + 64, max_model_len))  # where windows have an effect
+    for length in lengths:
+        what = difference(trial, copy.deepcopy(own), length)
+        if what:
+            raise ValueError(
+                f"model={model_dir!r}: {part} does not compute {own.model_type} models exactly: "
+                f"{what}"
+            )
 
 
-def difference(trial: Callable, own: Any, max_model_len: int) -> str:
-    """What differs between the trial and the model's own computation, in words; "" where nothing
-    does.
+@torch.no_grad()
+def difference(trial, architecture, length):
+    """What differs between the trial and the model's own attention and head, in words; "" where
+    nothing does. Two sequences that begin alike, random weights.
 
     trial: (config, folder of the copy, prompts) -> for each, token ids and log-probabilities of the
     last of them. Of a prompt of n tokens, at least n - 8 come back.
     """
-    for length in trial_lengths(own.to_json_string(use_diff=False), max_model_len):
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                off = largest_difference(trial, copy.deepcopy(own), length)
-        # whatever an architecture raises that our code or this copy is not made for
-        except Exception as error:
-            words = " ".join(str(error).split())
-            return f"{type(error).__name__} at {length} tokens: {words[:200]}"
-        if not off < LIMIT:
-            remedy = "; a lower max_model_len may avoid it" if length > SHORT else ""
-            return (
-                f"log-probabilities of {length} tokens differ by {off:.2g} nats "
-                f"(limit {LIMIT:g}){remedy}"
-            )
-    return ""
+    settings = ["--preset=toy", "--kl_coef=0", "--max_in_flight=2", "--max_turn_tokens=1"]
+    config = load_config([*settings, f"--max_model_len={length}"])
+    differences = []
+    try:
+        with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+            torch.manual_seed(0)
+            model = small_copy(architecture, length)
+            model.should_save_on_this_rank = lambda _: True  # every rank has a folder of its own
+            model.save_pretrained(folder)
+            first, second = torch.randint(3, SMALL["vocab_size"], (2, length)).tolist()
+            prompts = [first, first[:4] + second[4:20]]
+            for ids, logprobs in trial(config, folder, prompts):
+                count = len(logprobs)
+                logits = model(torch.tensor([ids]), use_cache=False).logits[0, -count - 1 : -1]
+                losses = cross_entropy(logits, torch.tensor(ids[-count:]), reduction="none")
+                differences.append(logprobs + losses)
+    # whatever an architecture raises that our code or this copy is not made for
+    except Exception as error:
+        words = " ".join(str(error).split())
+        return f"{type(error).__name__} at {length} tokens: {words[:200]}"
+    off = torch.cat(differences).abs().max()
+    if off < LIMIT:
+        return ""
+    remedy = "; a lower max_model_len may avoid it" if length > SHORT else ""
+    return (
+        f"log-probabilities of {length} tokens differ by {off:.2g} nats (limit {LIMIT:g}){remedy}"
+    )
 
 
-def trial_lengths(architecture: str, max_model_len: int) -> list[int]:
-    """A short sequence, and one that is longer than any window below max_model_len, if there may be
-    one.
-    """
-    short = max(20, min(SHORT, max_model_len))
-    longest = 0
-    for name, text in re.findall(r'"(\w+)": (\d+)[,\s]', architecture):
-        number = int(text)
-        if number < max_model_len and name not in WIDTHS and not name.endswith("_token_id"):
-            longest = max(longest, number)
-    if longest < short:
-        return [short]
-    return [short, min(longest + 64, max_model_len)]  # where windows have an effect
-
-
-def largest_difference(trial: Callable, architecture: Any, length: int) -> float:
-    """Between the trial's log-probabilities and the model's own [nats]; two sequences that begin
-    alike, random weights.
-    """
-    config = load_config(["--preset=toy", "--kl_coef=0", "--max_in_flight=2"])
-    model = small_copy(architecture, length)
-    model.should_save_on_this_rank = lambda _: True  # every rank has a folder of its own
-    first, second = torch.randint(3, SMALL["vocab_size"], (2, length)).tolist()
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        prompts = [first, first[:4] + second[4:20]]
-        tried = trial(replace(config, max_model_len=length), folder, prompts)
-    differences = [own_logprobs(model, ids, len(found)) - found for ids, found in tried]
-    return float(torch.cat(differences).abs().max())
-
-
-def small_copy(config: Any, length: int) -> PreTrainedModel:
+def small_copy(config, length):
     """A narrow model of this architecture with random weights on the CPU, and the first layers
     only: at least two, and one of each kind. Its own attention suits the length.
     """
     text = config.get_text_config()
     # The width of a head is kept: rotary settings may be made for it.
     layers, kv_heads, head_dim = key_shape(config)
-    changes: dict = {**SMALL, "head_dim": head_dim, "hidden_size": 4 * head_dim}
-    changes["num_key_value_heads"] = 4 if kv_heads == text.num_attention_heads else 2
+    kv_heads = 4 if kv_heads == text.num_attention_heads else 2
+    changes = {"head_dim": head_dim, "hidden_size": 4 * head_dim, "num_key_value_heads": kv_heads}
     kept = 2
     by_layer = []
     for name, value in text.to_dict().items():
@@ -373,11 +347,9 @@ def small_copy(config: Any, length: int) -> PreTrainedModel:
     for name in by_layer:
         changes[name] = getattr(text, name)[:kept]
     changes["num_hidden_layers"] = min(layers, kept)
-    for name, value in changes.items():
-        if hasattr(text, name):
-            setattr(text, name, value)
+    text.update(SMALL | changes)
     # The default, sdpa, never holds all attention weights, as eager does, but lacks soft-capping.
-    attention = "eager" if length <= SHORT else None
+    attention = "eager" if length == SHORT else None
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation=attention
     ).eval()
@@ -386,17 +358,8 @@ def small_copy(config: Any, length: int) -> PreTrainedModel:
     # nothing could be seen.
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            nn.init.normal_(parameter, 0.0, 4 / parameter.shape[-1] ** 0.5)
+            parameter.normal_(0.0, 4 / parameter.shape[-1] ** 0.5)
         else:
-            nn.init.normal_(parameter, 0.5, 0.5)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(0.2)
+            parameter.normal_(0.5, 0.5)
+    model.get_output_embeddings().weight.mul_(0.2)
     return model
-
-
-@torch.no_grad()
-def own_logprobs(model: PreTrainedModel, token_ids: list[int], count: int) -> Tensor:
-    """Log-probabilities of the last `count` tokens by the model's own attention and head."""
-    ids = torch.tensor(token_ids)
-    logits = model(ids[None], use_cache=False).logits[0, -count - 1 : -1]
-    return logits.log_softmax(-1).gather(-1, ids[-count:, None])[:, 0]

@@ -9,18 +9,15 @@ search; top-p, top-k and penalties, for which the policy had to renormalise, too
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from deepresearcher_min.architecture import check_architecture, key_shape, load_model
-from deepresearcher_min.config import Config, ConfigError
+from deepresearcher_min.config import ConfigError
 from deepresearcher_min.run import missing_gpu
 
 
@@ -37,7 +34,7 @@ class Completion:
     token_ids: list[int]  # sampled, the stop token included
     # after temperature; greedy: at temperature 1 (vLLM: if the whole batch is greedy)
     logprobs: list[float]
-    # stop | length (max_tokens, or the context is full) | aborted (by the engine itself)
+    # stop | length (max_tokens, or the context is full) | another: given up by the engine itself
     finish_reason: str
 
 
@@ -50,7 +47,7 @@ class Engine:
     capacity_tokens: int  # size of the KV cache, for admission
     max_len: int
 
-    def submit(self, request_id: str, token_ids: list[int], sampling: Sampling):
+    def submit(self, request_id: str, token_ids: list[int], sampling):
         """Queue a turn of a trajectory, never two at once. ValueError if token_ids do not fit."""
         if not 0 < len(token_ids) < self.max_len:
             raise ValueError(
@@ -60,10 +57,10 @@ class Engine:
     # Advance everything that runs; the requests that finished.
     def step(self) -> dict[str, Completion]: ...
     # Running or queued: step() never returns them.
-    def abort(self, request_ids: Iterable[str]): ...
+    def abort(self, request_ids): ...
     # Copy in weights (pairs of a Hugging Face name and a tensor), forget all prefixes. RuntimeError
     # while requests run.
-    def update_weights(self, named_tensors: Iterable): ...
+    def update_weights(self, named_tensors): ...
     def sleep(self): ...  # give memory to the optimizer step
     def wake_up(self): ...  # take it back; update_weights must follow before a request
     def close(self): ...  # the engine cannot be used afterwards
@@ -73,23 +70,21 @@ PREFILL_TOKENS = 1024  # no more prompts join a step that has so many tokens to 
 
 
 @dataclass
-class Request:
+class Request(Completion):
     """A turn under way, in a row of the KV cache that holds the `past` tokens before its inputs."""
 
     sampling: Sampling
     generator: torch.Generator
     inputs: list[int]  # to compute in the next step: the prompt, later the token sampled last
-    token_ids: list[int]  # sampled so far
-    logprobs: list[float]
-    row: int = -1
-    source: int = -1  # the row that has the past tokens, and is copied where it is another one
-    past: int = 0
+    row: int
+    source: int  # the row that has the past tokens, and is copied where it is another one
+    past: int
 
     @property
-    def end(self) -> int:
+    def end(self):
         return self.past + len(self.inputs)
 
-    def append(self, token_id: int, logprob: float, max_len: int) -> str:
+    def append(self, token_id, logprob, max_len) -> str:
         """After a step: the inputs are in the row, and this came next. Why the turn ends, or ""."""
         self.past = self.end
         self.source = self.row
@@ -97,10 +92,10 @@ class Request:
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         if token_id in self.sampling.stop_token_ids:
-            return "stop"
-        if self.end == max_len or len(self.token_ids) == self.sampling.max_tokens:
-            return "length"
-        return ""
+            self.finish_reason = "stop"
+        elif self.end == max_len or len(self.token_ids) == self.sampling.max_tokens:
+            self.finish_reason = "length"
+        return self.finish_reason
 
 
 class HFEngine(Engine):
@@ -112,13 +107,13 @@ class HFEngine(Engine):
     sequence [1, N]; attention alone knows whose they are. On a CPU every bit repeats.
     """
 
-    def __init__(self, config: Config, model_dir: str, tried: bool = False):
+    def __init__(self, config, model_dir, tried=False):
         """ValueError for an architecture that is not computed exactly here, unless `tried`."""
         if not tried:
             check_architecture("engine=hf", trial, model_dir, config.max_model_len)
         self.max_len = config.max_model_len
-        self.waiting = dict[str, Request]()
-        self.running = dict[str, Request]()
+        self.waiting = {}  # request_id -> (token_ids, sampling)
+        self.running = {}  # request_id -> Request
         AttentionInterface.register("rows", attend)
         # Ranks.start has made the policy's GPU the current one.
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,16 +136,15 @@ class HFEngine(Engine):
         """As new: who shares whose prefix decides the last bits, and a resumed run has no past."""
         self.ids = np.full((self.rows, self.max_len), -1, np.int32)  # in the rows; -1: nothing
         # last request -> its row, longest idle first
-        self.idle: dict = {row: row for row in range(self.rows)}
+        self.idle = dict(enumerate(range(self.rows)))
 
     def submit(self, request_id, token_ids, sampling):
         super().submit(request_id, token_ids, sampling)
-        generator = torch.Generator().manual_seed(sampling.seed)  # the same numbers on any device
-        self.waiting[request_id] = Request(sampling, generator, list(token_ids), [], [])
+        self.waiting[request_id] = list(token_ids), sampling
 
     @torch.inference_mode()
     def step(self):
-        computed = sum(len(request.inputs) for request in self.running.values())
+        computed = len(self.running)  # a token each
         while self.waiting and self.idle and computed < PREFILL_TOKENS:
             computed += self.admit(next(iter(self.waiting)))
         if not self.running:
@@ -159,40 +153,50 @@ class HFEngine(Engine):
         logits = self.forward(requests)
         tokens, logprobs = sample(logits, requests)
         finished = {}
-        found = zip(self.running, requests, tokens.tolist(), logprobs.tolist(), strict=True)
-        for name, request, token_id, logprob in found:
+        for name, request, token_id, logprob in zip(
+            self.running, requests, tokens.tolist(), logprobs.tolist(), strict=True
+        ):
             self.ids[request.row, request.past] = request.inputs[0]
-            reason = request.append(token_id, logprob, self.max_len)
-            if reason:
-                finished[name] = Completion(request.token_ids, request.logprobs, reason)
+            if request.append(token_id, logprob, self.max_len):
+                finished[name] = request
         self.abort(finished)
         return finished
 
-    def admit(self, name: str) -> int:
+    def admit(self, name):
         """Its last turn's row if idle, the longest prefix of any row; tokens left to compute."""
-        request = self.running[name] = self.waiting.pop(name)
-        prompt = request.inputs
+        prompt, sampling = self.waiting.pop(name)
         count = len(prompt)
-        request.row = self.idle.pop(name if name in self.idle else next(iter(self.idle)))
-        same = self.ids[:, :count] == np.array(prompt)
-        common = np.logical_and.accumulate(same, axis=1).sum(axis=1)
-        request.source = int(common.argmax())
+        row = self.idle.pop(name if name in self.idle else next(iter(self.idle)))
+        same = self.ids[:, : count + 1] == np.array([*prompt, -2])  # -2 is in no row
+        common = same.argmin(axis=1)  # the first that is not the same
+        source = int(common.argmax())
         # the last token is always computed: its logits are needed
-        request.past = min(int(common.max()), count - 1)
-        request.inputs = prompt[request.past :]
+        past = min(int(common.max()), count - 1)
+        generator = torch.Generator().manual_seed(sampling.seed)  # the same numbers on any device
+        self.running[name] = Request(
+            [], [], "", sampling, generator, prompt[past:], row, source, past
+        )
         # Known from now on: who is let in next may copy it in this very step.
-        self.ids[request.row] = prompt + [-1] * (self.max_len - count)
-        return count - request.past
+        self.ids[row] = prompt + [-1] * (self.max_len - count)
+        return count - past
 
-    def forward(self, requests: list[Request]) -> Tensor:
+    def forward(self, requests):
         """The inputs enter the rows; logits after the last of each, [requests, vocabulary]."""
-        ids = [token_id for r in requests for token_id in r.inputs]
-        positions = [position for r in requests for position in range(r.past, r.end)]
-        counts = [len(r.inputs) for r in requests]
+        ids, positions, counts = [], [], []
+        for request in requests:
+            ids += request.inputs
+            positions += range(request.past, request.end)
+            counts.append(len(request.inputs))
         new = torch.tensor([ids, positions], device=self.model.device)
-        last = torch.tensor(counts).cumsum(0) - 1
-        rows = {"cache": self.cache, "requests": requests, "counts": counts, "use_cache": False}
-        output = self.model(input_ids=new[:1], position_ids=new[1:], logits_to_keep=last, **rows)
+        output = self.model(
+            input_ids=new[:1],
+            position_ids=new[1:],
+            logits_to_keep=torch.tensor(counts).cumsum(0) - 1,
+            use_cache=False,
+            cache=self.cache,
+            requests=requests,
+            counts=counts,
+        )
         return output.logits[0]
 
     def abort(self, request_ids):
@@ -213,7 +217,7 @@ class HFEngine(Engine):
         self.forget()
 
 
-def cache_shape(config: Config, model: Any) -> tuple:
+def cache_shape(config, model):
     """[layers, keys and values, rows, kv_heads, max_model_len, head_dim] of the KV cache.
 
     Rows as kv_tokens or max_in_flight say; a GPU's share engine_memory must have room for them.
@@ -234,17 +238,17 @@ def cache_shape(config: Config, model: Any) -> tuple:
     return layers, 2, rows, kv_heads, length, head_dim
 
 
-def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None, **given) -> tuple:
+def attend(module, query, key, value, _, cache, requests, counts, scaling, **rest):
     """One layer, one step. query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim].
 
     Requests come in the order of admission: a source may be filled just before, or be overwritten
     just after.
     """
-    cache = given["cache"][module.layer_idx]  # [2, rows, kv_heads, max_len, head_dim]
-    queries = query[0].split(given["counts"], dim=1)
-    new = torch.cat([key, value]).split(given["counts"], dim=2)
+    cache = cache[module.layer_idx]  # [2, rows, kv_heads, max_len, head_dim]
+    queries = query[0].split(counts, dim=1)
+    new = torch.cat([key, value]).split(counts, dim=2)
     mixed = []
-    for request, q, kv in zip(given["requests"], queries, new, strict=True):
+    for request, q, kv in zip(requests, queries, new, strict=True):
         row, past, end = request.row, request.past, request.end
         if request.source != row:
             cache[:, row, :, :past] = cache[:, request.source, :, :past]
@@ -254,20 +258,19 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None
         grouped = q.reshape(1, keys.shape[1], -1, q.shape[2])
         mask = None
         if end - past > 1:
-            causal = torch.ones(end - past, end, dtype=torch.bool, device=q.device).tril_(past)
+            causal = q.new_ones(end - past, end, dtype=torch.bool).tril_(past)
             mask = causal.repeat(len(q) // keys.shape[1], 1)
-        out = scaled_dot_product_attention(grouped, keys, values, mask, scale=given["scaling"])
+        out = scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
         mixed.append(out.reshape_as(q))
     return torch.cat(mixed, dim=1).transpose(0, 1)[None], None
 
 
-def sample(logits: Tensor, requests: list[Request]) -> tuple:
+def sample(logits, requests):
     """A token for each row of logits, by inverse transform, and its log-probability: [requests]."""
     temperature = torch.tensor([[r.sampling.temperature] for r in requests], device=logits.device)
     draws = [torch.rand(1, generator=r.generator, dtype=torch.float64) for r in requests]
     greedy = temperature == 0
-    scaled = logits.float() / temperature.masked_fill(greedy, 1)
-    probabilities = scaled.softmax(-1)
+    probabilities = (logits.float() / temperature.masked_fill(greedy, 1)).softmax(-1)
     cumulative = probabilities.double().cumsum_(-1)
     # A uniform number is below 1: the level is below the total, the token's probability above 0.
     level = cumulative[:, -1:] * torch.stack(draws).to(logits.device)
@@ -276,18 +279,16 @@ def sample(logits: Tensor, requests: list[Request]) -> tuple:
     return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()
 
 
-def trial(config: Config, folder: str, prompts: list) -> list[tuple]:
+def trial(config, folder, prompts):
     """HFEngine's log-probabilities of eight tokens that it samples (architecture.difference)."""
     engine = HFEngine(config, folder, tried=True)
     for i, prompt in enumerate(prompts):
         engine.submit(str(i), prompt[:-8], Sampling(1.0, 8, 0, ()))
-    done: dict = {}
-    while len(done) < len(prompts):
-        done |= engine.step()
     found = []
-    for i, prompt in enumerate(prompts):
-        turn = done[str(i)]
-        found.append((prompt[:-8] + turn.token_ids, torch.tensor(turn.logprobs)))
+    while len(found) < len(prompts):
+        for name, turn in engine.step().items():
+            ids = prompts[int(name)][:-8] + turn.token_ids
+            found.append((ids, torch.tensor(turn.logprobs)))
     return found
 
 
@@ -302,11 +303,12 @@ class VLLMEngine(Engine):
     torch.set_num_threads on a CPU, and comes after init_process_group. GPU: never run by us.
     """
 
-    def __init__(self, config: Config, model_dir: str, world_size: int):
+    def __init__(self, config, model_dir, world_size):
         # in this process; no telemetry; few words, which hide that weights were not loaded
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        self.vllm = importlib.import_module("vllm")  # 10-30 s; reads the environment
+        import vllm  # 10-30 s; reads the environment
+
         self.max_len = config.max_model_len
         self.gpu = torch.cuda.is_available()
         self.sleeps = self.gpu and config.engine_sleep
@@ -315,7 +317,7 @@ class VLLMEngine(Engine):
         gpu = {"gpu_memory_utilization": config.engine_memory, "enable_sleep_mode": self.sleeps}
         # bm25s loads it, and vLLM 0.32 breaks on its fake __dict__
         ffi = sys.modules.pop("llvmlite.binding.ffi", None)
-        self.llm = self.vllm.LLM(
+        self.llm = vllm.LLM(
             model_dir,
             dtype=config.dtype,
             max_model_len=self.max_len,
@@ -338,20 +340,24 @@ class VLLMEngine(Engine):
 
     def submit(self, request_id, token_ids, sampling):
         super().submit(request_id, token_ids, sampling)
-        # no stop tokens but ours; log-probabilities of sampled tokens only
-        fixed = {"ignore_eos": True, "logprobs": 0, "flat_logprobs": True, "detokenize": False}
-        final = self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY
-        params = self.vllm.SamplingParams(**asdict(sampling), **fixed, output_kind=final)
+        import vllm
+
+        params = vllm.SamplingParams(
+            **asdict(sampling),
+            ignore_eos=True,  # no stop tokens but ours
+            logprobs=0,  # of sampled tokens only
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+        )
         self.engine.add_request(request_id, {"prompt_token_ids": list(token_ids)}, params)
 
     def step(self):
         finished = {}
         for result in self.engine.step():
             output = result.outputs[0]
-            ended = output.finish_reason in ("stop", "length")
-            reason = output.finish_reason if ended else "aborted"
             finished[result.request_id] = Completion(
-                list(output.token_ids), list(output.logprobs.logprobs), reason
+                list(output.token_ids), list(output.logprobs.logprobs), output.finish_reason
             )
         return finished
 
@@ -380,12 +386,12 @@ class VLLMEngine(Engine):
         self.engine.engine_core.shutdown()
 
 
-def repack_head(model: nn.Module):
+def repack_head(model):
     """A CPU multiplies with repacked copies, and vLLM's reload forgets that of a tied head."""
     model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
-def make_engine(config: Config, model_dir: str, world_size: int = 1) -> Engine:
+def make_engine(config, model_dir, world_size=1) -> Engine:
     """The engine of the config; auto is vllm where it and a GPU are there, else hf, and says so."""
     name = config.engine
     missing = "" if importlib.util.find_spec("vllm") else "vllm is not installed"

@@ -72,7 +72,7 @@ async def agent_loop(record: Recording, generate, agent: Agent) -> Trajectory:
     config = agent.config
     while (room := config.max_model_len - len(record.token_ids)) > 0:
         completion = await generate(min(config.max_turn_tokens, room))
-        if completion.finish_reason == "aborted":
+        if completion.finish_reason not in ("stop", "length"):
             return record.finish("cancelled")
         sampled = record.append(completion.token_ids, completion.logprobs)
         text = THINK + agent.chat.decode(completion.token_ids)
