@@ -83,8 +83,9 @@ def reward(trajectory, config) -> float:
             f"question {trajectory.question.id!r}: a {trajectory.stop_reason} trajectory has no "
             "reward"
         )
-    if trajectory.answer is None:
+    if trajectory.stop_reason != "answer":
         return config.format_reward
+    assert trajectory.answer is not None, "stopped with an answer: there is none"
     return f1_score(trajectory.answer, trajectory.question.answers)
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from deepresearcher_min.config import (
     CONFIG_FILE,
+    ROLES,
     ROOT,
     TYPES,
     ConfigError,
@@ -44,7 +45,9 @@ def test_the_code_reads_only_keys_that_exist():
         set(re.findall(r"(?<!model\.)\bconfig\.([a-z]\w*)(?![\w(])", text)) - {"yaml"}
         <= TYPES.keys()
     )
-    # And there is none that nothing reads.
+    # And there is none that nothing reads, by its name or as that of a service.
+    for tail in re.findall(r"\{role\}(_\w+)", text):
+        text += "".join(f'"{role}{tail}"' for role in ROLES)
     assert not [key for key in TYPES if not re.search(rf"[.\"]{key}\b", text)]
 
 

@@ -108,6 +108,8 @@ def test_every_stop_reason_has_its_reward():
         assert f"the harness ended this trajectory ({stop_reason})" in explain(
             trajectory(stop_reason), CONFIG
         )
+    with pytest.raises(AssertionError, match="there is none"):
+        reward(trajectory("answer", None), CONFIG)
 
 
 def test_explanations_name_gold_precision_and_recall():
