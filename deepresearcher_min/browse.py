@@ -71,7 +71,7 @@ LEGACY = """gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r iso8859_5 cp1253 cp125
 READER_RULES = (ROOT / "prompts/reader.txt").read_text("utf-8").strip()
 
 
-def main_text(body, content_type) -> str:
+def main_text(body: bytes, content_type: str) -> str:
     """The main content of a page (HTML, PDF, plain text), one block a line, or ""; never raises."""
     return parse(body, content_type)[0]
 
@@ -87,7 +87,7 @@ def parse(body, content_type):
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip(), ""
 
 
-def page_text(body, content_type) -> str:
+def page_text(body: bytes, content_type: str) -> str:
     """main_text without its safety net; raises WebFailure (unreadable), and what parsers raise."""
     if body.startswith(b"%PDF-") or "pdf" in content_type:
         return pdf_text(body)

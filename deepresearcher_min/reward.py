@@ -18,9 +18,9 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from deepresearcher_min.config import BAD_REPLY, ROOT, WebFailure, count, named
+from deepresearcher_min.config import BAD_REPLY, ROOT, Config, WebFailure, count, named
 from deepresearcher_min.grpo import group_advantages
-from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question
+from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Trajectory
 
 PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation, " "))
 FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
@@ -71,7 +71,7 @@ def exact_match(prediction: str, answers: list | tuple) -> float:
     return float(words(prediction) in map(words, answers))
 
 
-def reward(trajectory, config) -> float:
+def reward(trajectory: Trajectory, config: Config) -> float:
     """F1 of the answer, or config.format_reward when the trajectory ended without one (paper
     section 3.3).
 
@@ -222,7 +222,7 @@ def parse_verdict(reply) -> float | None:
     return None if verdict is None else float(not verdict[1])
 
 
-def ask_judge(trajectory, config, web, counts) -> float | None:
+def ask_judge(trajectory: Trajectory, config: Config, web, counts) -> float | None:
     """MBE, a language model's verdict on an answer: 1 or 0; None, counted as fail_judge_*, where
     there is no verdict. `web` is a web.Web.
 

@@ -83,7 +83,7 @@ def is_public(address) -> bool:
     return ip.is_global and not any(ip in ipaddress.ip_network(network) for network in NETWORKS)
 
 
-def check_url(url, allow_private=False, seconds=5.0):
+def check_url(url: str, allow_private=False, seconds=5.0):
     """A plain URL's parts, and the only addresses to dial; BlockedURL if one is not public."""
     parts = parse_url("")
     with suppress(ValueError):
