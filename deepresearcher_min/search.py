@@ -331,7 +331,7 @@ def check_search(config):
         )
 
 
-def make_search(config, web, corpus: Corpus | None):
+def make_search(config, web, corpus):
     """What `search:` names, as a function (query, counts) -> SearchResults: local and toy need a
     corpus, all others a Web, and that check_search finds nothing.
 
