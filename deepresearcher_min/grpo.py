@@ -38,6 +38,7 @@ from deepresearcher_min.trajectory import Group
 # Of log-probability differences before exp. Beyond it there is no gradient; infinity would make it
 # nan.
 EXPONENT_LIMIT = 20.0
+RARE = 1e-4  # probability below which a sampled token is called rare (docs/metrics.md)
 
 Loss = Callable  # (logprobs_C, entropy_C, slice of S) -> the sum of one chunk's losses
 
@@ -113,6 +114,7 @@ class PackedBatch:
     rollout_S: Tensor
     advantages_S: Tensor
     names_S: np.ndarray  # of the trajectories that the sampled tokens belong to
+    owner_S: Tensor  # those trajectories as numbers: 0 is the first in this batch
 
 
 def families(rows: Sequence[TrainingRow]) -> list:
@@ -136,8 +138,7 @@ def families(rows: Sequence[TrainingRow]) -> list:
 def pack(rows: list[TrainingRow], device="cpu") -> PackedBatch:
     """Join rows into one micro-batch. ValueError when nothing is sampled, or a first token.
 
-    No rows give one token and no trained position, since a rank with nothing to do still takes part
-    in collectives.
+    No rows give one token and no trained position: an idle rank still takes part in collectives.
     """
     for row in rows:
         if 0 in row.sampled or not len(row.sampled):
@@ -167,7 +168,7 @@ def pack(rows: list[TrainingRow], device="cpu") -> PackedBatch:
             places = np.append(prefix_places, add_segment(rest, shared))
             predict.append(places[row.sampled - 1])
             packed.append(row)
-    owner_S = [row for row in packed for _ in row.sampled]
+    owner_S = [i for i, row in enumerate(packed) for _ in row.sampled]
 
     def tensor(arrays: list, dtype=torch.int64) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(device, dtype)
@@ -180,8 +181,9 @@ def pack(rows: list[TrainingRow], device="cpu") -> PackedBatch:
         tensor(predict),
         tensor([row.token_ids[row.sampled] for row in packed]),
         tensor([row.rollout_logprobs for row in packed], torch.float32),
-        torch.tensor([row.advantage for row in owner_S], device=device),
-        np.array([row.name for row in owner_S]),
+        torch.tensor([packed[i].advantage for i in owner_S], device=device),
+        np.array([packed[i].name for i in owner_S]),
+        tensor([owner_S]),
     )
 
 
@@ -266,21 +268,18 @@ def token_losses(
     entropy_coef: float = 0.0,
     importance_cap: float = 0.0,
 ) -> tuple[Tensor, dict]:
-    """The loss of each sampled token, [S], not yet divided by N (module docstring), and sums of
-    metrics.
+    """The loss of each sampled token, [S], not yet divided by N, and sums of metrics.
 
     Gradient flows through new_S and entropy_S only. With one update per rollout pass old_S =
     new_S.detach(): the ratio is 1 and its gradient is the policy gradient. importance_cap 0: no
-    importance weight; ref_S None: no KL. The metrics are float64 sums; divided by "tokens" they are
-    means: clip_fraction of tokens whose gradient the clip removed, capped_fraction of those whose
-    importance weight was cut, mismatch of |old - rollout| in nats.
+    importance weight; ref_S None: no KL. The metrics (docs/metrics.md) are float64 sums; divided by
+    "tokens" they are means, and logprob_good by "good_tokens".
     """
     ratio_S = (new_S - old_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     free_S = ratio_S * advantages_S
     clipped_S = ratio_S.clamp(1 - clip_low, 1 + clip_high) * advantages_S
     losses_S = -torch.minimum(free_S, clipped_S)
-    # The weight corrects for the engine's numerics only; the change since the rollout is the
-    # ratio's business.
+    # Corrects for the engine's numerics only; the change since the rollout is the ratio's business.
     weights_S = (old_S - rollout_S).exp()
     cap = importance_cap or math.inf
     if importance_cap:
@@ -291,6 +290,7 @@ def token_losses(
     losses_S = losses_S + kl_coef * kl_S
     if entropy_coef:  # HeadLoss has less to do for an entropy that is not used
         losses_S = losses_S - entropy_coef * entropy_S
+    good_S = advantages_S > 0
     metrics = {
         "loss": losses_S,
         "kl": kl_S,
@@ -299,8 +299,18 @@ def token_losses(
         "clip_fraction": free_S > clipped_S,
         "capped_fraction": weights_S > cap,
         "tokens": torch.ones_like(new_S),
+        "rare_share": torch.minimum(new_S, rollout_S) < math.log(RARE),
+        "logprob_good": new_S * good_S,
+        "good_tokens": good_S,
     }
     return losses_S, {name: value_S.detach().double().sum() for name, value_S in metrics.items()}
+
+
+def sequence_weights(old_S, batch: PackedBatch) -> Tensor:
+    """The importance weight of each trajectory, as its logarithm, the sum of old - rollout [nats]:
+    the product itself overflows, 2,000 tokens that are off by half a nat make e^1000.
+    """
+    return torch.bincount(batch.owner_S, (old_S - batch.rollout_S).double())
 
 
 # --- the output head

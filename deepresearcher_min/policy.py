@@ -9,6 +9,7 @@ parallelism; biased heads, logit scaling and soft-capping: refused (architecture
 """
 
 import copy
+import math
 import os
 import shutil
 import sys
@@ -38,7 +39,7 @@ from deepresearcher_min.run import Ranks, complete_checkpoints
 from deepresearcher_min.trajectory import Group
 
 LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap")  # of the config
-METRICS = ("loss", "kl", "mismatch", "entropy", "clip_fraction", "capped_fraction")  # of the loss
+METRICS = ("kl", "mismatch", "entropy", "clip_fraction", "capped_fraction", "rare_share")
 # Between engine and policy, on average, before the first update [nats]: more is another model.
 MISMATCH_LIMITS = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
 
@@ -162,10 +163,10 @@ class Policy:
             os._exit(2)
 
     def learn(self, groups: list[Group], engine: str) -> dict:
-        sums, norms, trained = Counter[str](), [], 0
+        sums, norms, trained, weights = Counter[str](), [], 0, [-math.inf]
         for rows, batches, total in self.prepare(groups):
             for batch, old_S in batches:
-                sums.update(self.backward(batch, old_S, total))
+                sums.update(self.backward(batch, old_S, total, weights))
             if engine and not self.compared:
                 self.compare_with(engine, sums)
             norms.append(self.optimizer_step(rows))
@@ -176,6 +177,9 @@ class Policy:
         # over all.
         means = {name: sums[name] / max(1, sums["tokens"]) for name in METRICS}
         means["loss"] = sums["loss"] / max(1, trained)
+        means["logprob_good"] = sums["logprob_good"] / (sums["good_tokens"] or math.nan)
+        largest = max(self.ranks.gather(weights))
+        means["weight_max"] = math.exp(min(largest, grpo.EXPONENT_LIMIT))
         means["grad_norm"] = sum(norms) / max(1, len(norms))
         rate = self.optimizer.param_groups[0]["lr"]
         return means | {"lr": rate, "updates": len(norms), "trained_tokens": trained}
@@ -240,8 +244,12 @@ class Policy:
         check_finite(logprobs_S, batch)
         return logprobs_S
 
-    def backward(self, batch: PackedBatch, old_S: Tensor | None, total: int) -> Counter:
-        """Add one micro-batch's gradient to the others'; returns its sums of metrics. total: N."""
+    def backward(
+        self, batch: PackedBatch, old_S: Tensor | None, total: int, weights: list
+    ) -> Counter:
+        """Add one micro-batch's gradient to the others'; returns its sums of metrics. total: N.
+        weights: gets the trajectories' log importance weights, too.
+        """
         ref_S = None
         if self.reference is not None:
             ref_S = self.score(self.reference, batch)
@@ -250,6 +258,7 @@ class Policy:
         value, logprobs_S = self.scorer(batch, loss)
         check_finite(logprobs_S, batch)
         value.backward()
+        weights += grpo.sequence_weights(logprobs_S if old_S is None else old_S, batch).tolist()
         return Counter({name: float(value) for name, value in sums.items()})
 
     def loss_of(self, batch: PackedBatch, old_S, ref_S, total: int, sums: Counter) -> grpo.Loss:
@@ -296,7 +305,7 @@ class Policy:
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
         for row in rows:
             self.optimizer.zero_grad()
-            self.backward(grpo.pack([row], self.ranks.device), None, 1)
+            self.backward(grpo.pack([row], self.ranks.device), None, 1, [])
             if not np.isfinite(self.clip_gradient()):
                 return f"from {row.name}"
         return "from all trajectories together, from none alone"

@@ -4,7 +4,9 @@ float64 reference.
 
 import dataclasses
 import itertools
+import math
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -232,15 +234,12 @@ def reference_update(
     updates = config.updates_per_rollout
     cuts = [len(rows) * u // updates for u in range(updates + 1)]
     with torch.no_grad():
-        old = [
-            [reference_logprobs(model, t, config.temperature)[0] for t, _ in group]
-            for group in rows
-        ]
-        ref = [
-            [reference_logprobs(start, t, config.temperature)[0] for t, _ in group]
-            for group in rows
-        ]
-    tokens = sums = 0
+        old, ref = (
+            [[reference_logprobs(m, t, config.temperature)[0] for t, _ in group] for group in rows]
+            for m in (model, start)
+        )
+    tokens, sums, largest = 0, 0, 0.0
+    good = []
     for low, high in itertools.pairwise(cuts):
         losses, metrics = [], []
         for g in range(low, high):
@@ -262,9 +261,12 @@ def reference_update(
                 )
                 held = (rho * advantage > clipped * advantage).double()
                 mismatch = (old[g][i] - rollout).abs()
+                rare = ((new.exp() < 1e-4) | (rollout.exp() < 1e-4)).double()
                 metrics.append(
-                    torch.stack([losses[-1], k3, entropy, held, capped, mismatch]).detach()
+                    torch.stack([losses[-1], k3, entropy, held, capped, mismatch, rare]).detach()
                 )
+                good += new.tolist() if advantage > 0 else []
+                largest = max(largest, math.prod(torch.exp(old[g][i] - rollout).tolist()))
         loss = torch.cat(losses)
         optimizer.zero_grad()
         loss.mean().backward()
@@ -272,8 +274,10 @@ def reference_update(
         tokens += len(loss)
         sums = sums + torch.cat(metrics, dim=1).sum(1)
     moved = [(a - b).flatten() for a, b in zip(start.parameters(), model.parameters(), strict=True)]
-    names = ("loss", "kl", "entropy", "clip_fraction", "capped_fraction", "mismatch")
-    return torch.cat(moved).detach(), dict(zip(names, (sums / tokens).tolist(), strict=True))
+    names = ("loss", "kl", "entropy", "clip_fraction", "capped_fraction", "mismatch", "rare_share")
+    means = dict(zip(names, (sums / tokens).tolist(), strict=True))
+    means |= {"logprob_good": statistics.mean(good), "weight_max": min(largest, math.exp(20))}
+    return torch.cat(moved).detach(), means
 
 
 def check_against_reference(moved, metrics, expected, expected_metrics) -> None:
