@@ -291,7 +291,7 @@ class Draw:
         """Real questions about one page if there are, then made-up ones."""
         first = self()
         if first.question.source == "made up":
-            return holes(first.title, first.text, self.rng)
+            return holes(first.title, first.text, self.rng) or [first]
         same = [one for one in self.real if one.title == first.title and one is not first]
         same = self.rng.sample(same, len(same))
         return [first, *same, *holes(first.title, first.text, self.rng)]
@@ -340,13 +340,14 @@ def cold_start(config: Config, recipe: Recipe, ranks: Ranks) -> None:
                     demonstrations.append(example)
             groups = imitated(demonstrations, config)
             metrics = policy.update(groups)
-            row: dict[str, Any] = {"step": step + 1, "loss": metrics["loss"]}
-            row["demonstrated_f1"] = sum(group.rewards[0] for group in groups) / len(groups)
+            row: dict[str, Any] = {"step": step + 1, "logprob": metrics["logprob_good"]}
+            row["reward"] = sum(group.rewards[0] for group in groups) / len(groups)
+            row["trajectories"] = len(groups)
             row["tokens"] = sum(len(one.token_ids) for one in demonstrations)
             row["cpu_seconds"] = time.process_time() - started
             log.write(json.dumps(row) + "\n")
             log.flush()
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}")
+            bar.set_postfix(logprob=f"{row['logprob']:.3f}")
             if (step + 1) % config.save_every == 0:
                 policy.export(folder, chat.tokenizer)
     policy.export(folder, chat.tokenizer)
