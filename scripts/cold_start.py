@@ -12,7 +12,9 @@ the articles of --eval_data. Keys are config.yaml's, with preset wiki; besides t
     --made_up=SHARE     of the questions are made from a sentence of the corpus
     --good_query=P      a researcher searches with all content words of the question, else with its
                         first two
-    --good_open=P       it opens the page of the paragraph if it is among the results, else none
+    --good_open=P       it opens a page: the paragraph's if it is among the results, else the first
+    --reading_share=S   of the examples in the later steps are reading examples still
+    --log=NAME          of the log in the folder
 
 The model is to read well and research badly: reading is slow to learn by reward, decisions are not.
 So a reading example is one page and several questions about it, each with its last turn, which
@@ -21,7 +23,8 @@ or poor independently of each other, so that among samples of one question some 
 some do not. Where the answer was not shown, only the decision to answer is imitated, and no guess:
 what most demonstrations do is what the model will do. Imitation is the policy's update with
 advantage 1, no KL term and no importance weight, at temperature 1. The folder is also written every
-`save_every` steps.
+`save_every` steps. The control of further imitation is the same from a folder that this has made:
+--reading_steps=0 --reading_share=0 --made_up=0 --log=metrics.jsonl.
 """
 
 import argparse
@@ -83,6 +86,8 @@ class Recipe:
     made_up: float = 0.4
     good_query: float = 0.4
     good_open: float = 0.4
+    reading_share: float = 0.2
+    log: str = "cold_start.jsonl"
 
 
 @dataclass(frozen=True)
@@ -325,13 +330,13 @@ def cold_start(config: Config, recipe: Recipe, ranks: Ranks) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     each = config.questions_per_step * config.group_size
     started = time.process_time()
-    with (folder / "cold_start.jsonl").open("w", encoding="utf-8") as log:
+    with (folder / recipe.log).open("w", encoding="utf-8") as log:
         log.write(json.dumps({"recipe": asdict(recipe)}) + "\n")
         for step in (bar := tqdm(range(config.steps), desc="cold start", unit="step")):
             demonstrations: list[Trajectory] = []
             wanted = max(1, each // 2)  # a reading example is as long as two trajectories
             if step >= recipe.reading_steps:
-                items = [draw() for _ in range(each - each // 5)]
+                items = [draw() for _ in range(each - round(each * recipe.reading_share))]
                 demonstrations += whole(items, step, agent, recipe)
                 wanted = each
             while len(demonstrations) < wanted:
@@ -350,7 +355,8 @@ def cold_start(config: Config, recipe: Recipe, ranks: Ranks) -> None:
             bar.set_postfix(logprob=f"{row['logprob']:.3f}")
             if (step + 1) % config.save_every == 0:
                 policy.export(folder, chat.tokenizer)
-    policy.export(folder, chat.tokenizer)
+        policy.export(folder, chat.tokenizer)
+        log.write(json.dumps({"finished": config.steps}) + "\n")
     agent.tools.close()
 
 

@@ -130,9 +130,7 @@ def evaluation(folder: Path, gold: dict[str, list[str]]) -> dict[str, Any]:
     kept: dict[str, Any] = {name: scores[name] for name in SCORES}
     kept["tokens"] = sum(len(row["token_ids"]) for row in known.values()) / len(known)
     kept["behaviours"] = means(rows)
-    kept["f1_by_question"] = {
-        name: round(sum(found) / len(found), 4) for name, found in f1.items()
-    }
+    kept["f1_by_question"] = {name: round(sum(found) / len(found), 4) for name, found in f1.items()}
     return kept
 
 

@@ -171,9 +171,10 @@ def test_a_cold_start_lowers_the_surprise_and_train_goes_on_from_it(model, tmp_p
     small = [*limits, f"--system_prompt_file={ROOT / 'prompts' / 'wiki.txt'}"]
     steps = ["--reading_steps=2", "--steps=2", "--questions_per_step=4", "--group_size=2"]
     cold_start.main([f"--model={model}", *data, f"--run_dir={out}", *small, *steps, "--lr=1e-3"])
-    recipe, *rows = [json.loads(line) for line in (out / "cold_start.jsonl").open()]
+    recipe, *rows, end = [json.loads(line) for line in (out / "cold_start.jsonl").open()]
     assert recipe["recipe"]["reading_steps"] == 2 and [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[0]["reward"] == 1.0  # reading alone
+    assert end == {"finished": 4}
     before = AutoModelForCausalLM.from_pretrained(model).state_dict()
     after = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
