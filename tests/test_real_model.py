@@ -15,6 +15,7 @@ import eval as evaluate
 import train
 from scripts import cold_start, question_sets, real_model
 from scripts.real_model import behaviour, holds, paired_interval
+from scripts.unpack_gguf import unpack
 from tests.scripted import TEMPLATE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,3 +232,9 @@ def test_the_experiment_in_small(tmp_path):
     kept = json.loads((tmp_path / "docs/runs/grpo_0/greedy/summary.json").read_text())
     assert len(kept["f1_by_question"]) == kept["n"] > 0
     assert sum(kept["f1_by_question"].values()) / kept["n"] == pytest.approx(kept["f1"], abs=1e-4)
+
+
+@pytest.mark.quick
+def test_unpacking_wants_one_file(tmp_path):
+    with pytest.raises(SystemExit, match="0 files end in .gguf, not 1"):
+        unpack(tmp_path, tmp_path / "out")
