@@ -236,5 +236,5 @@ def test_the_experiment_in_small(tmp_path):
 
 @pytest.mark.quick
 def test_unpacking_wants_one_file(tmp_path):
-    with pytest.raises(SystemExit, match="0 files end in .gguf, not 1"):
+    with pytest.raises(SystemExit, match=r"0 files end in \.gguf, not 1"):
         unpack(tmp_path, tmp_path / "out")
