@@ -14,6 +14,7 @@ the articles of --eval_data. Keys are config.yaml's, with preset wiki; besides t
                         first two
     --good_open=P       it opens a page: the paragraph's if it is among the results, else the first
     --reading_share=S   of the examples in the later steps are reading examples still
+    --quote=N           words around the answer are quoted in the thought before it
     --log=NAME          of the log in the folder
 
 The model is to read well and research badly: reading is slow to learn by reward, decisions are not.
@@ -65,9 +66,9 @@ from scripts.scripted import Script, ScriptedEngine, items_of  # noqa: E402
 # The shortest form of a call that protocol.parse_turn reads: a third fewer tokens than with
 # "name" and "arguments", and half of what a small model samples is this.
 CALL = '</think>\n<tool_call>{}{{"{}": [{}]}}</tool_call>'
-QUOTE = 10  # words of a quote around the answer at most: longer ones are copied to the turn's end
-SAYS = "It says:"  # begins every last turn: the decision to answer
-QUESTIONS = 8  # of a reading example at most: the page is computed once for all of them
+SAYS = "It says"  # begins every last turn: the decision to answer
+NEAR = 12  # words before an answer that tell which of several places is meant
+QUESTIONS = 10  # of a reading example at most: the page is computed once for all of them
 PAGE = 150  # words of a reading example's page at most
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 # What a made-up question asks for: a year, a number, a name inside the sentence.
@@ -87,6 +88,7 @@ class Recipe:
     good_query: float = 0.4
     good_open: float = 0.4
     reading_share: float = 0.2
+    quote: int = 0
     log: str = "cold_start.jsonl"
 
 
@@ -111,8 +113,8 @@ def answer_turn(thought: str, answer: str) -> str:
     return f"{thought}</think>\n<answer>{answer}</answer>"
 
 
-def quoted(text: str, answer: str, question: str) -> str:
-    """At most QUOTE words around an answer in the text; empty where it is not.
+def quoted(text: str, answer: str, question: str, limit: int) -> str:
+    """At most `limit` words around an answer in the text; empty where it is not.
 
     Of several places the one whose words are most like the question's.
     """
@@ -123,23 +125,26 @@ def quoted(text: str, answer: str, question: str) -> str:
         inside = [n for n, word in enumerate(words) if word.end() > place.start()]
         first = inside[0]
         last = max(n for n, word in enumerate(words) if word.start() < place.end())
-        room = max(0, QUOTE - (last - first + 1))
+        room = max(0, limit - (last - first + 1))
         first = max(0, first - (room + 1) // 2)
         last = min(len(words) - 1, last + room // 2)
         quote = text[words[first].start() : words[last].end()]
-        near = text[words[max(0, first - QUOTE)].start() : words[last].end()]
+        near = text[words[max(0, first - NEAR)].start() : words[last].end()]
         alike = len(wanted.intersection(content_words(near)))
         if alike > most:
             best, most = quote, alike
     return best
 
 
-def reading_turn(text: str, question: Question) -> str:
-    """The last turn, with an answer that the text holds; empty where it holds none."""
+def reading_turn(text: str, question: Question, most: int) -> str:
+    """The last turn, with an answer that the text holds; empty where it holds none. most: words of
+    the quote before it, or 0.
+    """
     for answer in question.answers:
-        quote = quoted(text, answer, question.text)
+        quote = quoted(text, answer, question.text, most)
         if quote:
-            return answer_turn(f"{SAYS} {quote}", answer)
+            thought = f"{SAYS}: {quote}" if most else f"{SAYS} so."
+            return answer_turn(thought, answer)
     return ""
 
 
@@ -158,7 +163,7 @@ def researcher(item: Item, rng: random.Random, recipe: Recipe) -> Script:
         seen = " ".join(note["page_summary"] for note in items_of(shown))
     # Else words that are only there to end the trajectory: imitated() leaves them out.
     nothing = answer_turn(f"{SAYS} nothing", "nothing")
-    yield reading_turn(seen, item.question) or nothing
+    yield reading_turn(seen, item.question, recipe.quote) or nothing
 
 
 def begin(items: Sequence[Item], seed: int, recipe: Recipe, request_id: str) -> Script:
@@ -186,10 +191,10 @@ def without_guess(one: Trajectory, chat: ChatFormat) -> Trajectory:
     return replace(one, sampled_mask=mask)
 
 
-def reading(items: Sequence[Item], chat: ChatFormat) -> Trajectory | None:
+def reading(items: Sequence[Item], chat: ChatFormat, quote: int = 0) -> Trajectory | None:
     """A given page, and last turns that read the answers of questions about it, asked in turn."""
     text = " ".join(items[0].text.split()[:PAGE])
-    turns = [(item.question, reading_turn(text, item.question)) for item in items]
+    turns = [(item.question, reading_turn(text, item.question, quote)) for item in items]
     turns = [(question, turn) for question, turn in turns if turn][:QUESTIONS]
     if not turns:
         return None  # the page holds none of the answers
@@ -293,13 +298,13 @@ class Draw:
         return self.left.pop()
 
     def of_one_page(self) -> list[Item]:
-        """Real questions about one page if there are, then made-up ones."""
+        """Real questions about one page if there are, then made-up ones, each once."""
         first = self()
-        if first.question.source == "made up":
-            return holes(first.title, first.text, self.rng) or [first]
         same = [one for one in self.real if one.title == first.title and one is not first]
-        same = self.rng.sample(same, len(same))
-        return [first, *same, *holes(first.title, first.text, self.rng)]
+        found = [first, *self.rng.sample(same, len(same))]
+        for _ in range(2):
+            found += holes(first.title, first.text, self.rng)
+        return list({one.question.text: one for one in found}.values())
 
 
 # --- learning
@@ -340,7 +345,7 @@ def cold_start(config: Config, recipe: Recipe, ranks: Ranks) -> None:
                 demonstrations += whole(items, step, agent, recipe)
                 wanted = each
             while len(demonstrations) < wanted:
-                example = reading(draw.of_one_page(), chat)
+                example = reading(draw.of_one_page(), chat, recipe.quote)
                 if example is not None:
                     demonstrations.append(example)
             groups = imitated(demonstrations, config)

@@ -51,11 +51,13 @@ def write_data(folder: Path) -> list[str]:
 @pytest.mark.quick
 def test_a_quote_is_short_and_stands_where_the_question_points():
     text = "The mill is in Oss. " + "word " * 30 + "The old king of Aa was born in Oss, they say."
-    quote = quoted(text, "Oss", "Where was the king of Aa born?")
-    assert "of Aa was born in Oss," in quote and len(quote.split()) <= cold_start.QUOTE
-    assert quoted(text, "Os", "Where?") == ""
+    quote = quoted(text, "Oss", "Where was the king of Aa born?", 12)
+    assert "king of Aa was born in Oss," in quote and len(quote.split()) <= 12
+    assert quoted(text, "Os", "Where?", 12) == ""
     long_answer = " ".join(["word"] * 20)
-    assert quoted(text, long_answer, "What?").split() == ["word"] * 20
+    assert quoted(text, long_answer, "What?", 12).split() == ["word"] * 20
+    turn = cold_start.reading_turn("Oss is old.", Question("", "Where?", ("Oss",)), 2)
+    assert turn == "It says: Oss is</think>\n<answer>Oss</answer>"
 
 
 @pytest.mark.quick
