@@ -56,8 +56,8 @@ def test_a_quote_is_short_and_stands_where_the_question_points():
     assert quoted(text, "Os", "Where?", 12) == ""
     long_answer = " ".join(["word"] * 20)
     assert quoted(text, long_answer, "What?", 12).split() == ["word"] * 20
-    turn = cold_start.reading_turn("Oss is old.", Question("", "Where?", ("Oss",)), 2)
-    assert turn == "It says: Oss is</think>\n<answer>Oss</answer>"
+    turn = cold_start.reading_turn("In Oss, they say.", Question("", "Where?", ("Oss",)), 2)
+    assert turn == "It says: In Oss,</think>\n<answer>Oss</answer>"
 
 
 @pytest.mark.quick
