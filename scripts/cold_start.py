@@ -10,14 +10,22 @@ the articles of --eval_data. Keys are config.yaml's, with preset wiki; besides t
 
     --reading_steps=N   steps of reading alone, before the `steps` of whole demonstrations
     --made_up=SHARE     of the questions are made from a sentence of the corpus
-    --good_query=P      a researcher searches with all content words of the question, else with two
-    --good_open=P       it opens the page of the paragraph if it is among the results, else none
+    --good_query=P      a researcher searches with all content words of the question, else with its
+                        first two
+    --good_open=P       it opens a page: the paragraph's if it is among the results, else the first
+    --reading_share=S   of the examples in the later steps are reading examples still
+    --quote=N           words around the answer are quoted in the thought before it
+    --log=NAME          of the log in the folder
 
 The model is to read well and research badly: reading is slow to learn by reward, decisions are not.
-So a reading example is the end of a trajectory only (one page, question, answer), of which many fit
-into a step; and the decisions of whole demonstrations are good or poor independently of each other,
-so that among samples of one question some find the answer and some do not. Imitation is the
-policy's update with advantage 1, no KL term and no importance weight, at temperature 1.
+So a reading example is one page and several questions about it, each with its last turn, which
+costs a fifth of a trajectory for each question; and the decisions of whole demonstrations are good
+or poor independently of each other, so that among samples of one question some find the answer and
+some do not. Where the answer was not shown, only the decision to answer is imitated, and no guess:
+what most demonstrations do is what the model will do. Imitation is the policy's update with
+advantage 1, no KL term and no importance weight, at temperature 1. The folder is also written every
+`save_every` steps. The control of further imitation is the same from a folder that this has made:
+--reading_steps=0 --reading_share=0 --made_up=0 --log=metrics.jsonl.
 """
 
 import argparse
@@ -40,7 +48,7 @@ sys.path.insert(0, str(ROOT))
 from deepresearcher_min.config import Config, ConfigError, load_config, named  # noqa: E402
 from deepresearcher_min.evaluation import load_task, make_agent  # noqa: E402
 from deepresearcher_min.policy import Policy  # noqa: E402
-from deepresearcher_min.protocol import ChatFormat  # noqa: E402
+from deepresearcher_min.protocol import ChatFormat, open_thought  # noqa: E402
 from deepresearcher_min.reward import reward  # noqa: E402
 from deepresearcher_min.rollout import Agent, Batch, roll_out  # noqa: E402
 from deepresearcher_min.run import Ranks  # noqa: E402
@@ -55,14 +63,19 @@ from deepresearcher_min.trajectory import (  # noqa: E402
 )
 from scripts.scripted import Script, ScriptedEngine, items_of  # noqa: E402
 
-CALL = '</think>\n<tool_call>{{"name": "{}", "arguments": {{"{}": [{}]}}}}</tool_call>'
-QUOTE = 12  # words of a quote around the answer at most: longer ones are copied to the turn's end
+# The shortest form of a call that protocol.parse_turn reads: a third fewer tokens than with
+# "name" and "arguments", and half of what a small model samples is this.
+CALL = '</think>\n<tool_call>{}{{"{}": [{}]}}</tool_call>'
+SAYS = "It says"  # begins every last turn: the decision to answer
+NEAR = 12  # words before an answer that tell which of several places is meant
+QUESTIONS = 10  # of a reading example at most: the page is computed once for all of them
+PAGE = 150  # words of a reading example's page at most
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 # What a made-up question asks for: a year, a number, a name inside the sentence.
 HOLES = {
     "what year": re.compile(r"(?<=\bin )(?:1\d|20)\d\d\b"),
-    "how many": re.compile(r"(?<= )\d[\d,]*(?= [a-z])"),
-    "what": re.compile(r"(?<=[a-z] )[A-Z][a-z]+(?: [A-Z][a-z]+)*"),
+    "how many": re.compile(r"(?<= )(?<! in )\d[\d,]*(?= [a-z])"),
+    "what": re.compile(r"(?<=[a-z,] )[A-Z][a-z]+(?: [A-Z][a-z]+)*"),
 }
 
 
@@ -74,6 +87,9 @@ class Recipe:
     made_up: float = 0.4
     good_query: float = 0.4
     good_open: float = 0.4
+    reading_share: float = 0.2
+    quote: int = 0
+    log: str = "cold_start.jsonl"
 
 
 @dataclass(frozen=True)
@@ -97,8 +113,8 @@ def answer_turn(thought: str, answer: str) -> str:
     return f"{thought}</think>\n<answer>{answer}</answer>"
 
 
-def quoted(text: str, answer: str, question: str) -> str:
-    """At most QUOTE words around an answer in the text; empty where it is not.
+def quoted(text: str, answer: str, question: str, limit: int) -> str:
+    """At most `limit` words around an answer in the text; empty where it is not.
 
     Of several places the one whose words are most like the question's.
     """
@@ -109,31 +125,33 @@ def quoted(text: str, answer: str, question: str) -> str:
         inside = [n for n, word in enumerate(words) if word.end() > place.start()]
         first = inside[0]
         last = max(n for n, word in enumerate(words) if word.start() < place.end())
-        room = max(0, QUOTE - (last - first + 1))
+        room = max(0, limit - (last - first + 1))
         first = max(0, first - (room + 1) // 2)
         last = min(len(words) - 1, last + room // 2)
         quote = text[words[first].start() : words[last].end()]
-        near = text[words[max(0, first - QUOTE)].start() : words[last].end()]
+        near = text[words[max(0, first - NEAR)].start() : words[last].end()]
         alike = len(wanted.intersection(content_words(near)))
         if alike > most:
             best, most = quote, alike
     return best
 
 
-def reading_turn(text: str, question: Question) -> str:
-    """The last turn, with an answer that the text holds; empty where it holds none."""
+def reading_turn(text: str, question: Question, most: int) -> str:
+    """The last turn, with an answer that the text holds; empty where it holds none. most: words of
+    the quote before it, or 0.
+    """
     for answer in question.answers:
-        quote = quoted(text, answer, question.text)
+        quote = quoted(text, answer, question.text, most)
         if quote:
-            return answer_turn(f"It says: {quote}", answer)
+            thought = f"{SAYS}: {quote}" if most else f"{SAYS} so."
+            return answer_turn(thought, answer)
     return ""
 
 
 def researcher(item: Item, rng: random.Random, recipe: Recipe) -> Script:
     """Turns of one trajectory: search, perhaps open a page, read or guess."""
     words = content_words(item.question.text)
-    poor = rng.sample(words, min(2, len(words)))
-    query = " ".join(words if rng.random() < recipe.good_query else poor)
+    query = " ".join(words if rng.random() < recipe.good_query else words[:2])
     opens = rng.random() < recipe.good_open
     shown = yield f"I search.{search_call(query)}"
     results = [result for result in items_of(shown) if result.get("url")]
@@ -141,16 +159,11 @@ def researcher(item: Item, rng: random.Random, recipe: Recipe) -> Script:
     seen = " ".join(result["quick_summary"] for result in right)
     if opens and results:
         page = (right or results)[0]
-        shown = yield f"I open the page.{open_call(page['url'])}"
+        shown = yield f"I open it.{open_call(page['url'])}"
         seen = " ".join(note["page_summary"] for note in items_of(shown))
-    last = reading_turn(seen, item.question)
-    if last:
-        yield last
-        return
-    everything = " ".join([seen, *(result["quick_summary"] for result in results)])
-    names = HOLES["what"].findall(everything) or everything.split()[:1] or words
-    guess = rng.choice(names)
-    yield answer_turn("It does not say. I guess", guess)
+    # Else words that are only there to end the trajectory: imitated() leaves them out.
+    nothing = answer_turn(f"{SAYS} nothing", "nothing")
+    yield reading_turn(seen, item.question, recipe.quote) or nothing
 
 
 def begin(items: Sequence[Item], seed: int, recipe: Recipe, request_id: str) -> Script:
@@ -159,40 +172,52 @@ def begin(items: Sequence[Item], seed: int, recipe: Recipe, request_id: str) -> 
 
 
 def whole(items: Sequence[Item], step: int, agent: Agent, recipe: Recipe) -> list[Trajectory]:
-    """A demonstration of each item, by the code that rolls out."""
+    """A demonstration of each item, by the code that rolls out; guesses are not sampled ones."""
     script_of = partial(begin, items, agent.config.seed, recipe)
     chat = agent.chat
     engine = ScriptedEngine(chat.tokenizer, chat.end_of_turn_id, script_of)
     questions = [item.question for item in items]
     batch = Batch(questions, range(len(items)), 1, 1.0, step)
-    return [found for (found,) in roll_out(batch, replace(agent, engine=engine))]
+    found = roll_out(batch, replace(agent, engine=engine))
+    return [without_guess(one, chat) for (one,) in found]
 
 
-def reading(item: Item, chat: ChatFormat, rng: random.Random) -> Trajectory | None:
-    """The end of a trajectory: a given search, a short page, and a turn that reads the answer."""
-    words = item.text.split()
-    answer = next((one for one in item.question.answers if one in item.text), "")
-    if not answer:
-        return None
-    at = len(item.text[: item.text.find(answer)].split())
-    start = max(0, at - rng.randrange(5, 40))
-    page = " ".join(words[start : start + rng.randrange(50, 90)])
-    text = reading_turn(page, item.question)
-    if not text:
-        return None
-    record = Recording(item.question, chat.prompt_ids(item.question.text))
+def without_guess(one: Trajectory, chat: ChatFormat) -> Trajectory:
+    """Of a last turn that is wrong only the beginning counts as sampled: the decision to answer."""
+    if one.answer in one.question.answers:
+        return one
+    mask = one.sampled_mask.copy()
+    mask[one.turns[-1].sampled[0] + len(chat.encode(SAYS)) :] = False
+    return replace(one, sampled_mask=mask)
 
-    def ids_of(turn: str) -> list[int]:
-        return [*chat.tokenizer.encode(turn, add_special_tokens=False), chat.end_of_turn_id]
 
-    given = "I search." + search_call(" ".join(content_words(item.question.text)))
-    record.append(ids_of(given))
-    found = [{"quick_summary": page, "title": item.title}]
+def reading(items: Sequence[Item], chat: ChatFormat, quote: int = 0) -> Trajectory | None:
+    """A given page, and last turns that read the answers of questions about it, asked in turn."""
+    text = " ".join(items[0].text.split()[:PAGE])
+    turns = [(item.question, reading_turn(text, item.question, quote)) for item in items]
+    turns = [(question, turn) for question, turn in turns if turn][:QUESTIONS]
+    if not turns:
+        return None  # the page holds none of the answers
+    first, _ = turns[0]
+    record = Recording(first, chat.prompt_ids(first.text))
+    call = "I search." + search_call(" ".join(content_words(first.text)))
+    record.append([*chat.encode(call), chat.end_of_turn_id])
+    found = [{"quick_summary": text, "title": items[0].title}]
     record.append(chat.observation_ids(str([{"web_page_info_list": found}])))
-    ids = ids_of(text)
-    sampled = record.append(ids, [0.0] * len(ids))
-    record.turns.append(Turn(sampled, (sampled[1], sampled[1]), text, "answer"))
-    return record.finish("answer", answer)
+    for number, (question, turn) in enumerate(turns):
+        if number:
+            record.append(next_question_ids(question.text, chat))
+        ids = [*chat.encode(turn), chat.end_of_turn_id]
+        sampled = record.append(ids, [0.0] * len(ids))
+        record.turns.append(Turn(sampled, (sampled[1], sampled[1]), turn, "answer"))
+    return record.finish("answer", first.answers[0])
+
+
+def next_question_ids(question: str, chat: ChatFormat) -> list[int]:
+    """What follows an answer's end token, where the user asks once more."""
+    _, behind = chat.around_turn({"role": "user", "content": question})
+    behind = behind.partition(chat.end_of_turn)[2]
+    return chat.encode(chat.end_of_turn + open_thought(behind))[1:]
 
 
 # --- what the demonstrations are about
@@ -226,8 +251,26 @@ def article_of(title: str) -> str:
     return re.sub(r" \(\d+\)$", "", title)
 
 
+def holes(title: str, text: str, rng: random.Random) -> list[Item]:
+    """Questions made of a text's sentences, in random order: a part is replaced by what asks.
+
+    At most one of a sentence, so that none gives another away.
+    """
+    items = []
+    for sentence in SENTENCE.split(text):
+        word = rng.choice(list(HOLES))
+        found = list(HOLES[word].finditer(sentence))
+        if not found or not 6 <= len(sentence.split()) <= 30:
+            continue
+        hole = rng.choice(found)
+        asked = sentence[: hole.start()] + word + sentence[hole.end() :]
+        asked = asked.rstrip(" .!") + "?"
+        items.append(Item(Question("", asked, (hole.group(),), "made up"), title, text))
+    return rng.sample(items, len(items))
+
+
 def made_up(corpus: Corpus, held_out: set[str], rng: random.Random) -> Iterator[Item]:
-    """Questions made of sentences, without end: a part is replaced by a question word."""
+    """Made-up questions about all passages but those of held-out articles, without end."""
     names = {name.replace("_", " ") for name in held_out}
     passages = [
         (title, text)
@@ -236,15 +279,7 @@ def made_up(corpus: Corpus, held_out: set[str], rng: random.Random) -> Iterator[
     ]
     while True:
         title, text = rng.choice(passages)
-        sentence = rng.choice(SENTENCE.split(text))
-        word = rng.choice(list(HOLES))
-        found = list(HOLES[word].finditer(sentence))
-        if not found or not 6 <= len(sentence.split()) <= 30:
-            continue
-        hole = rng.choice(found)
-        asked = sentence[: hole.start()] + word + sentence[hole.end() :]
-        asked = asked.rstrip(" .!") + "?"
-        yield Item(Question("", asked, (hole.group(),), "made up"), title, text)
+        yield from holes(title, text, rng)[:1]
 
 
 class Draw:
@@ -261,6 +296,15 @@ class Draw:
         if not self.left:
             self.left = self.rng.sample(self.real, len(self.real))
         return self.left.pop()
+
+    def of_one_page(self) -> list[Item]:
+        """Real questions about one page if there are, then made-up ones, each once."""
+        first = self()
+        same = [one for one in self.real if one.title == first.title and one is not first]
+        found = [first, *self.rng.sample(same, len(same))]
+        for _ in range(2):
+            found += holes(first.title, first.text, self.rng)
+        return list({one.question.text: one for one in found}.values())
 
 
 # --- learning
@@ -287,31 +331,37 @@ def cold_start(config: Config, recipe: Recipe, ranks: Ranks) -> None:
     invented = made_up(task.corpus, held_out_titles(config.eval_data), random.Random(config.seed))
     draw = Draw(real, invented, recipe.made_up, config.seed)
     policy = Policy(config, task.model_dir, ranks)
-    rng = random.Random(f"pages {config.seed}")
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     each = config.questions_per_step * config.group_size
     started = time.process_time()
-    with (folder / "cold_start.jsonl").open("w", encoding="utf-8") as log:
+    with (folder / recipe.log).open("w", encoding="utf-8") as log:
         log.write(json.dumps({"recipe": asdict(recipe)}) + "\n")
         for step in (bar := tqdm(range(config.steps), desc="cold start", unit="step")):
             demonstrations: list[Trajectory] = []
+            wanted = max(1, each // 2)  # a reading example is as long as two trajectories
             if step >= recipe.reading_steps:
-                items = [draw() for _ in range(each - each // 4)]
+                items = [draw() for _ in range(each - round(each * recipe.reading_share))]
                 demonstrations += whole(items, step, agent, recipe)
-            while len(demonstrations) < each:
-                example = reading(draw(), chat, rng)
+                wanted = each
+            while len(demonstrations) < wanted:
+                example = reading(draw.of_one_page(), chat, recipe.quote)
                 if example is not None:
                     demonstrations.append(example)
             groups = imitated(demonstrations, config)
             metrics = policy.update(groups)
-            row: dict[str, Any] = {"step": step + 1, "loss": metrics["loss"]}
-            row["demonstrated_f1"] = sum(group.rewards[0] for group in groups) / len(groups)
+            row: dict[str, Any] = {"step": step + 1, "logprob": metrics["logprob_good"]}
+            row["reward"] = sum(group.rewards[0] for group in groups) / len(groups)
+            row["trajectories"] = len(groups)
+            row["tokens"] = sum(len(one.token_ids) for one in demonstrations)
             row["cpu_seconds"] = time.process_time() - started
             log.write(json.dumps(row) + "\n")
             log.flush()
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-    policy.export(folder, chat.tokenizer)
+            bar.set_postfix(logprob=f"{row['logprob']:.3f}")
+            if (step + 1) % config.save_every == 0:
+                policy.export(folder, chat.tokenizer)
+        policy.export(folder, chat.tokenizer)
+        log.write(json.dumps({"finished": config.steps}) + "\n")
     agent.tools.close()
 
 

@@ -4,10 +4,10 @@ goes on from.
 
 import json
 import random
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -16,9 +16,9 @@ import train
 from deepresearcher_min.protocol import Answer, Call, parse_turn
 from deepresearcher_min.reward import f1_score
 from deepresearcher_min.search import Corpus
-from deepresearcher_min.trajectory import Question
+from deepresearcher_min.trajectory import Question, Recording, Turn
 from scripts import cold_start
-from scripts.cold_start import Item, Recipe, made_up, quoted, reading, researcher
+from scripts.cold_start import Item, Recipe, made_up, quoted, reading, researcher, without_guess
 from tests.scripted import CHAT, byte_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,11 +51,13 @@ def write_data(folder: Path) -> list[str]:
 @pytest.mark.quick
 def test_a_quote_is_short_and_stands_where_the_question_points():
     text = "The mill is in Oss. " + "word " * 30 + "The old king of Aa was born in Oss, they say."
-    quote = quoted(text, "Oss", "Where was the king of Aa born?")
-    assert "king of Aa was born in Oss," in quote and len(quote.split()) <= cold_start.QUOTE
-    assert quoted(text, "Os", "Where?") == ""
+    quote = quoted(text, "Oss", "Where was the king of Aa born?", 12)
+    assert "king of Aa was born in Oss," in quote and len(quote.split()) <= 12
+    assert quoted(text, "Os", "Where?", 12) == ""
     long_answer = " ".join(["word"] * 20)
-    assert quoted(text, long_answer, "What?").split() == ["word"] * 20
+    assert quoted(text, long_answer, "What?", 12).split() == ["word"] * 20
+    turn = cold_start.reading_turn("In Oss, they say.", Question("", "Where?", ("Oss",)), 2)
+    assert turn == "It says: In Oss,</think>\n<answer>Oss</answer>"
 
 
 @pytest.mark.quick
@@ -79,8 +81,9 @@ def item() -> Item:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("opens", [0.0, 1.0])
-def test_a_researcher_reads_what_it_was_shown_and_guesses_otherwise(opens):
-    recipe = Recipe(good_query=1.0, good_open=opens)
+@pytest.mark.parametrize("good", [0.0, 1.0])
+def test_a_researcher_decides_well_or_badly_and_reads_what_it_was_shown(opens, good):
+    recipe = Recipe(good_query=good, good_open=opens)
     for summary, page, right in (
         ("The river Aare flows around the old town.", "The Aare it is.", True),
         ("A town.", "The river Aare flows there.", opens == 1.0),
@@ -88,7 +91,8 @@ def test_a_researcher_reads_what_it_was_shown_and_guesses_otherwise(opens):
     ):
         script = researcher(item(), random.Random(0), recipe)
         first = parse_turn("<think>" + next(script))
-        assert isinstance(first, Call) and first.keys == ("river flows around old town bern",)
+        query = "river flows around old town bern" if good else "river flows"
+        assert isinstance(first, Call) and first.keys == (query,)
         found = {"quick_summary": summary, "title": "Bern", "url": "https://x.example/"}
         turn = script.send(str([{"search_query": "x", "web_page_info_list": [found]}]))
         if opens:
@@ -96,21 +100,56 @@ def test_a_researcher_reads_what_it_was_shown_and_guesses_otherwise(opens):
             notes = {"page_number": 0, "page_summary": page}
             turn = script.send(str([{"information": [notes], "url": "https://x.example/"}]))
         last = parse_turn("<think>" + turn)
-        assert isinstance(last, Answer)
+        assert isinstance(last, Answer) and turn.startswith(cold_start.SAYS)
         assert (f1_score(last.text, ["Aare"]) == 1.0) == right
         with pytest.raises(StopIteration):
             script.send("")
 
 
 @pytest.mark.quick
-def test_of_a_reading_example_only_the_last_turn_is_trained():
-    example = reading(item(), CHAT, random.Random(0))
-    trained = CHAT.decode(example.token_ids[example.sampled_mask].tolist())
-    assert trained.endswith("<answer>Aare</answer>") and trained.startswith("It says: ")
-    assert np.flatnonzero(example.sampled_mask).tolist() == list(
-        range(len(example.token_ids) - example.sampled_mask.sum(), len(example.token_ids))
-    )
-    assert reading(Item(item().question, "Oss", "Oss is old."), CHAT, random.Random(0)) is None
+def test_of_a_wrong_answer_only_the_decision_to_answer_is_imitated():
+    def trained(answer: str) -> str:
+        record = Recording(item().question, CHAT.prompt_ids("Which river?"))
+        turn = cold_start.answer_turn(f"{cold_start.SAYS} so", answer)
+        ids = [*CHAT.encode(turn), CHAT.end_of_turn_id]
+        span = record.append(ids, [0.0] * len(ids))
+        record.turns.append(Turn(span, (span[1], span[1]), turn, "answer"))
+        one = without_guess(record.finish("answer", answer), CHAT)
+        return CHAT.decode(one.token_ids[one.sampled_mask].tolist())
+
+    assert trained("nothing") == cold_start.SAYS
+    assert trained("Aare").endswith("<answer>Aare</answer>")
+
+
+@pytest.mark.quick
+def test_a_reading_example_asks_several_questions_about_one_page():
+    second = replace(item(), question=Question("2", "Which town?", ("Bern",)))
+    unknown = replace(item(), question=Question("3", "Who?", ("Ibsen",)))
+    example = reading([item(), unknown, second], CHAT)
+    text = CHAT.decode(example.token_ids.tolist())
+    assert text.index("Which river") < text.index(TOWN) < text.index("Which town?")
+    assert "Who?" not in text
+    turns = [slice(*turn.sampled) for turn in example.turns]
+    trained = [CHAT.decode(example.token_ids[turn].tolist()) for turn in turns]
+    assert [turn[turn.index("<answer>") :] for turn in trained] == [
+        "<answer>Aare</answer>",
+        "<answer>Bern</answer>",
+    ]
+    assert example.sampled_mask.sum() == sum(turn.stop - turn.start for turn in turns)
+    # What stands between the turns is the template's own rendering of the conversation.
+    messages = CHAT.opening(item().question.text)
+    given = example.token_ids[len(CHAT.prompt_ids(item().question.text)) : turns[0].start]
+    first, _, page = CHAT.decode(given.tolist()).partition("</tool_call>")
+    page = page[page.index("[") : page.rindex("]") + 1]
+    messages += [
+        {"role": "assistant", "content": f"<think>{first}</tool_call>"},
+        {"role": "tool", "content": page},
+        {"role": "assistant", "content": f"<think>{trained[0]}"},
+        {"role": "user", "content": "Which town?"},
+    ]
+    whole = CHAT.encode(CHAT.template(messages, CHAT.tools) + "<think>")
+    assert example.token_ids[: turns[1].start].tolist() == whole
+    assert reading([replace(item(), text="Oss is old.")], CHAT) is None
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +173,10 @@ def test_a_cold_start_lowers_the_surprise_and_train_goes_on_from_it(model, tmp_p
     small = [*limits, f"--system_prompt_file={ROOT / 'prompts' / 'wiki.txt'}"]
     steps = ["--reading_steps=2", "--steps=2", "--questions_per_step=4", "--group_size=2"]
     cold_start.main([f"--model={model}", *data, f"--run_dir={out}", *small, *steps, "--lr=1e-3"])
-    recipe, *rows = [json.loads(line) for line in (out / "cold_start.jsonl").open()]
+    recipe, *rows, end = [json.loads(line) for line in (out / "cold_start.jsonl").open()]
     assert recipe["recipe"]["reading_steps"] == 2 and [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert rows[0]["demonstrated_f1"] == 1.0  # reading alone
+    assert rows[0]["reward"] == 1.0  # reading alone
+    assert end == {"finished": 4}
     before = AutoModelForCausalLM.from_pretrained(model).state_dict()
     after = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)

@@ -144,6 +144,22 @@ def test_corpora_and_questions_of_ones_own(tmp_path):
     assert load_questions(tmp_path / "out" / "train.jsonl")[0].answers == ("Oss",)
 
 
+def test_short_addresses_number_the_pages(tmp_path):
+    corpus = [
+        {"title": "Mill", "url": "https://x.example/mill", "text": "The mill is in Oss."},
+        {"title": "Oss", "url": "https://x.example/oss", "text": "Oss is old."},
+        {"title": "Oss", "url": "https://x.example/oss", "text": "A mayor rules Oss."},
+    ]
+    file = write(tmp_path, "corpus.jsonl", *corpus, corpus[0])
+    counts = make_sets([file], tmp_path / "out", 0.0, 0, short=True)
+    assert counts["corpus.jsonl"]["corpus"] == 3
+    pages = Corpus.from_jsonl(tmp_path / "out" / "corpus.jsonl").pages
+    assert pages == {
+        "passage:1": "The mill is in Oss.",
+        "passage:2": "Oss is old.\n\nA mayor rules Oss.",
+    }
+
+
 def test_no_article_is_on_both_sides(tmp_path):
     rng = random.Random(0)
     names = [f"Article {n}" for n in range(200)]
