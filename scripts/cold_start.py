@@ -215,7 +215,7 @@ def reading(items: Sequence[Item], chat: ChatFormat, quote: int = 0) -> Trajecto
 
 def next_question_ids(question: str, chat: ChatFormat) -> list[int]:
     """What follows an answer's end token, where the user asks once more."""
-    _, behind = chat.around_turn({"role": "user", "content": question})
+    _, _, behind = chat.around_turn({"role": "user", "content": question})
     behind = behind.partition(chat.end_of_turn)[2]
     return chat.encode(chat.end_of_turn + open_thought(behind))[1:]
 

@@ -153,7 +153,7 @@ TRAIN = [
     ("--eval_data={}/none.jsonl", "eval_data='{}/none.jsonl'"),
     ("--eval_data={}/latin.jsonl", "eval_data='{}/latin.jsonl'"),
     ("--group_size=1", "group_size=1"),
-    ("--updates_per_rollout=3", "updates_per_rollout=3: must divide questions_per_step=2"),
+    ("--updates_per_rollout=3", "updates_per_rollout=3: must divide questions_per_step=8"),
     ("--question=Who?", "question='Who?'", "eval.py"),
     ("--offload_optimizer", "offload_optimizer=true needs FSDP"),
     ("--dtype=bfloat16", "there is no CUDA GPU"),

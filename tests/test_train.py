@@ -17,6 +17,7 @@ import eval as evaluation
 import train
 from deepresearcher_min.config import load_config
 from deepresearcher_min.engine import HFEngine
+from deepresearcher_min.evaluation import Task
 from deepresearcher_min.reward import judge
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Question, Trajectory
@@ -185,7 +186,7 @@ def test_what_an_evaluation_costs_counts_too(monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *_: [paid, paid])
     state, other = {"step": 3, "usd": 1.0}, Ranks(rank=1)
     examinee = SimpleNamespace(config=load_config([]))
-    train.measure("before", state, train.Task("", [], [paid.question]), examinee, other)
+    train.measure("before", state, Task("", [], [paid.question]), examinee, other)
     assert state["usd"] == 2.0
 
 
