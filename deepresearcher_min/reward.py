@@ -24,7 +24,8 @@ from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Traject
 
 PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation, " "))
 FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
-    "malformed": "its last turn was no complete thought with one tool call or with an answer",
+    "malformed": "its last turn was neither a complete thought with one tool call nor one with an "
+    "answer",
     "tool_budget": "it asked for another tool after its last allowed call instead of answering",
     "length": "its last turn reached the limit of tokens for a turn (max_turn_tokens)",
     "context": "it reached the limit of tokens for a whole trajectory (max_model_len)",
