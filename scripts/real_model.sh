@@ -47,7 +47,7 @@ if [ ! -f "$runs/sets/held_out.jsonl" ]; then
     "$corpus" "$questions"
 fi
 if ! grep -q finished "$runs/cold/cold_start.jsonl" 2> /dev/null; then
-  $python -m scripts.cold_start "--model=$model" "${data[@]}" --reading_steps=36 --steps=14 \
+  $python -m scripts.cold_start "--model=$model" "${data[@]}" --reading_steps=50 --steps=80 \
     --questions_per_step=4 --group_size=2 --lr=3e-4 --lr_warmup=4 --lr_decay=yes \
     "--run_dir=$runs/cold"
 fi
