@@ -8,7 +8,7 @@
 # start it again: GRPO and evaluations go on, the imitations begin anew. STOP_AFTER=cold (grpo_0,
 # ...) ends it after that run and its evaluations.
 set -euo pipefail
-model=$1 corpus=$2 questions=$3 runs=$4
+model=$(realpath "$1") corpus=$(realpath "$2") questions=$(realpath "$3") runs=$(realpath -m "$4")
 cd "$(dirname "$0")/.."
 mkdir -p "$runs"
 export OMP_WAIT_POLICY=passive # on shared cores waiting threads would take time from working ones
