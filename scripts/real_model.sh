@@ -8,7 +8,7 @@
 # start it again: GRPO and evaluations go on, the imitations begin anew. STOP_AFTER=cold (grpo_0,
 # ...) ends it after that run and its evaluations.
 set -euo pipefail
-model=$1 corpus=$2 questions=$3 runs=$4
+model=$(realpath "$1") corpus=$(realpath "$2") questions=$(realpath "$3") runs=$(realpath -m "$4")
 cd "$(dirname "$0")/.."
 mkdir -p "$runs"
 export OMP_WAIT_POLICY=passive # on shared cores waiting threads would take time from working ones
@@ -47,7 +47,7 @@ if [ ! -f "$runs/sets/held_out.jsonl" ]; then
     "$corpus" "$questions"
 fi
 if ! grep -q finished "$runs/cold/cold_start.jsonl" 2> /dev/null; then
-  $python -m scripts.cold_start "--model=$model" "${data[@]}" --reading_steps=36 --steps=14 \
+  $python -m scripts.cold_start "--model=$model" "${data[@]}" --reading_steps=50 --steps=80 \
     --questions_per_step=4 --group_size=2 --lr=3e-4 --lr_warmup=4 --lr_decay=yes \
     "--run_dir=$runs/cold"
 fi
