@@ -43,7 +43,6 @@ for path in sys.argv[1:]:
 """
 
 
-@pytest.mark.quick
 def test_every_bench_says_how_it_is_called():
     """In one process, which imports torch once."""
     programs = [str(path) for path in BENCHES if "argparse" in imported(path)]
