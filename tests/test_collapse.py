@@ -28,8 +28,6 @@ from deepresearcher_min.config import ConfigError, load_config
 from deepresearcher_min.grpo import TrainingRow, kept, pack, sequence_weights, token_losses
 from deepresearcher_min.trajectory import Group
 
-pytestmark = pytest.mark.quick
-
 
 def row(advantage: float, *rollout: float) -> TrainingRow:
     """A prompt of one token, then one sampled token for each log-probability of the engine."""
@@ -37,6 +35,7 @@ def row(advantage: float, *rollout: float) -> TrainingRow:
     return TrainingRow("t", np.arange(len(rollout) + 1), sampled, np.array(rollout), advantage)
 
 
+@pytest.mark.quick
 def test_signs_of_a_collapse_worked_by_hand():
     rows = [row(1.0, -1.0, -2.0), row(-0.5, -1.0, -9.0, -1.0), row(0.25, -10.0)]
     batch = pack(rows)
@@ -50,6 +49,7 @@ def test_signs_of_a_collapse_worked_by_hand():
     assert sequence_weights(torch.zeros(0), pack([])).tolist() == []
 
 
+@pytest.mark.quick
 def test_signs_of_a_collapse_at_their_edges(models):
     group = make_groups(1, 2)[0]
     far = [dataclasses.replace(t, logprobs=t.logprobs - 500) for t in group.trajectories]
@@ -71,6 +71,7 @@ def test_signs_of_a_collapse_at_their_edges(models):
 # --- sequence_mask
 
 
+@pytest.mark.quick
 def test_what_sequence_mask_leaves_out_worked_by_hand():
     log2 = math.log(2)
     rows = [
@@ -86,6 +87,7 @@ def test_what_sequence_mask_leaves_out_worked_by_hand():
     assert kept(torch.zeros(0), pack([]), 1.5).tolist() == []
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("length", [1, 100, 10_000])
 def test_length_alone_masks_nothing(length):
     """Every token 1 % likelier than the engine said: the product is 1.01, 2.7 or 1.6e43."""
@@ -97,6 +99,7 @@ def test_length_alone_masks_nothing(length):
     assert weight == pytest.approx(length * math.log(1.01))
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=4, phases=[Phase.generate])
 @given(
     st.sampled_from([1.7, 1.9, 2.1]),
@@ -115,6 +118,7 @@ def test_the_masked_update_equals_the_reference(models, limit, seed, microbatch_
     check_against_reference(moved, metrics, expected, expected_metrics)
 
 
+@pytest.mark.quick
 def test_the_others_learn_as_if_the_masked_had_no_advantage(models):
     """N stays: what is left out makes the step smaller, and weighs nobody else up."""
     groups = make_groups()
@@ -136,6 +140,7 @@ def test_the_others_learn_as_if_the_masked_had_no_advantage(models):
     assert relative(moved, expected) < 1e-6
 
 
+@pytest.mark.quick
 def test_a_mask_that_leaves_nothing_out_changes_no_bit(models):
     off, metrics_off = change(make_policy(models), make_groups())
     on, metrics_on = change(make_policy(models, sequence_mask=1e9), make_groups())
@@ -144,6 +149,7 @@ def test_a_mask_that_leaves_nothing_out_changes_no_bit(models):
     assert metrics_on["masked"] == 0
 
 
+@pytest.mark.quick
 def test_where_all_are_masked_nothing_moves_and_another_model_is_still_recognized(models):
     policy = make_policy(models, sequence_mask=1.0001)
     moved, metrics = change(policy, make_groups())
@@ -154,6 +160,7 @@ def test_where_all_are_masked_nothing_moves_and_another_model_is_still_recognize
         policy.update(make_groups(), "VLLMEngine")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("limit", "updates", "passes"),
     [(0.0, 1, 1), (2.0, 1, 2), (0.0, 2, 3), (2.0, 2, 4)],
@@ -175,6 +182,7 @@ def test_the_mask_costs_one_scoring_forward_before_the_first_gradient(
     assert seen == ["score"] * scores + ["learn"] * updates
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("limit", ["0.5", "1", "1.0"])
 def test_a_limit_that_would_mask_everything_is_refused(limit):
     with pytest.raises(ConfigError, match=r"sequence_mask=\S+: must be above 1, or 0: off"):

@@ -66,7 +66,7 @@ def factors(layer) -> tuple[torch.Tensor, torch.Tensor]:
 # --- one step, by definition
 
 
-@pytest.mark.quick
+@pytest.mark.slow
 def test_one_step_moves_the_weights_along_the_gradient(models, monkeypatch):
     """W + s B A with B = 0: dL/dB = s G A^T, so B = -lr s G A^T after a step, and W moves by
     -lr s^2 G A^T A, which is -lr s^2 G where A is square and orthogonal.
@@ -237,7 +237,7 @@ def test_the_adapter_on_the_start_model_is_the_merged_model(models, tmp_path, dt
 # --- checkpoints
 
 
-@pytest.mark.quick
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_adapters_and_goes_on_bit_for_bit(models, tmp_path):
     groups = [make_groups(4, seed=seed) for seed in range(4)]
     torch.manual_seed(1)
@@ -279,7 +279,7 @@ def test_a_run_goes_on_bit_for_bit_and_only_with_its_own_rank(tmp_path, capsys):
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
-@pytest.mark.quick
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "words"),
     [
