@@ -28,7 +28,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import takewhile
 
 import numpy as np
 import torch
@@ -125,9 +124,13 @@ def families(rows):
         members[row.group or i].append(i)
     found = []
     for indices in members.values():
-        inputs = [rows[i].token_ids[:-1].tolist() for i in indices]
-        alike = takewhile(lambda column: len(set(column)) == 1, zip(*inputs, strict=False))
-        found.append((len(list(alike)), indices))
+        # Compared by numpy: every rank does this for the rows of all, up to a whole context each.
+        common = rows[indices[0]].token_ids[:-1]
+        for i in indices:
+            length = min(len(common), len(rows[i].token_ids) - 1)
+            same = common[:length] == rows[i].token_ids[:length]
+            common = common[:length][np.logical_and.accumulate(same)]
+        found.append((len(common), indices))
     return found
 
 

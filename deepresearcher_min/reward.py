@@ -131,14 +131,17 @@ def judge(question: Question, trajectories, config, step) -> Group:
 # by endpoint and model: the names of parameters that it refuses
 LEFT_OUT = {}
 # what a message that refuses a parameter calls it
-PARAMETER = r"(?i)\b(?:(?P<temperature>temperature)|(?P<max_tokens>max[_ ]?tokens))\b"
+PARAMETER = (
+    r"(?i)\b(?:(?P<temperature>temperature)|(?P<max_tokens>max[_ ]?tokens)"
+    r"|(?P<max_completion_tokens>max_completion_tokens))\b"
+)
 
 
 def ask_model(web, url, key, payload, counts, deadline):
     """(text, tokens) of a chat completion; ("", 0) without text. `web` is a web.Web.
 
     `key`: the environment variable of the key. Parameters that the endpoint refuses by name are
-    left out, but for max_tokens, which has a newer name.
+    left out, max_tokens only after it was tried by its newer name.
     """
     headers = {"Authorization": f"Bearer {os.environ.get(key, '').strip()}"}
     known = LEFT_OUT.setdefault((url, payload["model"]), [])
@@ -151,7 +154,7 @@ def ask_model(web, url, key, payload, counts, deadline):
                 sent["max_completion_tokens"] = value
         try:
             reply = web.fetch_json(url, headers, sent, counts, deadline)
-            text = reply["choices"][0]["message"]["content"]
+            text = reply["choices"][0]["message"].get("content")
             break
         except WebFailure as failure:
             said = failure.said

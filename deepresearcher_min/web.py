@@ -284,6 +284,7 @@ class Web:
         self.world_size = world_size
         self.session = requests.Session()
         self.session.trust_env = False  # ~/.netrc would replace our Authorization header
+        self.session.max_redirects = 5
         self.session.headers.update(HEADERS)
         self.session.adapters = {"": Door(config)}
 
