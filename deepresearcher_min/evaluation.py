@@ -349,7 +349,7 @@ def scores_of(tried, known, judged, answers, config):
     """
     rows, shown, sums = [], Counter(), step_sums([], [tried])
     for key, one in known.items():
-        text = " ".join(reward.words(one.answer or ""))
+        text = None if one.answer is None else " ".join(reward.words(one.answer))
         rows.append(measures(one) | {"mbe": judged.get(key), "answer": text})
         answers[key].append(rows[-1])
         shown.update(report.behaviours(one))
@@ -385,7 +385,7 @@ def scores_over_runs(runs, verdicts, config):
         averages.append(mean(rows, "f1"))
         best.append(max(rows, key=lambda row: row[right] or 0.0))
         votes = Counter(row["answer"] for row in rows)
-        del votes[""]
+        del votes[None]  # who did not answer has no vote
         # The earliest of equals.
         chosen.append(max(rows, key=lambda row: votes[row["answer"]]))
     scores |= {"n": len(answers), "f1_interval": interval(averages), "pass_at_k": mean(best, right)}
