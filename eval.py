@@ -23,9 +23,10 @@ from pathlib import Path
 from deepresearcher_min import evaluation, report
 from deepresearcher_min.config import ROOT, Config, ConfigError, RunStopped, require_environment
 from deepresearcher_min.evaluation import ask_all, usable, written
-from deepresearcher_min.reward import explain, judge_rules
+from deepresearcher_min.reward import explain
 from deepresearcher_min.rollout import Batch, roll_out
 from deepresearcher_min.run import check_needs, open_run, run_program, starting
+from deepresearcher_min.search import judge_rules
 from deepresearcher_min.trajectory import Question
 
 CAPTION = """\

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
-from deepresearcher_min import evaluation, report, run, toyworld
+from deepresearcher_min import evaluation, report, run
 from deepresearcher_min.config import RunStopped, named, raise_if_down
+from deepresearcher_min.corpus import behaviour_rates
 from deepresearcher_min.evaluation import evaluate, load_task, write_groups
 from deepresearcher_min.policy import Policy
-from deepresearcher_min.reward import judge, step_means, step_sums, summarize
+from deepresearcher_min.report import step_means, step_sums, summarize
+from deepresearcher_min.reward import judge
 from deepresearcher_min.rollout import Batch, roll_out
 from deepresearcher_min.run import Stop
 from deepresearcher_min.trajectory import take_questions
@@ -73,7 +75,7 @@ def measure(name, state, task, examinee, ranks):
     sums, scores = step_sums([], [found]), summarize(found)
     raise_if_down(config, sums)
     if task.world:
-        scores |= toyworld.behaviour_rates(found, task.world)
+        scores |= behaviour_rates(found, task.world)
     if ranks.rank == 0:
         groups = [judge(one.question, [one], config, 0) for one in found]
         write_groups(config, f"eval-{name}", step, groups)

@@ -35,7 +35,7 @@ from workload import (
     plan_of,
 )
 
-from deepresearcher_min import rollout, toyworld
+from deepresearcher_min import corpus, rollout
 from deepresearcher_min.config import Config, load_config
 from deepresearcher_min.engine import Completion, Engine, Sampling, make_engine
 from deepresearcher_min.protocol import ChatFormat
@@ -286,8 +286,8 @@ def bench_overhead() -> dict[str, float]:
     from transformers import AutoTokenizer
 
     chat, world = (
-        ChatFormat(AutoTokenizer.from_pretrained(toyworld.MODEL_DIR), date=""),
-        toyworld.World("training", 0),
+        ChatFormat(AutoTokenizer.from_pretrained(corpus.MODEL_DIR), date=""),
+        corpus.World("training", 0),
     )
     name = next(iter(world.facts))
     config = replace(load_config(["--preset=toy"]), tool_threads=64, max_in_flight=4096)

@@ -34,8 +34,8 @@ from deepresearcher_min.config import (
     count_failure,
     seconds_left,
 )
-from deepresearcher_min.reward import ask_service
-from deepresearcher_min.search import Corpus, extract, parse_notes, segments
+from deepresearcher_min.corpus import Corpus, extract, segments
+from deepresearcher_min.search import ask_service, parse_notes
 
 LIBRARIES = ("trafilatura", "beautifulsoup4", "lxml", "pypdf", "charset-normalizer")
 EXTRACTOR = code_of(__file__, *LIBRARIES)  # what made a recorded text

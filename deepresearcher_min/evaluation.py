@@ -21,7 +21,7 @@ import yaml
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from deepresearcher_min import report, reward, rollout, toyworld
+from deepresearcher_min import report, reward, rollout
 from deepresearcher_min.architecture import declared_ends, fetch_model
 from deepresearcher_min.config import (
     ConfigError,
@@ -34,12 +34,12 @@ from deepresearcher_min.config import (
     replace_file,
     uses_web,
 )
+from deepresearcher_min.corpus import MODEL_DIR, Corpus, World
 from deepresearcher_min.engine import make_engine
 from deepresearcher_min.protocol import ChatFormat
-from deepresearcher_min.reward import measures, step_sums
+from deepresearcher_min.report import measures, step_sums
 from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out
 from deepresearcher_min.run import Ranks
-from deepresearcher_min.search import Corpus
 from deepresearcher_min.trajectory import Question, Recording, load_questions
 from deepresearcher_min.web import Web
 
@@ -60,17 +60,17 @@ class Task:
     questions: list[Question]
     held_out: list[Question]
     corpus: Corpus | None = None
-    world: toyworld.World | None = None  # the toy's held-out one: its web, and the behaviour rates
+    world: World | None = None  # the toy's held-out one: its web, and the behaviour rates
 
 
 def load_task(config, key="eval_data") -> Task:
     """Questions, offline web and model that the config names; ValueError for what cannot be used.
     `key` is what messages call eval_data. Without data there is nothing to learn on.
     """
-    model_dir = str(toyworld.MODEL_DIR) if config.model == "toy" else config.model
+    model_dir = str(MODEL_DIR) if config.model == "toy" else config.model
     seed, count = config.seed, config.eval_questions
     if config.search == "toy":
-        world, other = toyworld.World("training", seed), toyworld.World("held out", seed)
+        world, other = World("training", seed), World("held out", seed)
         questions = world.questions(1000, seed)
         return Task(model_dir, questions, other.questions(count, seed), world.corpus, other)
     questions = read_questions("data", config.data)
@@ -283,7 +283,7 @@ def ask_all(config, task, agent, done, left: int, ranks):
         sums.update(step_sums([group], [[one]]))
         usd = sums["cost_usd"]
         bar.update()
-        bar.set_postfix_str(f"F1 {reward.mean(sums, 'f1'):.3f}, ${usd:.2f}")
+        bar.set_postfix_str(f"F1 {report.mean(sums, 'f1'):.3f}, ${usd:.2f}")
         check_budget(config, paid + usd * ranks.world_size)  # the others pay about as much
 
     # One run after the other: alone, the first is what it is without repeats.
@@ -344,7 +344,7 @@ def ask_judge_all(config, runs):
 
 
 def scores_of(tried, known, judged, answers, config):
-    """What reward.summarize says of the usable trajectories, `known`, and more; but all that were
+    """What report.summarize says of the usable trajectories, `known`, and more; but all that were
     `tried` cost, and count in `failed` and `blocked`. Their measures are added to `answers`.
     """
     rows, shown, sums = [], Counter(), step_sums([], [tried])
@@ -353,14 +353,14 @@ def scores_of(tried, known, judged, answers, config):
         rows.append(measures(one) | {"mbe": judged.get(key), "answer": text})
         answers[key].append(rows[-1])
         shown.update(report.behaviours(one))
-    scores = reward.summarize(known.values())
+    scores = report.summarize(known.values())
     for name in report.BEHAVIOURS:
         scores[name] = shown[name] / len(rows)
     scores |= {
         "mbe": mean(rows, "mbe"),
         "f1_interval": interval([row["f1"] for row in rows]),
         "usd": sums["cost_usd"],
-        "failed": reward.step_means(sums)["failed"],
+        "failed": report.step_means(sums)["failed"],
     }
     if host_list(config):
         scores["blocked"] = sums["cost_blocked"] + sums["cost_fail_page_blocked_host"]

@@ -9,6 +9,7 @@ import ast
 import json
 import re
 import textwrap
+from collections import Counter
 from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
@@ -17,7 +18,8 @@ import numpy as np
 import yaml
 
 from deepresearcher_min.config import ROOT, replace_file
-from deepresearcher_min.trajectory import Question, Trajectory, Turn
+from deepresearcher_min.reward import exact_match, f1_score
+from deepresearcher_min.trajectory import POLICY_STOPS, Question, Trajectory, Turn
 
 MAX_TRAJECTORIES = 4096  # that the page embeds; the files in trajectories/ hold all of them
 # Characters of turns and observations on the page; what is beyond is cut to MAX_TURN.
@@ -35,6 +37,89 @@ STEP_LINE = (
 SCORES = yaml.safe_load((ROOT / "deepresearcher_min/scores.yaml").read_bytes())
 # {name: regular expressions}
 BEHAVIOURS = yaml.safe_load((ROOT / "deepresearcher_min/behaviours.yaml").read_bytes())
+
+
+# --- measures: what is told about trajectories
+
+
+def measures(trajectory):
+    """What counts about one trajectory: f1 and em (0 without an answer), format_errors (0 or 1),
+    calls, tokens.
+    """
+    answer = trajectory.answer
+    golds = trajectory.question.answers
+    cost = trajectory.cost
+    return {
+        "trajectories": 1,
+        "tokens": len(trajectory.token_ids),
+        "f1": f1_score(answer or "", golds),
+        "em": 0.0 if answer is None else exact_match(answer, golds),
+        "format_errors": float(trajectory.stop_reason != "answer"),
+        # A call too many is not answered.
+        "calls": sum(turn.observation != "" for turn in trajectory.turns),
+        "searches": cost.get("searches", 0),
+        "pages": cost.get("pages", 0),
+    }
+
+
+def step_sums(groups, rollouts):
+    """Sums over this rank's share of a step: the measures of what the policy ended, and costs of
+    all.
+    """
+    sums = Counter(groups=len(groups), lost=0, cost_usd=0)
+    for rollout in rollouts:
+        for trajectory in rollout:
+            for name, amount in trajectory.cost.items():
+                sums[f"cost_{name}"] += amount
+            if trajectory.stop_reason in POLICY_STOPS:
+                sums.update(measures(trajectory))
+            else:
+                sums["lost"] += 1
+    for group in groups:
+        sums["tied_groups"] += not any(group.advantages)
+        for value in group.rewards:
+            sums["reward"] += value
+    return sums
+
+
+def mean(sums, name):
+    return sums[name] / max(1, sums["trajectories"])
+
+
+def summarize(trajectories):
+    """Means of `measures` over the trajectories that the policy ended; n, their number; F1 by hops
+    on the toy.
+    """
+    sums = step_sums([], [trajectories])
+    scores = {"n": sums["trajectories"]}
+    for name in ("f1", "em", "format_errors", "calls", "searches", "pages"):
+        scores[name] = mean(sums, name)
+    for hops in ("1hop", "2hop"):
+        part = [one for one in trajectories if one.question.source.endswith(hops)]
+        sums = step_sums([], [part])
+        if sums["trajectories"]:
+            scores[f"f1_{hops}"] = mean(sums, "f1")
+    return scores
+
+
+def step_means(sums):
+    """Means over the trajectories of all ranks; lost and cost_... stay totals.
+
+    `tied` is the share of groups, `failed` that of the calls to pages and services.
+    """
+    means = {name: mean(sums, name) for name in ("reward", "f1", "calls", "tokens")}
+    means["bad_format"] = mean(sums, "format_errors")
+    means["tied"] = sums["tied_groups"] / max(1, sums["groups"])
+    asked = failed = 0
+    for name, total in sums.items():
+        if name.startswith(("cost_", "lost")):
+            means[name] = total
+        if name.endswith("_calls"):  # cost_search_calls, cost_page_calls, ...
+            asked += total
+        if name.endswith("_failed"):
+            failed += total
+    means["failed"] = failed / max(1, asked)
+    return means
 
 
 # --- lines and tables

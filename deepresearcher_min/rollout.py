@@ -46,8 +46,7 @@ from deepresearcher_min.protocol import (
     schemas,
     search_item,
 )
-from deepresearcher_min.reward import ask_model
-from deepresearcher_min.search import SERVICES, live_search, make_search
+from deepresearcher_min.search import SERVICES, ask_model, live_search, make_search
 from deepresearcher_min.trajectory import Reading, Recording, Trajectory, Turn
 from deepresearcher_min.web import BLOCKED, Web, is_blocked
 

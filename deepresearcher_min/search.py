@@ -1,194 +1,43 @@
-"""From a query to results (title, address, snippet): `search:` names who answers. At the end, what
-in the segments of a page belongs to a question.
+"""Who is asked: for results (title, address, snippet), as `search:` names it; and language models
+at an endpoint, the reader of pages and the judge of answers.
 
-`local` and `toy` search a Corpus in memory; the others are services, asked through web.py, which
-caches and retries. Left out: answer boxes and "people also ask", as in the paper; Bing, whose API
-was retired in 2025; an index on disk: making one takes 0.2 s for a thousand passages, and whoever
-has millions asks a `retriever`.
+`local` and `toy` search a Corpus in memory; all others are services of the operator, asked through
+web.py, which caches and retries. Left out: answer boxes and "people also ask", as in the paper;
+Bing, whose API was retired in 2025.
 """
 
-import hashlib
-import heapq
 import html
-import json
 import os
 import re
+import sys
 import threading
 import time
-import unicodedata
-from collections import defaultdict, namedtuple
 from contextlib import suppress
 from pathlib import Path
-from textwrap import shorten
 from urllib.parse import quote
-
-import numpy as np
 
 from deepresearcher_min.config import (
     BAD_REPLY,
+    ROOT,
     ConfigError,
     WebFailure,
     code_of,
     count,
     host_list,
     is_blocked,
+    named,
     require_environment,
 )
+from deepresearcher_min.corpus import Corpus, SearchResult, read_passage
 
-# Letters and digits, and the signs that belong to letters from Hindi to Khmer, which are no \w.
-WORD = re.compile(
-    r"[\w\u0900-\u0963\u0966-\u0eff\u1000-\u1049\u1050-\u109f\u1780-\u17d3\u17db-\u17ff]+"
-)
-# Scripts that put no space between words, or, as Korean, put endings to them.
-UNSPACED = r"[\u0e00-\u11ff\u1780-\u17ff\u3005-\uffdc\U00020000-\U0003ffff]"
-RUN = (
-    r"""(?x) (  # in pairs
-      [\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+  # Chinese
-    | [\u3041-\u309f\u30fc]+ | [\u30a1-\u30ff\u31f0-\u31ff]+  # Hiragana, Katakana
-    | [\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3]+ )  # Korean
-    | ( [\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+ )  # in triples: Thai, Lao, Myanmar, Khmer
-    | [^\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\ud7a3"""
-    r"""\uf900-\ufaff\U00020000-\U0003ffff]+ | ."""
-)
-# No space follows a sentence of Chinese, Japanese, Khmer or Myanmar; Thai and Lao have nothing but
-# a space there.
-ENDS = "。！？｡।॥។៕။"
-SENTENCE_END = re.compile(rf"[{ENDS}]+[」』”’）]*|[\u0e00-\u0eff](?=\s+[\u0e00-\u0eff])")
-# Where a segment ends best: at a paragraph's end, or else a line's, a sentence's, a word's.
-BORDER = re.compile(rf"(?s).*\n(?=\n)|.*\n|.*(?:\.(?= )|[{ENDS}])|.* ")
+NO_RESULTS = "no_results", "Nothing was found for this query."
+TOO_MANY = "rate_limited", "Too many searches are under way at the moment."
+SOURCE = code_of(__file__)
 # What a reader writes around its notes, and in place of them.
 CONTINUE = r"(?i)\bcontinue\W{0,3}:\W{0,3}(?:(yes)|no)\b\W*"
 NO_NOTES = r"(?i)^(?:\W*notes\W{0,4}:\W*)?(?:\W*(?:none|nothing)?\W*\Z)?"
-NO_RESULTS = "no_results", "Nothing was found for this query."
-TOO_MANY = "rate_limited", "Too many searches are under way at the moment."
-SNIPPET_CHARS = 300
-SOURCE = code_of(__file__)
-SearchResult = namedtuple("SearchResult", "title url snippet")
-
-
-def words(text):
-    """The lower-case words of a text, in order.
-
-    Where a script has no spaces, each two neighbouring signs (Chinese, Japanese, Korean) or three
-    neighbouring letters (Thai, Lao, Myanmar, Khmer) are a word, and so is a shorter run:
-    'iPad平板电脑' -> ipad 平板 板电 电脑.
-    """
-    text = text.casefold()
-    if not re.search(UNSPACED, text):
-        return WORD.findall(text)
-    found = []
-    for word in WORD.findall(unicodedata.normalize("NFKC", text)):
-        for run in re.finditer(RUN, word):
-            size = (len(word), 2, 3)[run.lastindex or 0]  # none, or one of the groups of RUN
-            starts = range(max(1, len(run[0]) - size + 1))
-            found += [run[0][start : start + size] for start in starts]
-    return found
-
-
-# Words without content: a query is to match by its names and nouns.
-FUNCTION_WORDS = set(
-    words("""a an and any are as at be been but by can could did do does for from had has have he
-    her him his how i if in into is it its may me my of on or our she should so than that the their
-    them then there these they this those to us was we were what when where which who whom whose why
-    will with would you your
-    什么 哪里 哪个 哪些 哪位 怎么 为什么 多少 是谁 是什么 在哪
-    の は が を に で と も か な へ や です ですか ます でした ました ある いる する した して から
-    まで とは どこ だれ いつ なに なぜ
-    คือ คืออะไร อะไร ที่ไหน เมื่อไร เมื่อไหร่ ใคร เป็น ของ และ ที่""")
-)
-
-
-def content_words(text):
-    """The lower-case words of a text without function words; all of its words where nothing else is
-    there.
-    """
-    found = words(text)
-    return [word for word in found if word not in FUNCTION_WORDS] or found
-
-
-def read_passage(row):
-    """(title, address, text) of a passage as this package, BEIR, Search-R1 or their servers write
-    it.
-
-    A text alone is `contents`, whose first line is the title (Search-R1). Without `url` the address
-    is passage:ID, with a hash of the text as ID where there is none. Raises LookupError, TypeError
-    or AttributeError without any text.
-    """
-    if isinstance(row, str):
-        row = {"contents": row}
-    title = row.get("title")
-    text = row.get("text")
-    name = row.get("id", row.get("_id"))
-    if text is None:
-        text = row["contents"]
-        first, _, rest = text.partition("\n")
-        first = first.strip('" ')
-        if rest and title in (None, first):
-            title = first
-            text = rest
-    title = str(title or "")
-    text = str(text)
-    if name is None:
-        name = hashlib.sha256(f"{title}{text}".encode("utf-8", "replace")).hexdigest()[:12]
-    return title, str(row.get("url") or f"passage:{name}"), text
-
-
-class Corpus:
-    """Documents (title, url, text) and a BM25 index; a result shows snippet(index of the document).
-
-    `pages`: by url, the texts of all its documents, in their order.
-    """
-
-    def __init__(self, documents, snippet=None):
-        if not documents:
-            raise ConfigError("the corpus has no documents")
-        import bm25s  # here, because importing it takes 0.7 s and a live run does not need it
-
-        self.documents = documents
-        self.snippet = snippet or self.beginning
-        self.index = bm25s.BM25()
-        indexed = []
-        passages = defaultdict(list)
-        for title, url, text in documents:
-            indexed.append(words(f"{title}\n{text}"))
-            passages[url].append(text)
-        self.index.index(indexed, show_progress=False)
-        self.pages = {url: "\n\n".join(texts) for url, texts in passages.items()}
-
-    @classmethod
-    def from_jsonl(cls, path: str | Path):
-        """From lines that read_passage reads; ConfigError names a bad line."""
-        documents = []
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                documents.append(read_passage(json.loads(line)))
-                "".join(documents[-1]).encode()  # no tokenizer takes half of a two-part sign
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                raise ConfigError(
-                    f"corpus={str(path)!r}: line {number} is not title, url, text: {error!r}"
-                ) from error
-        return cls(documents)
-
-    def beginning(self, index):
-        """The first SNIPPET_CHARS of a text, up to the end of a word where it has words."""
-        flat = " ".join(self.documents[index][2].split())
-        short = shorten(flat, SNIPPET_CHARS, placeholder=" ...")
-        if len(short) < min(len(flat), SNIPPET_CHARS // 2):
-            return f"{flat[:SNIPPET_CHARS]} ..."
-        return short
-
-    def search(self, query, k: int):
-        """The k best documents, best first, equal scores in corpus order; none that shares no word
-        with the query.
-        """
-        wanted = list(dict.fromkeys(content_words(query)))
-        scores = self.index.get_scores_from_ids(self.index.get_tokens_ids(wanted))
-        found = np.flatnonzero(scores > 0)
-        best = found[np.argsort(-scores[found], kind="stable")[:k]]
-        rows = [(*self.documents[number][:2], self.snippet(number)) for number in best.tolist()]
-        return [SearchResult(*row) for row in rows]
+# In a judge_prompt_file, as in the official prompt.
+JUDGE_FIELDS = re.compile(r"\{(question|gt_answer|pred_answer)\}")
 
 
 def live_search(config, web):
@@ -331,7 +180,7 @@ def check_search(config):
         )
 
 
-def make_search(config, web, corpus):
+def make_search(config, web, corpus: Corpus):
     """What `search:` names, as a function (query, counts) -> SearchResults: local and toy need a
     corpus, all others a Web, and that check_search finds nothing.
 
@@ -353,34 +202,83 @@ def make_search(config, web, corpus):
     return search
 
 
-# --- inside a page
+# --- models at an endpoint: the reader of pages, and the judge of answers (MBE)
+
+# by endpoint and model: the names of parameters that it refuses
+LEFT_OUT = {}
+# what a message that refuses a parameter calls it
+PARAMETER = (
+    r"(?i)\b(?:(?P<temperature>temperature)|(?P<max_tokens>max[_ ]?tokens)"
+    r"|(?P<max_completion_tokens>max_completion_tokens))\b"
+)
 
 
-def segments(text, max_chars):
-    """Cut a text into pieces of at most `max_chars`, at the best border in the second half."""
-    pieces = []
-    start = 0
-    while start < len(text):
-        end = start + max_chars
-        if end < len(text):
-            border = BORDER.match(text, start + max_chars // 2, end)
-            if border:
-                end = border.end()
-        piece = text[start:end].strip()
-        if piece:
-            pieces.append(piece)
-        start = end
-    return pieces
+def ask_model(web, url, key, payload, counts, deadline):
+    """(text, tokens) of a chat completion; ("", 0) without text. `web` is a web.Web.
+
+    `key`: the environment variable of the key. Parameters that the endpoint refuses by name are
+    left out, max_tokens only after it was tried by its newer name.
+    """
+    headers = {"Authorization": f"Bearer {os.environ.get(key, '').strip()}"}
+    known = LEFT_OUT.setdefault((url, payload["model"]), [])
+    refused = list(known)
+    while True:
+        sent = dict(payload)
+        for name in refused:
+            value = sent.pop(name, None)
+            if name == "max_tokens" and value:
+                sent["max_completion_tokens"] = value
+        try:
+            reply = web.fetch_json(url, headers, sent, counts, deadline)
+            text = reply["choices"][0]["message"].get("content")
+            break
+        except WebFailure as failure:
+            said = failure.said
+            told = [one.lastgroup for one in re.finditer(PARAMETER, said) if one.lastgroup in sent]
+            if not told or failure.kind not in ("http_400", "http_422") or "context length" in said:
+                raise
+            refused.append(told[0])
+        except (LookupError, TypeError, AttributeError):
+            raise WebFailure(*BAD_REPLY) from None
+    if refused != known:
+        known[:] = refused
+        if web.rank == 0:
+            print(
+                f"{url} refuses {', '.join(refused)}, and is asked without: {said}", file=sys.stderr
+            )
+    if not isinstance(text, str):
+        return "", 0
+    with suppress(LookupError, TypeError):
+        return text, reply["usage"]["total_tokens"] + 0
+    return text, len(f"{payload['messages']}{text}") // 4  # an estimate
 
 
-def extract(question: str, segment: str) -> str:
-    """What the reader without a model notes: the ten sentences with most words of the question."""
-    wanted = set(content_words(question))
-    text = SENTENCE_END.sub(r"\g<0>\n", segment)
-    sentences = re.split(r"(?<=[.!?])\s+|\n+", text)
-    shared = [len(wanted.intersection(content_words(sentence))) for sentence in sentences]
-    best = heapq.nlargest(10, range(len(sentences)), key=shared.__getitem__)
-    return " ".join(sentences[place].strip() for place in sorted(best) if shared[place])
+def ask_service(role, config, web, messages, read, unread, counts, deadline):
+    """read(the text of a reply) of the reader or the judge, through the cassette.
+
+    `read` gives None for what it cannot read: the third such reply is a WebFailure, `unread`.
+    """
+    keys = vars(config)
+    url = f"{keys[f'{role}_url'].rstrip('/')}/chat/completions"
+    payload = {
+        "model": keys[f"{role}_model"],
+        "messages": messages,
+        "temperature": keys[f"{role}_temperature"],
+    }
+    if role == "reader" and config.reader_tokens:
+        payload["max_tokens"] = config.reader_tokens
+
+    def ask():
+        for _ in range(3):
+            text, tokens = ask_model(web, url, f"{role.upper()}_API_KEY", payload, counts, deadline)
+            count(counts, f"{role}_tokens", tokens)
+            count(counts, "usd", tokens * keys[f"price_{role}_token"])
+            found = read(text)
+            if found not in (None, ""):
+                return found
+        raise WebFailure(*unread)
+
+    return web.cached(role, [url, payload], ask, counts, deadline)
 
 
 def parse_notes(reply):
@@ -389,3 +287,24 @@ def parse_notes(reply):
     further = re.search(CONTINUE, reply)
     notes = re.sub(NO_NOTES, "", re.sub(CONTINUE, "", reply, count=1)).strip()
     return notes, bool(further and further[1])
+
+
+def judge_rules(config) -> str:
+    """The text of judge_prompt_file, or ours; ConfigError where it cannot be used."""
+    with named("judge_prompt_file", config.judge_prompt_file):
+        rules = Path(config.judge_prompt_file or ROOT / "prompts/judge.txt").read_text("utf-8")
+        if len(set(JUDGE_FIELDS.findall(rules))) in (1, 2):
+            raise ValueError(
+                "must hold all of {question}, {gt_answer} and {pred_answer}, or none of them"
+            )
+    return rules
+
+
+def parse_verdict(reply) -> float | None:
+    """1.0 or 0.0 by {"judgement": word} in the reply, the official form, or else by a word alone on
+    its last line.
+    """
+    reply = reply.rpartition("</think>")[2].strip()
+    told = re.findall(r'"judgement"\s*:\s*"(.*?)"', reply) or reply.splitlines()[-1:]
+    verdict = re.fullmatch(r"\W*(IN)?CORRECT\W*", "\n".join(told), re.I)
+    return None if verdict is None else float(not verdict[1])

@@ -33,9 +33,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from deepresearcher_min.corpus import content_words  # noqa: E402
 from deepresearcher_min.report import jsonable, read_json_lines, text_table  # noqa: E402
 from deepresearcher_min.reward import f1_score, words  # noqa: E402
-from deepresearcher_min.search import content_words  # noqa: E402
 
 DRAWS = 10_000  # of a bootstrap
 SCORES = ("n", "f1", "em", "format_errors", "calls", "searches", "pages")

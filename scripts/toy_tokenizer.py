@@ -10,8 +10,8 @@ from itertools import chain
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from deepresearcher_min.corpus import FILLERS, NAMES, RELATIONS, SITE
 from deepresearcher_min.protocol import THINK
-from deepresearcher_min.toyworld import FILLERS, NAMES, RELATIONS, SITE
 
 CALL_SEARCH = '</think><tool_call>{"name": "web_search", "arguments": {"query": ["'
 CALL_BROWSE = '</think><tool_call>{"name": "browse_webpage", "arguments": {"url_list": ["'

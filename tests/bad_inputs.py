@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 from pathlib import Path
 
-from deepresearcher_min import toyworld
+from deepresearcher_min import corpus
 
 LOCAL = (
     "--preset=wiki --model={}/m --corpus={}/c.jsonl --data={}/q.jsonl --max_model_len=1000 "
@@ -55,7 +55,7 @@ MODELS = {  # how a copy of the toy's model is broken
     "m_no_decoder": lambda folder: config_of(folder, model_type="vit"),
     "m_no_weights": lambda folder: (folder / "model.safetensors").unlink(),
     "m_weights_torn": lambda folder: (folder / "model.safetensors").write_bytes(
-        (toyworld.MODEL_DIR / "model.safetensors").read_bytes()[:50_000]
+        (corpus.MODEL_DIR / "model.safetensors").read_bytes()[:50_000]
     ),
     "m_weights_empty": lambda folder: (folder / "model.safetensors").write_bytes(b""),
     "m_weights_pointer": lambda folder: (folder / "model.safetensors").write_text(
@@ -98,7 +98,7 @@ MODELS = {  # how a copy of the toy's model is broken
 def make(place: Path) -> None:
     """All broken inputs, in this folder."""
     for name, spoil in MODELS.items():
-        spoil(Path(shutil.copytree(toyworld.MODEL_DIR, place / name)))
+        spoil(Path(shutil.copytree(corpus.MODEL_DIR, place / name)))
     files = {
         "q.jsonl": lines(ASKED),
         "c.jsonl": lines(PAGES),

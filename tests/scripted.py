@@ -14,8 +14,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from deepresearcher_min import toyworld
+from deepresearcher_min import corpus
 from deepresearcher_min.config import Config, load_config
+from deepresearcher_min.corpus import MODEL_DIR, Corpus, SearchResult
 from deepresearcher_min.engine import Completion, HFEngine, Sampling
 from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.rollout import (
@@ -24,12 +25,10 @@ from deepresearcher_min.rollout import (
     Tools,
     roll_out,
 )
-from deepresearcher_min.search import Corpus, SearchResult
-from deepresearcher_min.toyworld import MODEL_DIR
 from deepresearcher_min.trajectory import Question, Trajectory
 from scripts.toy_tokenizer import TEMPLATE
 
-WORLD = toyworld.World("training", 0)
+WORLD = corpus.World("training", 0)
 TOY_CHAT = ChatFormat(AutoTokenizer.from_pretrained(MODEL_DIR), date="2026-01-01")
 PERSON = next(name for name, kind in WORLD.kind.items() if kind == "person")
 
@@ -66,7 +65,7 @@ def search_turn(*queries: str) -> str:
 
 
 def browse_turn(*urls: str) -> str:
-    return call("browse_webpage", url_list=list(urls or [toyworld.url_of(PERSON)]))
+    return call("browse_webpage", url_list=list(urls or [corpus.url_of(PERSON)]))
 
 
 def answer_turn(text: str = "Velden") -> str:

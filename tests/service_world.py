@@ -8,9 +8,9 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from loopback import Server
 
-from deepresearcher_min import toyworld
+from deepresearcher_min import corpus
 
-WORLD = toyworld.World("training", 0)
+WORLD = corpus.World("training", 0)
 KEY = "sk-0123456789abcdef"
 DOWN = (
     503,

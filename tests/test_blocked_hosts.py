@@ -22,7 +22,8 @@ from scripted import (
 
 import eval as evaluation
 from deepresearcher_min.config import ConfigError, host_list, load_config
-from deepresearcher_min.search import Corpus, SearchResult, make_search
+from deepresearcher_min.corpus import Corpus, SearchResult
+from deepresearcher_min.search import make_search
 from deepresearcher_min.web import WebFailure, is_blocked
 
 pytestmark = pytest.mark.quick

@@ -15,7 +15,8 @@ from test_pages import ARTICLE, page
 from deepresearcher_min import browse
 from deepresearcher_min.browse import Browser, extract, parse_notes, segments
 from deepresearcher_min.config import ConfigError, load_config
-from deepresearcher_min.search import SENTENCE_END, Corpus, check_search
+from deepresearcher_min.corpus import SENTENCE_END, Corpus
+from deepresearcher_min.search import check_search
 from deepresearcher_min.trajectory import Reading
 from deepresearcher_min.web import Web, WebFailure
 

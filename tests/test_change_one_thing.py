@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from deepresearcher_min import protocol, reward
 from deepresearcher_min.config import load_config
+from deepresearcher_min.corpus import MODEL_DIR
 from deepresearcher_min.engine import HFEngine
 from deepresearcher_min.policy import Policy
 from deepresearcher_min.rollout import Agent, Tools, roll_out
 from deepresearcher_min.run import Ranks
-from deepresearcher_min.toyworld import MODEL_DIR
 from train import load_task
 
 pytestmark = pytest.mark.slow

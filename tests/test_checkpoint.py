@@ -16,7 +16,7 @@ import yaml
 from urllib3.util import parse_url
 
 import eval as evaluation
-from deepresearcher_min import toyworld
+from deepresearcher_min import corpus
 from deepresearcher_min import web as web_module
 from deepresearcher_min.config import CONFIG_FILE, ROOT
 from deepresearcher_min.protocol import ChatFormat
@@ -55,7 +55,7 @@ def block() -> str:
 class World(ThreadingHTTPServer):
     """The toy web online: a Serper, long pages, a reader that copies, a judge that says no."""
 
-    def __init__(self, world: toyworld.World) -> None:
+    def __init__(self, world: corpus.World) -> None:
         self.world, self.sent = world, list[tuple[str, dict, dict]]()
         self.texts = {urlsplit(url).path: text for _, url, text in world.corpus.documents}
         super().__init__(("127.0.0.1", 0), Handler)
@@ -105,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """The block's exit code (model, URLs, dtype, engine replaced), what was sent, and prompts."""
-    world = toyworld.World("held out", 0)
+    world = corpus.World("held out", 0)
     asked = world.questions(24, 0)
     rows = [
         {"question": one.text, "answers": [one.answers[0], "Mr. X"], "source": one.source}
@@ -115,7 +115,7 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "authors").mkdir()
     (tmp_path / "authors/system.txt").write_bytes(SYSTEM.encode())
     (tmp_path / "authors/tools.json").write_text(json.dumps(TOOLS))
-    shutil.copytree(toyworld.MODEL_DIR, tmp_path / "model")
+    shutil.copytree(corpus.MODEL_DIR, tmp_path / "model")
     (tmp_path / "model/chat_template.jinja").write_text(SHOWS_TOOLS + TEMPLATE)
     monkeypatch.chdir(tmp_path)
     *exports, command = block().splitlines()
@@ -133,7 +133,7 @@ def run(tmp_path, monkeypatch):
         real = web_module.check_url
 
         def toy_address(url, *rest):  # the toy's addresses lead to the server
-            online = url.replace(toyworld.SITE.rstrip("/"), server.url)
+            online = url.replace(corpus.SITE.rstrip("/"), server.url)
             return (parse_url(online), ["127.0.0.1"]) if online != url else real(url, *rest)
 
         monkeypatch.setattr(web_module, "check_url", toy_address)

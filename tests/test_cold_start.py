@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import train
+from deepresearcher_min.corpus import Corpus
 from deepresearcher_min.protocol import Answer, Call, parse_turn
 from deepresearcher_min.reward import f1_score
-from deepresearcher_min.search import Corpus
 from deepresearcher_min.trajectory import Question, Recording, Turn
 from scripts import cold_start
 from scripts.cold_start import Item, Recipe, made_up, quoted, reading, researcher, without_guess

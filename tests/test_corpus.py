@@ -6,9 +6,17 @@ import time
 
 import pytest
 
+from deepresearcher_min import corpus as corpus_module
 from deepresearcher_min import search
 from deepresearcher_min.config import ConfigError, code_of
-from deepresearcher_min.search import Corpus, SearchResult
+from deepresearcher_min.corpus import (
+    SNIPPET_CHARS,
+    Corpus,
+    SearchResult,
+    content_words,
+    read_passage,
+    words,
+)
 
 pytestmark = pytest.mark.quick
 DOCUMENTS = [
@@ -35,7 +43,7 @@ def test_snippets_come_from_the_callback_or_from_the_beginning_of_the_text():
         == "number 1"
     )
     long = Corpus([("Long", "toy:long", "word " * 200)]).search("long", 1)[0].snippet
-    assert len(long) <= search.SNIPPET_CHARS + 4 and long.endswith("word ...")
+    assert len(long) <= SNIPPET_CHARS + 4 and long.endswith("word ...")
 
 
 def test_equal_scores_keep_corpus_order():
@@ -63,7 +71,7 @@ def test_another_rule_for_words_holds_at_once_and_nothing_is_kept_on_disk(tmp_pa
     file = tmp_path / "corpus.jsonl"
     file.write_text('{"title": "Ost", "url": "u:1", "text": "C++ and C# are languages."}')
     assert Corpus.from_jsonl(file).search("c", 3) and Corpus.from_jsonl(file).search("c", 3)
-    monkeypatch.setattr(search, "WORD", re.compile(r"[a-z+#]+"))
+    monkeypatch.setattr(corpus_module, "WORD", re.compile(r"[a-z+#]+"))
     corpus = Corpus.from_jsonl(file)
     assert corpus.search("c", 3) == [] and corpus.search("c++", 3)
     assert list(tmp_path.iterdir()) == [file]
@@ -110,7 +118,7 @@ PASSAGES = [
 
 @pytest.mark.parametrize(("row", "passage"), PASSAGES)
 def test_passages_are_read_with_whatever_they_lack(tmp_path, row, passage):
-    assert search.read_passage(row) == passage
+    assert read_passage(row) == passage
     (tmp_path / "corpus.jsonl").write_text("\ufeff" + json.dumps(row) + "\r\n", "utf-8")
     corpus = Corpus.from_jsonl(tmp_path / "corpus.jsonl")
     # They can be opened.
@@ -176,29 +184,29 @@ def test_questions_find_pages_in_scripts_without_spaces(query, title):
 
 
 def test_words_of_scripts_without_spaces():
-    assert search.words("iPad平板电脑") == ["ipad", "平板", "板电", "电脑"]
-    assert search.words("食べた ｺｰﾋｰ") == ["食", "べた", "コー", "ーヒ", "ヒー"]
-    assert search.words("ไทย ลาว") == ["ไทย", "ลาว"] and search.words("กรุงเทพ")[0] == "กรุ"
-    assert search.words("ＮＨＫは１８８１年") == ["nhk", "は", "1881", "年"]
-    assert search.words("दिल्ली है।") == ["दिल्ली", "है"]
+    assert words("iPad平板电脑") == ["ipad", "平板", "板电", "电脑"]
+    assert words("食べた ｺｰﾋｰ") == ["食", "べた", "コー", "ーヒ", "ヒー"]
+    assert words("ไทย ลาว") == ["ไทย", "ลาว"] and words("กรุงเทพ")[0] == "กรุ"
+    assert words("ＮＨＫは１８８１年") == ["nhk", "は", "1881", "年"]
+    assert words("दिल्ली है।") == ["दिल्ली", "है"]
     assert SCRIPTS.search("斑马有几条腿", 3) == SCRIPTS.search("ม้าลาย", 3) == []
 
 
 def test_snippets_of_scripts_without_spaces_are_cut_anywhere():
     text = "绍兴是浙江省的一座城市。" * 60
     snippet = Corpus([("绍兴", "u", text)]).search("绍兴", 1)[0].snippet
-    assert snippet == text[: search.SNIPPET_CHARS] + " ..."
+    assert snippet == text[:SNIPPET_CHARS] + " ..."
 
 
 def test_other_scripts_change_nothing_for_english():
     """Scores as the first version of this package computed them, with \\w+ as the only rule."""
     corpus = Corpus(DOCUMENTS)
-    query = search.content_words("Where was Amra Sool's Red Door born in Velden?")
+    query = content_words("Where was Amra Sool's Red Door born in Velden?")
     assert query == ["amra", "sool", "s", "red", "door", "born", "velden"]
     scores = corpus.index.get_scores_from_ids(corpus.index.get_tokens_ids(query))
     assert scores.tolist() == [2.3118462562561035, 0.2746620774269104, 0.0]
     accented = "Brontë’s café – déjà vu, 10² m, ½ ﬁn, Łódź, Ἀθῆναι, Москва́"
-    assert search.words(accented) == re.findall(r"\w+", accented.casefold())
+    assert words(accented) == re.findall(r"\w+", accented.casefold())
 
 
 HALF = '{"title": "a", "text": "half \\ud83d"}'  # half a surrogate pair, which no tokenizer takes

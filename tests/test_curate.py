@@ -8,8 +8,8 @@ import pytest
 from loopback import Server
 from scripted import CHAT, Scripted, answer_turn, make_agent
 
+from deepresearcher_min.corpus import MODEL_DIR
 from deepresearcher_min.evaluation import PlainChat
-from deepresearcher_min.toyworld import MODEL_DIR
 from deepresearcher_min.trajectory import Question, load_questions
 from deepresearcher_min.web import Web
 from scripts import curate

@@ -14,7 +14,8 @@ import eval as evaluation
 from deepresearcher_min import report
 from deepresearcher_min.config import ROOT, load_config
 from deepresearcher_min.evaluation import Task
-from deepresearcher_min.reward import ask_judge, parse_verdict
+from deepresearcher_min.reward import ask_judge
+from deepresearcher_min.search import parse_verdict
 from deepresearcher_min.trajectory import Group, Question, Trajectory
 from deepresearcher_min.web import Web
 

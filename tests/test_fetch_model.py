@@ -18,8 +18,8 @@ from loopback import Handler, Server
 
 from deepresearcher_min.architecture import fetch_model
 from deepresearcher_min.config import ROOT, ConfigError
+from deepresearcher_min.corpus import MODEL_DIR
 from deepresearcher_min.run import Ranks
-from deepresearcher_min.toyworld import MODEL_DIR
 
 SHA = "a" * 40
 FETCH = """

@@ -10,8 +10,8 @@ pytestmark = pytest.mark.quick
 ROOT = Path(__file__).resolve().parent.parent
 # Each may import those before it: first what knows nothing of the others' business, last what ties
 # everything together.
-ORDER = """config architecture trajectory grpo protocol web reward search
-    run browse engine policy rollout toyworld report evaluation""".split()  # noqa: SIM905
+ORDER = """config architecture trajectory grpo protocol web corpus search reward
+    run browse engine policy rollout report evaluation""".split()  # noqa: SIM905
 MODULES = {
     path.stem: path
     for path in (ROOT / "deepresearcher_min").glob("*.py")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from deepresearcher_min import toyworld
+from deepresearcher_min import corpus
 from deepresearcher_min.protocol import (
     Answer,
     Call,
@@ -343,7 +343,7 @@ def test_foreign_text_becomes_neither_special_tokens_nor_tags(qwen, text):
 
 
 def test_the_toy_tokenizer_loses_nothing_of_the_toy_web(toy):
-    world = toyworld.World("training", 3)
+    world = corpus.World("training", 3)
     for title, url, text in world.corpus.documents:
         observation = render("search", [Entry(title, (search_item(text, title, url),))])
         assert toy.tokenizer.decode(toy.tokenizer.encode(observation)) == observation
@@ -355,12 +355,12 @@ def test_the_toys_appended_ids_equal_its_templates_rendering(toy):
     turn = (
         "I need the mayor."
         + toy_tokenizer.CALL_SEARCH
-        + toyworld.NAMES["city"][0]
+        + corpus.NAMES["city"][0]
         + toy_tokenizer.CALL_END
     )
     observation = render(
         "search",
-        [Entry(toyworld.NAMES["city"][0], (search_item("The mayor is a person.", "city"),))],
+        [Entry(corpus.NAMES["city"][0], (search_item("The mayor is a person.", "city"),))],
     )
     ids, rendered = conversation(
         toy, [turn, turn], [observation, observation], "What is the mayor?"

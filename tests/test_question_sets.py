@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deepresearcher_min.search import Corpus
+from deepresearcher_min.corpus import Corpus
 from deepresearcher_min.trajectory import load_questions
 from scripts.question_sets import main, make_sets
 

@@ -24,9 +24,9 @@ from scripted import (
     with_source,
 )
 
+from deepresearcher_min.corpus import Corpus, SearchResult
 from deepresearcher_min.protocol import Call
 from deepresearcher_min.rollout import observe
-from deepresearcher_min.search import Corpus, SearchResult
 from deepresearcher_min.trajectory import Recording
 from deepresearcher_min.web import WebFailure
 

@@ -12,7 +12,7 @@ from loopback import Server
 from transformers import AutoTokenizer
 from urllib3.util import parse_url
 
-from deepresearcher_min import toyworld
+from deepresearcher_min import corpus
 from deepresearcher_min import web as web_module
 from deepresearcher_min.config import load_config
 from deepresearcher_min.engine import HFEngine
@@ -48,8 +48,8 @@ class ToyOnline(Server):
 def evaluation(config, cassette, questions):
     """Trajectories as the run folder keeps them, and the counters of all of them."""
     web = Web(config, cassette)
-    chat = ChatFormat(AutoTokenizer.from_pretrained(toyworld.MODEL_DIR), date="2026-01-01")
-    engine, tools = HFEngine(config, str(toyworld.MODEL_DIR)), Tools(config, chat, None, web)
+    chat = ChatFormat(AutoTokenizer.from_pretrained(corpus.MODEL_DIR), date="2026-01-01")
+    engine, tools = HFEngine(config, str(corpus.MODEL_DIR)), Tools(config, chat, None, web)
     done = evaluate(
         enumerate(questions),
         Agent(config, engine, tools, chat),
@@ -63,7 +63,7 @@ def evaluation(config, cassette, questions):
 
 
 def test_a_recorded_evaluation_repeats_exactly_without_the_web(tmp_path, monkeypatch):
-    world = toyworld.World("held out", 0)
+    world = corpus.World("held out", 0)
     questions = world.questions(24, 0)
     config = replace(
         load_config(["--preset=toy"]),
@@ -76,7 +76,7 @@ def test_a_recorded_evaluation_repeats_exactly_without_the_web(tmp_path, monkeyp
         monkeypatch.setitem(server.pages, "/search", lambda _: server.results(server.sent[-1][0]))
 
         def toy_address(url, *_):  # the toy's addresses lead to the server
-            return parse_url(url.replace(toyworld.SITE.rstrip("/"), server.url)), ["127.0.0.1"]
+            return parse_url(url.replace(corpus.SITE.rstrip("/"), server.url)), ["127.0.0.1"]
 
         monkeypatch.setattr(web_module, "check_url", toy_address)
         config = replace(config, search_url=server.url)

@@ -11,17 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepresearcher_min.config import load_config
+from deepresearcher_min.report import measures, step_means, step_sums, summarize
 from deepresearcher_min.reward import (
     FORMAT_FAILURES,
     exact_match,
     explain,
     f1_score,
     judge,
-    measures,
     reward,
-    step_means,
-    step_sums,
-    summarize,
 )
 from deepresearcher_min.trajectory import HARNESS_STOPS, POLICY_STOPS, Question, Trajectory, Turn
 

@@ -32,11 +32,11 @@ from scripted import (
     turns,
 )
 
+from deepresearcher_min.corpus import Corpus
 from deepresearcher_min.engine import Completion
-from deepresearcher_min.reward import step_sums
+from deepresearcher_min.report import step_sums
 from deepresearcher_min.rollout import EVALUATION, roll_out
 from deepresearcher_min.run import Ranks
-from deepresearcher_min.search import Corpus
 from deepresearcher_min.trajectory import HARNESS_STOPS, Question
 from train import evaluate
 

@@ -17,11 +17,12 @@ from engines import counted
 from loopback import FAULTS, Handler, Server
 from scripted import TOY_CHAT, WORLD, Recorder, batch, flat, toy_config
 
-from deepresearcher_min import rollout, toyworld
+from deepresearcher_min import corpus, rollout
+from deepresearcher_min.corpus import MODEL_DIR
 from deepresearcher_min.engine import Completion, Request, make_engine
-from deepresearcher_min.reward import judge, step_sums
+from deepresearcher_min.report import step_sums
+from deepresearcher_min.reward import judge
 from deepresearcher_min.rollout import Agent, Tools, roll_out
-from deepresearcher_min.toyworld import MODEL_DIR
 from deepresearcher_min.trajectory import HARNESS_STOPS, POLICY_STOPS
 from deepresearcher_min.web import Web
 
@@ -112,7 +113,7 @@ class HostileWorld(Handler):
             ]
             self.reply(200, {}, {"result": [[{"document": document} for document in documents]]})
         else:
-            text = WORLD.corpus.pages.get(toyworld.SITE + self.path[1:])
+            text = WORLD.corpus.pages.get(corpus.SITE + self.path[1:])
             self.reply(200, {"Content-Type": "text/plain"}, (text or "").encode())
 
     do_POST = do_GET
@@ -122,9 +123,7 @@ class LoopbackWeb(Web):
     """Real requests; only the name of the toy's site leads to the server of this test."""
 
     def fetch(self, url: str, *rest, **more):
-        return super().fetch(
-            url.replace(toyworld.SITE, self.config.search_url + "/"), *rest, **more
-        )
+        return super().fetch(url.replace(corpus.SITE, self.config.search_url + "/"), *rest, **more)
 
 
 class Unreliable(Recorder):

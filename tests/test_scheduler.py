@@ -29,10 +29,10 @@ from scripted import (
 
 from deepresearcher_min import rollout
 from deepresearcher_min.config import ROOT
+from deepresearcher_min.corpus import SearchResult
 from deepresearcher_min.engine import Sampling
-from deepresearcher_min.reward import step_sums
+from deepresearcher_min.report import step_sums
 from deepresearcher_min.rollout import Scheduler, roll_out
-from deepresearcher_min.search import SearchResult
 from deepresearcher_min.trajectory import POLICY_STOPS
 
 pytestmark = pytest.mark.quick

@@ -13,7 +13,8 @@ import pytest
 from loopback import Server
 
 from deepresearcher_min.config import ROOT, ConfigError, load_config
-from deepresearcher_min.search import Corpus, SearchResult, check_search, make_search
+from deepresearcher_min.corpus import Corpus, SearchResult
+from deepresearcher_min.search import check_search, make_search
 from deepresearcher_min.web import Web, WebFailure
 
 pytestmark = pytest.mark.quick

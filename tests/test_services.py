@@ -12,8 +12,8 @@ from service_world import KEY, World, arguments, completion, keys, training  # n
 
 import eval as evaluation
 import train
-from deepresearcher_min.reward import ask_model
 from deepresearcher_min.rollout import try_services
+from deepresearcher_min.search import ask_model
 from deepresearcher_min.web import WebFailure
 
 

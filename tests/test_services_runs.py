@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import train
-from deepresearcher_min import report, toyworld
+from deepresearcher_min import corpus, report
 
 TRAFFIC = ("requests", "bytes", "cache_hits")  # what a cassette saves the second time
 
@@ -166,7 +166,7 @@ def evaluate(server: Server, folder: Path, *more: str) -> int:
     given = arguments(
         server,
         folder,
-        f"--model={toyworld.MODEL_DIR}",
+        f"--model={corpus.MODEL_DIR}",
         "--eval_temperature=0",
         f"--run_dir={folder / 'run'}",
         *more,

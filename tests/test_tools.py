@@ -21,9 +21,9 @@ from scripted import (
     with_source,
 )
 
-from deepresearcher_min import toyworld
+from deepresearcher_min import corpus
+from deepresearcher_min.corpus import Corpus, SearchResult
 from deepresearcher_min.rollout import roll_out
-from deepresearcher_min.search import Corpus, SearchResult
 from deepresearcher_min.web import WebFailure
 
 pytestmark = pytest.mark.quick
@@ -61,7 +61,7 @@ def test_a_failing_or_hanging_search_is_an_observation_and_a_counter(name, monke
 
 
 def test_only_shown_addresses_are_opened_and_a_failed_page_says_why():
-    known = toyworld.url_of(PERSON)
+    known = corpus.url_of(PERSON)
     write = turns(
         browse_turn(known),
         search_turn(),

@@ -7,8 +7,8 @@ import itertools
 import pytest
 from transformers import AutoTokenizer
 
-from deepresearcher_min import toyworld
-from deepresearcher_min.toyworld import RELATIONS, World, chain_of
+from deepresearcher_min import corpus
+from deepresearcher_min.corpus import RELATIONS, World, chain_of
 from scripts import toy_tokenizer
 
 pytestmark = pytest.mark.quick
@@ -48,7 +48,7 @@ def test_questions_are_different_balanced_and_answered_by_the_pages():
     for question in questions:
         subject, relations = chain_of(question.text)
         for relation in relations:  # follow the chain by reading pages only
-            page = world.corpus.pages.get(toyworld.url_of(subject))
+            page = world.corpus.pages.get(corpus.url_of(subject))
             subject = page.partition(f"The {relation} is ")[2].partition(".")[0]
         assert (subject,) == question.answers
 
@@ -85,7 +85,7 @@ def test_behaviour_rates_on_hand_made_cases(monkeypatch):
         made = tuple(
             Turn((0, 0), (0, 0), text, kind, observation) for kind, text, observation in turns
         )
-        return toyworld.behaviour_rates(
+        return corpus.behaviour_rates(
             [Trajectory(question, [1], [False], [0.0], made, None, "malformed")], world
         )
 
@@ -94,7 +94,7 @@ def test_behaviour_rates_on_hand_made_cases(monkeypatch):
     assert (lazy["full_name"], lazy["browse_when_needed"]) == (0, 0) and lazy["second_hop"] != lazy[
         "second_hop"
     ]
-    url = toyworld.url_of(person)
+    url = corpus.url_of(person)
     good = rates(
         ("search", search.format(person), titled),
         ("browse", browse.format(url), f"The birthplace is {city}."),
@@ -104,7 +104,7 @@ def test_behaviour_rates_on_hand_made_cases(monkeypatch):
 
 
 def test_the_start_model_ships_small_with_its_own_tokenizer_and_a_card():
-    folder = toyworld.MODEL_DIR
+    folder = corpus.MODEL_DIR
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 3_000_000
     assert len(AutoTokenizer.from_pretrained(folder)) == len(toy_tokenizer.build_tokenizer())
     assert (

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import eval as evaluation
 import train
 from deepresearcher_min.config import load_config
+from deepresearcher_min.corpus import MODEL_DIR
 from deepresearcher_min.engine import HFEngine
 from deepresearcher_min.evaluation import Task
 from deepresearcher_min.reward import judge
@@ -63,7 +64,7 @@ def test_a_run_folder_holds_what_it_should(two_steps):
 
 @pytest.mark.quick
 def test_the_weights_change_and_checkpoints_are_plain_hugging_face_folders(two_steps):
-    start = dict(AutoModelForCausalLM.from_pretrained(train.toyworld.MODEL_DIR).named_parameters())
+    start = dict(AutoModelForCausalLM.from_pretrained(MODEL_DIR).named_parameters())
     first, second = weights(two_steps, 1), weights(two_steps, 2)
     assert start.keys() == first.keys()
     assert any(not torch.equal(start[name], first[name]) for name in start)
