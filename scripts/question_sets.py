@@ -42,8 +42,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from deepresearcher_min.corpus import read_passage  # noqa: E402
 from deepresearcher_min.report import text_table  # noqa: E402
-from deepresearcher_min.search import read_passage  # noqa: E402
 from deepresearcher_min.trajectory import parse_row  # noqa: E402
 
 WIKIPEDIA = "https://en.wikipedia.org/wiki/"
