@@ -13,9 +13,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,13 +38,10 @@ from deepresearcher_min.architecture import (
     whole,
 )
 from deepresearcher_min.config import ConfigError, named
-from deepresearcher_min.grpo import PackedBatch, TrainingRow, training_rows
+from deepresearcher_min.grpo import TrainingRow, training_rows
 from deepresearcher_min.run import Ranks, complete_checkpoints
 
-LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap")  # of the config
 METRICS = ("kl", "mismatch", "entropy", "clip_fraction", "capped_fraction", "rare_share", "masked")
-# Between engine and policy, on average, before the first update [nats]: more is another model.
-MISMATCH_LIMITS = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
 
 
 class TokenScorer(nn.Module):
@@ -60,7 +55,7 @@ class TokenScorer(nn.Module):
         self.config = config
         self.dtype = getattr(torch, config.dtype)
 
-    def forward(self, batch, loss: grpo.Loss | None = None):
+    def forward(self, batch, loss=None):
         """The sum of the losses of all chunks (grpo.HeadLoss), and log-probabilities_S."""
         device = batch.token_ids_T.device.type
         with torch.autocast(device, self.dtype, enabled=self.dtype == torch.bfloat16):
@@ -99,12 +94,9 @@ class Policy:
         self.ranks = ranks
         self.scorer = self.load_model(model_dir)
         self.model = self.scorer.model
-        named_parameters = self.model.named_parameters()
-        self.trained = {name: p for name, p in named_parameters if p.requires_grad}
-        self.reference: Callable | None = None
-        if config.kl_coef > 0 and config.lora_rank:
-            self.reference = self.without_adapters
-        elif config.kl_coef > 0:
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.reference = self.without_adapters if config.kl_coef else None
+        if config.kl_coef and not config.lora_rank:
             # Loaded exactly like the policy, so that the KL of the first step is exactly zero.
             self.reference = self.load_model(model_dir).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
@@ -178,10 +170,9 @@ class Policy:
     def learn(self, groups, engine: str):
         sums, norms, trained, weights = Counter(), [], 0, [-math.inf]
         for rows, batches, total in self.prepare(groups):
-            for batch, old_S in batches:
-                found = self.backward(batch, old_S, total)
-                weights.append(found.pop("weight"))
-                sums.update(found)
+            for batch in batches:
+                sums.update(self.backward(batch, total))
+                weights += grpo.sequence_weights(batch).tolist()
             if engine and not self.compared:
                 self.compare_with(engine, sums)
             norm = self.clip_gradient()
@@ -219,16 +210,19 @@ class Policy:
         steps = []
         for u in range(count):
             share = slice(len(questions) * u // count, len(questions) * (u + 1) // count)
-            rows = list(chain.from_iterable(questions[share]))
+            rows = []
+            for question in questions[share]:
+                rows += question
             total = sum(len(row.sampled) for row in rows)
             rows = [row for row in rows if always or row.advantage]
             batches = self.plan(rows)
             # Later steps need it from before the weights move; in the first, old is new, but to
             # leave a trajectory out, all of it must be known before its first gradient.
-            early = u or self.config.sequence_mask
-            old = [self.score(self.scorer, batch) if early else None for batch in batches]
+            if u or self.config.sequence_mask:
+                for batch in batches:
+                    batch.old_S = self.score(self.scorer, batch)
             if total:
-                steps.append((rows, list(zip(batches, old, strict=True)), total))
+                steps.append((rows, batches, total))
         return steps
 
     def compare_with(self, engine: str, sums):
@@ -237,7 +231,7 @@ class Policy:
         """
         found = self.ranks.total(sums)
         mismatch = found["mismatch"] / max(1, found["tokens"])
-        limit = MISMATCH_LIMITS[self.config.dtype]
+        limit = 0.1 if self.config.dtype == "bfloat16" else 1e-3  # nats
         if not mismatch <= limit:
             raise ValueError(
                 f"engine={engine}: its log-probabilities differ from the policy's by "
@@ -246,17 +240,15 @@ class Policy:
             )
         self.compared = bool(found["tokens"])
 
-    def plan(self, rows) -> list[PackedBatch]:
-        """This rank's micro-batches of the given rows, which are the same on all ranks."""
+    def plan(self, rows):
+        """This rank's micro-batches (PackedBatch) of the given rows, the same on all ranks."""
         plan = grpo.plan_microbatches(
-            [len(row.token_ids) - 1 for row in rows],
+            rows,
             self.config.microbatch_tokens,
             self.ranks.world_size,
             self.model.config.get_text_config().hidden_size,
-            grpo.families(rows),
         )
-        mine = [list(map(rows.__getitem__, indices)) for indices in plan[self.ranks.rank]]
-        return [grpo.pack(batch, self.ranks.device) for batch in mine]
+        return [grpo.pack(batch, self.ranks.device) for batch in plan[self.ranks.rank]]
 
     @torch.no_grad()
     def score(self, scorer, batch) -> Tensor:
@@ -275,35 +267,32 @@ class Policy:
         self.model.enable_adapters()
         return found
 
-    def backward(self, batch, old_S: Tensor | None, total: int):
-        """Add one micro-batch's gradient to the others'; returns its sums of metrics, and "weight",
-        the largest of its trajectories, as a logarithm. total: N.
-        """
-        ref_S = None if self.reference is None else self.score(self.reference, batch)
+    def backward(self, batch, total):
+        """Add one micro-batch's gradient to the others'; returns its sums of metrics. total: N."""
+        ref_S = self.score(self.reference, batch) if self.reference else None
         sums = Counter()
-        loss = self.loss_of(batch, old_S, ref_S, total, sums)
+        loss = self.loss_of(batch, ref_S, total, sums)
         value, logprobs_S = self.scorer(batch, loss)
         check_finite(logprobs_S, batch)
         value.backward()
-        weights = grpo.sequence_weights(logprobs_S if old_S is None else old_S, batch)
-        found = {name: float(value) for name, value in sums.items()}
-        found["weight"] = max(weights.tolist(), default=-math.inf)
-        return found
+        if batch.old_S is None:
+            batch.old_S = logprobs_S
+        return {name: float(value) for name, value in sums.items()}
 
-    def loss_of(self, batch, old_S, ref_S, total: int, sums) -> grpo.Loss:
-        """The loss of one chunk of a micro-batch; its metrics are added to sums. old_S, ref_S:
-        log-probabilities, None where they are the new ones or there is no reference.
+    def loss_of(self, batch, ref_S, total, sums):
+        """The loss of one chunk of a micro-batch; its metrics are added to sums. ref_S:
+        log-probabilities, None where there is no reference.
         """
-        options = {key: getattr(self.config, key) for key in LOSS_KEYS}
+        old_S = batch.old_S
         kept_S = torch.ones_like(batch.rollout_S)
         if self.config.sequence_mask and old_S is not None:
-            kept_S = grpo.kept(old_S, batch, self.config.sequence_mask)
+            kept_S = grpo.kept(batch, self.config.sequence_mask)
 
-        def loss(new_C: Tensor, entropy_C: Tensor, part: slice) -> Tensor:
+        def loss(new_C, entropy_C, part):
             old_C = new_C.detach() if old_S is None else old_S[part]
             ref_C = None if ref_S is None else ref_S[part]
-            known = (batch.rollout_S[part], ref_C, batch.advantages_S[part], entropy_C)
-            losses_C, metrics = grpo.token_losses(new_C, old_C, *known, kept_S[part], **options)
+            known = batch.rollout_S[part], ref_C, batch.advantages_S[part], entropy_C, kept_S[part]
+            losses_C, metrics = grpo.token_losses(new_C, old_C, *known, **vars(self.config))
             sums.update(metrics)
             return losses_C.sum() * (self.ranks.world_size / total)  # FSDP averages over ranks
 
@@ -327,7 +316,7 @@ class Policy:
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
         for row in rows:
             self.optimizer.zero_grad()
-            self.backward(grpo.pack([row], self.ranks.device), None, 1)
+            self.backward(grpo.pack([row], self.ranks.device), 1)
             if not np.isfinite(self.clip_gradient()):
                 return f"from {row.name}"
         return "from all trajectories together, from none alone"
@@ -404,7 +393,7 @@ def check_finite(logprobs_S: Tensor, batch):
     if len(bad):
         first = int(bad[0])
         raise FloatingPointError(
-            f"{batch.names_S[first]}: log-probability {float(logprobs_S[first])}"
+            f"{batch.names[batch.owner_S[first]]}: log-probability {float(logprobs_S[first])}"
         )
 
 
@@ -416,5 +405,4 @@ def trial(config, folder, prompts):
         sampled = np.arange(1, len(ids))
         rows.append(TrainingRow("trial", np.array(ids), sampled, 0.0 * sampled, 0.0, "trial"))
     logprobs_S = policy.score(policy.scorer, grpo.pack(rows))
-    counts = [len(row.sampled) for row in rows]
-    return list(zip(prompts, logprobs_S.split(counts), strict=True))
+    return zip(prompts, logprobs_S.split([len(ids) - 1 for ids in prompts]), strict=True)
