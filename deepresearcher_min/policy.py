@@ -13,7 +13,6 @@ import os
 import shutil
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,15 +21,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deepresearcher_min import grpo
 from deepresearcher_min.architecture import (
     add_adapters,
-    attend,
     check_architecture,
     full_weights,
     load_model,
@@ -116,9 +113,7 @@ class Policy:
         self.rollouts = 0  # update() calls so far, for warm-up and decay
         self.compared = False  # with the engine, in this process
 
-    def load_model(self, model_dir) -> TokenScorer:
-        # transformers builds no [T, T] mask for an attention that it does not know
-        AttentionInterface.register("packed", attend)
+    def load_model(self, model_dir):
         compute = getattr(torch, self.config.dtype)
         master = torch.promote_types(compute, torch.float32)
         rank = self.config.lora_rank
@@ -134,19 +129,18 @@ class Policy:
         if self.ranks.world_size == 1:
             return scorer.to(self.ranks.device)
         device = self.ranks.device.type
-        shard = partial(
-            fully_shard,
-            mesh=dist.init_device_mesh(device, (self.ranks.world_size,)),
-            mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master),
-            reshard_after_forward=True,
-        )
+        options = {
+            "mesh": dist.init_device_mesh(device, (self.ranks.world_size,)),
+            "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master),
+            "reshard_after_forward": True,
+        }
         if self.config.offload_optimizer:
             # Gathered and reduced on the GPU all the same; only the gradient's norm is summed on
             # the CPU, by the gloo of "cpu:gloo,cuda:nccl".
-            shard = partial(shard, offload_policy=CPUOffloadPolicy(pin_memory=device == "cuda"))
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=device == "cuda")
         for layer in layers:
-            shard(layer)
-        return shard(scorer)
+            fully_shard(layer, **options)
+        return fully_shard(scorer, **options)
 
     def update(self, groups, engine=""):
         """Take config.updates_per_rollout optimizer steps on all ranks' groups, of which these are
@@ -167,7 +161,7 @@ class Policy:
             sys.stdout.flush()
             os._exit(2)
 
-    def learn(self, groups, engine: str):
+    def learn(self, groups, engine):
         sums, norms, trained, weights = Counter(), [], 0, [-math.inf]
         for rows, batches, total in self.prepare(groups):
             for batch in batches:
@@ -225,7 +219,7 @@ class Policy:
                 steps.append((rows, batches, total))
         return steps
 
-    def compare_with(self, engine: str, sums):
+    def compare_with(self, engine, sums):
         """ValueError if the engine's log-probabilities are further from ours than rounding
         explains: another model.
         """
@@ -251,7 +245,7 @@ class Policy:
         return [grpo.pack(batch, self.ranks.device) for batch in plan[self.ranks.rank]]
 
     @torch.no_grad()
-    def score(self, scorer, batch) -> Tensor:
+    def score(self, scorer, batch):
         """log-probabilities_S of a micro-batch."""
         _, logprobs_S = scorer(batch)
         check_finite(logprobs_S, batch)
@@ -298,7 +292,7 @@ class Policy:
 
         return loss
 
-    def clip_gradient(self) -> float:
+    def clip_gradient(self):
         """To max_grad_norm; its norm before that, over all ranks."""
         limit = self.config.max_grad_norm
         return float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
@@ -327,13 +321,13 @@ class Policy:
         """
         return full_weights(self.model, self.ranks.device, self.scorer.dtype)
 
-    def save(self, folder: str | Path):
+    def save(self, folder):
         """Write model, optimizer and warm-up position into a new folder; any number of ranks can
         load it.
         """
         dcp.save(self.state(), checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
 
-    def load(self, folder: str | Path):
+    def load(self, folder):
         state = self.state()  # the tensors themselves: they are loaded in place
         dcp.load(state, checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
         self.rollouts = int(state["rollouts"])
@@ -345,21 +339,21 @@ class Policy:
             "rollouts": torch.tensor(self.rollouts),
         }
 
-    def export(self, folder: str | Path, tokenizer):
+    def export(self, folder, tokenizer):
         """Write a plain Hugging Face folder (rank 0 writes), which transformers and vLLM load; in
         it, LoRA's adapter as a folder of peft's.
         """
-        weights, writes = {}, self.ranks.rank == 0
-        for name, tensor in self.named_weights():
-            if writes:
-                weights[name] = tensor.cpu().contiguous()
+        writes = self.ranks.rank == 0
+        weights = {
+            name: tensor.cpu().contiguous() for name, tensor in self.named_weights() if writes
+        }
         if writes:
             save_settings(self.model, self.scorer.dtype, tokenizer, folder)
             save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
         if self.config.lora_rank:
             # Not beside the weights: transformers would add it to them once more.
-            device = self.ranks.device  # where shards are gathered
-            factors = {name: whole(p.detach().to(device)).cpu() for name, p in self.trained.items()}
+            device = self.ranks.device
+            factors = {name: whole(p, device).cpu() for name, p in self.trained.items()}
             if writes:
                 self.model.save_pretrained(f"{folder}/adapter", state_dict=factors)
 
@@ -387,7 +381,7 @@ class Policy:
             )
 
 
-def check_finite(logprobs_S: Tensor, batch):
+def check_finite(logprobs_S, batch):
     """FloatingPointError naming the first trajectory of which one is nan or infinite."""
     bad = (~torch.isfinite(logprobs_S)).nonzero()
     if len(bad):
