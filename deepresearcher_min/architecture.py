@@ -93,7 +93,7 @@ def joined(segments):
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the hub
 
 
-def fetch_model(model: str, ranks):
+def fetch_model(model, ranks):
     """Download a hub's model once on each node, with a bar; the other ranks wait. ConfigError where
     it cannot be had. Left out: weights in other formats than safetensors.
     """
@@ -114,22 +114,22 @@ def download(model):
     # Here: it takes a while, and only this needs it.
     from huggingface_hub import model_info, snapshot_download, utils
 
-    problem = ""
     try:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             # A download would wait for its first answer without end; this for 10 s.
             model_info(model, timeout=10.0)
             utils.enable_progress_bars()
             snapshot_download(model, allow_patterns=MODEL_FILES)
+        return ""
     # Its own errors, those of its HTTP client and of the disk have no other class in common.
     except Exception as error:
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        problem = f"no folder here, and the hub cannot give it: {cause}; try --model=DIR"
         with suppress(OSError, ValueError):
             snapshot_download(model, allow_patterns=MODEL_FILES, local_files_only=True)
-            problem = ""
-    utils.disable_progress_bars()
-    return problem
+            return ""
+        return f"no folder here, and the hub cannot give it: {cause}; try --model=DIR"
+    finally:
+        utils.disable_progress_bars()
 
 
 def declared_ends(model):
@@ -241,8 +241,8 @@ def save_settings(model, dtype, tokenizer, folder):
     try:
         generation.validate(strict=True)
     except ValueError:  # many published ones; save_pretrained would refuse them
-        values = generation.to_dict().items()
-        ids = {key: value for key, value in values if key.endswith("_token_id")}
+        values = generation.to_dict()
+        ids = {key: values[key] for key in values if key.endswith("_token_id")}
         generation = GenerationConfig(**ids)
     for part in (config, generation, tokenizer):
         part.save_pretrained(folder)

@@ -30,7 +30,7 @@ class Sampling:
     temperature: float  # 0 is greedy
     max_tokens: int
     seed: int
-    stop_token_ids: tuple[int, ...]
+    stop_token_ids: tuple
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Request(Completion):
     def end(self):
         return self.past + len(self.inputs)
 
-    def append(self, token_id, logprob, max_len) -> str:
+    def append(self, token_id, logprob, max_len):
         """After a step: the inputs are in the row, and this came next. Why the turn ends, or ""."""
         self.past = self.end
         self.source = self.row
@@ -195,7 +195,8 @@ class HFEngine(Engine):
             [], [], "", sampling, generator, prompt[past:], row, source, past
         )
         # Known from now on: who is let in next may copy it in this very step.
-        self.ids[row] = prompt + [-1] * (self.max_len - count)
+        self.ids[row] = -1
+        self.ids[row, :count] = prompt
         return count - past
 
     def forward(self, requests):
@@ -244,6 +245,7 @@ def attend(module, query, key, value, _, cache, requests, counts, scaling, **res
     cache = cache[module.layer_idx]  # [2, rows, kv_heads, max_len, head_dim]
     queries = query[0].split(counts, dim=1)
     new = torch.cat([key, value]).split(counts, dim=2)
+    kv_heads = key.shape[1]
     mixed = []
     for request, q, kv in zip(requests, queries, new, strict=True):
         row, past, end = request.row, request.past, request.end
@@ -252,11 +254,11 @@ def attend(module, query, key, value, _, cache, requests, counts, scaling, **res
         cache[:, row, :, past:end] = kv
         keys, values = cache[:, row, None, :, :end]
         # The query heads of a key head become its rows: enable_gqa would copy the keys.
-        grouped = q.reshape(1, keys.shape[1], -1, q.shape[2])
+        grouped = q.reshape(1, kv_heads, -1, q.shape[2])
         mask = None
         if end - past > 1:
             causal = q.new_ones(end - past, end, dtype=torch.bool).tril_(past)
-            mask = causal.repeat(len(q) // keys.shape[1], 1)
+            mask = causal.repeat(len(q) // kv_heads, 1)
         out = scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
         mixed.append(out.reshape_as(q))
     return torch.cat(mixed, dim=1).transpose(0, 1)[None], None
@@ -307,8 +309,9 @@ class VLLMEngine(Engine):
         self.gpu = torch.cuda.is_available()
         self.sleeps = self.gpu and config.engine_sleep
         # CPU: in pieces, a prompt would rewind its generator. GPU: of weights and KV cache.
-        cpu = {"kv_cache_memory_bytes": 2**30, "enable_chunked_prefill": False}
-        gpu = {"gpu_memory_utilization": config.engine_memory, "enable_sleep_mode": self.sleeps}
+        own = {"kv_cache_memory_bytes": 2**30, "enable_chunked_prefill": False}
+        if self.gpu:
+            own = {"gpu_memory_utilization": config.engine_memory, "enable_sleep_mode": self.sleeps}
         # bm25s loads it, and vLLM 0.32 breaks on its fake __dict__
         ffi = sys.modules.pop("llvmlite.binding.ffi", None)
         self.llm = vllm.LLM(
@@ -325,7 +328,7 @@ class VLLMEngine(Engine):
             logprobs_mode="processed_logprobs",  # after temperature
             # GPU: LOCAL_RANK's; the default takes the first (vllm/v1/executor/uniproc_executor.py)
             distributed_executor_backend="external_launcher" if world_size > 1 else None,
-            **(gpu if self.gpu else cpu),
+            **own,
         )
         if ffi:
             sys.modules[ffi.__name__] = ffi

@@ -38,7 +38,7 @@ EXPONENT_LIMIT = 20.0
 RARE = 1e-4  # probability below which a sampled token is called rare (docs/metrics.md)
 
 
-def group_advantages(rewards: list | Tensor, normalize_std=True) -> Tensor:
+def group_advantages(rewards, normalize_std=True):
     """Advantages of the trajectories of one question: rewards_G -> advantages_G (paper eq. 1).
 
     (r - mean) / (std + 1e-6), std unbiased; undivided if normalize_std is false. Equal rewards give
@@ -273,6 +273,7 @@ def token_losses(
     losses_S = (losses_S + kl_coef * kl_S) * kept_S
     if entropy_coef:  # HeadLoss has less to do for an entropy that is not used
         losses_S = losses_S - entropy_coef * entropy_S * kept_S
+    ones_S = torch.ones_like(new_S)
     metrics = {
         "loss": losses_S,
         "kl": kl_S,
@@ -280,9 +281,9 @@ def token_losses(
         "entropy": entropy_S,
         "clip_fraction": free_S > clipped_S,
         "capped_fraction": weights_S > cap,
-        "tokens": torch.ones_like(new_S),
+        "tokens": ones_S,
         "rare_share": torch.minimum(new_S, rollout_S) < math.log(RARE),
-        "masked": torch.ones_like(new_S) - kept_S,
+        "masked": ones_S - kept_S,
         "logprob_good": new_S * (advantages_S > 0),
         "good_tokens": advantages_S > 0,
     }

@@ -13,7 +13,6 @@ import os
 import shutil
 import sys
 from collections import Counter
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -46,7 +45,7 @@ class TokenScorer(nn.Module):
     around its hooks.
     """
 
-    def __init__(self, model: nn.Module, config):
+    def __init__(self, model, config):
         super().__init__()
         self.model = model
         self.config = config
@@ -66,8 +65,9 @@ class TokenScorer(nn.Module):
         hidden_SD = output.last_hidden_state[0, batch.predict_S].to(self.dtype)
         hidden_SD = hidden_SD / self.config.temperature
         weight_VD = self.model.get_output_embeddings().weight
-        chunk = self.config.logprob_chunk
-        return grpo.HeadLoss.apply(hidden_SD, weight_VD, batch.targets_S, chunk, loss)
+        return grpo.HeadLoss.apply(
+            hidden_SD, weight_VD, batch.targets_S, self.config.logprob_chunk, loss
+        )
 
 
 class Policy:
@@ -92,10 +92,14 @@ class Policy:
         self.scorer = self.load_model(model_dir)
         self.model = self.scorer.model
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.reference = self.without_adapters if config.kl_coef else None
-        if config.kl_coef and not config.lora_rank:
+        self.reference = None
+        if config.kl_coef:
             # Loaded exactly like the policy, so that the KL of the first step is exactly zero.
-            self.reference = self.load_model(model_dir).requires_grad_(False)
+            self.reference = (
+                self.without_adapters
+                if config.lora_rank
+                else self.load_model(model_dir).requires_grad_(False)
+            )
         self.optimizer = torch.optim.AdamW(
             self.trained.values(),
             lr=config.lr,
@@ -265,8 +269,7 @@ class Policy:
         """Add one micro-batch's gradient to the others'; returns its sums of metrics. total: N."""
         ref_S = self.score(self.reference, batch) if self.reference else None
         sums = Counter()
-        loss = self.loss_of(batch, ref_S, total, sums)
-        value, logprobs_S = self.scorer(batch, loss)
+        value, logprobs_S = self.scorer(batch, self.loss_of(batch, ref_S, total, sums))
         check_finite(logprobs_S, batch)
         value.backward()
         if batch.old_S is None:
@@ -364,19 +367,19 @@ class Policy:
         if self.ranks.rank:
             return
         config = self.config
-        run = Path(config.run_dir)
+        run = config.run_dir
         remedy = "a checkpoint cannot hold its settings"
         with named("model", config.model, remedy), TemporaryDirectory(dir=run) as folder:
             save_settings(self.model, self.scorer.dtype, tokenizer, folder)
         count = config.keep_checkpoints + 1 - len(complete_checkpoints(run))
-        trained = sum(p.numel() for p in self.trained.values())
-        exported = sum(p.numel() for p in self.model.parameters())
+        trained = self.model.num_parameters(only_trainable=True)
+        exported = self.model.num_parameters()
         size = trained * 3 * 4 + exported * self.scorer.dtype.itemsize
         free = shutil.disk_usage(run).free
         if count * size > free:
             raise ConfigError(
                 f"keep_checkpoints={config.keep_checkpoints}: {count} more of {size / 1e9:,.3f} GB "
-                f"are needed, and run_dir={config.run_dir} has {free / 1e9:,.3f} GB free; "
+                f"are needed, and run_dir={run} has {free / 1e9:,.3f} GB free; "
                 "keep fewer, or name another folder"
             )
 
