@@ -257,8 +257,7 @@ def token_losses(
 
     Gradient flows through new_S and entropy_S only. One update per rollout: pass old_S =
     new_S.detach(), and the ratio's gradient is the policy gradient. importance_cap 0: no weight;
-    ref_S None: no KL; kept_S 0: left out. The options are keys of the config, of which the rest is
-    of no use here. The metrics (docs/metrics.md) are float64 sums.
+    ref_S None: no KL; kept_S 0: left out. `rest`: of the config. Metrics: sums (docs/metrics.md).
     """
     ratio_S = (new_S - old_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     free_S = ratio_S * advantages_S
