@@ -42,12 +42,8 @@ def test_advantages_worked_by_hand():
         [x / std for x in (-1.5, -0.5, 0.5, 1.5)]
     )
     assert given_rewards.tolist() == [1.0, 2.0, 3.0, 4.0]
-    assert group_advantages([1.0, 2.0, 3.0, 4.0], normalize_std=False).tolist() == [
-        -1.5,
-        -0.5,
-        0.5,
-        1.5,
-    ]
+    plain = group_advantages([1.0, 2.0, 3.0, 4.0], normalize_std=False)
+    assert plain.tolist() == [-1.5, -0.5, 0.5, 1.5]
 
 
 @settings(deadline=None)  # another process may hold the core
@@ -147,9 +143,8 @@ def test_importance_weight_and_its_cap(cap, weight, capped):
     old = tensor(-1.0, -1.0, -1.0)
     rollout = old - tensor(math.log(3), math.log(1.5), math.log(0.25))
     new = old.clone().requires_grad_()
-    losses, sums = token_losses(
-        new, old, rollout, None, torch.ones(3), torch.zeros(3), **CLIP, importance_cap=cap
-    )
+    known = (rollout, None, torch.ones(3), torch.zeros(3))
+    losses, sums = token_losses(new, old, *known, **CLIP, importance_cap=cap)
     losses.sum().backward()
     assert losses.tolist() == pytest.approx([-w for w in weight])
     # The weight itself carries no gradient.
@@ -159,16 +154,9 @@ def test_importance_weight_and_its_cap(cap, weight, capped):
 
 def test_an_overflowing_ratio_or_weight_gives_no_nan():
     new = torch.zeros(2, requires_grad=True)
-    losses, _ = token_losses(
-        new,
-        torch.full((2,), -200.0),
-        torch.full((2,), -400.0),
-        None,
-        tensor(1.0, -1.0),
-        torch.zeros(2),
-        **CLIP,
-        importance_cap=2.0,
-    )
+    old, rollout = torch.full((2,), -200.0), torch.full((2,), -400.0)
+    known = (rollout, None, tensor(1.0, -1.0), torch.zeros(2))
+    losses, _ = token_losses(new, old, *known, **CLIP, importance_cap=2.0)
     losses.sum().backward()
     assert torch.isfinite(losses).all()
     assert torch.isfinite(new.grad).all()
@@ -350,9 +338,8 @@ def plan_of(lengths, budget, world_size, hidden_size, families):
             ids = np.full(lengths[i] + 1, own)
             ids[:shared] = 0
             rows[i] = TrainingRow(str(i), ids, ids[:1], ids[:1], 0.0, f"family {name}")
-    plan = plan_microbatches(
-        [rows[i] for i in range(len(lengths))], budget, world_size, hidden_size
-    )
+    ordered = [rows[i] for i in range(len(lengths))]
+    plan = plan_microbatches(ordered, budget, world_size, hidden_size)
     return [[[int(row.name) for row in batch] for batch in batches] for batches in plan]
 
 
@@ -409,12 +396,7 @@ def test_plan_of_families_covers_everything_within_the_budget(drawn, budget, wor
 
 
 def test_plan_keeps_families_together_unless_ranks_would_be_idle():
-    four = [
-        (100, [0, 1, 2, 3]),
-        (100, [4, 5, 6, 7]),
-        (100, [8, 9, 10, 11]),
-        (100, [12, 13, 14, 15]),
-    ]
+    four = [(100, list(range(first, first + 4))) for first in range(0, 16, 4)]
     plan = plan_of([150] * 16, 600, 2, 64, four)
     # 2 x (100 + 4 x 50) tokens in a micro-batch, where without sharing it would be 1,200.
     assert sorted(sorted(batch) for batches in plan for batch in batches) == [
