@@ -17,13 +17,12 @@ from deepresearcher_min.policy import Policy
 from deepresearcher_min.report import step_means, step_sums, summarize
 from deepresearcher_min.reward import judge
 from deepresearcher_min.rollout import Batch, roll_out
-from deepresearcher_min.run import Stop
 from deepresearcher_min.trajectory import take_questions
 
 
 def train(task, agent, examinee, policy, state, save):
     """All steps that are left; a RunStopped or KeyboardInterrupt leaves the state of the last."""
-    config, engine, ranks, stop = agent.config, agent.engine, policy.ranks, Stop()
+    config, engine, ranks, stop = agent.config, agent.engine, policy.ranks, run.Stop()
     while True:
         # 0 measure
         step = state["step"]
@@ -125,7 +124,7 @@ def start(config, ranks, notes):
         evaluation.begin(config, ranks, notes)
     wall, cpu = time.monotonic() - state["seconds"], time.process_time() - state["cpu_seconds"]
 
-    def write(folder: Path):
+    def write(folder):
         policy.save(folder / "state")
         policy.export(folder, agent.chat.tokenizer)
 

@@ -102,7 +102,7 @@ def ours(folder: str, group: Group, apart: bool = False) -> Contestant:
     def run() -> float:
         sums: Counter[str] = Counter()
         for batch in plan:
-            sums.update(policy.backward(batch, None, total))
+            sums.update(policy.backward(batch, total))
         return float(sums["loss"]) / total
 
     return policy.model, run

@@ -12,6 +12,7 @@ longer than all of them, as far as max_model_len allows.
 
 import copy
 import functools
+import math
 import os
 import re
 import tempfile
@@ -23,7 +24,7 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from deepresearcher_min.config import ConfigError, load_config
 
@@ -54,6 +55,10 @@ def attend(_, query, key, value, mask, lengths, prefix_of, scaling, **rest):
         bias = causal_lower_right(q.shape[2], k.shape[2])  # the last query sees the last key
         mixed.append(scaled_dot_product_attention(q, k, v, bias, **options))
     return torch.cat(mixed, dim=2).transpose(1, 2), None
+
+
+# transformers builds no [T, T] mask for an attention that it does not know.
+AttentionInterface.register("packed", attend)
 
 
 def seen(segments, prefix_of):
@@ -88,7 +93,7 @@ def joined(segments):
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the hub
 
 
-def fetch_model(model: str, ranks):
+def fetch_model(model, ranks):
     """Download a hub's model once on each node, with a bar; the other ranks wait. ConfigError where
     it cannot be had. Left out: weights in other formats than safetensors.
     """
@@ -109,22 +114,22 @@ def download(model):
     # Here: it takes a while, and only this needs it.
     from huggingface_hub import model_info, snapshot_download, utils
 
-    problem = ""
     try:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             # A download would wait for its first answer without end; this for 10 s.
             model_info(model, timeout=10.0)
             utils.enable_progress_bars()
             snapshot_download(model, allow_patterns=MODEL_FILES)
+        return ""
     # Its own errors, those of its HTTP client and of the disk have no other class in common.
     except Exception as error:
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        problem = f"no folder here, and the hub cannot give it: {cause}; try --model=DIR"
         with suppress(OSError, ValueError):
             snapshot_download(model, allow_patterns=MODEL_FILES, local_files_only=True)
-            problem = ""
-    utils.disable_progress_bars()
-    return problem
+            return ""
+        return f"no folder here, and the hub cannot give it: {cause}; try --model=DIR"
+    finally:
+        utils.disable_progress_bars()
 
 
 def declared_ends(model):
@@ -205,12 +210,12 @@ def full_weights(model, device, dtype):
         if ".lora_" in name:
             continue
         # a shard is cast before it is gathered
-        weight = whole(parameter.detach().to(device, dtype))
+        weight = whole(parameter, device, dtype)
         path, adapted, _ = name.rpartition(".base_layer.weight")
         if adapted:
             layer = model.get_submodule(path)
-            factor_B = whole(layer.lora_B.default.weight.detach().to(device))
-            factor_A = whole(layer.lora_A.default.weight.detach().to(device))
+            factor_B = whole(layer.lora_B.default.weight, device)
+            factor_A = whole(layer.lora_A.default.weight, device)
             change = layer.scaling["default"] * factor_B @ factor_A
             if layer.fan_in_fan_out:  # GPT-2's layers keep W transposed
                 change = change.T
@@ -218,8 +223,11 @@ def full_weights(model, device, dtype):
         yield name.replace(".base_layer.", "."), weight
 
 
-def whole(tensor):
-    """The tensor of which FSDP keeps a shard on each rank; any other stays as it is."""
+def whole(tensor, device=None, dtype=None):
+    """The values of a tensor, also of one of which FSDP keeps a shard on each rank, gathered on
+    this device.
+    """
+    tensor = tensor.detach().to(device, dtype)
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -233,8 +241,8 @@ def save_settings(model, dtype, tokenizer, folder):
     try:
         generation.validate(strict=True)
     except ValueError:  # many published ones; save_pretrained would refuse them
-        values = generation.to_dict().items()
-        ids = {key: value for key, value in values if key.endswith("_token_id")}
+        values = generation.to_dict()
+        ids = {key: values[key] for key in values if key.endswith("_token_id")}
         generation = GenerationConfig(**ids)
     for part in (config, generation, tokenizer):
         part.save_pretrained(folder)
@@ -272,57 +280,61 @@ def check_architecture(part, trial, model_dir, max_model_len):
     """
     own = AutoConfig.from_pretrained(model_dir)
     longest = 0
-    for name, text in re.findall(r'"(\w+)": (\d+)[,\s]', own.to_json_string(use_diff=False)):
+    numbers = r'"(\w+)(?<!_token_id)": (\d+)[,\s]'
+    for name, text in re.findall(numbers, own.to_json_string(use_diff=False)):
         number = int(text)
-        if number < max_model_len and name not in WIDTHS and not name.endswith("_token_id"):
+        if number < max_model_len and name not in WIDTHS:
             longest = max(longest, number)
     lengths = [SHORT]
     if longest >= SHORT:
         lengths.append(min(longest + 64, max_model_len))  # where windows have an effect
     for length in lengths:
-        what = difference(trial, copy.deepcopy(own), length)
-        if what:
+        try:
+            off = difference(trial, copy.deepcopy(own), length)
+            why = f"log-probabilities of {length} tokens differ by {off:.2g} nats (limit {LIMIT:g})"
+        # whatever an architecture raises that our code or this copy is not made for
+        except Exception as error:
+            off = math.inf
+            why = f"{type(error).__name__} at {length} tokens: {' '.join(str(error).split()):.200}"
+        if not off < LIMIT:
+            remedy = "; a lower max_model_len may avoid it" if length > SHORT else ""
             raise ValueError(
                 f"model={model_dir!r}: {part} does not compute {own.model_type} models exactly: "
-                f"{what}"
+                f"{why}{remedy}"
             )
 
 
 @torch.no_grad()
 def difference(trial, architecture, length):
-    """What differs between the trial and the model's own attention and head, in words; "" where
-    nothing does. Two sequences that begin alike, random weights.
+    """How far the trial is from the model's own attention and head [nats]. Two sequences that begin
+    alike, random weights.
 
     trial: (config, folder of the copy, prompts) -> for each, token ids and log-probabilities of the
     last of them. Of a prompt of n tokens, at least n - 8 come back.
     """
-    settings = ["--preset=toy", "--kl_coef=0", "--max_in_flight=2", "--max_turn_tokens=1"]
-    config = load_config([*settings, f"--max_model_len={length}"])
-    differences = []
-    try:
-        with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
-            torch.manual_seed(0)
-            model = small_copy(architecture, length)
-            model.should_save_on_this_rank = lambda _: True  # every rank has a folder of its own
-            model.save_pretrained(folder)
-            first, second = torch.randint(3, SMALL["vocab_size"], (2, length)).tolist()
-            prompts = [first, first[:4] + second[4:20]]
-            for ids, logprobs in trial(config, folder, prompts):
-                count = len(logprobs)
-                logits = model(torch.tensor([ids]), use_cache=False).logits[0, -count - 1 : -1]
-                losses = cross_entropy(logits, torch.tensor(ids[-count:]), reduction="none")
-                differences.append(logprobs + losses)
-    # whatever an architecture raises that our code or this copy is not made for
-    except Exception as error:
-        words = " ".join(str(error).split())
-        return f"{type(error).__name__} at {length} tokens: {words[:200]}"
-    off = torch.cat(differences).abs().max()
-    if off < LIMIT:
-        return ""
-    remedy = "; a lower max_model_len may avoid it" if length > SHORT else ""
-    return (
-        f"log-probabilities of {length} tokens differ by {off:.2g} nats (limit {LIMIT:g}){remedy}"
+    config = load_config(
+        [
+            "--preset=toy",
+            "--kl_coef=0",
+            "--max_in_flight=2",
+            "--max_turn_tokens=1",
+            f"--max_model_len={length}",
+        ]
     )
+    differences = []
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        model = small_copy(architecture, length)
+        model.should_save_on_this_rank = lambda _: True  # every rank has a folder of its own
+        model.save_pretrained(folder)
+        first, second = torch.randint(3, SMALL["vocab_size"], (2, length)).tolist()
+        prompts = [first, first[:4] + second[4:20]]
+        for ids, logprobs in trial(config, folder, prompts):
+            count = len(logprobs)
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -count - 1 : -1]
+            losses = cross_entropy(logits, torch.tensor(ids[-count:]), reduction="none")
+            differences.append(logprobs + losses)
+    return torch.cat(differences).abs().max()
 
 
 def small_copy(config, length):
@@ -348,10 +360,12 @@ def small_copy(config, length):
         changes[name] = getattr(text, name)[:kept]
     changes["num_hidden_layers"] = min(layers, kept)
     text.update(SMALL | changes)
-    # The default, sdpa, never holds all attention weights, as eager does, but lacks soft-capping.
-    attention = "eager" if length == SHORT else None
     model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=attention
+        config,
+        dtype=torch.float32,
+        # The default, sdpa, never holds all attention weights, as eager does, but lacks
+        # soft-capping.
+        attn_implementation="eager" if length == SHORT else None,
     ).eval()
     # Biases and sinks are zero in a new model, which would hide them. Sharp attention shows caps
     # and windows, and a head that is not sharp gives no token a probability near one, at which

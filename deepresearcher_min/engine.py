@@ -16,9 +16,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from deepresearcher_min.architecture import check_architecture, key_shape, load_model
+from deepresearcher_min.architecture import (
+    check_architecture,
+    key_shape,
+    load_model,
+    missing_gpu,
+)
 from deepresearcher_min.config import ConfigError
-from deepresearcher_min.run import missing_gpu
 
 
 @dataclass
@@ -26,7 +30,7 @@ class Sampling:
     temperature: float  # 0 is greedy
     max_tokens: int
     seed: int
-    stop_token_ids: tuple[int, ...]
+    stop_token_ids: tuple
 
 
 @dataclass
@@ -47,15 +51,15 @@ class Engine:
     capacity_tokens: int  # size of the KV cache, for admission
     max_len: int
 
-    def submit(self, request_id: str, token_ids: list[int], sampling):
+    def submit(self, request_id, token_ids, sampling):
         """Queue a turn of a trajectory, never two at once. ValueError if token_ids do not fit."""
         if not 0 < len(token_ids) < self.max_len:
             raise ValueError(
                 f"{len(token_ids)} tokens in a request: 1 to max_model_len - 1 = {self.max_len - 1}"
             )
 
-    # Advance everything that runs; the requests that finished.
-    def step(self) -> dict[str, Completion]: ...
+    # Advance everything that runs; the Completion of each request that finished, by its id.
+    def step(self): ...
     # Running or queued: step() never returns them.
     def abort(self, request_ids): ...
     # Copy in weights (pairs of a Hugging Face name and a tensor), forget all prefixes. RuntimeError
@@ -84,7 +88,7 @@ class Request(Completion):
     def end(self):
         return self.past + len(self.inputs)
 
-    def append(self, token_id, logprob, max_len) -> str:
+    def append(self, token_id, logprob, max_len):
         """After a step: the inputs are in the row, and this came next. Why the turn ends, or ""."""
         self.past = self.end
         self.source = self.row
@@ -118,8 +122,22 @@ class HFEngine(Engine):
         # Ranks.start has made the policy's GPU the current one.
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = load_model(model_dir, config.dtype, "rows").to(device)
-        self.shape = cache_shape(config, self.model)
-        self.rows = self.shape[2]
+        self.rows = config.max_in_flight
+        if config.kv_tokens:
+            self.rows = max(1, config.kv_tokens // self.max_len)
+        layers, kv_heads, head_dim = key_shape(self.model.config)
+        if device == "cuda":  # GPU: as many as engine_memory, its share of all, has room for
+            row_bytes = 2 * layers * kv_heads * self.max_len * head_dim * self.model.dtype.itemsize
+            free, total = torch.cuda.mem_get_info()
+            room = free - (1 - config.engine_memory) * total
+            self.rows = min(self.rows, int(room // row_bytes))
+            if self.rows < 1:
+                raise ConfigError(
+                    f"engine_memory={config.engine_memory}: leaves {room / 1e9:.2g} GB, "
+                    f"and max_model_len={self.max_len} needs {row_bytes / 1e9:.2g} GB"
+                )
+        # Of the KV cache; 2: keys and values.
+        self.shape = layers, 2, self.rows, kv_heads, self.max_len, head_dim
         self.capacity_tokens = self.rows * self.max_len
         self.wake_up()
 
@@ -177,7 +195,8 @@ class HFEngine(Engine):
             [], [], "", sampling, generator, prompt[past:], row, source, past
         )
         # Known from now on: who is let in next may copy it in this very step.
-        self.ids[row] = prompt + [-1] * (self.max_len - count)
+        self.ids[row] = -1
+        self.ids[row, :count] = prompt
         return count - past
 
     def forward(self, requests):
@@ -217,27 +236,6 @@ class HFEngine(Engine):
         self.forget()
 
 
-def cache_shape(config, model):
-    """[layers, keys and values, rows, kv_heads, max_model_len, head_dim] of the KV cache.
-
-    Rows as kv_tokens or max_in_flight say; a GPU's share engine_memory must have room for them.
-    """
-    layers, kv_heads, head_dim = key_shape(model.config)
-    length = config.max_model_len
-    rows = max(1, config.kv_tokens // length) if config.kv_tokens else config.max_in_flight
-    if model.device.type == "cuda":  # GPU
-        row_bytes = 2 * layers * kv_heads * length * head_dim * model.dtype.itemsize
-        free, total = torch.cuda.mem_get_info()
-        room = free - (1 - config.engine_memory) * total
-        rows = min(rows, int(room // row_bytes))
-        if rows < 1:
-            raise ConfigError(
-                f"engine_memory={config.engine_memory}: leaves {room / 1e9:.2g} GB, "
-                f"and max_model_len={length} needs {row_bytes / 1e9:.2g} GB"
-            )
-    return layers, 2, rows, kv_heads, length, head_dim
-
-
 def attend(module, query, key, value, _, cache, requests, counts, scaling, **rest):
     """One layer, one step. query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim].
 
@@ -247,6 +245,7 @@ def attend(module, query, key, value, _, cache, requests, counts, scaling, **res
     cache = cache[module.layer_idx]  # [2, rows, kv_heads, max_len, head_dim]
     queries = query[0].split(counts, dim=1)
     new = torch.cat([key, value]).split(counts, dim=2)
+    kv_heads = key.shape[1]
     mixed = []
     for request, q, kv in zip(requests, queries, new, strict=True):
         row, past, end = request.row, request.past, request.end
@@ -255,11 +254,11 @@ def attend(module, query, key, value, _, cache, requests, counts, scaling, **res
         cache[:, row, :, past:end] = kv
         keys, values = cache[:, row, None, :, :end]
         # The query heads of a key head become its rows: enable_gqa would copy the keys.
-        grouped = q.reshape(1, keys.shape[1], -1, q.shape[2])
+        grouped = q.reshape(1, kv_heads, -1, q.shape[2])
         mask = None
         if end - past > 1:
             causal = q.new_ones(end - past, end, dtype=torch.bool).tril_(past)
-            mask = causal.repeat(len(q) // keys.shape[1], 1)
+            mask = causal.repeat(len(q) // kv_heads, 1)
         out = scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
         mixed.append(out.reshape_as(q))
     return torch.cat(mixed, dim=1).transpose(0, 1)[None], None
@@ -283,13 +282,10 @@ def trial(config, folder, prompts):
     """HFEngine's log-probabilities of eight tokens that it samples (architecture.difference)."""
     engine = HFEngine(config, folder, tried=True)
     for i, prompt in enumerate(prompts):
-        engine.submit(str(i), prompt[:-8], Sampling(1.0, 8, 0, ()))
-    found = []
-    while len(found) < len(prompts):
-        for name, turn in engine.step().items():
-            ids = prompts[int(name)][:-8] + turn.token_ids
-            found.append((ids, torch.tensor(turn.logprobs)))
-    return found
+        engine.submit(i, prompt[:-8], Sampling(1.0, 8, 0, ()))
+    while engine.waiting or engine.running:
+        for i, turn in engine.step().items():
+            yield prompts[i][:-8] + turn.token_ids, torch.tensor(turn.logprobs)
 
 
 BLOCK = 32  # tokens; a CPU's default of 128 would share few prefixes, and 16 is refused
@@ -313,8 +309,9 @@ class VLLMEngine(Engine):
         self.gpu = torch.cuda.is_available()
         self.sleeps = self.gpu and config.engine_sleep
         # CPU: in pieces, a prompt would rewind its generator. GPU: of weights and KV cache.
-        cpu = {"kv_cache_memory_bytes": 2**30, "enable_chunked_prefill": False}
-        gpu = {"gpu_memory_utilization": config.engine_memory, "enable_sleep_mode": self.sleeps}
+        own = {"kv_cache_memory_bytes": 2**30, "enable_chunked_prefill": False}
+        if self.gpu:
+            own = {"gpu_memory_utilization": config.engine_memory, "enable_sleep_mode": self.sleeps}
         # bm25s loads it, and vLLM 0.32 breaks on its fake __dict__
         ffi = sys.modules.pop("llvmlite.binding.ffi", None)
         self.llm = vllm.LLM(
@@ -331,7 +328,7 @@ class VLLMEngine(Engine):
             logprobs_mode="processed_logprobs",  # after temperature
             # GPU: LOCAL_RANK's; the default takes the first (vllm/v1/executor/uniproc_executor.py)
             distributed_executor_backend="external_launcher" if world_size > 1 else None,
-            **(gpu if self.gpu else cpu),
+            **own,
         )
         if ffi:
             sys.modules[ffi.__name__] = ffi

@@ -26,7 +26,6 @@ Shape suffixes of tensor names (a parameter that has one is a Tensor):
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,10 +37,8 @@ from torch import Tensor
 EXPONENT_LIMIT = 20.0
 RARE = 1e-4  # probability below which a sampled token is called rare (docs/metrics.md)
 
-Loss = Callable  # (logprobs_C, entropy_C, slice of S) -> the sum of one chunk's losses
 
-
-def group_advantages(rewards: list | Tensor, normalize_std=True) -> Tensor:
+def group_advantages(rewards, normalize_std=True):
     """Advantages of the trajectories of one question: rewards_G -> advantages_G (paper eq. 1).
 
     (r - mean) / (std + 1e-6), std unbiased; undivided if normalize_std is false. Equal rewards give
@@ -74,15 +71,20 @@ class TrainingRow:
     advantage: float
     group: str = ""  # rows of one group begin alike: what they share is computed once
 
+    @property
+    def length(self):
+        """Of its inputs, which are all tokens but the last."""
+        return len(self.token_ids) - 1
 
-def training_rows(group) -> list[TrainingRow]:
+
+def training_rows(group):
     """A group's trajectories that sampled anything; a reward or advantage that is not finite is an
     error.
     """
     rows = []
     for i, trajectory in enumerate(group.trajectories):
         name = f"question {group.question.id!r}, trajectory {i}"
-        reward = float(group.rewards[i])
+        reward = group.rewards[i]
         advantage = float(group.advantages[i])
         if not np.isfinite(reward + advantage):
             raise FloatingPointError(f"{name}: reward {reward}, advantage {advantage}")
@@ -111,30 +113,38 @@ class PackedBatch:
     targets_S: Tensor
     rollout_S: Tensor
     advantages_S: Tensor
-    names_S: np.ndarray  # of the trajectories that the sampled tokens belong to
-    owner_S: Tensor  # those trajectories as numbers: 0 is the first in this batch
+    names: list  # of the trajectories
+    owner_S: Tensor  # which of them the sampled tokens belong to
+    old_S: Tensor | None = None  # None: the log-probabilities of the first pass will be it
 
 
-def families(rows):
-    """The groups as families (how many first tokens its inputs, rows without their last token,
-    share; which rows they are); a row without a group is a family of its own.
+def families(rows, limit=math.inf):
+    """The groups as families, in pieces of at most `limit` tokens, or of one row: (how many first
+    tokens the inputs of the family share; rows, longest first). A row without a group is a family
+    of its own.
     """
     members = defaultdict(list)
     for i, row in enumerate(rows):
-        members[row.group or i].append(i)
+        members[row.group or i].append(row)
     found = []
-    for indices in members.values():
+    for family in members.values():
         # Compared by numpy: every rank does this for the rows of all, up to a whole context each.
-        common = rows[indices[0]].token_ids[:-1]
-        for i in indices:
-            length = min(len(common), len(rows[i].token_ids) - 1)
-            same = common[:length] == rows[i].token_ids[:length]
-            common = common[:length][np.logical_and.accumulate(same)]
-        found.append((len(common), indices))
+        shortest = min(row.length for row in family)
+        heads = np.array([row.token_ids[:shortest] for row in family])
+        shared = np.logical_and.accumulate((heads == heads[0]).all(axis=0)).sum()
+        room = -1
+        for row in sorted(family, key=lambda row: -row.length):
+            rest = row.length - shared
+            if rest > room:
+                piece = []
+                found.append((shared, piece))
+                room = limit - shared
+            piece.append(row)
+            room -= rest
     return found
 
 
-def pack(rows, device="cpu") -> PackedBatch:
+def pack(rows, device="cpu"):
     """Join rows into one micro-batch. ValueError when nothing is sampled, or a first token.
 
     No rows give one token and no trained position: an idle rank still takes part in collectives.
@@ -145,7 +155,7 @@ def pack(rows, device="cpu") -> PackedBatch:
     nothing = np.arange(0)
     rows = rows or [TrainingRow("nobody", np.zeros(2), nothing, nothing, 0.0)]
     ids: list = []
-    prefix_of, positions, predict, packed = {}, [], [], []
+    positions, predict, packed, prefix_of = [], [], [], {}
 
     def add_segment(row, first, end):
         """Append a row's tokens from its position `first` on; where in T they stand."""
@@ -156,20 +166,18 @@ def pack(rows, device="cpu") -> PackedBatch:
             positions.append(places)
         return start + places - first
 
-    for shared, indices in families(rows):
+    for shared, family in families(rows):
         prefix = len(ids)
-        prefix_places = add_segment(rows[indices[0]], 0, shared)
-        for i in indices:
-            row = rows[i]
-            end = len(row.token_ids) - 1
-            if 0 < shared < end:
+        prefix_places = add_segment(family[0], 0, shared)
+        for row in family:
+            if 0 < shared < row.length:
                 prefix_of[len(ids)] = prefix
-            places = np.append(prefix_places, add_segment(row, shared, end))
+            places = np.append(prefix_places, add_segment(row, shared, row.length))
             predict.append(places[row.sampled - 1])
             packed.append(row)
     owner_S = [i for i, row in enumerate(packed) for _ in row.sampled]
 
-    def tensor(arrays, dtype=torch.int64) -> Tensor:
+    def tensor(arrays, dtype=torch.int64):
         return torch.from_numpy(np.concatenate(arrays)).to(device, dtype)
 
     return PackedBatch(
@@ -181,36 +189,34 @@ def pack(rows, device="cpu") -> PackedBatch:
         tensor([row.token_ids[row.sampled] for row in packed]),
         tensor([row.rollout_logprobs for row in packed], torch.float32),
         torch.tensor([packed[i].advantage for i in owner_S], device=device),
-        np.array([packed[i].name for i in owner_S]),
+        [row.name for row in packed],
         tensor([owner_S]),
     )
 
 
-def plan_microbatches(lengths, budget: int, world_size, hidden_size: int, families):
-    """Share sequences out: plan[rank][micro-batch] is a list of indices into lengths, longest
-    first.
+def plan_microbatches(rows, budget, world_size, hidden_size):
+    """Share rows out: plan[rank][micro-batch] is a list of rows, longest first.
 
-    families: as families() gives them; what one shares counts once in a micro-batch.
-    budget: tokens of one micro-batch; a longer sequence gets one of its own. A piece of a family
-    goes to the rank with the least work so far: a family stays together, unless it is over the
-    budget, or more than a quarter of a rank's share. All ranks get equally many micro-batches, at
-    least one; the last may be empty.
+    budget: tokens of one micro-batch; a longer row gets one of its own. What a family shares counts
+    once in a micro-batch. A piece of a family goes to the rank with the least work so far: a family
+    stays together, unless it is over the budget, or more than a quarter of a rank's share. All
+    ranks get equally many micro-batches, at least one; the last may be empty.
     """
 
-    def work_of(first: int, end: int) -> float:
+    def work_of(first, end):
         # A transformer's linear layers take 24 D^2 FLOPs a token, attention 4 D for each it sees.
         return (end - first) * (1 + (first + end) / (12 * hidden_size))
 
     limit = budget
     if world_size > 1:
-        limit = min(budget, sum(lengths) // world_size // 4)
+        limit = min(budget, sum(row.length for row in rows) // world_size // 4)
     plan = [[] for _ in range(world_size)]
     work = [0.0] * world_size
     tokens = [budget] * world_size  # of each rank's last micro-batch: nothing more fits
-    for shared, piece in pieces(lengths, families, limit):
+    for shared, piece in sorted(families(rows, limit), key=lambda found: -found[1][0].length):
         rank = work.index(min(work))
-        work[rank] += work_of(0, shared) + sum(work_of(shared, lengths[i]) for i in piece)
-        size = shared + sum(lengths[i] - shared for i in piece)
+        work[rank] += work_of(0, shared) + sum(work_of(shared, row.length) for row in piece)
+        size = shared + sum(row.length - shared for row in piece)
         tokens[rank] += size
         if tokens[rank] > budget:
             plan[rank].append([])
@@ -220,28 +226,10 @@ def plan_microbatches(lengths, budget: int, world_size, hidden_size: int, famili
     return [batches + [[]] * (count - len(batches)) for batches in plan]
 
 
-def pieces(lengths, families, limit: int):
-    """The families in pieces of at most `limit` tokens, or of one sequence; those with the longest
-    come first.
-    """
-    found = []
-    for shared, indices in families:
-        room = -1
-        for i in sorted(indices, key=lengths.__getitem__, reverse=True):
-            rest = lengths[i] - shared
-            if rest > room:
-                piece = []
-                found.append((shared, piece))
-                room = limit - shared
-            piece.append(i)
-            room -= rest
-    return sorted(found, key=lambda family: -lengths[family[1][0]])
-
-
 # --- the loss of a token
 
 
-def kl_k3(new_S, ref_S) -> Tensor:
+def kl_k3(new_S, ref_S):
     """The k3 estimate of KL(new || ref) of each sampled token; beyond the clamp, the official
     code's, no gradient.
     """
@@ -258,17 +246,18 @@ def token_losses(
     entropy_S,
     kept_S=1.0,
     *,
-    clip_low: float,
-    clip_high: float,
+    clip_low,
+    clip_high,
     kl_coef=0.0,
     entropy_coef=0.0,
     importance_cap=0.0,
+    **rest,
 ):
     """The loss of each sampled token, [S], not yet divided by N, and sums of metrics.
 
     Gradient flows through new_S and entropy_S only. One update per rollout: pass old_S =
     new_S.detach(), and the ratio's gradient is the policy gradient. importance_cap 0: no weight;
-    ref_S None: no KL; kept_S 0: left out. The metrics (docs/metrics.md) are float64 sums.
+    ref_S None: no KL; kept_S 0: left out. `rest`: of the config. Metrics: sums (docs/metrics.md).
     """
     ratio_S = (new_S - old_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     free_S = ratio_S * advantages_S
@@ -283,6 +272,7 @@ def token_losses(
     losses_S = (losses_S + kl_coef * kl_S) * kept_S
     if entropy_coef:  # HeadLoss has less to do for an entropy that is not used
         losses_S = losses_S - entropy_coef * entropy_S * kept_S
+    ones_S = torch.ones_like(new_S)
     metrics = {
         "loss": losses_S,
         "kl": kl_S,
@@ -290,27 +280,27 @@ def token_losses(
         "entropy": entropy_S,
         "clip_fraction": free_S > clipped_S,
         "capped_fraction": weights_S > cap,
-        "tokens": torch.ones_like(new_S),
+        "tokens": ones_S,
         "rare_share": torch.minimum(new_S, rollout_S) < math.log(RARE),
-        "masked": torch.ones_like(new_S) - kept_S,
+        "masked": ones_S - kept_S,
         "logprob_good": new_S * (advantages_S > 0),
         "good_tokens": advantages_S > 0,
     }
     return losses_S, {name: value_S.detach().double().sum() for name, value_S in metrics.items()}
 
 
-def sequence_weights(old_S, batch) -> Tensor:
+def sequence_weights(batch):
     """The importance weight of each trajectory, as its logarithm, the sum of old - rollout [nats]:
     the product itself overflows, 2,000 tokens that are off by half a nat make e^1000.
     """
-    return torch.bincount(batch.owner_S, (old_S - batch.rollout_S).double())
+    return torch.bincount(batch.owner_S, (batch.old_S - batch.rollout_S).double())
 
 
-def kept(old_S, batch, limit: float) -> Tensor:
+def kept(batch, limit):
     """[S], 0 for a trajectory whose geometric mean of exp(old - rollout), or its inverse, is above
     the limit, else 1. Unlike the product it does not say more of a trajectory because that is long.
     """
-    means = sequence_weights(old_S, batch) / torch.bincount(batch.owner_S)
+    means = sequence_weights(batch) / torch.bincount(batch.owner_S)
     within = means.abs() <= math.log(limit)
     return within[batch.owner_S].float()
 
@@ -328,16 +318,16 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_SD, weight_VD, targets_S, chunk: int, loss: Loss | None):
+    def forward(ctx, hidden_SD, weight_VD, targets_S, chunk, loss):
         """loss(logprobs_C, entropy_C, slice of S) is the sum of one chunk's losses; None: only
         the log-probabilities are wanted.
         """
         weight_VD = weight_VD.to(hidden_SD.dtype)
         wide = torch.promote_types(hidden_SD.dtype, torch.float32)
-        total = hidden_SD.new_zeros((), dtype=wide)
         logprobs_S = hidden_SD.new_zeros(len(hidden_SD), dtype=wide)
+        total = logprobs_S.new_zeros(())
         ctx.mark_non_differentiable(logprobs_S)
-        if loss is not None:
+        if loss:
             d_hidden_SD = torch.zeros_like(hidden_SD)
             # The head is not trained under LoRA.
             d_weight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
@@ -346,9 +336,9 @@ class HeadLoss(torch.autograd.Function):
             part = slice(start, start + chunk)
             hidden_CD = hidden_SD[part]
             logprobs_S[part], value, d_logits_CV = head_chunk(
-                hidden_CD, weight_VD, targets_S[part, None], part, loss
+                hidden_CD, weight_VD, targets_S[part, None], part, loss, wide
             )
-            if d_logits_CV is not None:
+            if loss:
                 total += value
                 d_hidden_SD[part] = d_logits_CV @ weight_VD
                 if d_weight_VD is not None:
@@ -365,17 +355,17 @@ class HeadLoss(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def head_chunk(hidden_CD, weight_VD, targets_C1, part: slice, loss: Loss | None):
+def head_chunk(hidden_CD, weight_VD, targets_C1, part, loss, wide):
     """Log-probabilities_C of the targets, and with a loss its value and d value / d logits_CV.
 
-    Two float32 [C, V] exist at a time. With p the probabilities, H the entropy and t the target:
+    Two [C, V] exist at a time, of the type `wide`. With p the probabilities, H the entropy and t
+    the target:
         d logprob[t] / d logits = onehot(t) - p        d H / d logits = -p (log p + H)
     """
-    wide = torch.promote_types(hidden_CD.dtype, torch.float32)
     logits_CV = (hidden_CD @ weight_VD.T).to(wide)
     logprobs_CV = logits_CV.log_softmax(-1)
     new_C = logprobs_CV.gather(-1, targets_C1)[:, 0]
-    if loss is None:
+    if not loss:
         return new_C, None, None
     probs_CV = torch.exp(logprobs_CV, out=logits_CV)  # takes over the memory of the logits
     entropy_C = torch.einsum("cv,cv->c", probs_CV, logprobs_CV).neg_()

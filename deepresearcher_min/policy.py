@@ -13,10 +13,6 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
-from itertools import chain
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -24,15 +20,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deepresearcher_min import grpo
 from deepresearcher_min.architecture import (
     add_adapters,
-    attend,
     check_architecture,
     full_weights,
     load_model,
@@ -40,13 +34,10 @@ from deepresearcher_min.architecture import (
     whole,
 )
 from deepresearcher_min.config import ConfigError, named
-from deepresearcher_min.grpo import PackedBatch, TrainingRow, training_rows
+from deepresearcher_min.grpo import TrainingRow, training_rows
 from deepresearcher_min.run import Ranks, complete_checkpoints
 
-LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap")  # of the config
 METRICS = ("kl", "mismatch", "entropy", "clip_fraction", "capped_fraction", "rare_share", "masked")
-# Between engine and policy, on average, before the first update [nats]: more is another model.
-MISMATCH_LIMITS = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
 
 
 class TokenScorer(nn.Module):
@@ -54,13 +45,13 @@ class TokenScorer(nn.Module):
     around its hooks.
     """
 
-    def __init__(self, model: nn.Module, config):
+    def __init__(self, model, config):
         super().__init__()
         self.model = model
         self.config = config
         self.dtype = getattr(torch, config.dtype)
 
-    def forward(self, batch, loss: grpo.Loss | None = None):
+    def forward(self, batch, loss=None):
         """The sum of the losses of all chunks (grpo.HeadLoss), and log-probabilities_S."""
         device = batch.token_ids_T.device.type
         with torch.autocast(device, self.dtype, enabled=self.dtype == torch.bfloat16):
@@ -74,8 +65,9 @@ class TokenScorer(nn.Module):
         hidden_SD = output.last_hidden_state[0, batch.predict_S].to(self.dtype)
         hidden_SD = hidden_SD / self.config.temperature
         weight_VD = self.model.get_output_embeddings().weight
-        chunk = self.config.logprob_chunk
-        return grpo.HeadLoss.apply(hidden_SD, weight_VD, batch.targets_S, chunk, loss)
+        return grpo.HeadLoss.apply(
+            hidden_SD, weight_VD, batch.targets_S, self.config.logprob_chunk, loss
+        )
 
 
 class Policy:
@@ -99,14 +91,15 @@ class Policy:
         self.ranks = ranks
         self.scorer = self.load_model(model_dir)
         self.model = self.scorer.model
-        named_parameters = self.model.named_parameters()
-        self.trained = {name: p for name, p in named_parameters if p.requires_grad}
-        self.reference: Callable | None = None
-        if config.kl_coef > 0 and config.lora_rank:
-            self.reference = self.without_adapters
-        elif config.kl_coef > 0:
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.reference = None
+        if config.kl_coef:
             # Loaded exactly like the policy, so that the KL of the first step is exactly zero.
-            self.reference = self.load_model(model_dir).requires_grad_(False)
+            self.reference = (
+                self.without_adapters
+                if config.lora_rank
+                else self.load_model(model_dir).requires_grad_(False)
+            )
         self.optimizer = torch.optim.AdamW(
             self.trained.values(),
             lr=config.lr,
@@ -124,9 +117,7 @@ class Policy:
         self.rollouts = 0  # update() calls so far, for warm-up and decay
         self.compared = False  # with the engine, in this process
 
-    def load_model(self, model_dir) -> TokenScorer:
-        # transformers builds no [T, T] mask for an attention that it does not know
-        AttentionInterface.register("packed", attend)
+    def load_model(self, model_dir):
         compute = getattr(torch, self.config.dtype)
         master = torch.promote_types(compute, torch.float32)
         rank = self.config.lora_rank
@@ -142,19 +133,18 @@ class Policy:
         if self.ranks.world_size == 1:
             return scorer.to(self.ranks.device)
         device = self.ranks.device.type
-        shard = partial(
-            fully_shard,
-            mesh=dist.init_device_mesh(device, (self.ranks.world_size,)),
-            mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master),
-            reshard_after_forward=True,
-        )
+        options = {
+            "mesh": dist.init_device_mesh(device, (self.ranks.world_size,)),
+            "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master),
+            "reshard_after_forward": True,
+        }
         if self.config.offload_optimizer:
             # Gathered and reduced on the GPU all the same; only the gradient's norm is summed on
             # the CPU, by the gloo of "cpu:gloo,cuda:nccl".
-            shard = partial(shard, offload_policy=CPUOffloadPolicy(pin_memory=device == "cuda"))
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=device == "cuda")
         for layer in layers:
-            shard(layer)
-        return shard(scorer)
+            fully_shard(layer, **options)
+        return fully_shard(scorer, **options)
 
     def update(self, groups, engine=""):
         """Take config.updates_per_rollout optimizer steps on all ranks' groups, of which these are
@@ -175,13 +165,12 @@ class Policy:
             sys.stdout.flush()
             os._exit(2)
 
-    def learn(self, groups, engine: str):
+    def learn(self, groups, engine):
         sums, norms, trained, weights = Counter(), [], 0, [-math.inf]
         for rows, batches, total in self.prepare(groups):
-            for batch, old_S in batches:
-                found = self.backward(batch, old_S, total)
-                weights.append(found.pop("weight"))
-                sums.update(found)
+            for batch in batches:
+                sums.update(self.backward(batch, total))
+                weights += grpo.sequence_weights(batch).tolist()
             if engine and not self.compared:
                 self.compare_with(engine, sums)
             norm = self.clip_gradient()
@@ -219,25 +208,28 @@ class Policy:
         steps = []
         for u in range(count):
             share = slice(len(questions) * u // count, len(questions) * (u + 1) // count)
-            rows = list(chain.from_iterable(questions[share]))
+            rows = []
+            for question in questions[share]:
+                rows += question
             total = sum(len(row.sampled) for row in rows)
             rows = [row for row in rows if always or row.advantage]
             batches = self.plan(rows)
             # Later steps need it from before the weights move; in the first, old is new, but to
             # leave a trajectory out, all of it must be known before its first gradient.
-            early = u or self.config.sequence_mask
-            old = [self.score(self.scorer, batch) if early else None for batch in batches]
+            if u or self.config.sequence_mask:
+                for batch in batches:
+                    batch.old_S = self.score(self.scorer, batch)
             if total:
-                steps.append((rows, list(zip(batches, old, strict=True)), total))
+                steps.append((rows, batches, total))
         return steps
 
-    def compare_with(self, engine: str, sums):
+    def compare_with(self, engine, sums):
         """ValueError if the engine's log-probabilities are further from ours than rounding
         explains: another model.
         """
         found = self.ranks.total(sums)
         mismatch = found["mismatch"] / max(1, found["tokens"])
-        limit = MISMATCH_LIMITS[self.config.dtype]
+        limit = 0.1 if self.config.dtype == "bfloat16" else 1e-3  # nats
         if not mismatch <= limit:
             raise ValueError(
                 f"engine={engine}: its log-probabilities differ from the policy's by "
@@ -246,20 +238,18 @@ class Policy:
             )
         self.compared = bool(found["tokens"])
 
-    def plan(self, rows) -> list[PackedBatch]:
-        """This rank's micro-batches of the given rows, which are the same on all ranks."""
+    def plan(self, rows):
+        """This rank's micro-batches (PackedBatch) of the given rows, the same on all ranks."""
         plan = grpo.plan_microbatches(
-            [len(row.token_ids) - 1 for row in rows],
+            rows,
             self.config.microbatch_tokens,
             self.ranks.world_size,
             self.model.config.get_text_config().hidden_size,
-            grpo.families(rows),
         )
-        mine = [list(map(rows.__getitem__, indices)) for indices in plan[self.ranks.rank]]
-        return [grpo.pack(batch, self.ranks.device) for batch in mine]
+        return [grpo.pack(batch, self.ranks.device) for batch in plan[self.ranks.rank]]
 
     @torch.no_grad()
-    def score(self, scorer, batch) -> Tensor:
+    def score(self, scorer, batch):
         """log-probabilities_S of a micro-batch."""
         _, logprobs_S = scorer(batch)
         check_finite(logprobs_S, batch)
@@ -275,41 +265,37 @@ class Policy:
         self.model.enable_adapters()
         return found
 
-    def backward(self, batch, old_S: Tensor | None, total: int):
-        """Add one micro-batch's gradient to the others'; returns its sums of metrics, and "weight",
-        the largest of its trajectories, as a logarithm. total: N.
-        """
-        ref_S = None if self.reference is None else self.score(self.reference, batch)
+    def backward(self, batch, total):
+        """Add one micro-batch's gradient to the others'; returns its sums of metrics. total: N."""
+        ref_S = self.score(self.reference, batch) if self.reference else None
         sums = Counter()
-        loss = self.loss_of(batch, old_S, ref_S, total, sums)
-        value, logprobs_S = self.scorer(batch, loss)
+        value, logprobs_S = self.scorer(batch, self.loss_of(batch, ref_S, total, sums))
         check_finite(logprobs_S, batch)
         value.backward()
-        weights = grpo.sequence_weights(logprobs_S if old_S is None else old_S, batch)
-        found = {name: float(value) for name, value in sums.items()}
-        found["weight"] = max(weights.tolist(), default=-math.inf)
-        return found
+        if batch.old_S is None:
+            batch.old_S = logprobs_S
+        return {name: float(value) for name, value in sums.items()}
 
-    def loss_of(self, batch, old_S, ref_S, total: int, sums) -> grpo.Loss:
-        """The loss of one chunk of a micro-batch; its metrics are added to sums. old_S, ref_S:
-        log-probabilities, None where they are the new ones or there is no reference.
+    def loss_of(self, batch, ref_S, total, sums):
+        """The loss of one chunk of a micro-batch; its metrics are added to sums. ref_S:
+        log-probabilities, None where there is no reference.
         """
-        options = {key: getattr(self.config, key) for key in LOSS_KEYS}
+        old_S = batch.old_S
         kept_S = torch.ones_like(batch.rollout_S)
         if self.config.sequence_mask and old_S is not None:
-            kept_S = grpo.kept(old_S, batch, self.config.sequence_mask)
+            kept_S = grpo.kept(batch, self.config.sequence_mask)
 
-        def loss(new_C: Tensor, entropy_C: Tensor, part: slice) -> Tensor:
+        def loss(new_C, entropy_C, part):
             old_C = new_C.detach() if old_S is None else old_S[part]
             ref_C = None if ref_S is None else ref_S[part]
-            known = (batch.rollout_S[part], ref_C, batch.advantages_S[part], entropy_C)
-            losses_C, metrics = grpo.token_losses(new_C, old_C, *known, kept_S[part], **options)
+            known = batch.rollout_S[part], ref_C, batch.advantages_S[part], entropy_C, kept_S[part]
+            losses_C, metrics = grpo.token_losses(new_C, old_C, *known, **vars(self.config))
             sums.update(metrics)
             return losses_C.sum() * (self.ranks.world_size / total)  # FSDP averages over ranks
 
         return loss
 
-    def clip_gradient(self) -> float:
+    def clip_gradient(self):
         """To max_grad_norm; its norm before that, over all ranks."""
         limit = self.config.max_grad_norm
         return float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
@@ -327,7 +313,7 @@ class Policy:
         """Whose gradient alone is not finite; takes time, but only on the way to an error."""
         for row in rows:
             self.optimizer.zero_grad()
-            self.backward(grpo.pack([row], self.ranks.device), None, 1)
+            self.backward(grpo.pack([row], self.ranks.device), 1)
             if not np.isfinite(self.clip_gradient()):
                 return f"from {row.name}"
         return "from all trajectories together, from none alone"
@@ -338,13 +324,13 @@ class Policy:
         """
         return full_weights(self.model, self.ranks.device, self.scorer.dtype)
 
-    def save(self, folder: str | Path):
+    def save(self, folder):
         """Write model, optimizer and warm-up position into a new folder; any number of ranks can
         load it.
         """
         dcp.save(self.state(), checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
 
-    def load(self, folder: str | Path):
+    def load(self, folder):
         state = self.state()  # the tensors themselves: they are loaded in place
         dcp.load(state, checkpoint_id=folder, no_dist=self.ranks.world_size == 1)
         self.rollouts = int(state["rollouts"])
@@ -356,21 +342,21 @@ class Policy:
             "rollouts": torch.tensor(self.rollouts),
         }
 
-    def export(self, folder: str | Path, tokenizer):
+    def export(self, folder, tokenizer):
         """Write a plain Hugging Face folder (rank 0 writes), which transformers and vLLM load; in
         it, LoRA's adapter as a folder of peft's.
         """
-        weights, writes = {}, self.ranks.rank == 0
-        for name, tensor in self.named_weights():
-            if writes:
-                weights[name] = tensor.cpu().contiguous()
+        writes = self.ranks.rank == 0
+        weights = {
+            name: tensor.cpu().contiguous() for name, tensor in self.named_weights() if writes
+        }
         if writes:
             save_settings(self.model, self.scorer.dtype, tokenizer, folder)
             save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
         if self.config.lora_rank:
             # Not beside the weights: transformers would add it to them once more.
-            device = self.ranks.device  # where shards are gathered
-            factors = {name: whole(p.detach().to(device)).cpu() for name, p in self.trained.items()}
+            device = self.ranks.device
+            factors = {name: whole(p, device).cpu() for name, p in self.trained.items()}
             if writes:
                 self.model.save_pretrained(f"{folder}/adapter", state_dict=factors)
 
@@ -381,30 +367,30 @@ class Policy:
         if self.ranks.rank:
             return
         config = self.config
-        run = Path(config.run_dir)
+        run = config.run_dir
         remedy = "a checkpoint cannot hold its settings"
         with named("model", config.model, remedy), TemporaryDirectory(dir=run) as folder:
             save_settings(self.model, self.scorer.dtype, tokenizer, folder)
         count = config.keep_checkpoints + 1 - len(complete_checkpoints(run))
-        trained = sum(p.numel() for p in self.trained.values())
-        exported = sum(p.numel() for p in self.model.parameters())
+        trained = self.model.num_parameters(only_trainable=True)
+        exported = self.model.num_parameters()
         size = trained * 3 * 4 + exported * self.scorer.dtype.itemsize
         free = shutil.disk_usage(run).free
         if count * size > free:
             raise ConfigError(
                 f"keep_checkpoints={config.keep_checkpoints}: {count} more of {size / 1e9:,.3f} GB "
-                f"are needed, and run_dir={config.run_dir} has {free / 1e9:,.3f} GB free; "
+                f"are needed, and run_dir={run} has {free / 1e9:,.3f} GB free; "
                 "keep fewer, or name another folder"
             )
 
 
-def check_finite(logprobs_S: Tensor, batch):
+def check_finite(logprobs_S, batch):
     """FloatingPointError naming the first trajectory of which one is nan or infinite."""
     bad = (~torch.isfinite(logprobs_S)).nonzero()
     if len(bad):
         first = int(bad[0])
         raise FloatingPointError(
-            f"{batch.names_S[first]}: log-probability {float(logprobs_S[first])}"
+            f"{batch.names[batch.owner_S[first]]}: log-probability {float(logprobs_S[first])}"
         )
 
 
@@ -416,5 +402,4 @@ def trial(config, folder, prompts):
         sampled = np.arange(1, len(ids))
         rows.append(TrainingRow("trial", np.array(ids), sampled, 0.0 * sampled, 0.0, "trial"))
     logprobs_S = policy.score(policy.scorer, grpo.pack(rows))
-    counts = [len(row.sampled) for row in rows]
-    return list(zip(prompts, logprobs_S.split(counts), strict=True))
+    return zip(prompts, logprobs_S.split([len(ids) - 1 for ids in prompts]), strict=True)

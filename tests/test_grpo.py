@@ -42,12 +42,8 @@ def test_advantages_worked_by_hand():
         [x / std for x in (-1.5, -0.5, 0.5, 1.5)]
     )
     assert given_rewards.tolist() == [1.0, 2.0, 3.0, 4.0]
-    assert group_advantages([1.0, 2.0, 3.0, 4.0], normalize_std=False).tolist() == [
-        -1.5,
-        -0.5,
-        0.5,
-        1.5,
-    ]
+    plain = group_advantages([1.0, 2.0, 3.0, 4.0], normalize_std=False)
+    assert plain.tolist() == [-1.5, -0.5, 0.5, 1.5]
 
 
 @settings(deadline=None)  # another process may hold the core
@@ -147,9 +143,8 @@ def test_importance_weight_and_its_cap(cap, weight, capped):
     old = tensor(-1.0, -1.0, -1.0)
     rollout = old - tensor(math.log(3), math.log(1.5), math.log(0.25))
     new = old.clone().requires_grad_()
-    losses, sums = token_losses(
-        new, old, rollout, None, torch.ones(3), torch.zeros(3), **CLIP, importance_cap=cap
-    )
+    known = (rollout, None, torch.ones(3), torch.zeros(3))
+    losses, sums = token_losses(new, old, *known, **CLIP, importance_cap=cap)
     losses.sum().backward()
     assert losses.tolist() == pytest.approx([-w for w in weight])
     # The weight itself carries no gradient.
@@ -159,16 +154,9 @@ def test_importance_weight_and_its_cap(cap, weight, capped):
 
 def test_an_overflowing_ratio_or_weight_gives_no_nan():
     new = torch.zeros(2, requires_grad=True)
-    losses, _ = token_losses(
-        new,
-        torch.full((2,), -200.0),
-        torch.full((2,), -400.0),
-        None,
-        tensor(1.0, -1.0),
-        torch.zeros(2),
-        **CLIP,
-        importance_cap=2.0,
-    )
+    old, rollout = torch.full((2,), -200.0), torch.full((2,), -400.0)
+    known = (rollout, None, tensor(1.0, -1.0), torch.zeros(2))
+    losses, _ = token_losses(new, old, *known, **CLIP, importance_cap=2.0)
     losses.sum().backward()
     assert torch.isfinite(losses).all()
     assert torch.isfinite(new.grad).all()
@@ -281,6 +269,11 @@ def trajectory(mask: str, first_id: int = 0, advantage: float = 0.0) -> Training
     return TrainingRow(f"t{first_id}", ids, sampled, -ids[sampled] / 100, advantage)
 
 
+def owners(batch) -> list[str]:
+    """The trajectories' names, one for each sampled token."""
+    return [batch.names[i] for i in batch.owner_S]
+
+
 def test_pack_worked_by_hand():
     rows = [trajectory("001011", 10, 0.5), trajectory("01", 40, -1.0)]
     batch = pack(rows)
@@ -294,7 +287,7 @@ def test_pack_worked_by_hand():
     assert batch.targets_S.tolist() == [12, 14, 15, 41]
     assert batch.rollout_S.tolist() == pytest.approx([-0.12, -0.14, -0.15, -0.41])
     assert batch.advantages_S.tolist() == [0.5, 0.5, 0.5, -1.0]
-    assert batch.names_S.tolist() == ["t10", "t10", "t10", "t40"]
+    assert owners(batch) == ["t10", "t10", "t10", "t40"]
     assert rows[0].token_ids.tolist() == list(range(10, 16))
 
 
@@ -317,7 +310,7 @@ def test_pack_of_a_group_worked_by_hand():
     # prefix.
     assert batch.predict_S.tolist() == [1, 3, 1, 5, 1, 7, 9]
     assert batch.targets_S.tolist() == [20, 30, 20, 31, 21, 30, 5]
-    assert batch.names_S.tolist() == ["a", "a", "b", "b", "c", "c", "alone"]
+    assert owners(batch) == ["a", "a", "b", "b", "c", "c", "alone"]
     assert batch.advantages_S.tolist() == [1, 1, -1, -1, 0, 0, 0.5]
     twice = pack([rows[0], rows[2]])  # nothing is left of either but what is predicted
     assert (twice.lengths, twice.prefix_of, twice.predict_S.tolist()) == ((4,), {}, [1, 3, 1, 3])
@@ -326,7 +319,7 @@ def test_pack_of_a_group_worked_by_hand():
 def test_pack_of_nothing_still_feeds_the_model_one_token():
     batch = pack([])
     assert batch.token_ids_T.tolist() == [0]
-    assert (batch.lengths, len(batch.predict_S), len(batch.names_S)) == ((1,), 0, 0)
+    assert (batch.lengths, len(batch.predict_S), len(owners(batch))) == ((1,), 0, 0)
 
 
 @pytest.mark.parametrize("mask", ["000", "101"])
@@ -335,11 +328,26 @@ def test_pack_refuses_what_nothing_can_predict(mask):
         pack([trajectory(mask, 7)])
 
 
+def plan_of(lengths, budget, world_size, hidden_size, families):
+    """plan[rank][micro-batch], as indices into `lengths`, for rows with inputs that long; those of
+    a family (shared, indices) have so many first tokens in common and no more.
+    """
+    rows = {}
+    for name, (shared, indices) in enumerate(families):
+        for own, i in enumerate(indices, start=1):
+            ids = np.full(lengths[i] + 1, own)
+            ids[:shared] = 0
+            rows[i] = TrainingRow(str(i), ids, ids[:1], ids[:1], 0.0, f"family {name}")
+    ordered = [rows[i] for i in range(len(lengths))]
+    plan = plan_microbatches(ordered, budget, world_size, hidden_size)
+    return [[[int(row.name) for row in batch] for batch in batches] for batches in plan]
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 400), max_size=60), st.integers(1, 1000), st.integers(1, 5))
 def test_plan_covers_everything_once_within_budget_and_balanced(lengths, budget, world_size):
     alone = [(0, [i]) for i in range(len(lengths))]
-    plan = plan_microbatches(lengths, budget, world_size, 16, alone)
+    plan = plan_of(lengths, budget, world_size, 16, alone)
     assert len({len(batches) for batches in plan}) == 1  # every rank takes part in every collective
     assert len(plan[0]) >= 1
     assert sorted(i for batches in plan for batch in batches for i in batch) == list(
@@ -374,7 +382,7 @@ def test_plan_of_families_covers_everything_within_the_budget(drawn, budget, wor
         prefix |= dict.fromkeys(families[-1][1], shared)
         lengths += [max(1, shared + rest) for rest in rests]  # rest 0: nothing but what is shared
     family = {i: n for n, (_, indices) in enumerate(families) for i in indices}
-    plan = plan_microbatches(lengths, budget, world_size, 16, families)
+    plan = plan_of(lengths, budget, world_size, 16, families)
     assert len({len(batches) for batches in plan}) == 1
     assert sorted(i for batches in plan for batch in batches for i in batch) == list(
         range(len(lengths))
@@ -388,18 +396,13 @@ def test_plan_of_families_covers_everything_within_the_budget(drawn, budget, wor
 
 
 def test_plan_keeps_families_together_unless_ranks_would_be_idle():
-    four = [
-        (100, [0, 1, 2, 3]),
-        (100, [4, 5, 6, 7]),
-        (100, [8, 9, 10, 11]),
-        (100, [12, 13, 14, 15]),
-    ]
-    plan = plan_microbatches([150] * 16, 600, 2, 64, four)
+    four = [(100, list(range(first, first + 4))) for first in range(0, 16, 4)]
+    plan = plan_of([150] * 16, 600, 2, 64, four)
     # 2 x (100 + 4 x 50) tokens in a micro-batch, where without sharing it would be 1,200.
     assert sorted(sorted(batch) for batches in plan for batch in batches) == [
         sorted(a + b) for a, b in ((four[0][1], four[2][1]), (four[1][1], four[3][1]))
     ]
-    (first,), (second,) = plan_microbatches([150] * 4, 600, 2, 64, four[:1])
+    (first,), (second,) = plan_of([150] * 4, 600, 2, 64, four[:1])
     assert len(first) == len(second) == 2  # one family, two ranks
 
 
@@ -407,7 +410,7 @@ def test_plan_counts_attention_as_quadratic():
     # Work 2,400 against 5 x 533: by tokens alone (1,200 against 5 x 400) the first rank would get
     # one of the short.
     alone = [(0, [i]) for i in range(6)]
-    plan = plan_microbatches([1200, 400, 400, 400, 400, 400], 10_000, 2, 100, alone)
+    plan = plan_of([1200, 400, 400, 400, 400, 400], 10_000, 2, 100, alone)
     work = [
         sum(n + n * n / 1200 for n in ([1200, 400, 400, 400, 400, 400][i] for i in batches[0]))
         for batches in plan

@@ -144,7 +144,7 @@ def update_bytes(monkeypatch):
             "adapters": gigabytes(policy.trained.values()) if lora_rank else 0.0,
         }
         batch = pack([row])
-        loss = policy.loss_of(batch, None, torch.zeros(len(sampled)), 1, Counter())
+        loss = policy.loss_of(batch, torch.zeros(len(sampled)), 1, Counter())
         tracker = MemTracker()
         if lora_rank:  # it would hang hooks on frozen weights, too; only its labels need them
             track = MemTracker._track_module_params_and_buffers

@@ -118,11 +118,11 @@ def test_fake_scores_and_losses_stay_on_the_gpu_in_float32(
 ):
     policy = fake_policy(dtype, lora_rank=lora_rank)
     (batch,) = policy.plan(rows())
-    old_S = policy.score(policy.scorer, batch)
+    old_S = batch.old_S = policy.score(policy.scorer, batch)
     ref_S = policy.score(policy.reference, batch)
     assert (old_S.device, old_S.dtype) == (GPU, torch.float32)
     sums = {}
-    loss = policy.loss_of(batch, old_S, ref_S, 99, sums)
+    loss = policy.loss_of(batch, ref_S, 99, sums)
     total, logprobs_S = policy.scorer(batch, loss)
     for tensor in (total, logprobs_S):
         assert (tensor.device, tensor.dtype) == (GPU, torch.float32)
@@ -151,7 +151,7 @@ def test_fake_tensors_on_the_wrong_device_are_found(fake_gpu, fake_gradients, na
     (batch,) = policy.plan(rows())
     wrong = dataclasses.replace(batch, **{name: getattr(batch, name).cpu()})
     with pytest.raises(RuntimeError, match="device"):
-        policy.scorer(wrong, policy.loss_of(wrong, None, None, 99, {}))
+        policy.scorer(wrong, policy.loss_of(wrong, None, 99, {}))
 
 
 def test_fake_tensors_of_the_wrong_type_are_found(fake_gpu):
