@@ -4,7 +4,6 @@ Left out: a run folder shared by two jobs at once.
 """
 
 import importlib
-import io
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from os.path import exists, getmtime, isfile
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -74,7 +74,7 @@ def run_program(program, about, resolve, body, argv):
         ranks.say_once(f"{program}: {' '.join(str(error).split())}", sys.stderr)
         return 2
     except (RunStopped, KeyboardInterrupt) as stopped:
-        if os.path.exists(f"{run_dir}/config.yaml"):  # else nothing is begun
+        if exists(f"{run_dir}/config.yaml"):  # else nothing is begun
             ranks.say_once(
                 f"{stopped}\nStopped. Go on with: python {program} --resume={run_dir}", sys.stdout
             )
@@ -94,8 +94,9 @@ def quiet_libraries():
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "torch.distributed is disabled")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what a console lacks must not end a run
+        with suppress(AttributeError):  # a notebook's
+            # what a console lacks must not end a run
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def open_run(argv, evaluates=False) -> Config:
@@ -107,7 +108,7 @@ def open_run(argv, evaluates=False) -> Config:
     typed, base = parse_arguments(argv), None
     if resume := typed.get("resume"):
         folder = newest_run(evaluates) if resume == "newest" else Path(resume)
-        if not os.path.isfile(f"{folder}/config.yaml"):
+        if not isfile(f"{folder}/config.yaml"):
             raise ConfigError(f"resume={resume!r}: there is no run with a config.yaml in {folder}")
         base = read_config("resume", folder)
         config = load_config(argv, base)
@@ -121,7 +122,7 @@ def open_run(argv, evaluates=False) -> Config:
     if evaluates:
         model = Path(typed.get("model") or newest_run())
         run = model.parent.parent if model.parent.name == "checkpoints" else model
-        if os.path.isfile(f"{run}/config.yaml") and os.path.isdir(f"{run}/checkpoints"):
+        if isfile(f"{run}/config.yaml") and exists(f"{run}/checkpoints"):
             base = read_config("model", run)
             base |= {"resume": "", "question": "", "run_dir": "", "date": ""}
             complete = [model] if model != run else complete_checkpoints(run)
@@ -137,7 +138,7 @@ def open_run(argv, evaluates=False) -> Config:
     config, now = load_config(argv, base), datetime.now(UTC)
     name = "eval" if evaluates else config.preset
     run_dir = config.run_dir or f"{RUNS}/{name}-{now:%Y%m%d-%H%M%S}"
-    if os.path.exists(f"{run_dir}/config.yaml"):
+    if exists(f"{run_dir}/config.yaml"):
         raise ConfigError(
             f"run_dir={run_dir!r} holds a run already; continue it with --resume={run_dir}"
         )
@@ -147,7 +148,7 @@ def open_run(argv, evaluates=False) -> Config:
 def newest_run(evaluates=False) -> Path:
     """The folder under runs/ of the newest run or evaluation; ConfigError if there is none."""
     kind, files = ("evaluation", "eval-*/config.yaml") if evaluates else ("run", "*/metrics.jsonl")
-    found = sorted(RUNS.glob(files), key=os.path.getmtime)
+    found = sorted(RUNS.glob(files), key=getmtime)
     if not found:
         raise ConfigError(
             f"there is no {kind} under runs/ yet; train.py makes runs, eval.py evaluations of them"
@@ -155,7 +156,7 @@ def newest_run(evaluates=False) -> Path:
     return found[-1].parent
 
 
-def check_needs(config: Config, questions=True):
+def check_needs(config, questions=True):
     """One ConfigError that lists everything that is missing, before anything is loaded."""
     missing = []
     try:
@@ -186,12 +187,12 @@ def check_needs(config: Config, questions=True):
 
 
 @contextmanager
-def starting(config: Config, rank):
+def starting(config, rank):
     """Everything before the first step: if it fails, a run folder that was not there is gone again.
     Whatever is raised becomes a ConfigError, which says where it comes from, if nothing else.
     """
     run = Path(config.run_dir)
-    missing = [folder for folder in (run, *run.parents) if not os.path.exists(folder)]
+    missing = [folder for folder in (run, *run.parents) if not exists(folder)]
     try:
         if rank == 0 and not config.question:  # one that is only shown needs no folder
             with named("run_dir", config.run_dir, "name one that can be written: --run_dir=DIR"):
@@ -199,7 +200,7 @@ def starting(config: Config, rank):
                 TemporaryFile(dir=run).close()
         yield
     except BaseException as error:
-        if rank == 0 and run in missing:
+        if missing:
             shutil.rmtree(run, ignore_errors=True)
         for folder in missing[1:]:
             with suppress(OSError):  # another run is in it by now
@@ -286,8 +287,8 @@ class Ranks:
     def store(self, name):
         """Numbers in torchrun's store that all ranks count up together."""
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        limit = timedelta(seconds=30)
-        return dist.PrefixStore(name, dist.TCPStore(host, port, timeout=limit))
+        server = dist.TCPStore(host, port, timeout=timedelta(seconds=30))
+        return dist.PrefixStore(name, server)
 
     def stop(self):
         """Leave the process group; to be called last."""
@@ -298,7 +299,7 @@ class Ranks:
             time.sleep(1)
 
 
-def watch(ranks: Ranks, limit, finished):
+def watch(ranks, limit, finished):
     """End this process when another rank's has died or hangs, so that none waits for it for ever.
 
     Every process counts up its own number in torchrun's store and looks at the others'. The event
@@ -333,7 +334,7 @@ def complete_checkpoints(run) -> list[Path]:
     return sorted(file.parent for file in Path(run).glob("checkpoints/step-*/state.json"))
 
 
-def save_checkpoint(config: Config, ranks: Ranks, state, write):
+def save_checkpoint(config, ranks, state, write):
     """checkpoints/step-000020/: what write(folder) puts there on every rank, and state.json.
 
     Written aside and renamed, so a kill at any moment leaves the last good one; what is not
@@ -351,7 +352,7 @@ def save_checkpoint(config: Config, ranks: Ranks, state, write):
     write(aside)
     ranks.share(None)  # nobody renames before everybody has written
     if ranks.rank == 0:
-        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        (aside / "state.json").write_text(json.dumps(state), "utf-8")
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         kept = complete_checkpoints(config.run_dir)[-config.keep_checkpoints :]
@@ -360,13 +361,13 @@ def save_checkpoint(config: Config, ranks: Ranks, state, write):
     ranks.share(None)
 
 
-def load_checkpoint(config: Config, ranks: Ranks, state, read):
+def load_checkpoint(config, ranks, state, read):
     """The state in the newest checkpoint, which every rank read(folder)s; without one, `state`."""
     for folder in ranks.share(complete_checkpoints(config.run_dir)[-1:]):
         order = state["order"]
         with named("resume", str(folder), "delete this checkpoint to go on from the one before"):
             read(folder)
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            state = json.loads((folder / "state.json").read_text("utf-8"))
             saved = state.get("order")
         if saved != order:
             raise ConfigError(
@@ -380,8 +381,9 @@ class Stop:
     since half an update or half a checkpoint is of no use.
     """
 
+    asked = False
+
     def __init__(self):
-        self.asked = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
