@@ -176,8 +176,8 @@ def read_config(key, folder: Path):
         values = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
         if not isinstance(values, dict):
             raise ValueError("config.yaml holds no `key: value` lines")
-        for name in values:
-            type_of(str(name))
+        for name, saved in values.items():
+            convert(str(name), saved)
     return values
 
 
@@ -284,6 +284,8 @@ def check(config):
             raise ConfigError(
                 f"{key}={value!r}{nearest(value, choices)}; allowed: {', '.join(choices)}"
             )
+        if meaning.startswith("base URL") and not re.match("https?://|$", value):
+            raise ConfigError(f"{key}={value!r}: must begin with http:// or https://")
         if isinstance(value, bool | str):
             continue
         if key in ("format_reward", "browse_timeout"):  # may be negative
@@ -371,7 +373,7 @@ def replace_file(path, content):
     aside.replace(path)
 
 
-def require_environment(name, purpose) -> str:
+def require_environment(name, purpose):
     """The value of an environment variable, or a ConfigError that says what it is for."""
     value = os.environ.get(name, "").strip()
     if not value:
@@ -379,6 +381,6 @@ def require_environment(name, purpose) -> str:
     return value
 
 
-def code_of(file, *packages) -> str:
+def code_of(file, *packages):
     """What made a cached reply: a hash of a module's file, the versions of what it works with."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() + "".join(map(version, packages))

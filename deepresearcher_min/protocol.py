@@ -23,8 +23,10 @@ from deepresearcher_min.trajectory import Entry, best, load_json, unpacked
 
 THINK = "<think>"  # forced: part of every generation prompt, never sampled, never trained
 SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text("utf-8").strip()
-# A call in tags: its name, and what begins its arguments; an argument's name and value.
-TAGGED = re.compile(r"(?:<function=)?([\w.-]+)>?\s*(?=(<parameter=|<arg_key>|\{))")
+# A call in tags: its name, its arguments, and what they begin with; an argument's name and value.
+TAGGED = re.compile(
+    r"(?s)(?:<function=)?([\w.-]+)>?\s*((<parameter=|<arg_key>|\{).*?)(?:</function>|\Z)"
+)
 PAIR = re.compile(
     r"(?s)<(?:parameter=|arg_key>)\s*([^<>]*?)\s*(?:>|</arg_key>\s*<arg_value>)"
     r"(.*?)</(?:parameter|arg_value)>"
@@ -81,7 +83,7 @@ TOOLS = {  # by kind, which is also the name of the method of rollout.Tools that
         "max_urls",
         ("url", "information"),
         page_item,
-        "This page was not opened: one call opens at most {most}.",
+        "This page was not opened: one call opens at most %d.",
     ),
 }
 
@@ -156,8 +158,7 @@ def read_call(text):
     text = re.sub(r"(?s)\A\s*```\w*(.*)```\s*\Z", r"\1", text).strip()
     tagged = TAGGED.match(text)
     if tagged:
-        name, sign = tagged.groups()
-        given = text[tagged.end() :].partition("</function>")[0]
+        name, given, sign = tagged.groups()
         if sign != "{":
             arguments = defaultdict(list)
             for key, value in PAIR.findall(given):
@@ -181,8 +182,7 @@ def read_keys(value):
         value = unpacked(value.strip()) if listed else value.splitlines()
     if not isinstance(value, list):
         raise TypeError("not a list")
-    keys = [each.strip() for each in value]
-    return tuple(filter(None, keys))
+    return tuple(filter(None, map(str.strip, value)))
 
 
 def render(kind, entries):
@@ -317,8 +317,7 @@ class ChatFormat:
             before, _, behind = self.around_turn(answer)
             if not before or WORDS not in behind:
                 raise ValueError(
-                    "the chat template leaves out assistant or tool messages; "
-                    "the agent loop needs both"
+                    "the chat template leaves out assistant or tool messages; both are needed"
                 )
             if not EMPTY_THOUGHT.fullmatch(before.removeprefix(prompt)):
                 raise ValueError(
@@ -328,8 +327,7 @@ class ChatFormat:
             end = re.match(rf"\s*({self.mark})", behind)
             if not end:
                 raise ValueError(
-                    "the chat template puts no special token behind an assistant turn; "
-                    "nothing can end it"
+                    "the template puts no special token behind a turn; nothing can end it"
                 )
             ends.append(end[1])
         return ends

@@ -126,7 +126,7 @@ class Tools:
         self.config, self.chat = config, chat
         self.backend = make_search(config, web, corpus)
         self.browser = Browser(config, web, corpus, self.in_thread, self.generate_text)
-        self.pool = ThreadPoolExecutor(max(1, config.tool_threads), "tool")
+        self.pool = ThreadPoolExecutor(config.tool_threads or 1, "tool")
         self.readings = 0
 
     async def use(self, call: Call, record: Recording):
@@ -135,7 +135,7 @@ class Tools:
         most = getattr(self.config, tool.most) or len(call.keys)
         jobs = [self.entry(call.kind, key, record) for key in call.keys[:most]]
         if self.config.tool_threads:
-            entries = list(await asyncio.gather(*jobs))
+            entries = [*await asyncio.gather(*jobs)]
         else:  # one by one, to be repeatable
             entries = [await job for job in jobs]
         # In the call's order, whichever came first: a replay asks the reader the same.
@@ -143,8 +143,8 @@ class Tools:
             for item in entry.items:
                 record.shown[item.get("url")] = entry.key  # a page's items have none
         if tool.over:
-            words = tool.over.format(most=most)
-            entries += [Entry(key, (tool.item(words),)) for key in call.keys[most:]]
+            words = tool.item(tool.over % most)
+            entries += [Entry(key, (words,)) for key in call.keys[most:]]
         return entries
 
     async def search(self, query, record):
@@ -210,7 +210,7 @@ class Tools:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def try_services(config, agent=True, judge=False) -> str:
+def try_services(config, agent=True, judge=False):
     """Ask each service that a run will use once, unrecorded: what is wrong with the first that
     fails, or an empty text.
 

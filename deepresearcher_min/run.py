@@ -7,9 +7,7 @@ import importlib
 import json
 import logging
 import os
-import re
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -21,6 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from os.path import exists, getmtime, isfile
 from pathlib import Path
+from signal import SIG_DFL, SIGINT, SIGTERM, default_int_handler, signal
 from tempfile import TemporaryFile
 
 import torch
@@ -80,8 +79,8 @@ def run_program(program, about, resolve, body, argv):
             )
         return 3 if isinstance(stopped, RunStopped) else 130
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of Stop's
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal(SIGINT, default_int_handler)  # in place of Stop's
+        signal(SIGTERM, SIG_DFL)
         ranks.stop()
     return 0
 
@@ -105,20 +104,20 @@ def open_run(argv, evaluates=False) -> Config:
     An evaluation starts from the config of the run that its model belongs to, else from a preset.
     run_dir and date are always filled in. ConfigError for a folder that holds another run.
     """
-    typed, base = parse_arguments(argv), None
+    typed, base, now = parse_arguments(argv), None, datetime.now(UTC)
     if resume := typed.get("resume"):
         folder = newest_run(evaluates) if resume == "newest" else Path(resume)
         if not isfile(f"{folder}/config.yaml"):
             raise ConfigError(f"resume={resume!r}: there is no run with a config.yaml in {folder}")
         base = read_config("resume", folder)
-        config = load_config(argv, base)
+        config = load_config([*argv, f"--run_dir={folder}", f"--resume={folder}"], base)
         begun = base.get("lora_rank", 0)
         if config.lora_rank != begun:
             raise ConfigError(
                 f"lora_rank={config.lora_rank}: the checkpoints in {folder} were written with "
                 f"{begun}; go on with that, or begin a new run"
             )
-        return replace(config, run_dir=str(folder), resume=str(folder))
+        return config
     if evaluates:
         model = Path(typed.get("model") or newest_run())
         run = model.parent.parent if model.parent.name == "checkpoints" else model
@@ -135,7 +134,7 @@ def open_run(argv, evaluates=False) -> Config:
         argv = ["--engine_memory=0.9", *argv, f"--model={model}"]  # no optimizer beside it
         if "data" in typed:
             argv.append(f"--eval_data={typed['data']}")
-    config, now = load_config(argv, base), datetime.now(UTC)
+    config = load_config(argv, base)
     name = "eval" if evaluates else config.preset
     run_dir = config.run_dir or f"{RUNS}/{name}-{now:%Y%m%d-%H%M%S}"
     if exists(f"{run_dir}/config.yaml"):
@@ -145,7 +144,7 @@ def open_run(argv, evaluates=False) -> Config:
     return replace(config, run_dir=run_dir, date=config.date or f"{now:%Y-%m-%d}")
 
 
-def newest_run(evaluates=False) -> Path:
+def newest_run(evaluates=False):
     """The folder under runs/ of the newest run or evaluation; ConfigError if there is none."""
     kind, files = ("evaluation", "eval-*/config.yaml") if evaluates else ("run", "*/metrics.jsonl")
     found = sorted(RUNS.glob(files), key=getmtime)
@@ -163,10 +162,6 @@ def check_needs(config, questions=True):
         check_search(config)
     except ConfigError as error:
         missing.append(str(error))
-    for key in ("reader_url", "judge_url"):
-        url = getattr(config, key)
-        if not re.match("(https?://|$)", url):
-            missing.append(f"{key}={url!r}: must begin with http:// or https://")
     for package in LATE_ON_THE_WEB if searches_web(config) else LATE:
         try:
             importlib.import_module(package)
@@ -177,7 +172,7 @@ def check_needs(config, questions=True):
     no_gpu = missing_gpu()
     if config.dtype == "bfloat16" and no_gpu:
         missing.append(f"dtype=bfloat16: {no_gpu}; on a CPU use --dtype=float32")
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    processes, gpus = torchrun_says("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
     if processes > gpus > 0:
         missing.append(f"{processes} processes for {gpus} GPUs: give --nproc_per_node={gpus}")
     if questions and config.search != "toy" and not config.data:
@@ -213,6 +208,11 @@ def starting(config, rank):
         ) from error
 
 
+def torchrun_says(name, default=0):
+    """A number in the environment; the default where torchrun has not started this process."""
+    return int(os.environ.get(name, default))
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Who this process is among the processes of the job."""
@@ -222,13 +222,13 @@ class Ranks:
     device: torch.device = torch.device("cpu")
 
     @classmethod
-    def start(cls) -> "Ranks":
+    def start(cls):
         """As torchrun's variables say; joins their group. On GPUs: never run by us."""
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, world_size = torchrun_says("RANK"), torchrun_says("WORLD_SIZE", 1)
         device = cls.device
         if torch.cuda.is_available():
             # Where there are more processes than GPUs, check_needs says so.
-            number = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+            number = torchrun_says("LOCAL_RANK") % torch.cuda.device_count()
             device = torch.device("cuda", number)
             torch.cuda.set_device(device)
         if world_size > 1:
@@ -286,7 +286,7 @@ class Ranks:
 
     def store(self, name):
         """Numbers in torchrun's store that all ranks count up together."""
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host, port = os.environ["MASTER_ADDR"], torchrun_says("MASTER_PORT")
         server = dist.TCPStore(host, port, timeout=timedelta(seconds=30))
         return dist.PrefixStore(name, server)
 
@@ -306,18 +306,18 @@ def watch(ranks, limit, finished):
     `finished` is to be set after the last collective; `limit` in seconds.
     """
     store, silent = ranks.store("watch"), ""
-    numbers = [0] * ranks.world_size
-    since = [time.monotonic()] * ranks.world_size  # when a rank's number was new
+    seen = {}  # the number of each rank, and when it was new
     while not silent:
         if finished.wait(limit / 10):
             return
         try:
             store.add(str(ranks.rank), 1)
-            for rank, known in enumerate(numbers):
-                numbers[rank] = store.add(str(rank), 0)
-                if numbers[rank] != known:
-                    since[rank] = time.monotonic()
-                elif time.monotonic() - since[rank] > limit:
+            for rank in range(ranks.world_size):
+                number, now = store.add(str(rank), 0), time.monotonic()
+                last, since = seen.get(rank, (None, now))
+                if number != last:
+                    seen[rank] = number, now
+                elif now - since > limit:
                     silent = f"rank {rank}"
         # The store went with the first node, unless the others were only faster to their end.
         except RuntimeError:
@@ -329,8 +329,8 @@ def watch(ranks, limit, finished):
     os._exit(1)  # torchrun then ends the other ranks
 
 
-def complete_checkpoints(run) -> list[Path]:
-    """The checkpoints of a run that were written to the end, oldest first."""
+def complete_checkpoints(run):
+    """The folders of a run's checkpoints that were written to the end, oldest first."""
     return sorted(file.parent for file in Path(run).glob("checkpoints/step-*/state.json"))
 
 
@@ -384,8 +384,8 @@ class Stop:
     asked = False
 
     def __init__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        for number in (SIGINT, SIGTERM):
+            signal(number, self.handle)
 
     def handle(self, *_):
         self.asked = True

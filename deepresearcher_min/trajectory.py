@@ -103,7 +103,7 @@ class Trajectory:
         return vars(self) | {
             "id": asked.id,
             "question": asked.text,
-            "answers": list(asked.answers),
+            "answers": asked.answers,
             "source": asked.source,
             "turns": [vars(turn) for turn in self.turns],
             "token_ids": self.token_ids.tolist(),
@@ -167,7 +167,7 @@ class Recording:
         self.logprobs += logprobs or [None] * len(ids)
         return start, len(self.token_ids)
 
-    def finish(self, stop_reason, answer: str | None = None) -> Trajectory:
+    def finish(self, stop_reason, answer=None):
         return Trajectory(
             self.question,
             self.token_ids,
@@ -226,7 +226,7 @@ def load_questions(path: str | Path) -> list[Question]:
     return list(questions.values())
 
 
-def parse_row(row) -> Question:
+def parse_row(row):
     """A question from an object, or from a line of JSON (bytes); of several columns for one thing
     the first counts.
 
@@ -315,7 +315,7 @@ def gold_answers(value):
     return tuple(gold.strip() for gold in golds if gold.strip())
 
 
-def take_questions(questions, seed, start, count) -> list[Question]:
+def take_questions(questions, seed, start, count):
     """Questions `start` to `start + count` of an endless order, a function of the seed and so the
     same on all ranks.
 
@@ -325,5 +325,5 @@ def take_questions(questions, seed, start, count) -> list[Question]:
     order = []
     while len(order) < start + count:
         epoch = len(order) // len(questions)
-        order += np.random.default_rng([seed, epoch]).permutation(len(questions)).tolist()
-    return [questions[number] for number in order[start : start + count]]
+        order += np.random.default_rng([seed, epoch]).permutation(questions).tolist()
+    return order[start : start + count]
