@@ -69,7 +69,7 @@ def count(counts, name, amount=1):
         counts[name] += amount
 
 
-def count_failure(counts, source, failure: WebFailure):
+def count_failure(counts, source, failure):
     """As fail_<source>_<kind>, once for each failure, however many see it on its way."""
     if not failure.counted:
         failure.counted = True
@@ -113,7 +113,7 @@ class Config(make_dataclass("Keys", TYPES.items(), frozen=True)):  # type: ignor
     """
 
 
-def raise_if_down(config: Config, counts, least=1):
+def raise_if_down(config, counts, least=1):
     """RunStopped if most of at least `least` calls to a service failed (keys of metrics.jsonl)."""
     if config.cassette_mode == "replay":
         return
@@ -173,7 +173,7 @@ def read_config(key, folder: Path):
     of keys.
     """
     with named(key, str(folder), "mend its config.yaml, or name another run"):
-        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        values = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
         if not isinstance(values, dict):
             raise ValueError("config.yaml holds no `key: value` lines")
         for name, saved in values.items():
@@ -184,7 +184,7 @@ def read_config(key, folder: Path):
 def documented():
     """(heading, key, default, meaning) for each key, as the text of config.yaml has them."""
     heading = ""
-    for line in CONFIG_FILE.read_text(encoding="utf-8").splitlines():
+    for line in CONFIG_FILE.read_text("utf-8").splitlines():
         found = re.match(r'(\w+): +"?(.*?)"? *(?:#|$) *(.*)', line)
         if line.startswith("# --- "):
             heading = line[6:]
@@ -204,49 +204,45 @@ def help_text():
     return text
 
 
-def searches_web(config: Config):
+def searches_web(config):
     return config.search not in ("toy", "local")
 
 
-def uses_web(config: Config):
+def uses_web(config):
     return searches_web(config) or config.reader == "openai"
 
 
-def check_inputs(config: Config, argv, other):
+def check_inputs(config, argv, other):
     """ConfigError for an input that this run will not read; a line on typed keys without effect, if
     there are any.
 
     `other` is the program that is not running: train.py or eval.py.
     """
-    typed = parse_arguments(argv)
-    reads_web = uses_web(config) or config.judge_url
-    unread = {}
+    typed, unread = parse_arguments(argv), {}
     if config.search == "toy":
         remedy = "the toy web does not answer it; add --search=local --corpus=FILE"
-        unread = {"data": remedy, "eval_data": remedy}
-        unread["corpus"] = "the toy web has its own pages; add --search=local"
+        own = "the toy web has its own pages; add --search=local"
+        unread = {"data": remedy, "eval_data": remedy, "corpus": own}
     elif other == "train.py" and typed.get("data"):
         unread["eval_data"] = f"data={typed['data']!r} is read instead"
-    if not reads_web:
-        unread["cassette"] = f"search={config.search} opens no web"
     if other == "eval.py":
         unread["question"] = "python eval.py answers one"
-    for key, why in unread.items():
-        value = typed.get(key, DEFAULTS[key])
-        if value:
-            raise ConfigError(f"{key}={value!r}: this run does not read it: {why}")
-    idle = []
-    if not searches_web(config):
-        idle.append("search_url")
-    if not reads_web:
-        idle.append("cassette_mode")
-    if config.reader != "openai":
-        idle += ["reader_url", "reader_model", "price_reader_token"]
-    idle += [
+    idle = [
         key
         for heading, key, _, meaning in documented()
         if f"{other} only" in heading or meaning.startswith(f"{other}:")
     ]
+    if not searches_web(config):
+        idle.append("search_url")
+    if config.reader != "openai":
+        idle += ["reader_url", "reader_model", "price_reader_token"]
+    if not (uses_web(config) or config.judge_url):
+        unread["cassette"] = f"search={config.search} opens no web"
+        idle.append("cassette_mode")
+    for key, why in unread.items():
+        value = typed.get(key, DEFAULTS[key])
+        if value:
+            raise ConfigError(f"{key}={value!r}: this run does not read it: {why}")
     told = ", ".join(key for key in typed if key in idle)
     return [f"Without effect on this run: {told}."] if told else []
 
@@ -276,7 +272,7 @@ def convert(key, value):
         raise ConfigError(f"{key}={value!r}: {wanted}") from None
 
 
-def check(config: Config):
+def check(config):
     """ConfigError for a value that its line in config.yaml does not allow, or that does not go with
     another: it may list choices (a | b), say "at most N", or what "0: ..." stands for.
     """
@@ -288,6 +284,8 @@ def check(config: Config):
             raise ConfigError(
                 f"{key}={value!r}{nearest(value, choices)}; allowed: {', '.join(choices)}"
             )
+        if meaning.startswith("base URL") and not re.match("https?://|$", value):
+            raise ConfigError(f"{key}={value!r}: must begin with http:// or https://")
         if isinstance(value, bool | str):
             continue
         if key in ("format_reward", "browse_timeout"):  # may be negative
@@ -321,7 +319,7 @@ def check(config: Config):
         )
 
 
-def host_list(config: Config):
+def host_list(config):
     """The names in `blocked_hosts`, as plain_host writes them; auto, which eval.py spells out, and
     none are empty.
     """
@@ -358,7 +356,7 @@ def is_blocked(url, hosts):
     return any(f".{host}".endswith(f".{blocked}") for blocked in hosts)
 
 
-def describe(config: Config):
+def describe(config):
     """The resolved config as one line for each key that differs from the values of config.yaml."""
     return "\n".join(
         f"  {key}: {value}  (default {DEFAULTS[key]})"
@@ -367,7 +365,7 @@ def describe(config: Config):
     )
 
 
-def replace_file(path: Path, content):
+def replace_file(path, content):
     """Write aside and rename: a kill in between leaves the old file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
@@ -375,7 +373,7 @@ def replace_file(path: Path, content):
     aside.replace(path)
 
 
-def require_environment(name, purpose) -> str:
+def require_environment(name, purpose):
     """The value of an environment variable, or a ConfigError that says what it is for."""
     value = os.environ.get(name, "").strip()
     if not value:
@@ -383,6 +381,6 @@ def require_environment(name, purpose) -> str:
     return value
 
 
-def code_of(file, *packages) -> str:
+def code_of(file, *packages):
     """What made a cached reply: a hash of a module's file, the versions of what it works with."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() + "".join(map(version, packages))

@@ -36,7 +36,7 @@ from deepresearcher_min.config import (
 )
 from deepresearcher_min.corpus import MODEL_DIR, Corpus, World
 from deepresearcher_min.engine import make_engine
-from deepresearcher_min.protocol import ChatFormat
+from deepresearcher_min.protocol import ChatFormat, read_tools
 from deepresearcher_min.report import measures, step_sums
 from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out
 from deepresearcher_min.run import Ranks
@@ -152,7 +152,7 @@ def make_agent(config, task, ranks, notes):
             prompt = Path(config.system_prompt_file).read_text("utf-8")
             if not prompt.strip():
                 raise ValueError("there is no text in it")
-    schemas = rollout.read_tools(config.tools_file)
+    schemas = read_tools(config.tools_file) if config.tools_file else None
     with named("model", config.model, "name a chat model with --model=DIR"):
         model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(task.model_dir)

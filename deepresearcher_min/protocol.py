@@ -13,16 +13,20 @@ from collections import defaultdict
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
+from pathlib import Path
+from pprint import saferepr
 from typing import Any
 from uuid import uuid4
 
-from deepresearcher_min.config import ROOT
+from deepresearcher_min.config import ROOT, named
 from deepresearcher_min.trajectory import Entry, best, load_json, unpacked
 
 THINK = "<think>"  # forced: part of every generation prompt, never sampled, never trained
-SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text(encoding="utf-8").strip()
-# A call in tags: its name, and what begins its arguments; an argument's name and value.
-TAGGED = re.compile(r"(?:<function=)?([\w.-]+)>?\s*(?=(<parameter=|<arg_key>|\{))")
+SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text("utf-8").strip()
+# A call in tags: its name, its arguments, and what they begin with; an argument's name and value.
+TAGGED = re.compile(
+    r"(?s)(?:<function=)?([\w.-]+)>?\s*((<parameter=|<arg_key>|\{).*?)(?:</function>|\Z)"
+)
 PAIR = re.compile(
     r"(?s)<(?:parameter=|arg_key>)\s*([^<>]*?)\s*(?:>|</arg_key>\s*<arg_value>)"
     r"(.*?)</(?:parameter|arg_value)>"
@@ -45,12 +49,12 @@ TAGS = "</?(?:think|answer|tool_call|tool_response)>"
 
 @dataclass(frozen=True)
 class Tool:
-    """One tool: how the model calls it, with a list of strings, and what each of them brings."""
+    """One tool: how the model calls it, with a list of strings, and what each of them brings. What
+    the model is told of it stands in prompts/tools.json.
+    """
 
     name: str
-    description: str
     argument: str  # of the call: a list of keys (queries, addresses)
-    meaning: str
     most: str  # the config key that limits the number of keys
     shape: tuple  # in an observation: names of a key and of the items that it brought
     item: Any  # a function: one item with these words as its content
@@ -68,49 +72,34 @@ def page_item(summary, number=0):
 TOOLS = {  # by kind, which is also the name of the method of rollout.Tools that does the work
     "search": Tool(
         "web_search",
-        "Search the web.",
         "query",
-        "One to three search queries, answered together.",
         "max_queries",
         ("search_query", "web_page_info_list"),
         search_item,
     ),
     "browse": Tool(
         "browse_webpage",
-        "Read web pages and take notes.",
         "url_list",
-        "URLs that an earlier search showed.",
         "max_urls",
         ("url", "information"),
         page_item,
-        "This page was not opened: one call opens at most {most}.",
+        "This page was not opened: one call opens at most %d.",
     ),
 }
 
 
-def schemas():
-    """The tools as chat templates want them."""
-    return [
-        {
-            "type": "function",
-            "function": {
-                "name": tool.name,
-                "description": tool.description,
-                "parameters": {
-                    "type": "object",
-                    "properties": {
-                        tool.argument: {
-                            "type": "array",
-                            "items": {"type": "string"},
-                            "description": tool.meaning,
-                        }
-                    },
-                    "required": [tool.argument],
-                },
-            },
-        }
-        for tool in TOOLS.values()
-    ]
+def read_tools(path=ROOT / "prompts/tools.json"):
+    """The tools as chat templates want them, as a file has them: ours, or tools_file. ConfigError
+    where it describes other tools than TOOLS.
+    """
+    with named("tools_file", str(path), "write a JSON list of tool schemas"):
+        found = json.loads(Path(path).read_bytes())
+        functions = [schema["function"] for schema in found]
+        described = sorted([each["name"], *each["parameters"]["properties"]] for each in functions)
+        wanted = sorted([tool.name, tool.argument] for tool in TOOLS.values())
+        if described != wanted:
+            raise ValueError(f"tools and arguments are {described}, but must be {wanted}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -169,8 +158,7 @@ def read_call(text):
     text = re.sub(r"(?s)\A\s*```\w*(.*)```\s*\Z", r"\1", text).strip()
     tagged = TAGGED.match(text)
     if tagged:
-        name, sign = tagged.groups()
-        given = text[tagged.end() :].partition("</function>")[0]
+        name, given, sign = tagged.groups()
         if sign != "{":
             arguments = defaultdict(list)
             for key, value in PAIR.findall(given):
@@ -184,9 +172,7 @@ def read_call(text):
             call = call["function"]
         name = call.get("name", call.get("function"))
         given = call.get("arguments", call.get("parameters"))
-    if isinstance(given, str):
-        given = load_json(given)
-    return name, given
+    return name, unpacked(given)
 
 
 def read_keys(value):
@@ -196,24 +182,20 @@ def read_keys(value):
         value = unpacked(value.strip()) if listed else value.splitlines()
     if not isinstance(value, list):
         raise TypeError("not a list")
-    keys = [each.strip() for each in value]
-    return tuple(filter(None, keys))
+    return tuple(filter(None, map(str.strip, value)))
 
 
 def render(kind, entries):
     """The observation: the Python repr of a list of dicts with keys in alphabetical order."""
     key_name, items_name = TOOLS[kind].shape
-    found = []
-    for entry in entries:
-        parts = {key_name: entry.key, items_name: list(entry.items)}
-        found.append(dict(sorted(parts.items())))
-    return repr(found)
+    # which sorts keys
+    return saferepr([{key_name: entry.key, items_name: list(entry.items)} for entry in entries])
 
 
 def template_inputs(date):
     """What templates ask for by these names: the run's date, not the clock's, and thoughts."""
 
-    def strftime_now(form) -> str:
+    def strftime_now(form):
         try:
             return datetime.fromisoformat(date).strftime(form)
         except ValueError:  # a date in words, or none
@@ -251,7 +233,7 @@ class ChatFormat:
             raise ValueError("the tokenizer has no chat template; use an instruction-tuned model")
         self.tokenizer = tokenizer
         self.encode = partial(tokenizer.encode, add_special_tokens=False)
-        self.inputs, self.tools = template_inputs(date), tools or schemas()
+        self.inputs, self.tools = template_inputs(date), tools or read_tools()
         # Before and behind a result, by the number of earlier ones.
         self.frame = cache(
             lambda earlier: self.behind_turn(OBSERVATION, earlier).split(OBSERVATION)
@@ -335,8 +317,7 @@ class ChatFormat:
             before, _, behind = self.around_turn(answer)
             if not before or WORDS not in behind:
                 raise ValueError(
-                    "the chat template leaves out assistant or tool messages; "
-                    "the agent loop needs both"
+                    "the chat template leaves out assistant or tool messages; both are needed"
                 )
             if not EMPTY_THOUGHT.fullmatch(before.removeprefix(prompt)):
                 raise ValueError(
@@ -346,8 +327,7 @@ class ChatFormat:
             end = re.match(rf"\s*({self.mark})", behind)
             if not end:
                 raise ValueError(
-                    "the chat template puts no special token behind an assistant turn; "
-                    "nothing can end it"
+                    "the template puts no special token behind a turn; nothing can end it"
                 )
             ends.append(end[1])
         return ends
@@ -390,14 +370,13 @@ class ChatFormat:
             text = render(kind, shown)
             return text, self.observation_ids(text, earlier)
 
-        def length(kept):
-            return len(rendered(best(entries, kept))[1])
-
         text, ids = rendered(entries)
         if len(ids) <= max_tokens:
             return text, ids, 0
         total = sum(len(entry.items) for entry in entries)
-        kept = bisect_right(range(1, total), max_tokens, key=length)
+        kept = bisect_right(
+            range(1, total), max_tokens, key=lambda kept: len(rendered(best(entries, kept))[1])
+        )
         shown = best(entries, kept)
         if not kept:
             too_long = TOOLS[kind].item("The result is too long to be shown.")

@@ -9,20 +9,19 @@ trajectories before the update (off-policy, not the paper).
 
 import asyncio
 import heapq
-import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from signal import SIGINT, SIGTERM, default_int_handler, raise_signal, signal
 
 import numpy as np
 
 from deepresearcher_min.browse import Browser
 from deepresearcher_min.config import (
+    BAD_REPLY,
     NO_FAULT,
     Config,
     RunStopped,
@@ -30,7 +29,6 @@ from deepresearcher_min.config import (
     count,
     count_failure,
     host_list,
-    named,
 )
 from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import (
@@ -43,10 +41,9 @@ from deepresearcher_min.protocol import (
     best,
     page_item,
     parse_turn,
-    schemas,
     search_item,
 )
-from deepresearcher_min.search import SERVICES, ask_model, live_search, make_search
+from deepresearcher_min.search import SERVICES, ask_service, live_search, make_search
 from deepresearcher_min.trajectory import Reading, Recording, Trajectory, Turn
 from deepresearcher_min.web import BLOCKED, Web, is_blocked
 
@@ -129,7 +126,7 @@ class Tools:
         self.config, self.chat = config, chat
         self.backend = make_search(config, web, corpus)
         self.browser = Browser(config, web, corpus, self.in_thread, self.generate_text)
-        self.pool = ThreadPoolExecutor(max(1, config.tool_threads), "tool")
+        self.pool = ThreadPoolExecutor(config.tool_threads or 1, "tool")
         self.readings = 0
 
     async def use(self, call: Call, record: Recording):
@@ -138,17 +135,16 @@ class Tools:
         most = getattr(self.config, tool.most) or len(call.keys)
         jobs = [self.entry(call.kind, key, record) for key in call.keys[:most]]
         if self.config.tool_threads:
-            entries = list(await asyncio.gather(*jobs))
+            entries = [*await asyncio.gather(*jobs)]
         else:  # one by one, to be repeatable
             entries = [await job for job in jobs]
         # In the call's order, whichever came first: a replay asks the reader the same.
         for entry in entries:
             for item in entry.items:
-                if item.get("url"):
-                    record.shown[item["url"]] = entry.key
+                record.shown[item.get("url")] = entry.key  # a page's items have none
         if tool.over:
-            words = tool.over.format(most=most)
-            entries += [Entry(key, (tool.item(words),)) for key in call.keys[most:]]
+            words = tool.item(tool.over % most)
+            entries += [Entry(key, (words,)) for key in call.keys[most:]]
         return entries
 
     async def search(self, query, record):
@@ -214,25 +210,7 @@ class Tools:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def arguments_of(found):
-    """Each tool's name and its arguments' names."""
-    functions = [schema["function"] for schema in found]
-    return sorted([each["name"], *each["parameters"]["properties"]] for each in functions)
-
-
-def read_tools(path):
-    """The schemas of tools_file, as they stand there; ConfigError where they are of other tools."""
-    if not path:
-        return None
-    with named("tools_file", path, "write a JSON list of tool schemas"):
-        found = json.loads(Path(path).read_bytes())
-        described, wanted = arguments_of(found), arguments_of(schemas())
-        if described != wanted:
-            raise ValueError(f"tools and arguments are {described}, but must be {wanted}")
-    return found
-
-
-def try_services(config: Config, agent=True, judge=False) -> str:
+def try_services(config, agent=True, judge=False):
     """Ask each service that a run will use once, unrecorded: what is wrong with the first that
     fails, or an empty text.
 
@@ -244,26 +222,17 @@ def try_services(config: Config, agent=True, judge=False) -> str:
         "reader": agent and config.reader == "openai" and tools,
         "judge": judge,
     }
-    web = Web(config, ":memory:")
+    web, hello = Web(config, ":memory:"), [{"role": "user", "content": "Hello"}]
     for role in filter(used.get, used):
         address, key = getattr(config, f"{role}_url"), f"{role.upper()}_API_KEY"
+        deadline = time.monotonic() + config.tool_timeout
         try:
             if role == "search":
                 _, public, key = SERVICES[config.search]
                 address, key = address or public, key or "the network"
                 live_search(config, web)("Wikipedia", Counter())
-            else:
-                ask_model(
-                    web,
-                    f"{address.rstrip('/')}/chat/completions",
-                    key,
-                    {
-                        "model": getattr(config, f"{role}_model"),
-                        "messages": [{"role": "user", "content": "Hello"}],
-                    },
-                    Counter(),
-                    time.monotonic() + config.tool_timeout,
-                )
+            else:  # any reply will do
+                ask_service(role, config, web, hello, bool, BAD_REPLY, Counter(), deadline)
         except WebFailure as failure:
             if failure.kind not in NO_FAULT:
                 remedy = f"check that it runs, {role}_url, {key} and what is left of its quota"
@@ -392,7 +361,7 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done):
             pumping.cancel()
     except ExceptionGroup as errors:  # of a trajectory, or of the pump, which is the engine's
         raise errors.exceptions[0] from None
-    return (flat[start : start + batch.repeats] for start in range(0, len(flat), batch.repeats))
+    return zip(*[iter(flat)] * batch.repeats, strict=True)  # so many of each question
 
 
 def roll_out(batch: Batch, agent: Agent, on_done=lambda trajectory: None):

@@ -4,13 +4,10 @@ Left out: a run folder shared by two jobs at once.
 """
 
 import importlib
-import io
 import json
 import logging
 import os
-import re
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -20,7 +17,9 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from os.path import exists, getmtime, isfile
 from pathlib import Path
+from signal import SIG_DFL, SIGINT, SIGTERM, default_int_handler, signal
 from tempfile import TemporaryFile
 
 import torch
@@ -74,14 +73,14 @@ def run_program(program, about, resolve, body, argv):
         ranks.say_once(f"{program}: {' '.join(str(error).split())}", sys.stderr)
         return 2
     except (RunStopped, KeyboardInterrupt) as stopped:
-        if os.path.exists(f"{run_dir}/config.yaml"):  # else nothing is begun
+        if exists(f"{run_dir}/config.yaml"):  # else nothing is begun
             ranks.say_once(
                 f"{stopped}\nStopped. Go on with: python {program} --resume={run_dir}", sys.stdout
             )
         return 3 if isinstance(stopped, RunStopped) else 130
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of Stop's
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal(SIGINT, default_int_handler)  # in place of Stop's
+        signal(SIGTERM, SIG_DFL)
         ranks.stop()
     return 0
 
@@ -94,8 +93,9 @@ def quiet_libraries():
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "torch.distributed is disabled")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what a console lacks must not end a run
+        with suppress(AttributeError):  # a notebook's
+            # what a console lacks must not end a run
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def open_run(argv, evaluates=False) -> Config:
@@ -104,24 +104,24 @@ def open_run(argv, evaluates=False) -> Config:
     An evaluation starts from the config of the run that its model belongs to, else from a preset.
     run_dir and date are always filled in. ConfigError for a folder that holds another run.
     """
-    typed, base = parse_arguments(argv), None
+    typed, base, now = parse_arguments(argv), None, datetime.now(UTC)
     if resume := typed.get("resume"):
         folder = newest_run(evaluates) if resume == "newest" else Path(resume)
-        if not os.path.isfile(f"{folder}/config.yaml"):
+        if not isfile(f"{folder}/config.yaml"):
             raise ConfigError(f"resume={resume!r}: there is no run with a config.yaml in {folder}")
         base = read_config("resume", folder)
-        config = load_config(argv, base)
+        config = load_config([*argv, f"--run_dir={folder}", f"--resume={folder}"], base)
         begun = base.get("lora_rank", 0)
         if config.lora_rank != begun:
             raise ConfigError(
                 f"lora_rank={config.lora_rank}: the checkpoints in {folder} were written with "
                 f"{begun}; go on with that, or begin a new run"
             )
-        return replace(config, run_dir=str(folder), resume=str(folder))
+        return config
     if evaluates:
         model = Path(typed.get("model") or newest_run())
         run = model.parent.parent if model.parent.name == "checkpoints" else model
-        if os.path.isfile(f"{run}/config.yaml") and os.path.isdir(f"{run}/checkpoints"):
+        if isfile(f"{run}/config.yaml") and exists(f"{run}/checkpoints"):
             base = read_config("model", run)
             base |= {"resume": "", "question": "", "run_dir": "", "date": ""}
             complete = [model] if model != run else complete_checkpoints(run)
@@ -134,20 +134,20 @@ def open_run(argv, evaluates=False) -> Config:
         argv = ["--engine_memory=0.9", *argv, f"--model={model}"]  # no optimizer beside it
         if "data" in typed:
             argv.append(f"--eval_data={typed['data']}")
-    config, now = load_config(argv, base), datetime.now(UTC)
+    config = load_config(argv, base)
     name = "eval" if evaluates else config.preset
     run_dir = config.run_dir or f"{RUNS}/{name}-{now:%Y%m%d-%H%M%S}"
-    if os.path.exists(f"{run_dir}/config.yaml"):
+    if exists(f"{run_dir}/config.yaml"):
         raise ConfigError(
             f"run_dir={run_dir!r} holds a run already; continue it with --resume={run_dir}"
         )
     return replace(config, run_dir=run_dir, date=config.date or f"{now:%Y-%m-%d}")
 
 
-def newest_run(evaluates=False) -> Path:
+def newest_run(evaluates=False):
     """The folder under runs/ of the newest run or evaluation; ConfigError if there is none."""
     kind, files = ("evaluation", "eval-*/config.yaml") if evaluates else ("run", "*/metrics.jsonl")
-    found = sorted(RUNS.glob(files), key=os.path.getmtime)
+    found = sorted(RUNS.glob(files), key=getmtime)
     if not found:
         raise ConfigError(
             f"there is no {kind} under runs/ yet; train.py makes runs, eval.py evaluations of them"
@@ -155,17 +155,13 @@ def newest_run(evaluates=False) -> Path:
     return found[-1].parent
 
 
-def check_needs(config: Config, questions=True):
+def check_needs(config, questions=True):
     """One ConfigError that lists everything that is missing, before anything is loaded."""
     missing = []
     try:
         check_search(config)
     except ConfigError as error:
         missing.append(str(error))
-    for key in ("reader_url", "judge_url"):
-        url = getattr(config, key)
-        if not re.match("(https?://|$)", url):
-            missing.append(f"{key}={url!r}: must begin with http:// or https://")
     for package in LATE_ON_THE_WEB if searches_web(config) else LATE:
         try:
             importlib.import_module(package)
@@ -176,7 +172,7 @@ def check_needs(config: Config, questions=True):
     no_gpu = missing_gpu()
     if config.dtype == "bfloat16" and no_gpu:
         missing.append(f"dtype=bfloat16: {no_gpu}; on a CPU use --dtype=float32")
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    processes, gpus = torchrun_says("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
     if processes > gpus > 0:
         missing.append(f"{processes} processes for {gpus} GPUs: give --nproc_per_node={gpus}")
     if questions and config.search != "toy" and not config.data:
@@ -186,12 +182,12 @@ def check_needs(config: Config, questions=True):
 
 
 @contextmanager
-def starting(config: Config, rank):
+def starting(config, rank):
     """Everything before the first step: if it fails, a run folder that was not there is gone again.
     Whatever is raised becomes a ConfigError, which says where it comes from, if nothing else.
     """
     run = Path(config.run_dir)
-    missing = [folder for folder in (run, *run.parents) if not os.path.exists(folder)]
+    missing = [folder for folder in (run, *run.parents) if not exists(folder)]
     try:
         if rank == 0 and not config.question:  # one that is only shown needs no folder
             with named("run_dir", config.run_dir, "name one that can be written: --run_dir=DIR"):
@@ -199,7 +195,7 @@ def starting(config: Config, rank):
                 TemporaryFile(dir=run).close()
         yield
     except BaseException as error:
-        if rank == 0 and run in missing:
+        if missing:
             shutil.rmtree(run, ignore_errors=True)
         for folder in missing[1:]:
             with suppress(OSError):  # another run is in it by now
@@ -212,6 +208,11 @@ def starting(config: Config, rank):
         ) from error
 
 
+def torchrun_says(name, default=0):
+    """A number in the environment; the default where torchrun has not started this process."""
+    return int(os.environ.get(name, default))
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Who this process is among the processes of the job."""
@@ -221,13 +222,13 @@ class Ranks:
     device: torch.device = torch.device("cpu")
 
     @classmethod
-    def start(cls) -> "Ranks":
+    def start(cls):
         """As torchrun's variables say; joins their group. On GPUs: never run by us."""
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, world_size = torchrun_says("RANK"), torchrun_says("WORLD_SIZE", 1)
         device = cls.device
         if torch.cuda.is_available():
             # Where there are more processes than GPUs, check_needs says so.
-            number = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+            number = torchrun_says("LOCAL_RANK") % torch.cuda.device_count()
             device = torch.device("cuda", number)
             torch.cuda.set_device(device)
         if world_size > 1:
@@ -285,9 +286,9 @@ class Ranks:
 
     def store(self, name):
         """Numbers in torchrun's store that all ranks count up together."""
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        limit = timedelta(seconds=30)
-        return dist.PrefixStore(name, dist.TCPStore(host, port, timeout=limit))
+        host, port = os.environ["MASTER_ADDR"], torchrun_says("MASTER_PORT")
+        server = dist.TCPStore(host, port, timeout=timedelta(seconds=30))
+        return dist.PrefixStore(name, server)
 
     def stop(self):
         """Leave the process group; to be called last."""
@@ -298,25 +299,25 @@ class Ranks:
             time.sleep(1)
 
 
-def watch(ranks: Ranks, limit, finished):
+def watch(ranks, limit, finished):
     """End this process when another rank's has died or hangs, so that none waits for it for ever.
 
     Every process counts up its own number in torchrun's store and looks at the others'. The event
     `finished` is to be set after the last collective; `limit` in seconds.
     """
     store, silent = ranks.store("watch"), ""
-    numbers = [0] * ranks.world_size
-    since = [time.monotonic()] * ranks.world_size  # when a rank's number was new
+    seen = {}  # the number of each rank, and when it was new
     while not silent:
         if finished.wait(limit / 10):
             return
         try:
             store.add(str(ranks.rank), 1)
-            for rank, known in enumerate(numbers):
-                numbers[rank] = store.add(str(rank), 0)
-                if numbers[rank] != known:
-                    since[rank] = time.monotonic()
-                elif time.monotonic() - since[rank] > limit:
+            for rank in range(ranks.world_size):
+                number, now = store.add(str(rank), 0), time.monotonic()
+                last, since = seen.get(rank, (None, now))
+                if number != last:
+                    seen[rank] = number, now
+                elif now - since > limit:
                     silent = f"rank {rank}"
         # The store went with the first node, unless the others were only faster to their end.
         except RuntimeError:
@@ -328,12 +329,12 @@ def watch(ranks: Ranks, limit, finished):
     os._exit(1)  # torchrun then ends the other ranks
 
 
-def complete_checkpoints(run) -> list[Path]:
-    """The checkpoints of a run that were written to the end, oldest first."""
+def complete_checkpoints(run):
+    """The folders of a run's checkpoints that were written to the end, oldest first."""
     return sorted(file.parent for file in Path(run).glob("checkpoints/step-*/state.json"))
 
 
-def save_checkpoint(config: Config, ranks: Ranks, state, write):
+def save_checkpoint(config, ranks, state, write):
     """checkpoints/step-000020/: what write(folder) puts there on every rank, and state.json.
 
     Written aside and renamed, so a kill at any moment leaves the last good one; what is not
@@ -351,7 +352,7 @@ def save_checkpoint(config: Config, ranks: Ranks, state, write):
     write(aside)
     ranks.share(None)  # nobody renames before everybody has written
     if ranks.rank == 0:
-        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        (aside / "state.json").write_text(json.dumps(state), "utf-8")
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         kept = complete_checkpoints(config.run_dir)[-config.keep_checkpoints :]
@@ -360,13 +361,13 @@ def save_checkpoint(config: Config, ranks: Ranks, state, write):
     ranks.share(None)
 
 
-def load_checkpoint(config: Config, ranks: Ranks, state, read):
+def load_checkpoint(config, ranks, state, read):
     """The state in the newest checkpoint, which every rank read(folder)s; without one, `state`."""
     for folder in ranks.share(complete_checkpoints(config.run_dir)[-1:]):
         order = state["order"]
         with named("resume", str(folder), "delete this checkpoint to go on from the one before"):
             read(folder)
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            state = json.loads((folder / "state.json").read_text("utf-8"))
             saved = state.get("order")
         if saved != order:
             raise ConfigError(
@@ -380,10 +381,11 @@ class Stop:
     since half an update or half a checkpoint is of no use.
     """
 
+    asked = False
+
     def __init__(self):
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        for number in (SIGINT, SIGTERM):
+            signal(number, self.handle)
 
     def handle(self, *_):
         self.asked = True

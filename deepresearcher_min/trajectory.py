@@ -13,7 +13,6 @@ them.
 
 import ast
 import json
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -90,7 +89,7 @@ class Trajectory:
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         whose = f"trajectory of question {self.question.id!r}"
-        lengths = len(self.token_ids), len(self.sampled_mask), len(self.logprobs)
+        lengths = tuple(len(vars(self)[name]) for name in types)
         if len(set(lengths)) != 1:
             raise ValueError(f"{whose}: lengths differ: {lengths}")
         if not np.isfinite(self.logprobs[self.sampled_mask]).all():
@@ -104,7 +103,7 @@ class Trajectory:
         return vars(self) | {
             "id": asked.id,
             "question": asked.text,
-            "answers": list(asked.answers),
+            "answers": asked.answers,
             "source": asked.source,
             "turns": [vars(turn) for turn in self.turns],
             "token_ids": self.token_ids.tolist(),
@@ -123,10 +122,10 @@ class Entry:
 
 def best(entries, kept):
     """The entries with `kept` items together: every entry's best, every entry's second, ..."""
-    ranked = []
-    for place, entry in enumerate(entries):
-        ranked += [(rank, place) for rank in range(len(entry.items))]
-    shown = Counter(place for _, place in sorted(ranked)[:kept])  # so many items of each entry
+    ranked = sorted(
+        (rank, i) for i, entry in enumerate(entries) for rank in range(len(entry.items))
+    )
+    shown = Counter(i for _, i in ranked[:kept])  # so many items of each entry
     return [Entry(entry.key, entry.items[: shown[i]]) for i, entry in enumerate(entries)]
 
 
@@ -144,16 +143,14 @@ class Reading:
 
 
 class Recording:
-    """A trajectory while it grows: three parallel lists that are only ever appended to, and what
-    the agent knows.
+    """A trajectory while it grows: two parallel lists that are only ever appended to, and what the
+    agent knows.
     """
 
     def __init__(self, question: Question, prompt_ids):
         self.question = question
-        # Of int, bool and float; a Trajectory makes arrays of them.
         self.token_ids: Any = []
-        self.sampled_mask: Any = []
-        self.logprobs: Any = []
+        self.logprobs: Any = []  # of sampled tokens; None elsewhere
         self.turns = []
         self.cost = Counter()
         self.shown = {}  # every URL that a search has shown: the latest query
@@ -167,15 +164,14 @@ class Recording:
         """Add given tokens, or with logprobs sampled ones; returns their span [start, end)."""
         start = len(self.token_ids)
         self.token_ids += ids
-        self.sampled_mask += [logprobs is not None] * len(ids)
-        self.logprobs += logprobs or [math.nan] * len(ids)
+        self.logprobs += logprobs or [None] * len(ids)
         return start, len(self.token_ids)
 
-    def finish(self, stop_reason, answer: str | None = None) -> Trajectory:
+    def finish(self, stop_reason, answer=None):
         return Trajectory(
             self.question,
             self.token_ids,
-            self.sampled_mask,
+            np.not_equal(self.logprobs, None),  # type: ignore[call-overload]
             self.logprobs,
             tuple(self.turns),
             answer,
@@ -230,7 +226,7 @@ def load_questions(path: str | Path) -> list[Question]:
     return list(questions.values())
 
 
-def parse_row(row) -> Question:
+def parse_row(row):
     """A question from an object, or from a line of JSON (bytes); of several columns for one thing
     the first counts.
 
@@ -276,13 +272,11 @@ def first_of(row, *columns):
     one of an object in a column.
     """
     for column in columns:
-        outer, _, inner = column.partition(".")
-        value = unpacked(row.get(outer))
-        if inner:
-            value = value.get(inner) if isinstance(value, dict) else None
+        value = row
+        for name in column.split("."):
+            value = unpacked(value.get(name)) if isinstance(value, dict) else None
         if value is not None:
             return value
-    return None
 
 
 def unpacked(value):
@@ -290,17 +284,14 @@ def unpacked(value):
     as it is.
     """
     if isinstance(value, str) and value.lstrip().startswith(("[", "{", "array(")):
-        for read in (load_json, read_printed):
-            with suppress(Exception):  # literal_eval alone has five for what it cannot read
-                return read(value)
+        with suppress(Exception):
+            return load_json(value)
+        with suppress(Exception):  # literal_eval alone has five for what it cannot read
+            # numpy prints no commas, and Python joins texts that stand side by side
+            return ast.literal_eval(
+                PRINTED.sub(lambda found: (found[1] or "") + "," * bool(found[2]), value)
+            )
     return value
-
-
-def read_printed(text):
-    """numpy prints no commas, and Python joins texts that stand side by side."""
-    return ast.literal_eval(
-        PRINTED.sub(lambda found: (found[1] or "") + "," * bool(found[2]), text)
-    )
 
 
 def gold_answers(value):
@@ -311,7 +302,7 @@ def gold_answers(value):
     "1998".
     """
     if isinstance(value, dict):
-        value = unpacked(value.get("target"))
+        value = first_of(value, "target")
     golds = []
     for part in value if isinstance(value, list) else [value]:
         if isinstance(part, bool):
@@ -324,7 +315,7 @@ def gold_answers(value):
     return tuple(gold.strip() for gold in golds if gold.strip())
 
 
-def take_questions(questions, seed, start, count) -> list[Question]:
+def take_questions(questions, seed, start, count):
     """Questions `start` to `start + count` of an endless order, a function of the seed and so the
     same on all ranks.
 
@@ -334,5 +325,5 @@ def take_questions(questions, seed, start, count) -> list[Question]:
     order = []
     while len(order) < start + count:
         epoch = len(order) // len(questions)
-        order += np.random.default_rng([seed, epoch]).permutation(len(questions)).tolist()
-    return [questions[number] for number in order[start : start + count]]
+        order += np.random.default_rng([seed, epoch]).permutation(questions).tolist()
+    return order[start : start + count]

@@ -23,21 +23,28 @@ from train import load_task
 pytestmark = pytest.mark.slow
 
 
-def test_a_new_tool_is_one_row_and_one_method(monkeypatch):
+def test_a_new_tool_is_a_schema_a_row_and_a_method(monkeypatch, tmp_path):
     class Calculating(Tools):
         async def calculate(self, expression, record):
             return [protocol.search_item(str(eval(expression, {"__builtins__": {}})))]
 
-    words = ("Do arithmetic.", "sums", "Expressions of Python.", "max_queries", ("sum", "results"))
-    monkeypatch.setitem(
-        protocol.TOOLS, "calculate", protocol.Tool("calculator", *words, protocol.search_item)
+    schema = json.dumps(protocol.read_tools()[0])  # one line more in prompts/tools.json
+    schema = schema.replace("web_search", "calculator").replace("query", "sums")
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps([*protocol.read_tools(), json.loads(schema)]))
+    row = protocol.Tool(
+        "calculator", "sums", "max_queries", ("sum", "results"), protocol.search_item
     )
+    monkeypatch.setitem(protocol.TOOLS, "calculate", row)
+    tools = protocol.read_tools(path)
     agent = make_agent(Scripted(turns(call("calculator", sums=["6*7", "6/0"]), answer_turn("42"))))
     agent = dataclasses.replace(
         agent, tools=Calculating(agent.config, agent.chat, agent.tools.browser.corpus)
     )
     trajectory = one(agent)
-    assert "calculator" in str(protocol.schemas()) and trajectory.answer == "42"
+    chat = protocol.ChatFormat(agent.chat.tokenizer, agent.config.date, tools=tools)
+    assert "calculator" in chat.system
+    assert trajectory.answer == "42"
     right, wrong = ast.literal_eval(trajectory.turns[0].observation)
     assert right == {"results": [protocol.search_item("42")], "sum": "6*7"}
     assert wrong["results"][0]["quick_summary"] == "The tool failed."

@@ -22,8 +22,8 @@ from deepresearcher_min.protocol import (
     Malformed,
     page_item,
     parse_turn,
+    read_tools,
     render,
-    schemas,
     search_item,
 )
 from scripts import toy_tokenizer
@@ -275,7 +275,7 @@ def conversation(
         messages += [{"role": "assistant", "content": "<think>" + turn}]
         messages += [{"role": "tool", "content": chat.defuse(observation)}]
     return ids, tokenizer.apply_chat_template(
-        messages, tools=schemas(), add_generation_prompt=True, tokenize=False
+        messages, tools=read_tools(), add_generation_prompt=True, tokenize=False
     )
 
 

@@ -7,14 +7,13 @@ import pytest
 from test_chat_templates import TALK, TOOLS_SHOWN, chat_of
 
 from deepresearcher_min.config import ConfigError
-from deepresearcher_min.protocol import schemas
-from deepresearcher_min.rollout import read_tools
+from deepresearcher_min.protocol import read_tools
 
 pytestmark = pytest.mark.quick
 
 
 def test_schemas_of_ones_own_reach_the_template_verbatim(tmp_path):
-    found = [{"function": each["function"], "type": "function"} for each in reversed(schemas())]
+    found = [{"function": each["function"], "type": "function"} for each in reversed(read_tools())]
     found[0]["function"]["description"] = ' Öffne "Seiten".\n'
     path = tmp_path / "tools.json"
     path.write_text(json.dumps(found))
@@ -31,7 +30,7 @@ def test_schemas_of_ones_own_reach_the_template_verbatim(tmp_path):
 
 
 def changed(name: str, value) -> str:
-    found = schemas()
+    found = read_tools()
     if name == "argument":
         found[0]["function"]["parameters"]["properties"] = {value: {}}
     else:
@@ -50,8 +49,8 @@ def changed(name: str, value) -> str:
         "{}",
         "[3]",
         '[{"type": "function"}]',
-        json.dumps(schemas()[:1]),
-        json.dumps(schemas() + schemas()[:1]),
+        json.dumps(read_tools()[:1]),
+        json.dumps(read_tools() + read_tools()[:1]),
         changed("name", "search"),
         changed("name", ["web_search"]),
         changed("argument", "queries"),
