@@ -25,9 +25,8 @@ from typing import Any
 import webencodings
 
 from deepresearcher_min.config import (
-    BAD_REPLY,
     ROOT,
-    TIMEOUT,
+    WORDS,
     Config,
     WebFailure,
     code_of,
@@ -39,7 +38,6 @@ from deepresearcher_min.search import ask_service, parse_notes
 
 LIBRARIES = ("trafilatura", "beautifulsoup4", "lxml", "pypdf", "charset-normalizer")
 EXTRACTOR = code_of(__file__, *LIBRARIES)  # what made a recorded text
-NOT_READ = "The page is built in a way that cannot be read."
 INVISIBLE = r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]"
 PDF_ROOT = rb"(?s)(\d{1,9}) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b"
 TAG = re.compile("<[^<>]*>")
@@ -81,7 +79,7 @@ def parse(body, content_type):
     try:
         text = page_text(body, content_type)
     except Exception as error:  # parsers of hostile bytes may raise anything
-        return "", getattr(error, "words", NOT_READ)
+        return "", getattr(error, "words", WORDS["unreadable"])
     text = unicodedata.normalize("NFC", re.sub(INVISIBLE, "", text))
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip(), ""
@@ -262,7 +260,7 @@ class Parsers:
         try:
             child = self.idle.get(timeout=seconds_left(deadline))
         except queue.Empty:
-            raise WebFailure(*TIMEOUT) from None
+            raise WebFailure("timeout") from None
         try:
             if child is None or child.poll() is not None:
                 # A session of its own spares it a Ctrl-C.
@@ -279,7 +277,7 @@ class Parsers:
             text, reason = json.loads(reply)
         except (OSError, ValueError):  # the child is gone: killed by the alarm, or by the page
             child = None
-            raise WebFailure("unreadable", NOT_READ) from None
+            raise WebFailure("unreadable") from None
         finally:
             self.idle.put(child)
         if reason:
@@ -318,13 +316,11 @@ class Browser:
             elif self.web:
                 text = await self.in_thread(self.fetch_text, url, counts, deadline())
             else:
-                raise WebFailure("not_found", "There is no page at this address.")
+                raise WebFailure("not_found")
             pieces = segments(text, config.segment_chars)
             reading.total = len(pieces)
             if 0 < reading.total <= reading.next:
-                raise WebFailure(
-                    "nothing_left", "This page was read to its end before; nothing is left of it."
-                )
+                raise WebFailure("nothing_left")
             for segment in pieces[reading.next :][: config.max_segments or None]:
                 information, further = await self.read(reading, segment, counts, deadline())
                 if information:
@@ -333,11 +329,11 @@ class Browser:
                 if not further:
                     break
             if not notes:
-                raise WebFailure("no_information", "The page says nothing about this.")
+                raise WebFailure("no_information")
         except (WebFailure, TimeoutError) as error:
             if not notes:
                 raise
-            failure = error if isinstance(error, WebFailure) else WebFailure(*TIMEOUT)
+            failure = error if isinstance(error, WebFailure) else WebFailure("timeout")
             count_failure(counts, "page", failure)
         return notes
 
@@ -348,7 +344,7 @@ class Browser:
             body, content_type = self.web.fetch(url, counts, deadline)
             text = self.parsers.text(body, content_type, deadline)
             if not text:
-                raise WebFailure("no_text", "The page holds no text that can be read.")
+                raise WebFailure("no_text")
             return text
 
         return self.web.cached("page", url.partition("#")[0], produce, counts, deadline, EXTRACTOR)
@@ -373,7 +369,7 @@ class Browser:
         if config.reader == "engine":  # bounded in tokens: the clock would make it unrepeatable
             return parse_notes(await self.generate_text(messages))
         reply = await self.in_thread(
-            ask_service, "reader", config, self.web, messages, str, BAD_REPLY, counts, deadline
+            ask_service, "reader", config, self.web, messages, str, "bad_reply", counts, deadline
         )
         return parse_notes(reply)
 

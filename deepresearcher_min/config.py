@@ -35,8 +35,7 @@ PRESETS = DEFAULTS.pop("presets")
 TYPES = {key: type(value) for key, value in DEFAULTS.items()}  # bool, int, float or str
 ROLES = ("search", "reader", "judge")  # the operator's services, whose failures can stop a run
 NO_FAULT = ("no_results", "no_verdict")  # kinds of failure of a service that works
-TIMEOUT = ("timeout", "The server did not answer in time.")
-BAD_REPLY = ("bad_reply", "The service sent a reply that cannot be read.")
+WORDS = yaml.safe_load((ROOT / "deepresearcher_min/failures.yaml").read_bytes())
 LAST_WORDS = {}  # how a call to each service failed last, for people
 COUNT_LOCK = threading.Lock()
 
@@ -46,11 +45,14 @@ class ConfigError(ValueError):
 
 
 class WebFailure(Exception):
-    """A short name to count, a sentence for the model, and the server's own words for people."""
+    """A short name to count, a sentence for the model (that of failures.yaml, if none is given),
+    and the server's own words for people.
+    """
 
     counted = False
 
-    def __init__(self, kind, words, said=""):
+    def __init__(self, kind, words="", said=""):
+        words = words or WORDS[kind]
         super().__init__(f"{kind}: {words}{said and f' It said: {said}'}")
         self.kind, self.words, self.said = kind, words, said
 
@@ -80,7 +82,7 @@ def seconds_left(deadline):
     """Seconds until a deadline on the monotonic clock; raises WebFailure when it has passed."""
     left = deadline - time.monotonic()
     if left <= 0:
-        raise WebFailure(*TIMEOUT)
+        raise WebFailure("timeout")
     return left
 
 

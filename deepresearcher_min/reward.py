@@ -11,19 +11,12 @@ import random
 import string
 import time
 
-from deepresearcher_min.config import Config, WebFailure
+from deepresearcher_min.config import WORDS, Config, WebFailure
 from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.search import JUDGE_FIELDS, ask_service, judge_rules, parse_verdict
 from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Trajectory
 
 PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation, " "))
-FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
-    "malformed": "its last turn was neither a complete thought with one tool call nor one with an "
-    "answer",
-    "tool_budget": "it asked for another tool after its last allowed call instead of answering",
-    "length": "its last turn reached the limit of tokens for a turn (max_turn_tokens)",
-    "context": "it reached the limit of tokens for a whole trajectory (max_model_len)",
-}
 
 
 def words(text):
@@ -92,7 +85,7 @@ def explain(trajectory, config) -> str:
         return f"no reward: the harness ended this trajectory ({stop_reason}), so it is left out"
     value = reward(trajectory, config)
     if answer is None:
-        return f"reward {value:g} for the format: {FORMAT_FAILURES[stop_reason]}"
+        return f"reward {value:g} for the format: {WORDS[stop_reason]}"
     golds = trajectory.question.answers
     best = max(golds, key=lambda gold: f1_score(answer, [gold]))
     given = set(words(answer))
@@ -141,9 +134,10 @@ def ask_judge(trajectory: Trajectory, config: Config, web, counts) -> float | No
         asked = JUDGE_FIELDS.sub(lambda field: fields[field[1]], rules)
         rules = "You are a helpful assistant."
     messages = [{"role": "system", "content": rules}, {"role": "user", "content": asked}]
-    unread = "no_verdict", "The judge gave no verdict."
     deadline = time.monotonic() + config.tool_timeout
     try:
-        return ask_service("judge", config, web, messages, parse_verdict, unread, counts, deadline)
+        return ask_service(
+            "judge", config, web, messages, parse_verdict, "no_verdict", counts, deadline
+        )
     except WebFailure:
         return None

@@ -17,7 +17,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 from deepresearcher_min.config import (
-    BAD_REPLY,
     ROOT,
     ConfigError,
     WebFailure,
@@ -30,8 +29,6 @@ from deepresearcher_min.config import (
 )
 from deepresearcher_min.corpus import Corpus, SearchResult, read_passage
 
-NO_RESULTS = "no_results", "Nothing was found for this query."
-TOO_MANY = "rate_limited", "Too many searches are under way at the moment."
 SOURCE = code_of(__file__)
 # What a reader writes around its notes, and in place of them.
 CONTINUE = r"(?i)\bcontinue\W{0,3}:\W{0,3}(?:(yes)|no)\b\W*"
@@ -61,7 +58,9 @@ def live_search(config, web):
             with lock:  # a bucket of one token: a larger one would break the limit at once
                 slot = max(next_slot, time.monotonic())
                 if slot >= deadline:
-                    raise WebFailure(*TOO_MANY)
+                    raise WebFailure(
+                        "rate_limited", "Too many searches are under way at the moment."
+                    )
                 next_slot = slot + web.world_size / config.requests_per_second
             time.sleep(max(0.0, slot - time.monotonic()))
             if payload:
@@ -74,10 +73,10 @@ def live_search(config, web):
             try:
                 found = [[*map(one_line, row)] for row in service(query, most, ask)]
             except (LookupError, TypeError, AttributeError):
-                raise WebFailure(*BAD_REPLY) from None
+                raise WebFailure("bad_reply") from None
             kept = [row for row in found if row[1]]
             if not kept:
-                raise WebFailure(*NO_RESULTS)
+                raise WebFailure("no_results")
             return kept
 
         request = [config.search, base, query, most, *place.items()]
@@ -196,7 +195,7 @@ def make_search(config, web, corpus: Corpus):
         if kept != found:
             count(counts, "blocked", len(found) - len(kept))
         if not kept:
-            raise WebFailure(*NO_RESULTS)
+            raise WebFailure("no_results")
         return kept
 
     return search
@@ -239,7 +238,7 @@ def ask_model(web, url, key, payload, counts, deadline):
                 raise
             refused.append(told[0])
         except (LookupError, TypeError, AttributeError):
-            raise WebFailure(*BAD_REPLY) from None
+            raise WebFailure("bad_reply") from None
     if refused != known:
         known[:] = refused
         if web.rank == 0:
@@ -256,7 +255,8 @@ def ask_model(web, url, key, payload, counts, deadline):
 def ask_service(role, config, web, messages, read, unread, counts, deadline):
     """read(the text of a reply) of the reader or the judge, through the cassette.
 
-    `read` gives None for what it cannot read: the third such reply is a WebFailure, `unread`.
+    `read` gives None for what it cannot read: the third such reply is a WebFailure of the kind
+    `unread`.
     """
     keys = vars(config)
     url = f"{keys[f'{role}_url'].rstrip('/')}/chat/completions"
@@ -276,7 +276,7 @@ def ask_service(role, config, web, messages, read, unread, counts, deadline):
             found = read(text)
             if found not in (None, ""):
                 return found
-        raise WebFailure(*unread)
+        raise WebFailure(unread)
 
     return web.cached(role, [url, payload], ask, counts, deadline)
 

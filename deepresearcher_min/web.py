@@ -1,9 +1,9 @@
 """The only place that opens a socket to the web: search.py and browse.py go through it.
 
-Failures (kinds, and words for the model) · addresses (which may be opened) · the exchange (the
-only adapter of our one requests.Session: whatever that sends, redirects too, is checked, pinned and
-limited there) · Web, for pages and services, with its cassette (cache and recording at once). Every
-wait ends at the deadline of the tool call.
+Addresses (which may be opened) · the exchange (the only adapter of our one requests.Session:
+whatever that sends, redirects too, is checked, pinned and limited there) · Web, for pages and
+services, with its cassette (cache and recording at once). Every wait ends at the deadline of the
+tool call; the words for failures are in failures.yaml.
 
 Left out: cookies, scripts, robots.txt, HTTP/2, proxies, ~/.netrc. Retries are a loop of ours:
 urllib3's Retry sleeps past a deadline, drains refused replies without a limit, and does not ask
@@ -34,10 +34,9 @@ from urllib3 import exceptions as errors
 from urllib3.util import parse_url
 
 from deepresearcher_min.config import (
-    BAD_REPLY,
     LAST_WORDS,
     NO_FAULT,
-    TIMEOUT,
+    WORDS,
     BlockedURL,
     ConfigError,
     WebFailure,
@@ -48,18 +47,6 @@ from deepresearcher_min.config import (
     raise_if_down,
     seconds_left,
 )
-
-# --- failures: kinds, and words for the model
-
-REFUSED = (
-    "refused_address",
-    "Only plain http and https addresses of the public internet can be opened.",
-)
-BLOCKED = (
-    "blocked_host",
-    "This host is blocked: data sets are kept there, with the answers to questions.",
-)
-
 
 # --- addresses: which may be opened
 
@@ -90,7 +77,7 @@ def check_url(url: str, allow_private=False, seconds=5.0):
         parts = parse_url(url if re.fullmatch(PLAIN_URL, url) else "")
     host = (parts.host or "").strip("[]")
     if not host or not (allow_private or parts.port in (None, 80, 443)):
-        raise BlockedURL(*REFUSED)
+        raise BlockedURL("refused_address")
     lookup = RESOLVERS.submit(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
     try:
         addresses = [entry[4][0] for entry in lookup.result(seconds)]
@@ -99,32 +86,23 @@ def check_url(url: str, allow_private=False, seconds=5.0):
     finally:
         lookup.cancel()  # one that nobody waits for any more must not hold up the others
     if not allow_private and not all(map(is_public, addresses)):
-        raise BlockedURL(*REFUSED)
+        raise BlockedURL("refused_address")
     return parts, addresses
 
 
 # --- the exchange: one request and its reply
 
-HEADERS = {
-    "User-Agent": "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)",
-    "Accept-Encoding": "gzip, deflate",
-}
+USER_AGENT = "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)"
 # content types of pages
 READABLE = r"(?i)\s*($|text/(html|plain|markdown)|application/(xhtml\+xml|pdf))"
-QUOTA = "quota", "The quota of the service is used up."
-NO_ACCESS = "unauthorized", "The server refused access."
-BUSY = "rate_limited", "The server answered with the error 429 (Too Many Requests)."
-STATUS = {401: NO_ACCESS, 402: QUOTA, 403: NO_ACCESS, 429: BUSY, 432: QUOTA}
+STATUS = {401: "unauthorized", 402: "quota", 403: "unauthorized", 429: "rate_limited", 432: "quota"}
 # what requests and urllib3 raise; all else is a connection that failed
 RAISED = {
-    requests.TooManyRedirects: (
-        "redirects",
-        "The address leads from redirect to redirect without end.",
-    ),
-    errors.SSLError: ("tls", "No secure connection to the server is possible."),
-    errors.ConnectTimeoutError: TIMEOUT,
-    errors.ReadTimeoutError: TIMEOUT,
-    errors.EmptyPoolError: TIMEOUT,
+    requests.TooManyRedirects: "redirects",
+    errors.SSLError: "tls",
+    errors.ConnectTimeoutError: "timeout",
+    errors.ReadTimeoutError: "timeout",
+    errors.EmptyPoolError: "timeout",
 }
 # what this thread is fetching: .own (from a service of the operator), .attempt, .counts, .deadline
 ERRAND = threading.local()
@@ -168,7 +146,7 @@ class Door(requests.adapters.HTTPAdapter):
         limits = self.limits
         own = ERRAND.own
         if not own and is_blocked(request.url, host_list(limits)):
-            raise BlockedURL(*BLOCKED)
+            raise BlockedURL("blocked_host")
         parts, addresses = check_url(
             request.url, own or limits.allow_private_hosts, seconds_left(ERRAND.deadline)
         )
@@ -215,7 +193,7 @@ class Door(requests.adapters.HTTPAdapter):
             )
         body = reply.read(self.limits.max_page_bytes + 1)
         if len(body) > self.limits.max_page_bytes:
-            raise WebFailure("too_large", "The page is too large to be read.")
+            raise WebFailure("too_large")
         count(ERRAND.counts, "bytes", reply.tell())
         return body
 
@@ -226,12 +204,10 @@ def status_failure(response, headers):
     body = response.content
     if status == 400 and b"credit" in body[:1000].lower():
         status = 402  # "Not enough credits" is Serper's
-    other = (
-        f"http_{status}",
-        f"The server answered with the error {status} "
-        f"({http.client.responses.get(status, 'unknown')}).",
-    )
-    return WebFailure(*STATUS.get(status, other), server_words(body, headers))
+    kind = STATUS.get(status, f"http_{status}")
+    name = http.client.responses.get(status, "unknown")
+    words = WORDS.get(kind, f"The server answered with the error {status} ({name}).")
+    return WebFailure(kind, words, server_words(body, headers))
 
 
 def server_words(body, headers):
@@ -285,7 +261,7 @@ class Web:
         self.session = requests.Session()
         self.session.trust_env = False  # ~/.netrc would replace our Authorization header
         self.session.max_redirects = 5
-        self.session.headers.update(HEADERS)
+        self.session.headers["User-Agent"] = USER_AGENT
         self.session.adapters = {"": Door(config)}
 
     def cached(self, kind, request, produce, counts, deadline, made=""):
@@ -309,7 +285,7 @@ class Web:
         left = deadline - time.monotonic()
         try:
             if not flight.acquire(timeout=seconds_left(deadline)):
-                raise WebFailure(*TIMEOUT)
+                raise WebFailure("timeout")
             try:
                 return self.reply_to(key, produce, counts, made)
             finally:
@@ -340,7 +316,7 @@ class Web:
         if reply and written >= oldest and same:
             count(counts, "cache_hits")
         elif mode == "replay":
-            raise WebFailure("replay_miss", "This is not in the recording that is being replayed.")
+            raise WebFailure("replay_miss")
         else:
             try:
                 reply = {"value": produce()}
@@ -382,10 +358,9 @@ class Web:
             except WebFailure as raised:
                 failure = raised
             except ValueError:  # what requests does not even take for an address
-                failure = BlockedURL(*REFUSED)
+                failure = BlockedURL("refused_address")
             except (errors.HTTPError, OSError) as error:
-                broken = "connection", "The connection to the server failed."
-                failure = WebFailure(*RAISED.get(type(error), broken))
+                failure = WebFailure(RAISED.get(type(error), "connection"))
             again = re.match("timeout|connection|rate_limited|http_5", failure.kind)
             late = time.monotonic() + pause >= deadline
             if late or not again or ERRAND.attempt == self.config.max_retries:
@@ -401,7 +376,7 @@ class Web:
             # some send errors with the status of success
             if not (isinstance(reply, dict) and reply.get("error")):
                 return reply
-        raise WebFailure(*BAD_REPLY, server_words(body, headers))
+        raise WebFailure("bad_reply", said=server_words(body, headers))
 
     def close(self):
         self.session.close()
