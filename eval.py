@@ -64,7 +64,7 @@ def resolve(argv) -> Config:
     return config
 
 
-def conclude(config, task, started: float):
+def conclude(config, task, started):
     """Judge the answers; write summary.json, results.md and report.html from the files; print the
     table.
     """
@@ -151,7 +151,7 @@ def start(config, ranks, notes):
         agent.engine.close()
 
 
-def main(argv) -> int:
+def main(argv):
     return run_program("eval.py", __doc__, resolve, start, argv)
 
 

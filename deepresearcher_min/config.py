@@ -35,7 +35,6 @@ PRESETS = DEFAULTS.pop("presets")
 TYPES = {key: type(value) for key, value in DEFAULTS.items()}  # bool, int, float or str
 ROLES = ("search", "reader", "judge")  # the operator's services, whose failures can stop a run
 NO_FAULT = ("no_results", "no_verdict")  # kinds of failure of a service that works
-WORDS = yaml.safe_load((ROOT / "deepresearcher_min/failures.yaml").read_bytes())
 LAST_WORDS = {}  # how a call to each service failed last, for people
 COUNT_LOCK = threading.Lock()
 
@@ -63,6 +62,14 @@ class BlockedURL(WebFailure):
 
 class RunStopped(Exception):
     """Why a run ends before its end, with everything saved: --resume goes on."""
+
+
+def table(name):
+    """What one of the package's YAML files holds: no code, but what code looks up."""
+    return yaml.safe_load((ROOT / f"deepresearcher_min/{name}.yaml").read_bytes())
+
+
+WORDS = table("failures")
 
 
 def count(counts, name, amount=1):

@@ -17,9 +17,8 @@ from random import Random
 from textwrap import shorten
 
 import numpy as np
-import yaml
 
-from deepresearcher_min.config import ROOT, ConfigError
+from deepresearcher_min.config import ROOT, ConfigError, table
 from deepresearcher_min.trajectory import Question
 
 # Letters and digits, and the signs that belong to letters from Hindi to Khmer, which are no \w.
@@ -160,7 +159,7 @@ class Corpus:
             return f"{flat[:SNIPPET_CHARS]} ..."
         return short
 
-    def search(self, query, k: int):
+    def search(self, query, k):
         """The k best documents, best first, equal scores in corpus order; none that shares no word
         with the query.
         """
@@ -206,9 +205,7 @@ def extract(question: str, segment: str) -> str:
 
 MODEL_DIR = ROOT / "deepresearcher_min/toy_model"
 SITE = "https://toy.example/"
-NAMES, RELATIONS, FILLERS, TWO_HOP = yaml.safe_load(
-    (ROOT / "deepresearcher_min/toyworld.yaml").read_bytes()
-).values()
+NAMES, RELATIONS, FILLERS, TWO_HOP = table("toyworld").values()
 
 
 class World:
@@ -225,7 +222,7 @@ class World:
     with the others.
     """
 
-    def __init__(self, purpose: str, seed):
+    def __init__(self, purpose, seed):
         # The order of all draws makes the world: whoever changes it changes what a seed stands for.
         rng = Random(f"{purpose} {seed}")
         held_out = purpose == "held out"
@@ -266,7 +263,7 @@ class World:
             summaries.append(f"{lead} {rng.choice(sentences)}")
         self.corpus = Corpus(documents, snippet=summaries.__getitem__)
 
-    def questions(self, count, seed: int):
+    def questions(self, count, seed):
         """`count` different questions, half of them with one hop and half with two, in random
         order.
         """
@@ -288,11 +285,11 @@ class World:
         return questions
 
 
-def url_of(name) -> str:
+def url_of(name):
     return SITE + name.replace(" ", "_")
 
 
-def chain_of(question: str):
+def chain_of(question):
     """'What is the mayor of the birthplace of Ada Vek?' -> ('Ada Vek', ['birthplace', 'mayor'])."""
     chain = question.removeprefix("What is the ").removesuffix("?")
     subject, *relations = reversed(re.split(" of (?:the )?", chain))

@@ -89,7 +89,7 @@ def load_task(config, key="eval_data") -> Task:
     return Task(model_dir, questions, held_out, corpus)
 
 
-def read_questions(key: str, path: str):
+def read_questions(key, path):
     with named(key, path):
         return load_questions(path) if path else []
 
@@ -111,7 +111,7 @@ def load_examination(config, ranks) -> Task:
     return replace(task, held_out=kept)
 
 
-def test_set(config) -> str:
+def test_set(config):
     """The official test set, fetched once and kept under ~/.cache; ConfigError if it cannot be."""
     path = CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
     body = path.read_bytes() if os.path.isfile(path) else b""
@@ -199,7 +199,7 @@ class PlainChat(ChatFormat):
         vars(self).update(vars(chat))
         self.tools, self.found = None, found
 
-    def prompt_ids(self, question: str):
+    def prompt_ids(self, question):
         if question in self.found:
             question = f"{question}\n\nSearch results: {self.found[question]}"
         return super().prompt_ids(question)
@@ -268,7 +268,7 @@ def usable(tried, config):
     return dict(sorted(known.items()))
 
 
-def ask_all(config, task, agent, done, left: int, ranks):
+def ask_all(config, task, agent, done, left, ranks):
     """Ask what is not `done` yet in each run, `left` in all; a trajectory is written as it ends, so
     that no kill loses or repeats one.
     """
@@ -307,7 +307,7 @@ def spent(config, runs):
     return sum(cost.get("usd", 0.0) for cost in costs)
 
 
-def check_budget(config, usd: float):
+def check_budget(config, usd):
     """RunStopped where the estimated cost of a run has reached max_cost."""
     if 0 < config.max_cost <= usd:
         raise RunStopped(f"The estimated cost, ${usd:.2f}, has reached max_cost={config.max_cost}.")

@@ -15,11 +15,10 @@ from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
-import yaml
 
-from deepresearcher_min.config import ROOT, replace_file
+from deepresearcher_min.config import ROOT, replace_file, table
 from deepresearcher_min.reward import exact_match, f1_score
-from deepresearcher_min.trajectory import POLICY_STOPS, Question, Trajectory, Turn
+from deepresearcher_min.trajectory import POLICY_STOPS, Trajectory, Turn
 
 MAX_TRAJECTORIES = 4096  # that the page embeds; the files in trajectories/ hold all of them
 # Characters of turns and observations on the page; what is beyond is cut to MAX_TURN.
@@ -34,9 +33,9 @@ STEP_LINE = (
     "roll {roll_s:5.1f}s upd {update_s:5.1f}s | ${usd:1.2f}"
 )
 # The rows of a table: {key of an evaluation: (name, format)}.
-SCORES = yaml.safe_load((ROOT / "deepresearcher_min/scores.yaml").read_bytes())
+SCORES = table("scores")
 # {name: regular expressions}
-BEHAVIOURS = yaml.safe_load((ROOT / "deepresearcher_min/behaviours.yaml").read_bytes())
+BEHAVIOURS = table("behaviours")
 
 
 # --- measures: what is told about trajectories
@@ -125,7 +124,7 @@ def step_means(sums):
 # --- lines and tables
 
 
-def step_line(metrics) -> str:
+def step_line(metrics):
     """The console line of one step, from its metrics {"f1": 0.41, "em": 0.35, ...}; columns keep
     their width; shares are in [0, 1].
     """
@@ -150,7 +149,7 @@ def score_rows(named):
     return rows
 
 
-def text_table(rows, markdown=False) -> str:
+def text_table(rows, markdown=False):
     """Rows of cells, the head first, as aligned text or as a Markdown table."""
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     end = ":" if markdown else "-"  # figures are aligned to the right
@@ -263,7 +262,7 @@ def write_trajectories(path, step, groups, explain, first=0):
             append_json_line(path, row)
 
 
-def read_trajectory(row, question: Question) -> Trajectory:
+def read_trajectory(row, question) -> Trajectory:
     """What write_trajectories wrote of this question, log-probabilities rounded to six digits."""
     logprobs = np.full(len(row["token_ids"]), np.nan)
     np.place(logprobs, row["sampled_mask"], row["logprobs"])
@@ -283,12 +282,12 @@ def read_trajectory(row, question: Question) -> Trajectory:
     )
 
 
-def printable(text) -> str:
+def printable(text):
     """Without escape sequences, and without what UTF-8 cannot hold."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
 
-def readable(trajectory, why="") -> str:
+def readable(trajectory, why=""):
     """A trajectory as text for people: question, gold answers, what was written and observed, and
     the reward.
     """
@@ -343,7 +342,7 @@ def publish(config, summary):
     (run / "report.html").write_text(text.replace("__DATA__", data), "utf-8", "replace")
 
 
-def load_trajectories(folder: Path):
+def load_trajectories(folder):
     """What the page embeds of trajectories/*.jsonl, evaluations and late steps first, and a
     sentence about it.
 

@@ -14,7 +14,7 @@ import time
 from deepresearcher_min.config import WORDS, Config, WebFailure
 from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.search import JUDGE_FIELDS, ask_service, judge_rules, parse_verdict
-from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Trajectory
+from deepresearcher_min.trajectory import POLICY_STOPS, Group, Trajectory
 
 PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation, " "))
 
@@ -75,7 +75,7 @@ def reward(trajectory: Trajectory, config: Config) -> float:
     return f1_score(trajectory.answer, trajectory.question.answers)
 
 
-def explain(trajectory, config) -> str:
+def explain(trajectory, config):
     """The reward in words: which gold answer it was compared with, precision and recall, or what
     went wrong.
     """
@@ -102,7 +102,7 @@ def explain(trajectory, config) -> str:
     )
 
 
-def judge(question: Question, trajectories, config, step) -> Group:
+def judge(question, trajectories, config, step) -> Group:
     """Rewards and advantages of one question's trajectories; what the harness ended is left out."""
     kept = [one for one in trajectories if one.stop_reason in POLICY_STOPS]
     rewards = [reward(one, config) for one in kept]

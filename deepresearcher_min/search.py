@@ -289,7 +289,7 @@ def parse_notes(reply):
     return notes, bool(further and further[1])
 
 
-def judge_rules(config) -> str:
+def judge_rules(config):
     """The text of judge_prompt_file, or ours; ConfigError where it cannot be used."""
     with named("judge_prompt_file", config.judge_prompt_file):
         rules = Path(config.judge_prompt_file or ROOT / "prompts/judge.txt").read_text("utf-8")

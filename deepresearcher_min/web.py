@@ -60,7 +60,7 @@ NETWORKS = """224.0.0.0/3 192.0.0.0/24 192.88.99.0/24 168.63.129.16/32
 RESOLVERS = ThreadPoolExecutor(16, "resolver")  # getaddrinfo knows no deadline; waiting for it does
 
 
-def is_public(address) -> bool:
+def is_public(address):
     """Whether an IP address belongs to the public internet; IPv4 inside IPv6 is judged as IPv4."""
     ip = ipaddress.ip_address(address)
     if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
