@@ -88,11 +88,10 @@ def conclude(config, task, started):
         if sources.keys() & row.keys():
             row[""] = f"paper: {row['method']}"  # the head begins with an empty cell
             table.append([row.get(name, "-") for name in table[0]])
-    lost = spoilt = 0
-    for tried, known in zip(runs, kept, strict=True):
-        met = {one.question.id for one in tried}
-        lost += len(task.held_out) - len(met)
-        spoilt += len(met) - len(known)
+    met = 0
+    for tried in runs:
+        met += len({one.question.id for one in tried})
+    lost, spoilt = len(task.held_out) * config.repeats - met, met - sum(map(len, kept))
     words = CAPTION + REPEATED * (config.repeats > 1)
     words = words.format(**vars(config), judge=judge, lost=lost, spoilt=spoilt)
     caption = textwrap.fill(words, 118)

@@ -247,9 +247,10 @@ class World:
         for kind in names:
             for name in names[kind]:
                 self.kind[name] = kind
-                facts = self.facts[name] = {}
-                for relation, values in (RELATIONS[kind] | FILLERS[kind]).items():
-                    facts[relation] = rng.choice(names.get(values) or values.split())
+                self.facts[name] = {
+                    relation: rng.choice(names.get(values) or values.split())
+                    for relation, values in (RELATIONS[kind] | FILLERS[kind]).items()
+                }
         couples = iter(names["person"])
         for one, other in zip(couples, couples, strict=True):
             self.facts[one]["spouse"] = other

@@ -145,7 +145,8 @@ def make_agent(config, task, ranks, notes):
     """The agent in training, and the same one on the held-out web; all parts are tried. A context
     above the model's own is a line more in `notes`.
     """
-    fetch_model(task.model_dir, ranks)
+    folder = task.model_dir
+    fetch_model(folder, ranks)
     prompt, asked = "", config.max_model_len
     if config.system_prompt_file:
         with named("system_prompt_file", config.system_prompt_file):
@@ -154,9 +155,9 @@ def make_agent(config, task, ranks, notes):
                 raise ValueError("there is no text in it")
     schemas = rollout.read_tools(config.tools_file)
     with named("model", config.model, "name a chat model with --model=DIR"):
-        model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(task.model_dir)
-        chat = ChatFormat(tokenizer, config.date, prompt, schemas, declared_ends(task.model_dir))
+        model = AutoConfig.from_pretrained(folder).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        chat = ChatFormat(tokenizer, config.date, prompt, schemas, declared_ends(folder))
         ids = chat.prompt_ids("Who?")
         if max(ids) >= model.vocab_size:
             raise ValueError(
@@ -170,9 +171,11 @@ def make_agent(config, task, ranks, notes):
         notes.append(f"max_model_len={asked} is above the model's own limit of {limit} tokens.")
     web = open_web(config, ranks) if uses_web(config) else None
     with named("model", config.model):
-        engine = make_engine(config, task.model_dir, ranks.world_size)
-    agent = Agent(config, engine, Tools(config, chat, task.corpus, web), chat)
-    return agent, replace(agent, tools=Tools(config, chat, (task.world or task).corpus, web))
+        engine = make_engine(config, folder, ranks.world_size)
+    return [
+        Agent(config, engine, Tools(config, chat, one.corpus, web), chat)
+        for one in (task, task.world or task)
+    ]
 
 
 def begin(config, ranks, notes, asks=True, judges=False):
@@ -337,10 +340,10 @@ def ask_judge_all(config, runs):
         report.append_json_line(Path(f"{config.run_dir}/judge.jsonl"), {"usd": counts["usd"]})
         web.close()
     raise_if_down(config, web.totals)
-    silent = sum(list(each.values()).count(None) for each in verdicts)
-    causes = [f"{amount} {name}" for name, amount in counts.items() if "fail_judge_" in name]
-    words = f"by {config.judge_model}; without a verdict, left out: {silent}"
-    return verdicts, f"{words} ({', '.join(causes) or '-'})", paid + counts["usd"]
+    silent = {name: number for name, number in counts.items() if "fail_judge_" in name}
+    causes = ", ".join(f"{number} {name}" for name, number in silent.items())
+    words = f"by {config.judge_model}; without a verdict, left out: {sum(silent.values())}"
+    return verdicts, f"{words} ({causes or '-'})", paid + counts["usd"]
 
 
 def scores_of(tried, known, judged, answers, config):
@@ -349,7 +352,7 @@ def scores_of(tried, known, judged, answers, config):
     """
     rows, shown, sums = [], Counter(), step_sums([], [tried])
     for key, one in known.items():
-        text = None if one.answer is None else " ".join(reward.words(one.answer))
+        text = one.answer and " ".join(reward.words(one.answer))
         rows.append(measures(one) | {"mbe": judged.get(key), "answer": text})
         answers[key].append(rows[-1])
         shown.update(report.behaviours(one))

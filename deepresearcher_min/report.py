@@ -366,13 +366,14 @@ def load_trajectories(folder):
     left, cut = MAX_PAGE_TEXT, 0
     # Read backwards, ids of one source lie far apart.
     for row in sorted(kept, key=lambda row: row["id"][::-1]):
-        left -= sum(len(turn["text"] + turn["observation"]) for turn in row["turns"])
-        cut += left < 0
+        whole = left > 0
+        cut += not whole
         for turn in row["turns"]:
+            left -= len(turn["text"] + turn["observation"])
             with suppress(Exception):  # literal_eval alone has four for what is no list
                 # A list, which the page can fold.
                 turn["observation"] = ast.literal_eval(turn["observation"])
-            if left < 0:
+            if not whole:
                 turn["text"] = turn["text"][:MAX_TURN]
                 turn["observation"] = turn["observation"] and None  # None: cut
     shown = {row["file"] for row in kept}

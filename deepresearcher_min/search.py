@@ -44,8 +44,8 @@ def live_search(config, web):
     base = (config.search_url or base).rstrip("/")
     headers = {"X-API-KEY": os.environ.get(key, "").strip()} if key else {}
     price = config.price_search if key else 0.0
-    place = {"gl": config.search_country, "hl": config.search_language} if key else {}
-    place = {name: value for name, value in place.items() if value}
+    place = {"gl": config.search_country, "hl": config.search_language}
+    place = {name: value for name, value in place.items() if key and value}
     most = config.search_results
     lock, next_slot = threading.Lock(), 0.0
 
@@ -81,12 +81,10 @@ def live_search(config, web):
 
         request = [config.search, base, query, most, *place.items()]
         rows = web.cached("search", request, find, counts, deadline, SOURCE)
-        found = []
-        for title, url, snippet in rows[:most]:
-            if url.startswith("/"):
-                url = f"{base}{url}"
-            found.append(SearchResult(title, url, snippet))
-        return found
+        return [
+            SearchResult(title, f"{base}{url}" if url.startswith("/") else url, snippet)
+            for title, url, snippet in rows[:most]
+        ]
 
     return search
 

@@ -15,6 +15,7 @@ import http.client
 import io
 import ipaddress
 import json
+import math
 import random
 import re
 import socket
@@ -174,28 +175,22 @@ class Door(requests.adapters.HTTPAdapter):
             redirect=False,
             preload_content=False,
         )
-        # both: a connection with unread bytes is closed, and its place in the pool given back
         try:
+            kind = reply.headers.get("Content-Type", "")
+            if reply.status == 200 and not own and not re.match(READABLE, kind):
+                words = f"This is not a page to read but a file of type {kind[:60]}."
+                raise WebFailure("content_type", words)
+            body = reply.read(limits.max_page_bytes + 1)  # decompressed
+            if len(body) > limits.max_page_bytes:
+                raise WebFailure("too_large")
+            count(ERRAND.counts, "bytes", reply.tell())
             response = self.build_response(request, reply)
             # read already, and without cookies that the session could keep
-            response.raw = io.BytesIO(self.body_of(reply))
+            response.raw = io.BytesIO(body)
             return response
-        finally:
+        finally:  # a connection with unread bytes is closed, and its place in the pool given back
             reply.close()
             reply.release_conn()
-
-    def body_of(self, reply):
-        """Decompressed, and no more of it than a page may have."""
-        kind = reply.headers.get("Content-Type", "")
-        if reply.status == 200 and not ERRAND.own and not re.match(READABLE, kind):
-            raise WebFailure(
-                "content_type", f"This is not a page to read but a file of type {kind[:60]}."
-            )
-        body = reply.read(self.limits.max_page_bytes + 1)
-        if len(body) > self.limits.max_page_bytes:
-            raise WebFailure("too_large")
-        count(ERRAND.counts, "bytes", reply.tell())
-        return body
 
 
 def status_failure(response, headers):
@@ -233,7 +228,7 @@ class Web:
     """
 
     run = 0  # of an evaluation's repeats
-    enough = 0  # from how many calls on most failures stop the run; 0: never
+    enough = math.inf  # from how many calls on most failures stop the run
 
     def __init__(self, config, cassette: str | Path, rank=0, world_size=1):
         self.config = config
@@ -271,8 +266,7 @@ class Web:
         `kind`, of what is asked: page or one of ROLES. `made` stands for the code behind produce():
         in mode live, what other code has made is asked for again.
         """
-        if self.enough:
-            raise_if_down(self.config, self.totals, self.enough)
+        raise_if_down(self.config, self.totals, self.enough)
         count(counts, f"{kind}_calls")
         count(self.totals, f"cost_{kind}_calls")
         asked = [kind, request]
