@@ -82,7 +82,7 @@ def conclude(config, task, started):
     for name in sorted({one.question.source for known in kept for one in known.values()}):
         part = [[one for one in tried if one.question.source == name] for tried in runs]
         sources[name or "no source"], _ = evaluation.scores_over_runs(part, verdicts, config)
-    table = report.score_rows({**sources, "all": overall})
+    table = report.score_rows(sources | {"all": overall})
     published = (ROOT / "docs/paper.csv").read_text("utf-8").splitlines()
     for row in csv.DictReader(published):
         if sources.keys() & row.keys():

@@ -262,11 +262,11 @@ class Parsers:
         except queue.Empty:
             raise WebFailure("timeout") from None
         try:
-            if child is None or child.poll() is not None:
+            if not child or child.poll() is not None:
                 # A session of its own spares it a Ctrl-C.
                 command = [sys.executable, "-W", "ignore", "-m", __name__]
                 child = Popen(command, stdin=PIPE, stdout=PIPE, cwd=ROOT, start_new_session=True)
-            alarm = threading.Timer(deadline - time.monotonic(), child.kill)
+            alarm = threading.Timer(seconds_left(deadline), child.kill)
             alarm.start()
             try:
                 pickle.dump((body, content_type), child.stdin)

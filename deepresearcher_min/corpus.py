@@ -167,8 +167,10 @@ class Corpus:
         scores = self.index.get_scores_from_ids(self.index.get_tokens_ids(wanted))
         found = np.flatnonzero(scores > 0)
         best = found[np.argsort(-scores[found], kind="stable")[:k]]
-        rows = [(*self.documents[number][:2], self.snippet(number)) for number in best.tolist()]
-        return [SearchResult(*row) for row in rows]
+        return [
+            SearchResult(*self.documents[number][:2], self.snippet(number))  # type: ignore[call-arg]
+            for number in best.tolist()
+        ]
 
 
 # --- inside a page

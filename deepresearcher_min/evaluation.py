@@ -8,10 +8,10 @@ import asyncio
 import hashlib
 import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import stdev
@@ -40,7 +40,7 @@ from deepresearcher_min.protocol import ChatFormat
 from deepresearcher_min.report import measures, step_sums
 from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out
 from deepresearcher_min.run import Ranks
-from deepresearcher_min.trajectory import Question, Recording, load_questions
+from deepresearcher_min.trajectory import Recording, load_questions
 from deepresearcher_min.web import Web
 
 # The revision is the one at which a public copy of the official repository has the file; never
@@ -52,15 +52,9 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dee
 ENOUGH = 50  # calls to a service after which an evaluation stops where most of them failed
 
 
-@dataclass(frozen=True)
-class Task:
-    """What to learn on, and what to be measured on; a corpus is an offline web."""
-
-    model_dir: str
-    questions: list[Question]
-    held_out: list[Question]
-    corpus: Corpus | None = None
-    world: World | None = None  # the toy's held-out one: its web, and the behaviour rates
+# What to learn on, and what to be measured on: a folder, lists of Questions. A corpus is an offline
+# web; `world` is the toy's held-out one: its web, and the behaviour rates.
+Task = namedtuple("Task", "model_dir questions held_out corpus world", defaults=(None, None))
 
 
 def load_task(config, key="eval_data") -> Task:
@@ -75,7 +69,7 @@ def load_task(config, key="eval_data") -> Task:
         return Task(model_dir, questions, other.questions(count, seed), world.corpus, other)
     questions = read_questions("data", config.data)
     held_out = read_questions(key, config.eval_data)[: count or None]
-    if config.data and not config.eval_data:  # set aside, and never trained on
+    if questions and not held_out:  # set aside, and never trained on
         if not 0 < count < len(questions):
             raise ConfigError(
                 f"eval_questions={count}: without eval_data, 1 to {len(questions) - 1} of the "
@@ -108,7 +102,7 @@ def load_examination(config, ranks) -> Task:
         taken[question.source] += 1
         if config.limit == 0 or taken[question.source] <= config.limit:
             kept.append(question)
-    return replace(task, held_out=kept)
+    return task._replace(held_out=kept)
 
 
 def test_set(config):
@@ -402,7 +396,7 @@ def scores_over_runs(runs, verdicts, config):
 def interval(f1):
     """The 95 % interval of the mean F1 of questions, from 2,000 draws of as many."""
     draws = np.random.default_rng(0).choice(f1, (2000, len(f1)))
-    return np.quantile(draws.mean(axis=1), (0.025, 0.975)).round(3).tolist()
+    return np.quantile(draws.mean(1), (0.025, 0.975)).round(3).tolist()
 
 
 def mean(rows, name) -> float | None:

@@ -47,7 +47,7 @@ def measures(trajectory):
     """
     answer = trajectory.answer
     golds = trajectory.question.answers
-    cost = trajectory.cost
+    cost = Counter(trajectory.cost)
     return {
         "trajectories": 1,
         "tokens": len(trajectory.token_ids),
@@ -56,8 +56,8 @@ def measures(trajectory):
         "format_errors": float(trajectory.stop_reason != "answer"),
         # A call too many is not answered.
         "calls": sum(turn.observation != "" for turn in trajectory.turns),
-        "searches": cost.get("searches", 0),
-        "pages": cost.get("pages", 0),
+        "searches": cost["searches"],
+        "pages": cost["pages"],
     }
 
 
