@@ -18,26 +18,19 @@ import threading
 import time
 import unicodedata
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from subprocess import PIPE, Popen
-from typing import Any
 
 import webencodings
 
-from deepresearcher_min.config import (
-    ROOT,
-    WORDS,
-    Config,
-    WebFailure,
-    code_of,
-    count_failure,
-    seconds_left,
-)
-from deepresearcher_min.corpus import Corpus, extract, segments
+from deepresearcher_min.config import ROOT, WORDS, WebFailure, code_of, count_failure, seconds_left
+from deepresearcher_min.corpus import extract, segments
 from deepresearcher_min.search import ask_service, parse_notes
 
-LIBRARIES = ("trafilatura", "beautifulsoup4", "lxml", "pypdf", "charset-normalizer")
-EXTRACTOR = code_of(__file__, *LIBRARIES)  # what made a recorded text
+# What made a recorded text.
+EXTRACTOR = code_of(
+    __file__, "trafilatura", "beautifulsoup4", "lxml", "pypdf", "charset-normalizer"
+)
 INVISIBLE = r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]"
 PDF_ROOT = rb"(?s)(\d{1,9}) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b"
 TAG = re.compile("<[^<>]*>")
@@ -92,7 +85,7 @@ def page_text(body: bytes, content_type: str) -> str:
     text = decode(body, content_type)
     if "\0" in text[:1000]:  # a binary file, whatever its header says
         return ""
-    if "html" not in (content_type.lower() or text[:1000].lower()):
+    if "html" not in (content_type or text[:1000]).lower():
         return text
     return html_text(text)
 
@@ -285,15 +278,16 @@ class Parsers:
         return text
 
 
-@dataclass
-class Browser:
-    """Opens pages, and has them read by whom `reader:` names."""
+PARTS = "config web corpus in_thread generate_text".split()  # noqa: SIM905
 
-    config: Config
-    web: Any  # None where only the corpus is read
-    corpus: Corpus | None
-    in_thread: Any  # awaited as in_thread(function, *arguments), it runs what blocks
-    generate_text: Any  # awaited as generate_text(messages), it asks the policy's own engine
+
+class Browser(make_dataclass("Parts", PARTS)):  # type: ignore[misc]
+    """Opens pages, and has them read by whom `reader:` names.
+
+    `web` is None where only the corpus is read. Awaited as in_thread(function, *arguments), the one
+    runs what blocks; awaited as generate_text(messages), the other asks the policy's own engine.
+    """
+
     parsers = Parsers(2)  # of one rank
 
     async def browse(self, url, reading, counts):

@@ -231,11 +231,12 @@ class World:
 
         def draw(first, second, count, article=""):
             """Different two-word names, all of them reserved for held-out worlds or none."""
-            ours = []
-            for i, one in enumerate(NAMES[first]):
-                for j, other in enumerate(NAMES[second]):
-                    if held_out == ((i + j) % 5 == 0):
-                        ours.append(f"{article}{one} {other}")
+            ours = [
+                f"{article}{one} {other}"
+                for i, one in enumerate(NAMES[first])
+                for j, other in enumerate(NAMES[second])
+                if held_out == ((i + j) % 5 == 0)
+            ]
             return rng.sample(ours, count)
 
         names = {

@@ -257,11 +257,12 @@ def usable(tried, config):
     """The last trajectory of each question, by its id, that met no failed service; the others are
     asked again (but in a replay, which would repeat the failures).
     """
-    known = {}
-    for one in tried:
-        failed = {"search_failed", "reader_failed"} & one.cost.keys()
-        if config.cassette_mode == "replay" or not failed:
-            known[one.question.id] = one
+    replay = config.cassette_mode == "replay"
+    known = {
+        one.question.id: one
+        for one in tried
+        if replay or not {"search_failed", "reader_failed"} & one.cost.keys()
+    }
     return dict(sorted(known.items()))
 
 
@@ -399,7 +400,7 @@ def interval(f1):
     return np.quantile(draws.mean(1), (0.025, 0.975)).round(3).tolist()
 
 
-def mean(rows, name) -> float | None:
-    """The mean of a score over the rows that have it."""
+def mean(rows, name):
+    """The mean of a score over the rows that have it, None where none has it."""
     known = [row[name] for row in rows if row.get(name) is not None]
     return sum(known) / len(known) if known else None

@@ -233,7 +233,7 @@ def behaviours(trajectory):
     shown = []
     for name, patterns in BEHAVIOURS.items():
         text = " ".join(where.get(name, thoughts[1:-1]))
-        if re.search("|".join(patterns), text, re.I | re.S):
+        if re.search("(?is)" + "|".join(patterns), text):
             shown.append(name)
     return shown
 
@@ -262,7 +262,7 @@ def write_trajectories(path, step, groups, explain, first=0):
             append_json_line(path, row)
 
 
-def read_trajectory(row, question) -> Trajectory:
+def read_trajectory(row, question):
     """What write_trajectories wrote of this question, log-probabilities rounded to six digits."""
     logprobs = np.full(len(row["token_ids"]), np.nan)
     np.place(logprobs, row["sampled_mask"], row["logprobs"])

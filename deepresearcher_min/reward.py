@@ -8,7 +8,7 @@ for the way (tool use, length, style).
 
 import json
 import random
-import string
+import re
 import time
 
 from deepresearcher_min.config import WORDS, Config, WebFailure
@@ -16,14 +16,12 @@ from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.search import JUDGE_FIELDS, ask_service, judge_rules, parse_verdict
 from deepresearcher_min.trajectory import POLICY_STOPS, Group, Trajectory
 
-PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation, " "))
-
 
 def words(text):
     """'The U.S.' -> ['the', 'u', 's']. Only ASCII punctuation separates: an en dash stays part of
     its word.
     """
-    return text.lower().translate(PUNCTUATION_TO_SPACE).split()
+    return re.findall(r"[^\s!-/:-@\[-`{-~]+", text.lower())
 
 
 def f1_score(prediction: str, answers: list | tuple) -> float:

@@ -56,13 +56,14 @@ def live_search(config, web):
         def ask(path, payload=None):
             nonlocal next_slot
             with lock:  # a bucket of one token: a larger one would break the limit at once
-                slot = max(next_slot, time.monotonic())
+                now = time.monotonic()
+                slot = max(next_slot, now)
                 if slot >= deadline:
                     raise WebFailure(
                         "rate_limited", "Too many searches are under way at the moment."
                     )
                 next_slot = slot + web.world_size / config.requests_per_second
-            time.sleep(max(0.0, slot - time.monotonic()))
+            time.sleep(slot - now)
             if payload:
                 payload = payload | place
             reply = web.fetch_json(f"{base}{path}", headers, payload, counts, deadline)
@@ -298,11 +299,11 @@ def judge_rules(config):
     return rules
 
 
-def parse_verdict(reply) -> float | None:
+def parse_verdict(reply):
     """1.0 or 0.0 by {"judgement": word} in the reply, the official form, or else by a word alone on
-    its last line.
+    its last line; None without either.
     """
     reply = reply.rpartition("</think>")[2].strip()
     told = re.findall(r'"judgement"\s*:\s*"(.*?)"', reply) or reply.splitlines()[-1:]
-    verdict = re.fullmatch(r"\W*(IN)?CORRECT\W*", "\n".join(told), re.I)
-    return None if verdict is None else float(not verdict[1])
+    verdict = re.fullmatch(r"(?i)\W*(IN)?CORRECT\W*", "\n".join(told))
+    return verdict and float(not verdict[1])

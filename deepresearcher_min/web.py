@@ -236,28 +236,28 @@ class Web:
         if config.cassette_mode == "replay" and not self.cassette.is_file():
             raise ConfigError(f"cassette='{cassette}': cassette_mode: replay needs a recording")
         self.cassette.parent.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(
+        self.db = db = sqlite3.connect(
             cassette, timeout=30, isolation_level=None, check_same_thread=False
         )
-        self.db.execute(
+        db.execute(
             "CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, time REAL, reply TEXT)"
         )
         # all other statements wait; this one fails while another rank is at it, for all of us
         with suppress(sqlite3.OperationalError):
-            self.db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA journal_mode=WAL")
         # a power cut may cost the last replies, never the file
-        self.db.execute("PRAGMA synchronous=NORMAL")
+        db.execute("PRAGMA synchronous=NORMAL")
         self.db_lock = threading.Lock()
         self.opened = time.time()
         self.flights = {}  # a lock for each first two bytes of a key
         self.totals = Counter()  # calls and failures
         self.rank = rank
         self.world_size = world_size
-        self.session = requests.Session()
-        self.session.trust_env = False  # ~/.netrc would replace our Authorization header
-        self.session.max_redirects = 5
-        self.session.headers["User-Agent"] = USER_AGENT
-        self.session.adapters = {"": Door(config)}
+        self.session = session = requests.Session()
+        session.trust_env = False  # ~/.netrc would replace our Authorization header
+        session.max_redirects = 5
+        session.headers["User-Agent"] = USER_AGENT
+        session.adapters = {"": Door(config)}  # type: ignore[assignment]
 
     def cached(self, kind, request, produce, counts, deadline, made=""):
         """The recorded reply to `request` (any JSON), else that of produce(), which is recorded, be
