@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from deepresearcher_min import evaluation, report
-from deepresearcher_min.config import ROOT, Config, ConfigError, RunStopped, require_environment
+from deepresearcher_min.config import ROOT, ConfigError, RunStopped, require_environment
 from deepresearcher_min.evaluation import ask_all, usable, written
 from deepresearcher_min.reward import explain
 from deepresearcher_min.rollout import Batch, roll_out
@@ -42,7 +42,7 @@ at least; majority: the commonest answer. Each run has seeds, reader and judge r
 searches and pages are shared."""
 
 
-def resolve(argv) -> Config:
+def resolve(argv):
     """The config of an evaluation (see open_run) with its blocked hosts spelled out, and what the
     baselines change. ConfigError for several runs that would be the same.
     """
@@ -83,11 +83,11 @@ def conclude(config, task, started):
         part = [[one for one in tried if one.question.source == name] for tried in runs]
         sources[name or "no source"], _ = evaluation.scores_over_runs(part, verdicts, config)
     table = report.score_rows(sources | {"all": overall})
-    published = (ROOT / "docs/paper.csv").read_text("utf-8").splitlines()
-    for row in csv.DictReader(published):
-        if sources.keys() & row.keys():
-            row[""] = f"paper: {row['method']}"  # the head begins with an empty cell
-            table.append([row.get(name, "-") for name in table[0]])
+    with open(ROOT / "docs/paper.csv", encoding="utf-8") as published:
+        for row in csv.DictReader(published):
+            if sources.keys() & row.keys():
+                row[""] = f"paper: {row['method']}"  # the head begins with an empty cell
+                table.append([row.get(name, "-") for name in table[0]])
     met = 0
     for tried in runs:
         met += len({one.question.id for one in tried})
@@ -135,8 +135,8 @@ def start(config, ranks, notes):
         done = ranks.share([usable(tried, config) for tried in written(config, task)])
         _, agent = evaluation.make_agent(config, task, ranks, notes)
         left = len(task.held_out) * config.repeats - sum(map(len, done))  # questions to ask
-        judges = config.judge_url and not config.question
-        evaluation.begin(config, ranks, notes, left or config.question, judges)
+        asked = config.question
+        evaluation.begin(config, ranks, notes, left or asked, config.judge_url and not asked)
     try:
         if config.question:
             ask(config, task, agent)

@@ -207,8 +207,7 @@ def decode(body, content_type):
     if fits(text) and not body.isascii():
         return text
     page = NO_TEXT.sub("", body.decode("latin-1"))
-    pieces = [piece for piece in TAG.split(page) if not piece.isascii()]
-    sample = "\n".join(pieces).encode("latin-1")
+    sample = "\n".join(text for text in TAG.split(page) if not text.isascii()).encode("latin-1")
     beyond = len(re.findall(rb"[\x80-\xff]", sample))
     western = 2 * beyond <= len(sample)  # ASCII with accents
     enough = beyond >= (12 if western else 60)  # fewer characters are often judged wrongly

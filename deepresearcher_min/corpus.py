@@ -276,9 +276,9 @@ class World:
         half = count // 2
         kinds = ("toy_1hop", RELATIONS, count - half), ("toy_2hop", TWO_HOP, half)
         for source, paths, wanted in kinds:
-            chains = []
-            for name, kind in self.kind.items():
-                chains += [(name, path.split()) for path in paths[kind]]
+            chains = [
+                (name, path.split()) for name, kind in self.kind.items() for path in paths[kind]
+            ]
             for subject, relations in rng.sample(chains, min(wanted, len(chains))):
                 text = f"What is the {' of the '.join(reversed(relations))} of {subject}?"
                 answer = subject

@@ -12,7 +12,6 @@ from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import stdev
 
@@ -88,7 +87,7 @@ def read_questions(key, path):
         return load_questions(path) if path else []
 
 
-def load_examination(config, ranks) -> Task:
+def load_examination(config, ranks):
     """eval.py's task: at most `limit` questions of each data source, of eval_data (or --data), else
     of those that the model's run set aside, else of the official test set.
     """
@@ -126,7 +125,7 @@ def test_set(config):
     return str(path)
 
 
-def open_web(config, ranks) -> Web:
+def open_web(config, ranks):
     """The web through the cassette that the config names, or that of the run folder."""
     cassette = config.cassette or f"{config.run_dir}/cassette.sqlite"
     with named("cassette", cassette, "it must be an SQLite file that can be written"):
@@ -176,10 +175,8 @@ def begin(config, ranks, notes, asks=True, judges=False):
     """Try the services that the run will use (ConfigError on all ranks); then write its config.yaml
     and say what is special about it, unless it is for one typed question.
     """
-    trouble = ""
-    if ranks.rank == 0 and config.cassette_mode != "replay":
-        trouble = rollout.try_services(config, asks, judges)
-    trouble = ranks.share(trouble)
+    tries = ranks.rank == 0 and config.cassette_mode != "replay"
+    trouble = ranks.share(tries and rollout.try_services(config, asks, judges))
     if trouble:
         raise ConfigError(trouble)
     if ranks.rank == 0 and not config.question:
@@ -236,10 +233,9 @@ def evaluate(numbered, agent, ranks, on_done, run=0):
 def write_groups(config, name, step, groups):
     """All trajectories as JSON lines, and the best and the worst as text."""
     path = Path(f"{config.run_dir}/trajectories/{name}.jsonl")
-    why = partial(reward.explain, config=config)
     path.unlink(missing_ok=True)  # of a step that was run before a kill, and runs again
-    report.write_trajectories(path, step, groups, why)
-    report.write_readable(path.with_suffix(".txt"), groups, why)
+    report.write_trajectories(path, step, groups, config)
+    report.write_readable(path.with_suffix(".txt"), groups, config)
 
 
 def written(config, task):
@@ -271,13 +267,13 @@ def ask_all(config, task, agent, done, left, ranks):
     that no kill loses or repeats one.
     """
     path = Path(f"{config.run_dir}/trajectories/{ranks.own('eval')}.jsonl")
-    web, why = agent.tools.browser.web, partial(reward.explain, config=config)
+    web = agent.tools.browser.web
     sums, paid, found, prepaid = Counter(), spent(config, done), {}, {}
 
     def on_done(one):
         one = replace(one, cost=prepaid.get(one.question.id, {}) | one.cost)
         group = reward.judge(one.question, [one], config, 0)  # empty for what the harness ended
-        report.write_trajectories(path, 0, [group], why, run)
+        report.write_trajectories(path, 0, [group], config, run)
         sums.update(step_sums([group], [[one]]))
         usd = sums["cost_usd"]
         bar.update()
@@ -336,9 +332,9 @@ def ask_judge_all(config, runs):
         web.close()
     raise_if_down(config, web.totals)
     silent = {name: number for name, number in counts.items() if "fail_judge_" in name}
-    causes = ", ".join(f"{number} {name}" for name, number in silent.items())
+    causes = ", ".join(f"{number} {name}" for name, number in silent.items()) or "-"
     words = f"by {config.judge_model}; without a verdict, left out: {sum(silent.values())}"
-    return verdicts, f"{words} ({causes or '-'})", paid + counts["usd"]
+    return verdicts, f"{words} ({causes})", paid + counts["usd"]
 
 
 def scores_of(tried, known, judged, answers, config):
@@ -378,9 +374,9 @@ def scores_over_runs(runs, verdicts, config):
         return each[0], each
     scores = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
     right = "em" if scores["mbe"] is None else "mbe"
-    averages, best, chosen = [], [], []
+    averages = [mean(rows, "f1") for rows in answers.values()]
+    best, chosen = [], []
     for rows in answers.values():
-        averages.append(mean(rows, "f1"))
         best.append(max(rows, key=lambda row: row[right] or 0.0))
         votes = Counter(row["answer"] for row in rows)
         del votes[None]  # who did not answer has no vote

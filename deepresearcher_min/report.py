@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from deepresearcher_min.config import ROOT, replace_file, table
-from deepresearcher_min.reward import exact_match, f1_score
+from deepresearcher_min.reward import exact_match, explain, f1_score
 from deepresearcher_min.trajectory import POLICY_STOPS, Trajectory, Turn
 
 MAX_TRAJECTORIES = 4096  # that the page embeds; the files in trajectories/ hold all of them
@@ -216,8 +216,7 @@ def resume_metrics(path, step):
     the file, too.
     """
     rows = [row for row in read_json_lines(path) if row["step"] <= step]
-    lines = [*map(json.dumps, rows), ""]
-    replace_file(path, "\n".join(lines).encode())
+    replace_file(path, "\n".join([*map(json.dumps, rows), ""]).encode())
     return rows
 
 
@@ -238,9 +237,9 @@ def behaviours(trajectory):
     return shown
 
 
-def write_trajectories(path, step, groups, explain, first=0):
-    """Append each trajectory as one JSON line: to_json(), its reward and why (explain(trajectory)),
-    each turn's mean logprob.
+def write_trajectories(path, step, groups, config, first=0):
+    """Append each trajectory as one JSON line: to_json(), its reward and why, each turn's mean
+    logprob.
 
     `index` numbers the trajectories of a group from `first`: in an evaluation it is the run.
     """
@@ -255,7 +254,7 @@ def write_trajectories(path, step, groups, explain, first=0):
                 "index": first + number,
                 "reward": group.rewards[number],
                 "advantage": group.advantages[number],
-                "why": explain(one),
+                "why": explain(one, config),
                 "behaviours": behaviours(one),
                 "turns": turns,
             }
@@ -304,7 +303,7 @@ def readable(trajectory, why=""):
     return printable(text)
 
 
-def write_readable(path, groups, explain):
+def write_readable(path, groups, config):
     """The trajectories with the highest and with the lowest reward of these groups, as one text
     file.
     """
@@ -316,7 +315,7 @@ def write_readable(path, groups, explain):
         if scored:
             reward, advantage, one = pick(scored, key=itemgetter(0))
             text += f"=== {name} reward: {reward:.3f}, advantage {advantage:+.3f}\n"
-            text += f"{readable(one, explain(one))}\n\n"
+            text += f"{readable(one, explain(one, config))}\n\n"
     replace_file(path, text.encode())
 
 

@@ -118,8 +118,10 @@ def searxng(query, results, ask):
 
 def wikipedia(query, results, ask):
     """Wikipedia's own search, which needs no key; `search_url` chooses another language or wiki."""
-    api = "/w/api.php?action=query&list=search&format=json&formatversion=2"
-    reply = ask(f"{api}&srlimit={results}&srsearch={quote(query)}")
+    reply = ask(
+        "/w/api.php?action=query&list=search&format=json&formatversion=2"
+        f"&srlimit={results}&srsearch={quote(query)}"
+    )
     for row in reply["query"]["search"]:
         path = quote(row["title"].replace(" ", "_"), errors="replace")
         plain = re.sub("<[^>]*>", "", row.get("snippet") or "")  # matches come marked up

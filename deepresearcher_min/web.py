@@ -15,7 +15,6 @@ import http.client
 import io
 import ipaddress
 import json
-import math
 import random
 import re
 import socket
@@ -93,7 +92,6 @@ def check_url(url: str, allow_private=False, seconds=5.0):
 
 # --- the exchange: one request and its reply
 
-USER_AGENT = "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)"
 # content types of pages
 READABLE = r"(?i)\s*($|text/(html|plain|markdown)|application/(xhtml\+xml|pdf))"
 STATUS = {401: "unauthorized", 402: "quota", 403: "unauthorized", 429: "rate_limited", 432: "quota"}
@@ -178,8 +176,9 @@ class Door(requests.adapters.HTTPAdapter):
         try:
             kind = reply.headers.get("Content-Type", "")
             if reply.status == 200 and not own and not re.match(READABLE, kind):
-                words = f"This is not a page to read but a file of type {kind[:60]}."
-                raise WebFailure("content_type", words)
+                raise WebFailure(
+                    "content_type", f"This is not a page to read but a file of type {kind[:60]}."
+                )
             body = reply.read(limits.max_page_bytes + 1)  # decompressed
             if len(body) > limits.max_page_bytes:
                 raise WebFailure("too_large")
@@ -196,13 +195,13 @@ class Door(requests.adapters.HTTPAdapter):
 def status_failure(response, headers):
     """What a reply that is no success, to a request with these headers, means."""
     status = response.status_code
-    body = response.content
-    if status == 400 and b"credit" in body[:1000].lower():
+    said = server_words(response.content, headers)
+    if status == 400 and "credit" in said.lower():
         status = 402  # "Not enough credits" is Serper's
     kind = STATUS.get(status, f"http_{status}")
     name = http.client.responses.get(status, "unknown")
     words = WORDS.get(kind, f"The server answered with the error {status} ({name}).")
-    return WebFailure(kind, words, server_words(body, headers))
+    return WebFailure(kind, words, said)
 
 
 def server_words(body, headers):
@@ -228,7 +227,7 @@ class Web:
     """
 
     run = 0  # of an evaluation's repeats
-    enough = math.inf  # from how many calls on most failures stop the run
+    enough = 10**9  # from how many calls on most failures stop the run
 
     def __init__(self, config, cassette: str | Path, rank=0, world_size=1):
         self.config = config
@@ -256,7 +255,9 @@ class Web:
         self.session = session = requests.Session()
         session.trust_env = False  # ~/.netrc would replace our Authorization header
         session.max_redirects = 5
-        session.headers["User-Agent"] = USER_AGENT
+        session.headers["User-Agent"] = (
+            "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)"
+        )
         session.adapters = {"": Door(config)}  # type: ignore[assignment]
 
     def cached(self, kind, request, produce, counts, deadline, made=""):
