@@ -92,15 +92,15 @@ def conclude(config, task, started):
     for tried in runs:
         met += len({one.question.id for one in tried})
     lost, spoilt = len(task.held_out) * config.repeats - met, met - sum(map(len, kept))
-    words = CAPTION + REPEATED * (config.repeats > 1)
-    words = words.format(**vars(config), judge=judge, lost=lost, spoilt=spoilt)
-    caption = textwrap.fill(words, 118)
+    text = CAPTION + REPEATED * (config.repeats > 1)
+    caption = textwrap.fill(text.format(**vars(config), judge=judge, lost=lost, spoilt=spoilt), 118)
     seconds = time.monotonic() - started
     summary = {"seed": config.seed, "model": config.model, "method": config.method, "usd": usd}
     summary |= {"seconds": seconds, "sources": sources, "overall": overall, "runs": each}
     report.publish(config, summary | {"table": table, "caption": caption})
-    text = f"{report.text_table(table, markdown=True)}\n\n{caption}\n"
-    Path(f"{config.run_dir}/results.md").write_text(text, "utf-8")
+    Path(f"{config.run_dir}/results.md").write_text(
+        f"{report.text_table(table, markdown=True)}\n\n{caption}\n", "utf-8"
+    )
     print(
         f"{report.text_table(table)}\n\n{caption}\n\n"
         f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {config.run_dir}/report.html, "

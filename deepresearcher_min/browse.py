@@ -4,6 +4,7 @@ Live pages are parsed in child processes: parsing holds Python's interpreter loc
 the engine, and a page made to crash or to occupy a parser takes only a child with it. Left out:
 scripts, frames, images.
 """
+# ruff: noqa: SIM905  (lists of words are easier to read as text)
 
 import html
 import io
@@ -32,12 +33,11 @@ EXTRACTOR = code_of(
     __file__, "trafilatura", "beautifulsoup4", "lxml", "pypdf", "charset-normalizer"
 )
 INVISIBLE = r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]"
-PDF_ROOT = rb"(?s)(\d{1,9}) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b"
 TAG = re.compile("<[^<>]*>")
 NO_TEXT = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style|noscript)\b.*?(?:</\1[^<>]*>|\Z)")
 NO_WORD = re.compile(r"\W+")
 NOT_CONTENT = """head title script style noscript template svg iframe nav footer aside dialog button
-    select textarea""".split()  # noqa: SIM905
+    select textarea""".split()
 # Characters that no page uses: where a line ends, and on both sides of what is a link.
 BREAK = "\U0010fff0"
 LINK = "\U0010fff1"
@@ -49,8 +49,7 @@ LAYOUT = {
     r"<t[dh]\b[^<>]*>": r"\g<0> | ",
     r"<li\b[^<>]*>": r"\g<0>- ",
 }
-ORDINALS = "st nd rd th e er re me ère ème o os".split()  # noqa: SIM905
-SIGNED = r"^[+\u2212\u2013-]|[+\u2212-]$"
+ORDINALS = "st nd rd th e er re me ère ème o os".split()
 # Before a power: a unit or variable, a function, a number below 1,000, a power of ten, a bracket.
 BASE = r"(?<![\w.,$€£¥])(?:[^\W\d_]{1,2}|sin|cos|tan|log|\d{1,3}(?:\.\d+)?|10+)$|[)\]}|]$"
 CHARSET = (
@@ -58,7 +57,7 @@ CHARSET = (
 )
 # What pages are found in, in Python's names.
 LEGACY = """gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r iso8859_5 cp1253 cp1255 cp1256 cp874
-    cp1252 cp1250 iso8859_2 cp1254 cp1257 cp1258""".split()  # noqa: SIM905
+    cp1252 cp1250 iso8859_2 cp1254 cp1257 cp1258""".split()
 READER_RULES = (ROOT / "prompts/reader.txt").read_text("utf-8").strip()
 
 
@@ -98,7 +97,7 @@ def pdf_text(body):
         reader = pypdf.PdfReader(io.BytesIO(body))
     except Exception:
         # The file's end is lost: one that only names the root makes pypdf look for the objects.
-        root = re.findall(PDF_ROOT, body)[-1]
+        root = re.findall(rb"(?s)(\d{1,9}) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b", body)[-1]
         body += b"\ntrailer<</Root %s 0 R>>\nstartxref\n%d\n%%%%EOF" % (root, len(body))
         reader = pypdf.PdfReader(io.BytesIO(body))
     # Many files are encrypted only to forbid printing.
@@ -180,7 +179,8 @@ def superscript(found):
     fraction = found.string.startswith(("/", "\u2044"), found.end())  # 3 1/2
     if fraction or mark.startswith("["):
         return f" {mark}"
-    power = re.search(SIGNED, mark) or (re.search(BASE, base) and mark[0].isalnum())
+    signed = re.search(r"^[+\u2212\u2013-]|[+\u2212-]$", mark)
+    power = signed or (re.search(BASE, base) and mark[0].isalnum())
     if "#" in found[0] or not power:  # a link within the page
         return f" [{mark}]"
     if re.search(r"\w\W+\w", mark):
@@ -277,10 +277,9 @@ class Parsers:
         return text
 
 
-PARTS = "config web corpus in_thread generate_text".split()  # noqa: SIM905
-
-
-class Browser(make_dataclass("Parts", PARTS)):  # type: ignore[misc]
+class Browser(
+    make_dataclass("Parts", "config web corpus in_thread generate_text".split())  # type: ignore[misc]
+):
     """Opens pages, and has them read by whom `reader:` names.
 
     `web` is None where only the corpus is read. Awaited as in_thread(function, *arguments), the one

@@ -168,8 +168,8 @@ class Corpus:
         found = np.flatnonzero(scores > 0)
         best = found[np.argsort(-scores[found], kind="stable")[:k]]
         return [
-            SearchResult(*self.documents[number][:2], self.snippet(number))  # type: ignore[call-arg]
-            for number in best.tolist()
+            SearchResult(*self.documents[i][:2], self.snippet(i))  # type: ignore[call-arg]
+            for i in best.tolist()
         ]
 
 

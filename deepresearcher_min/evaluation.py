@@ -56,8 +56,8 @@ ENOUGH = 50  # calls to a service after which an evaluation stops where most of 
 Task = namedtuple("Task", "model_dir questions held_out corpus world", defaults=(None, None))
 
 
-def load_task(config, key="eval_data") -> Task:
-    """Questions, offline web and model that the config names; ValueError for what cannot be used.
+def load_task(config, key="eval_data"):
+    """The Task that the config names; ValueError for questions, web or model that are of no use.
     `key` is what messages call eval_data. Without data there is nothing to learn on.
     """
     model_dir = str(MODEL_DIR) if config.model == "toy" else config.model
@@ -374,9 +374,9 @@ def scores_over_runs(runs, verdicts, config):
         return each[0], each
     scores = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
     right = "em" if scores["mbe"] is None else "mbe"
-    averages = [mean(rows, "f1") for rows in answers.values()]
-    best, chosen = [], []
+    averages, best, chosen = [], [], []
     for rows in answers.values():
+        averages.append(mean(rows, "f1"))
         best.append(max(rows, key=lambda row: row[right] or 0.0))
         votes = Counter(row["answer"] for row in rows)
         del votes[None]  # who did not answer has no vote

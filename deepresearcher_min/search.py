@@ -43,7 +43,6 @@ def live_search(config, web):
     service, base, key = SERVICES[config.search]
     base = (config.search_url or base).rstrip("/")
     headers = {"X-API-KEY": os.environ.get(key, "").strip()} if key else {}
-    price = config.price_search if key else 0.0
     place = {"gl": config.search_country, "hl": config.search_language}
     place = {name: value for name, value in place.items() if key and value}
     most = config.search_results
@@ -64,10 +63,10 @@ def live_search(config, web):
                     )
                 next_slot = slot + web.world_size / config.requests_per_second
             time.sleep(slot - now)
-            if payload:
-                payload = payload | place
+            payload = payload and payload | place
             reply = web.fetch_json(f"{base}{path}", headers, payload, counts, deadline)
-            count(counts, "usd", price)
+            if key:
+                count(counts, "usd", config.price_search)
             return reply
 
         def find():

@@ -112,13 +112,14 @@ def response_in_time(_, sock, method):
     second.
     """
     response = http.client.HTTPResponse(sock, method=method)
-    receive = response.fp.raw.readinto  # of the buffered file just made over the socket
+    raw = response.fp.raw  # of the buffered file just made over the socket
+    receive = raw.readinto
 
     def receive_in_time(buffer):
         sock.settimeout(min(seconds_left(ERRAND.deadline), sock.gettimeout()))
         return receive(buffer)
 
-    response.fp.raw.readinto = receive_in_time  # type: ignore[method-assign]
+    raw.readinto = receive_in_time  # type: ignore[method-assign]
     return response
 
 
@@ -199,9 +200,11 @@ def status_failure(response, headers):
     if status == 400 and "credit" in said.lower():
         status = 402  # "Not enough credits" is Serper's
     kind = STATUS.get(status, f"http_{status}")
-    name = http.client.responses.get(status, "unknown")
-    words = WORDS.get(kind, f"The server answered with the error {status} ({name}).")
-    return WebFailure(kind, words, said)
+    words = (
+        f"The server answered with the error {status} "
+        f"({http.client.responses.get(status, 'unknown')})."
+    )
+    return WebFailure(kind, WORDS.get(kind, words), said)
 
 
 def server_words(body, headers):
