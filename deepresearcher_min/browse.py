@@ -278,7 +278,7 @@ class Parsers:
 
 
 class Browser(
-    make_dataclass("Parts", "config web corpus in_thread generate_text".split())  # type: ignore[misc]
+    make_dataclass("Parts", "config web corpus in_thread generate_text".split())  # type: ignore
 ):
     """Opens pages, and has them read by whom `reader:` names.
 
