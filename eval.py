@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from deepresearcher_min import evaluation, report
-from deepresearcher_min.config import ROOT, Config, ConfigError, RunStopped, require_environment
+from deepresearcher_min.config import ROOT, ConfigError, RunStopped, require_environment
 from deepresearcher_min.evaluation import ask_all, usable, written
 from deepresearcher_min.reward import explain
 from deepresearcher_min.rollout import Batch, roll_out
@@ -42,7 +42,7 @@ at least; majority: the commonest answer. Each run has seeds, reader and judge r
 searches and pages are shared."""
 
 
-def resolve(argv) -> Config:
+def resolve(argv):
     """The config of an evaluation (see open_run) with its blocked hosts spelled out, and what the
     baselines change. ConfigError for several runs that would be the same.
     """
@@ -64,7 +64,7 @@ def resolve(argv) -> Config:
     return config
 
 
-def conclude(config, task, started: float):
+def conclude(config, task, started):
     """Judge the answers; write summary.json, results.md and report.html from the files; print the
     table.
     """
@@ -82,26 +82,25 @@ def conclude(config, task, started: float):
     for name in sorted({one.question.source for known in kept for one in known.values()}):
         part = [[one for one in tried if one.question.source == name] for tried in runs]
         sources[name or "no source"], _ = evaluation.scores_over_runs(part, verdicts, config)
-    table = report.score_rows({**sources, "all": overall})
-    published = (ROOT / "docs/paper.csv").read_text("utf-8").splitlines()
-    for row in csv.DictReader(published):
-        if sources.keys() & row.keys():
-            row[""] = f"paper: {row['method']}"  # the head begins with an empty cell
-            table.append([row.get(name, "-") for name in table[0]])
-    lost = spoilt = 0
-    for tried, known in zip(runs, kept, strict=True):
-        met = {one.question.id for one in tried}
-        lost += len(task.held_out) - len(met)
-        spoilt += len(met) - len(known)
-    words = CAPTION + REPEATED * (config.repeats > 1)
-    words = words.format(**vars(config), judge=judge, lost=lost, spoilt=spoilt)
-    caption = textwrap.fill(words, 118)
+    table = report.score_rows(sources | {"all": overall})
+    with open(ROOT / "docs/paper.csv", encoding="utf-8") as published:
+        for row in csv.DictReader(published):
+            if sources.keys() & row.keys():
+                row[""] = f"paper: {row['method']}"  # the head begins with an empty cell
+                table.append([row.get(name, "-") for name in table[0]])
+    met = 0
+    for tried in runs:
+        met += len({one.question.id for one in tried})
+    lost, spoilt = len(task.held_out) * config.repeats - met, met - sum(map(len, kept))
+    text = CAPTION + REPEATED * (config.repeats > 1)
+    caption = textwrap.fill(text.format(**vars(config), judge=judge, lost=lost, spoilt=spoilt), 118)
     seconds = time.monotonic() - started
     summary = {"seed": config.seed, "model": config.model, "method": config.method, "usd": usd}
     summary |= {"seconds": seconds, "sources": sources, "overall": overall, "runs": each}
     report.publish(config, summary | {"table": table, "caption": caption})
-    text = f"{report.text_table(table, markdown=True)}\n\n{caption}\n"
-    Path(f"{config.run_dir}/results.md").write_text(text, "utf-8")
+    Path(f"{config.run_dir}/results.md").write_text(
+        f"{report.text_table(table, markdown=True)}\n\n{caption}\n", "utf-8"
+    )
     print(
         f"{report.text_table(table)}\n\n{caption}\n\n"
         f"{seconds:.0f} s, ${usd:.2f}. Every trajectory is in {config.run_dir}/report.html, "
@@ -136,8 +135,8 @@ def start(config, ranks, notes):
         done = ranks.share([usable(tried, config) for tried in written(config, task)])
         _, agent = evaluation.make_agent(config, task, ranks, notes)
         left = len(task.held_out) * config.repeats - sum(map(len, done))  # questions to ask
-        judges = config.judge_url and not config.question
-        evaluation.begin(config, ranks, notes, left or config.question, judges)
+        asked = config.question
+        evaluation.begin(config, ranks, notes, left or asked, config.judge_url and not asked)
     try:
         if config.question:
             ask(config, task, agent)
@@ -151,7 +150,7 @@ def start(config, ranks, notes):
         agent.engine.close()
 
 
-def main(argv) -> int:
+def main(argv):
     return run_program("eval.py", __doc__, resolve, start, argv)
 
 

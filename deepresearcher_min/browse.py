@@ -4,6 +4,7 @@ Live pages are parsed in child processes: parsing holds Python's interpreter loc
 the engine, and a page made to crash or to occupy a parser takes only a child with it. Left out:
 scripts, frames, images.
 """
+# ruff: noqa: SIM905  (lists of words are easier to read as text)
 
 import html
 import io
@@ -18,35 +19,25 @@ import threading
 import time
 import unicodedata
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from subprocess import PIPE, Popen
-from typing import Any
 
 import webencodings
 
-from deepresearcher_min.config import (
-    BAD_REPLY,
-    ROOT,
-    TIMEOUT,
-    Config,
-    WebFailure,
-    code_of,
-    count_failure,
-    seconds_left,
-)
-from deepresearcher_min.corpus import Corpus, extract, segments
+from deepresearcher_min.config import ROOT, WORDS, WebFailure, code_of, count_failure, seconds_left
+from deepresearcher_min.corpus import extract, segments
 from deepresearcher_min.search import ask_service, parse_notes
 
-LIBRARIES = ("trafilatura", "beautifulsoup4", "lxml", "pypdf", "charset-normalizer")
-EXTRACTOR = code_of(__file__, *LIBRARIES)  # what made a recorded text
-NOT_READ = "The page is built in a way that cannot be read."
+# What made a recorded text.
+EXTRACTOR = code_of(
+    __file__, "trafilatura", "beautifulsoup4", "lxml", "pypdf", "charset-normalizer"
+)
 INVISIBLE = r"[\x00-\x08\x0e-\x1b\x7f\xad\u200b\u2060\ufeff\ud800-\udfff]"
-PDF_ROOT = rb"(?s)(\d{1,9}) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b"
 TAG = re.compile("<[^<>]*>")
 NO_TEXT = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style|noscript)\b.*?(?:</\1[^<>]*>|\Z)")
 NO_WORD = re.compile(r"\W+")
 NOT_CONTENT = """head title script style noscript template svg iframe nav footer aside dialog button
-    select textarea""".split()  # noqa: SIM905
+    select textarea""".split()
 # Characters that no page uses: where a line ends, and on both sides of what is a link.
 BREAK = "\U0010fff0"
 LINK = "\U0010fff1"
@@ -58,8 +49,7 @@ LAYOUT = {
     r"<t[dh]\b[^<>]*>": r"\g<0> | ",
     r"<li\b[^<>]*>": r"\g<0>- ",
 }
-ORDINALS = "st nd rd th e er re me ère ème o os".split()  # noqa: SIM905
-SIGNED = r"^[+\u2212\u2013-]|[+\u2212-]$"
+ORDINALS = "st nd rd th e er re me ère ème o os".split()
 # Before a power: a unit or variable, a function, a number below 1,000, a power of ten, a bracket.
 BASE = r"(?<![\w.,$€£¥])(?:[^\W\d_]{1,2}|sin|cos|tan|log|\d{1,3}(?:\.\d+)?|10+)$|[)\]}|]$"
 CHARSET = (
@@ -67,7 +57,7 @@ CHARSET = (
 )
 # What pages are found in, in Python's names.
 LEGACY = """gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r iso8859_5 cp1253 cp1255 cp1256 cp874
-    cp1252 cp1250 iso8859_2 cp1254 cp1257 cp1258""".split()  # noqa: SIM905
+    cp1252 cp1250 iso8859_2 cp1254 cp1257 cp1258""".split()
 READER_RULES = (ROOT / "prompts/reader.txt").read_text("utf-8").strip()
 
 
@@ -81,7 +71,7 @@ def parse(body, content_type):
     try:
         text = page_text(body, content_type)
     except Exception as error:  # parsers of hostile bytes may raise anything
-        return "", getattr(error, "words", NOT_READ)
+        return "", getattr(error, "words", WORDS["unreadable"])
     text = unicodedata.normalize("NFC", re.sub(INVISIBLE, "", text))
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip(), ""
@@ -94,7 +84,7 @@ def page_text(body: bytes, content_type: str) -> str:
     text = decode(body, content_type)
     if "\0" in text[:1000]:  # a binary file, whatever its header says
         return ""
-    if "html" not in (content_type.lower() or text[:1000].lower()):
+    if "html" not in (content_type or text[:1000]).lower():
         return text
     return html_text(text)
 
@@ -107,7 +97,7 @@ def pdf_text(body):
         reader = pypdf.PdfReader(io.BytesIO(body))
     except Exception:
         # The file's end is lost: one that only names the root makes pypdf look for the objects.
-        root = re.findall(PDF_ROOT, body)[-1]
+        root = re.findall(rb"(?s)(\d{1,9}) +\d+ +obj\b(?:(?!endobj).){0,2000}?/Catalog\b", body)[-1]
         body += b"\ntrailer<</Root %s 0 R>>\nstartxref\n%d\n%%%%EOF" % (root, len(body))
         reader = pypdf.PdfReader(io.BytesIO(body))
     # Many files are encrypted only to forbid printing.
@@ -189,7 +179,8 @@ def superscript(found):
     fraction = found.string.startswith(("/", "\u2044"), found.end())  # 3 1/2
     if fraction or mark.startswith("["):
         return f" {mark}"
-    power = re.search(SIGNED, mark) or (re.search(BASE, base) and mark[0].isalnum())
+    signed = re.search(r"^[+\u2212\u2013-]|[+\u2212-]$", mark)
+    power = signed or (re.search(BASE, base) and mark[0].isalnum())
     if "#" in found[0] or not power:  # a link within the page
         return f" [{mark}]"
     if re.search(r"\w\W+\w", mark):
@@ -216,8 +207,7 @@ def decode(body, content_type):
     if fits(text) and not body.isascii():
         return text
     page = NO_TEXT.sub("", body.decode("latin-1"))
-    pieces = [piece for piece in TAG.split(page) if not piece.isascii()]
-    sample = "\n".join(pieces).encode("latin-1")
+    sample = "\n".join(text for text in TAG.split(page) if not text.isascii()).encode("latin-1")
     beyond = len(re.findall(rb"[\x80-\xff]", sample))
     western = 2 * beyond <= len(sample)  # ASCII with accents
     enough = beyond >= (12 if western else 60)  # fewer characters are often judged wrongly
@@ -262,13 +252,13 @@ class Parsers:
         try:
             child = self.idle.get(timeout=seconds_left(deadline))
         except queue.Empty:
-            raise WebFailure(*TIMEOUT) from None
+            raise WebFailure("timeout") from None
         try:
-            if child is None or child.poll() is not None:
+            if not child or child.poll() is not None:
                 # A session of its own spares it a Ctrl-C.
                 command = [sys.executable, "-W", "ignore", "-m", __name__]
                 child = Popen(command, stdin=PIPE, stdout=PIPE, cwd=ROOT, start_new_session=True)
-            alarm = threading.Timer(deadline - time.monotonic(), child.kill)
+            alarm = threading.Timer(seconds_left(deadline), child.kill)
             alarm.start()
             try:
                 pickle.dump((body, content_type), child.stdin)
@@ -279,7 +269,7 @@ class Parsers:
             text, reason = json.loads(reply)
         except (OSError, ValueError):  # the child is gone: killed by the alarm, or by the page
             child = None
-            raise WebFailure("unreadable", NOT_READ) from None
+            raise WebFailure("unreadable") from None
         finally:
             self.idle.put(child)
         if reason:
@@ -287,15 +277,15 @@ class Parsers:
         return text
 
 
-@dataclass
-class Browser:
-    """Opens pages, and has them read by whom `reader:` names."""
+class Browser(
+    make_dataclass("Parts", "config web corpus in_thread generate_text".split())  # type: ignore
+):
+    """Opens pages, and has them read by whom `reader:` names.
 
-    config: Config
-    web: Any  # None where only the corpus is read
-    corpus: Corpus | None
-    in_thread: Any  # awaited as in_thread(function, *arguments), it runs what blocks
-    generate_text: Any  # awaited as generate_text(messages), it asks the policy's own engine
+    `web` is None where only the corpus is read. Awaited as in_thread(function, *arguments), the one
+    runs what blocks; awaited as generate_text(messages), the other asks the policy's own engine.
+    """
+
     parsers = Parsers(2)  # of one rank
 
     async def browse(self, url, reading, counts):
@@ -318,13 +308,11 @@ class Browser:
             elif self.web:
                 text = await self.in_thread(self.fetch_text, url, counts, deadline())
             else:
-                raise WebFailure("not_found", "There is no page at this address.")
+                raise WebFailure("not_found")
             pieces = segments(text, config.segment_chars)
             reading.total = len(pieces)
             if 0 < reading.total <= reading.next:
-                raise WebFailure(
-                    "nothing_left", "This page was read to its end before; nothing is left of it."
-                )
+                raise WebFailure("nothing_left")
             for segment in pieces[reading.next :][: config.max_segments or None]:
                 information, further = await self.read(reading, segment, counts, deadline())
                 if information:
@@ -333,11 +321,11 @@ class Browser:
                 if not further:
                     break
             if not notes:
-                raise WebFailure("no_information", "The page says nothing about this.")
+                raise WebFailure("no_information")
         except (WebFailure, TimeoutError) as error:
             if not notes:
                 raise
-            failure = error if isinstance(error, WebFailure) else WebFailure(*TIMEOUT)
+            failure = error if isinstance(error, WebFailure) else WebFailure("timeout")
             count_failure(counts, "page", failure)
         return notes
 
@@ -348,7 +336,7 @@ class Browser:
             body, content_type = self.web.fetch(url, counts, deadline)
             text = self.parsers.text(body, content_type, deadline)
             if not text:
-                raise WebFailure("no_text", "The page holds no text that can be read.")
+                raise WebFailure("no_text")
             return text
 
         return self.web.cached("page", url.partition("#")[0], produce, counts, deadline, EXTRACTOR)
@@ -373,7 +361,7 @@ class Browser:
         if config.reader == "engine":  # bounded in tokens: the clock would make it unrepeatable
             return parse_notes(await self.generate_text(messages))
         reply = await self.in_thread(
-            ask_service, "reader", config, self.web, messages, str, BAD_REPLY, counts, deadline
+            ask_service, "reader", config, self.web, messages, str, "bad_reply", counts, deadline
         )
         return parse_notes(reply)
 

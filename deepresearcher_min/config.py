@@ -35,8 +35,6 @@ PRESETS = DEFAULTS.pop("presets")
 TYPES = {key: type(value) for key, value in DEFAULTS.items()}  # bool, int, float or str
 ROLES = ("search", "reader", "judge")  # the operator's services, whose failures can stop a run
 NO_FAULT = ("no_results", "no_verdict")  # kinds of failure of a service that works
-TIMEOUT = ("timeout", "The server did not answer in time.")
-BAD_REPLY = ("bad_reply", "The service sent a reply that cannot be read.")
 LAST_WORDS = {}  # how a call to each service failed last, for people
 COUNT_LOCK = threading.Lock()
 
@@ -46,11 +44,14 @@ class ConfigError(ValueError):
 
 
 class WebFailure(Exception):
-    """A short name to count, a sentence for the model, and the server's own words for people."""
+    """A short name to count, a sentence for the model (that of failures.yaml, if none is given),
+    and the server's own words for people.
+    """
 
     counted = False
 
-    def __init__(self, kind, words, said=""):
+    def __init__(self, kind, words="", said=""):
+        words = words or WORDS[kind]
         super().__init__(f"{kind}: {words}{said and f' It said: {said}'}")
         self.kind, self.words, self.said = kind, words, said
 
@@ -61,6 +62,14 @@ class BlockedURL(WebFailure):
 
 class RunStopped(Exception):
     """Why a run ends before its end, with everything saved: --resume goes on."""
+
+
+def table(name):
+    """What one of the package's YAML files holds: no code, but what code looks up."""
+    return yaml.safe_load((ROOT / f"deepresearcher_min/{name}.yaml").read_bytes())
+
+
+WORDS = table("failures")
 
 
 def count(counts, name, amount=1):
@@ -80,7 +89,7 @@ def seconds_left(deadline):
     """Seconds until a deadline on the monotonic clock; raises WebFailure when it has passed."""
     left = deadline - time.monotonic()
     if left <= 0:
-        raise WebFailure(*TIMEOUT)
+        raise WebFailure("timeout")
     return left
 
 

@@ -17,9 +17,8 @@ from random import Random
 from textwrap import shorten
 
 import numpy as np
-import yaml
 
-from deepresearcher_min.config import ROOT, ConfigError
+from deepresearcher_min.config import ROOT, ConfigError, table
 from deepresearcher_min.trajectory import Question
 
 # Letters and digits, and the signs that belong to letters from Hindi to Khmer, which are no \w.
@@ -160,7 +159,7 @@ class Corpus:
             return f"{flat[:SNIPPET_CHARS]} ..."
         return short
 
-    def search(self, query, k: int):
+    def search(self, query, k):
         """The k best documents, best first, equal scores in corpus order; none that shares no word
         with the query.
         """
@@ -168,8 +167,10 @@ class Corpus:
         scores = self.index.get_scores_from_ids(self.index.get_tokens_ids(wanted))
         found = np.flatnonzero(scores > 0)
         best = found[np.argsort(-scores[found], kind="stable")[:k]]
-        rows = [(*self.documents[number][:2], self.snippet(number)) for number in best.tolist()]
-        return [SearchResult(*row) for row in rows]
+        return [
+            SearchResult(*self.documents[i][:2], self.snippet(i))  # type: ignore[call-arg]
+            for i in best.tolist()
+        ]
 
 
 # --- inside a page
@@ -206,9 +207,7 @@ def extract(question: str, segment: str) -> str:
 
 MODEL_DIR = ROOT / "deepresearcher_min/toy_model"
 SITE = "https://toy.example/"
-NAMES, RELATIONS, FILLERS, TWO_HOP = yaml.safe_load(
-    (ROOT / "deepresearcher_min/toyworld.yaml").read_bytes()
-).values()
+NAMES, RELATIONS, FILLERS, TWO_HOP = table("toyworld").values()
 
 
 class World:
@@ -225,18 +224,19 @@ class World:
     with the others.
     """
 
-    def __init__(self, purpose: str, seed):
+    def __init__(self, purpose, seed):
         # The order of all draws makes the world: whoever changes it changes what a seed stands for.
         rng = Random(f"{purpose} {seed}")
         held_out = purpose == "held out"
 
         def draw(first, second, count, article=""):
             """Different two-word names, all of them reserved for held-out worlds or none."""
-            ours = []
-            for i, one in enumerate(NAMES[first]):
-                for j, other in enumerate(NAMES[second]):
-                    if held_out == ((i + j) % 5 == 0):
-                        ours.append(f"{article}{one} {other}")
+            ours = [
+                f"{article}{one} {other}"
+                for i, one in enumerate(NAMES[first])
+                for j, other in enumerate(NAMES[second])
+                if held_out == ((i + j) % 5 == 0)
+            ]
             return rng.sample(ours, count)
 
         names = {
@@ -250,9 +250,10 @@ class World:
         for kind in names:
             for name in names[kind]:
                 self.kind[name] = kind
-                facts = self.facts[name] = {}
-                for relation, values in (RELATIONS[kind] | FILLERS[kind]).items():
-                    facts[relation] = rng.choice(names.get(values) or values.split())
+                self.facts[name] = {
+                    relation: rng.choice(names.get(values) or values.split())
+                    for relation, values in (RELATIONS[kind] | FILLERS[kind]).items()
+                }
         couples = iter(names["person"])
         for one, other in zip(couples, couples, strict=True):
             self.facts[one]["spouse"] = other
@@ -266,7 +267,7 @@ class World:
             summaries.append(f"{lead} {rng.choice(sentences)}")
         self.corpus = Corpus(documents, snippet=summaries.__getitem__)
 
-    def questions(self, count, seed: int):
+    def questions(self, count, seed):
         """`count` different questions, half of them with one hop and half with two, in random
         order.
         """
@@ -275,9 +276,9 @@ class World:
         half = count // 2
         kinds = ("toy_1hop", RELATIONS, count - half), ("toy_2hop", TWO_HOP, half)
         for source, paths, wanted in kinds:
-            chains = []
-            for name, kind in self.kind.items():
-                chains += [(name, path.split()) for path in paths[kind]]
+            chains = [
+                (name, path.split()) for name, kind in self.kind.items() for path in paths[kind]
+            ]
             for subject, relations in rng.sample(chains, min(wanted, len(chains))):
                 text = f"What is the {' of the '.join(reversed(relations))} of {subject}?"
                 answer = subject
@@ -288,11 +289,11 @@ class World:
         return questions
 
 
-def url_of(name) -> str:
+def url_of(name):
     return SITE + name.replace(" ", "_")
 
 
-def chain_of(question: str):
+def chain_of(question):
     """'What is the mayor of the birthplace of Ada Vek?' -> ('Ada Vek', ['birthplace', 'mayor'])."""
     chain = question.removeprefix("What is the ").removesuffix("?")
     subject, *relations = reversed(re.split(" of (?:the )?", chain))

@@ -8,11 +8,10 @@ import asyncio
 import hashlib
 import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
 
@@ -40,7 +39,7 @@ from deepresearcher_min.protocol import ChatFormat, read_tools
 from deepresearcher_min.report import measures, step_sums
 from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out
 from deepresearcher_min.run import Ranks
-from deepresearcher_min.trajectory import Question, Recording, load_questions
+from deepresearcher_min.trajectory import Recording, load_questions
 from deepresearcher_min.web import Web
 
 # The revision is the one at which a public copy of the official repository has the file; never
@@ -52,19 +51,13 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dee
 ENOUGH = 50  # calls to a service after which an evaluation stops where most of them failed
 
 
-@dataclass(frozen=True)
-class Task:
-    """What to learn on, and what to be measured on; a corpus is an offline web."""
-
-    model_dir: str
-    questions: list[Question]
-    held_out: list[Question]
-    corpus: Corpus | None = None
-    world: World | None = None  # the toy's held-out one: its web, and the behaviour rates
+# What to learn on, and what to be measured on: a folder, lists of Questions. A corpus is an offline
+# web; `world` is the toy's held-out one: its web, and the behaviour rates.
+Task = namedtuple("Task", "model_dir questions held_out corpus world", defaults=(None, None))
 
 
-def load_task(config, key="eval_data") -> Task:
-    """Questions, offline web and model that the config names; ValueError for what cannot be used.
+def load_task(config, key="eval_data"):
+    """The Task that the config names; ValueError for questions, web or model that are of no use.
     `key` is what messages call eval_data. Without data there is nothing to learn on.
     """
     model_dir = str(MODEL_DIR) if config.model == "toy" else config.model
@@ -75,7 +68,7 @@ def load_task(config, key="eval_data") -> Task:
         return Task(model_dir, questions, other.questions(count, seed), world.corpus, other)
     questions = read_questions("data", config.data)
     held_out = read_questions(key, config.eval_data)[: count or None]
-    if config.data and not config.eval_data:  # set aside, and never trained on
+    if questions and not held_out:  # set aside, and never trained on
         if not 0 < count < len(questions):
             raise ConfigError(
                 f"eval_questions={count}: without eval_data, 1 to {len(questions) - 1} of the "
@@ -89,12 +82,12 @@ def load_task(config, key="eval_data") -> Task:
     return Task(model_dir, questions, held_out, corpus)
 
 
-def read_questions(key: str, path: str):
+def read_questions(key, path):
     with named(key, path):
         return load_questions(path) if path else []
 
 
-def load_examination(config, ranks) -> Task:
+def load_examination(config, ranks):
     """eval.py's task: at most `limit` questions of each data source, of eval_data (or --data), else
     of those that the model's run set aside, else of the official test set.
     """
@@ -108,10 +101,10 @@ def load_examination(config, ranks) -> Task:
         taken[question.source] += 1
         if config.limit == 0 or taken[question.source] <= config.limit:
             kept.append(question)
-    return replace(task, held_out=kept)
+    return task._replace(held_out=kept)
 
 
-def test_set(config) -> str:
+def test_set(config):
     """The official test set, fetched once and kept under ~/.cache; ConfigError if it cannot be."""
     path = CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
     body = path.read_bytes() if os.path.isfile(path) else b""
@@ -132,7 +125,7 @@ def test_set(config) -> str:
     return str(path)
 
 
-def open_web(config, ranks) -> Web:
+def open_web(config, ranks):
     """The web through the cassette that the config names, or that of the run folder."""
     cassette = config.cassette or f"{config.run_dir}/cassette.sqlite"
     with named("cassette", cassette, "it must be an SQLite file that can be written"):
@@ -145,7 +138,8 @@ def make_agent(config, task, ranks, notes):
     """The agent in training, and the same one on the held-out web; all parts are tried. A context
     above the model's own is a line more in `notes`.
     """
-    fetch_model(task.model_dir, ranks)
+    folder = task.model_dir
+    fetch_model(folder, ranks)
     prompt, asked = "", config.max_model_len
     if config.system_prompt_file:
         with named("system_prompt_file", config.system_prompt_file):
@@ -154,9 +148,9 @@ def make_agent(config, task, ranks, notes):
                 raise ValueError("there is no text in it")
     schemas = read_tools(config.tools_file) if config.tools_file else None
     with named("model", config.model, "name a chat model with --model=DIR"):
-        model = AutoConfig.from_pretrained(task.model_dir).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(task.model_dir)
-        chat = ChatFormat(tokenizer, config.date, prompt, schemas, declared_ends(task.model_dir))
+        model = AutoConfig.from_pretrained(folder).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        chat = ChatFormat(tokenizer, config.date, prompt, schemas, declared_ends(folder))
         ids = chat.prompt_ids("Who?")
         if max(ids) >= model.vocab_size:
             raise ValueError(
@@ -170,19 +164,19 @@ def make_agent(config, task, ranks, notes):
         notes.append(f"max_model_len={asked} is above the model's own limit of {limit} tokens.")
     web = open_web(config, ranks) if uses_web(config) else None
     with named("model", config.model):
-        engine = make_engine(config, task.model_dir, ranks.world_size)
-    agent = Agent(config, engine, Tools(config, chat, task.corpus, web), chat)
-    return agent, replace(agent, tools=Tools(config, chat, (task.world or task).corpus, web))
+        engine = make_engine(config, folder, ranks.world_size)
+    return [
+        Agent(config, engine, Tools(config, chat, one.corpus, web), chat)
+        for one in (task, task.world or task)
+    ]
 
 
 def begin(config, ranks, notes, asks=True, judges=False):
     """Try the services that the run will use (ConfigError on all ranks); then write its config.yaml
     and say what is special about it, unless it is for one typed question.
     """
-    trouble = ""
-    if ranks.rank == 0 and config.cassette_mode != "replay":
-        trouble = rollout.try_services(config, asks, judges)
-    trouble = ranks.share(trouble)
+    tries = ranks.rank == 0 and config.cassette_mode != "replay"
+    trouble = ranks.share(tries and rollout.try_services(config, asks, judges))
     if trouble:
         raise ConfigError(trouble)
     if ranks.rank == 0 and not config.question:
@@ -199,7 +193,7 @@ class PlainChat(ChatFormat):
         vars(self).update(vars(chat))
         self.tools, self.found = None, found
 
-    def prompt_ids(self, question: str):
+    def prompt_ids(self, question):
         if question in self.found:
             question = f"{question}\n\nSearch results: {self.found[question]}"
         return super().prompt_ids(question)
@@ -239,10 +233,9 @@ def evaluate(numbered, agent, ranks, on_done, run=0):
 def write_groups(config, name, step, groups):
     """All trajectories as JSON lines, and the best and the worst as text."""
     path = Path(f"{config.run_dir}/trajectories/{name}.jsonl")
-    why = partial(reward.explain, config=config)
     path.unlink(missing_ok=True)  # of a step that was run before a kill, and runs again
-    report.write_trajectories(path, step, groups, why)
-    report.write_readable(path.with_suffix(".txt"), groups, why)
+    report.write_trajectories(path, step, groups, config)
+    report.write_readable(path.with_suffix(".txt"), groups, config)
 
 
 def written(config, task):
@@ -260,26 +253,27 @@ def usable(tried, config):
     """The last trajectory of each question, by its id, that met no failed service; the others are
     asked again (but in a replay, which would repeat the failures).
     """
-    known = {}
-    for one in tried:
-        failed = {"search_failed", "reader_failed"} & one.cost.keys()
-        if config.cassette_mode == "replay" or not failed:
-            known[one.question.id] = one
+    replay = config.cassette_mode == "replay"
+    known = {
+        one.question.id: one
+        for one in tried
+        if replay or not {"search_failed", "reader_failed"} & one.cost.keys()
+    }
     return dict(sorted(known.items()))
 
 
-def ask_all(config, task, agent, done, left: int, ranks):
+def ask_all(config, task, agent, done, left, ranks):
     """Ask what is not `done` yet in each run, `left` in all; a trajectory is written as it ends, so
     that no kill loses or repeats one.
     """
     path = Path(f"{config.run_dir}/trajectories/{ranks.own('eval')}.jsonl")
-    web, why = agent.tools.browser.web, partial(reward.explain, config=config)
+    web = agent.tools.browser.web
     sums, paid, found, prepaid = Counter(), spent(config, done), {}, {}
 
     def on_done(one):
         one = replace(one, cost=prepaid.get(one.question.id, {}) | one.cost)
         group = reward.judge(one.question, [one], config, 0)  # empty for what the harness ended
-        report.write_trajectories(path, 0, [group], why, run)
+        report.write_trajectories(path, 0, [group], config, run)
         sums.update(step_sums([group], [[one]]))
         usd = sums["cost_usd"]
         bar.update()
@@ -307,7 +301,7 @@ def spent(config, runs):
     return sum(cost.get("usd", 0.0) for cost in costs)
 
 
-def check_budget(config, usd: float):
+def check_budget(config, usd):
     """RunStopped where the estimated cost of a run has reached max_cost."""
     if 0 < config.max_cost <= usd:
         raise RunStopped(f"The estimated cost, ${usd:.2f}, has reached max_cost={config.max_cost}.")
@@ -337,10 +331,10 @@ def ask_judge_all(config, runs):
         report.append_json_line(Path(f"{config.run_dir}/judge.jsonl"), {"usd": counts["usd"]})
         web.close()
     raise_if_down(config, web.totals)
-    silent = sum(list(each.values()).count(None) for each in verdicts)
-    causes = [f"{amount} {name}" for name, amount in counts.items() if "fail_judge_" in name]
-    words = f"by {config.judge_model}; without a verdict, left out: {silent}"
-    return verdicts, f"{words} ({', '.join(causes) or '-'})", paid + counts["usd"]
+    silent = {name: number for name, number in counts.items() if "fail_judge_" in name}
+    causes = ", ".join(f"{number} {name}" for name, number in silent.items()) or "-"
+    words = f"by {config.judge_model}; without a verdict, left out: {sum(silent.values())}"
+    return verdicts, f"{words} ({causes})", paid + counts["usd"]
 
 
 def scores_of(tried, known, judged, answers, config):
@@ -349,7 +343,7 @@ def scores_of(tried, known, judged, answers, config):
     """
     rows, shown, sums = [], Counter(), step_sums([], [tried])
     for key, one in known.items():
-        text = None if one.answer is None else " ".join(reward.words(one.answer))
+        text = one.answer and " ".join(reward.words(one.answer))
         rows.append(measures(one) | {"mbe": judged.get(key), "answer": text})
         answers[key].append(rows[-1])
         shown.update(report.behaviours(one))
@@ -399,10 +393,10 @@ def scores_over_runs(runs, verdicts, config):
 def interval(f1):
     """The 95 % interval of the mean F1 of questions, from 2,000 draws of as many."""
     draws = np.random.default_rng(0).choice(f1, (2000, len(f1)))
-    return np.quantile(draws.mean(axis=1), (0.025, 0.975)).round(3).tolist()
+    return np.quantile(draws.mean(1), (0.025, 0.975)).round(3).tolist()
 
 
-def mean(rows, name) -> float | None:
-    """The mean of a score over the rows that have it."""
+def mean(rows, name):
+    """The mean of a score over the rows that have it, None where none has it."""
     known = [row[name] for row in rows if row.get(name) is not None]
     return sum(known) / len(known) if known else None

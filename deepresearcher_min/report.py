@@ -15,11 +15,10 @@ from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
-import yaml
 
-from deepresearcher_min.config import ROOT, replace_file
-from deepresearcher_min.reward import exact_match, f1_score
-from deepresearcher_min.trajectory import POLICY_STOPS, Question, Trajectory, Turn
+from deepresearcher_min.config import ROOT, replace_file, table
+from deepresearcher_min.reward import exact_match, explain, f1_score
+from deepresearcher_min.trajectory import POLICY_STOPS, Trajectory, Turn
 
 MAX_TRAJECTORIES = 4096  # that the page embeds; the files in trajectories/ hold all of them
 # Characters of turns and observations on the page; what is beyond is cut to MAX_TURN.
@@ -34,9 +33,9 @@ STEP_LINE = (
     "roll {roll_s:5.1f}s upd {update_s:5.1f}s | ${usd:1.2f}"
 )
 # The rows of a table: {key of an evaluation: (name, format)}.
-SCORES = yaml.safe_load((ROOT / "deepresearcher_min/scores.yaml").read_bytes())
+SCORES = table("scores")
 # {name: regular expressions}
-BEHAVIOURS = yaml.safe_load((ROOT / "deepresearcher_min/behaviours.yaml").read_bytes())
+BEHAVIOURS = table("behaviours")
 
 
 # --- measures: what is told about trajectories
@@ -48,7 +47,7 @@ def measures(trajectory):
     """
     answer = trajectory.answer
     golds = trajectory.question.answers
-    cost = trajectory.cost
+    cost = Counter(trajectory.cost)
     return {
         "trajectories": 1,
         "tokens": len(trajectory.token_ids),
@@ -57,8 +56,8 @@ def measures(trajectory):
         "format_errors": float(trajectory.stop_reason != "answer"),
         # A call too many is not answered.
         "calls": sum(turn.observation != "" for turn in trajectory.turns),
-        "searches": cost.get("searches", 0),
-        "pages": cost.get("pages", 0),
+        "searches": cost["searches"],
+        "pages": cost["pages"],
     }
 
 
@@ -125,7 +124,7 @@ def step_means(sums):
 # --- lines and tables
 
 
-def step_line(metrics) -> str:
+def step_line(metrics):
     """The console line of one step, from its metrics {"f1": 0.41, "em": 0.35, ...}; columns keep
     their width; shares are in [0, 1].
     """
@@ -150,7 +149,7 @@ def score_rows(named):
     return rows
 
 
-def text_table(rows, markdown=False) -> str:
+def text_table(rows, markdown=False):
     """Rows of cells, the head first, as aligned text or as a Markdown table."""
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     end = ":" if markdown else "-"  # figures are aligned to the right
@@ -217,8 +216,7 @@ def resume_metrics(path, step):
     the file, too.
     """
     rows = [row for row in read_json_lines(path) if row["step"] <= step]
-    lines = [*map(json.dumps, rows), ""]
-    replace_file(path, "\n".join(lines).encode())
+    replace_file(path, "\n".join([*map(json.dumps, rows), ""]).encode())
     return rows
 
 
@@ -234,14 +232,14 @@ def behaviours(trajectory):
     shown = []
     for name, patterns in BEHAVIOURS.items():
         text = " ".join(where.get(name, thoughts[1:-1]))
-        if re.search("|".join(patterns), text, re.I | re.S):
+        if re.search("(?is)" + "|".join(patterns), text):
             shown.append(name)
     return shown
 
 
-def write_trajectories(path, step, groups, explain, first=0):
-    """Append each trajectory as one JSON line: to_json(), its reward and why (explain(trajectory)),
-    each turn's mean logprob.
+def write_trajectories(path, step, groups, config, first=0):
+    """Append each trajectory as one JSON line: to_json(), its reward and why, each turn's mean
+    logprob.
 
     `index` numbers the trajectories of a group from `first`: in an evaluation it is the run.
     """
@@ -256,14 +254,14 @@ def write_trajectories(path, step, groups, explain, first=0):
                 "index": first + number,
                 "reward": group.rewards[number],
                 "advantage": group.advantages[number],
-                "why": explain(one),
+                "why": explain(one, config),
                 "behaviours": behaviours(one),
                 "turns": turns,
             }
             append_json_line(path, row)
 
 
-def read_trajectory(row, question: Question) -> Trajectory:
+def read_trajectory(row, question):
     """What write_trajectories wrote of this question, log-probabilities rounded to six digits."""
     logprobs = np.full(len(row["token_ids"]), np.nan)
     np.place(logprobs, row["sampled_mask"], row["logprobs"])
@@ -283,12 +281,12 @@ def read_trajectory(row, question: Question) -> Trajectory:
     )
 
 
-def printable(text) -> str:
+def printable(text):
     """Without escape sequences, and without what UTF-8 cannot hold."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
 
-def readable(trajectory, why="") -> str:
+def readable(trajectory, why=""):
     """A trajectory as text for people: question, gold answers, what was written and observed, and
     the reward.
     """
@@ -305,7 +303,7 @@ def readable(trajectory, why="") -> str:
     return printable(text)
 
 
-def write_readable(path, groups, explain):
+def write_readable(path, groups, config):
     """The trajectories with the highest and with the lowest reward of these groups, as one text
     file.
     """
@@ -317,7 +315,7 @@ def write_readable(path, groups, explain):
         if scored:
             reward, advantage, one = pick(scored, key=itemgetter(0))
             text += f"=== {name} reward: {reward:.3f}, advantage {advantage:+.3f}\n"
-            text += f"{readable(one, explain(one))}\n\n"
+            text += f"{readable(one, explain(one, config))}\n\n"
     replace_file(path, text.encode())
 
 
@@ -343,7 +341,7 @@ def publish(config, summary):
     (run / "report.html").write_text(text.replace("__DATA__", data), "utf-8", "replace")
 
 
-def load_trajectories(folder: Path):
+def load_trajectories(folder):
     """What the page embeds of trajectories/*.jsonl, evaluations and late steps first, and a
     sentence about it.
 
@@ -367,13 +365,14 @@ def load_trajectories(folder: Path):
     left, cut = MAX_PAGE_TEXT, 0
     # Read backwards, ids of one source lie far apart.
     for row in sorted(kept, key=lambda row: row["id"][::-1]):
-        left -= sum(len(turn["text"] + turn["observation"]) for turn in row["turns"])
-        cut += left < 0
+        whole = left > 0
+        cut += not whole
         for turn in row["turns"]:
+            left -= len(turn["text"] + turn["observation"])
             with suppress(Exception):  # literal_eval alone has four for what is no list
                 # A list, which the page can fold.
                 turn["observation"] = ast.literal_eval(turn["observation"])
-            if left < 0:
+            if not whole:
                 turn["text"] = turn["text"][:MAX_TURN]
                 turn["observation"] = turn["observation"] and None  # None: cut
     shown = {row["file"] for row in kept}

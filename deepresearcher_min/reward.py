@@ -8,29 +8,20 @@ for the way (tool use, length, style).
 
 import json
 import random
-import string
+import re
 import time
 
-from deepresearcher_min.config import Config, WebFailure
+from deepresearcher_min.config import WORDS, Config, WebFailure
 from deepresearcher_min.grpo import group_advantages
 from deepresearcher_min.search import JUDGE_FIELDS, ask_service, judge_rules, parse_verdict
-from deepresearcher_min.trajectory import POLICY_STOPS, Group, Question, Trajectory
-
-PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation, " "))
-FORMAT_FAILURES = {  # why there is no answer, for people; by stop reason
-    "malformed": "its last turn was neither a complete thought with one tool call nor one with an "
-    "answer",
-    "tool_budget": "it asked for another tool after its last allowed call instead of answering",
-    "length": "its last turn reached the limit of tokens for a turn (max_turn_tokens)",
-    "context": "it reached the limit of tokens for a whole trajectory (max_model_len)",
-}
+from deepresearcher_min.trajectory import POLICY_STOPS, Group, Trajectory
 
 
 def words(text):
     """'The U.S.' -> ['the', 'u', 's']. Only ASCII punctuation separates: an en dash stays part of
     its word.
     """
-    return text.lower().translate(PUNCTUATION_TO_SPACE).split()
+    return re.findall(r"[^\s!-/:-@\[-`{-~]+", text.lower())
 
 
 def f1_score(prediction: str, answers: list | tuple) -> float:
@@ -82,7 +73,7 @@ def reward(trajectory: Trajectory, config: Config) -> float:
     return f1_score(trajectory.answer, trajectory.question.answers)
 
 
-def explain(trajectory, config) -> str:
+def explain(trajectory, config):
     """The reward in words: which gold answer it was compared with, precision and recall, or what
     went wrong.
     """
@@ -92,7 +83,7 @@ def explain(trajectory, config) -> str:
         return f"no reward: the harness ended this trajectory ({stop_reason}), so it is left out"
     value = reward(trajectory, config)
     if answer is None:
-        return f"reward {value:g} for the format: {FORMAT_FAILURES[stop_reason]}"
+        return f"reward {value:g} for the format: {WORDS[stop_reason]}"
     golds = trajectory.question.answers
     best = max(golds, key=lambda gold: f1_score(answer, [gold]))
     given = set(words(answer))
@@ -109,7 +100,7 @@ def explain(trajectory, config) -> str:
     )
 
 
-def judge(question: Question, trajectories, config, step) -> Group:
+def judge(question, trajectories, config, step) -> Group:
     """Rewards and advantages of one question's trajectories; what the harness ended is left out."""
     kept = [one for one in trajectories if one.stop_reason in POLICY_STOPS]
     rewards = [reward(one, config) for one in kept]
@@ -141,9 +132,10 @@ def ask_judge(trajectory: Trajectory, config: Config, web, counts) -> float | No
         asked = JUDGE_FIELDS.sub(lambda field: fields[field[1]], rules)
         rules = "You are a helpful assistant."
     messages = [{"role": "system", "content": rules}, {"role": "user", "content": asked}]
-    unread = "no_verdict", "The judge gave no verdict."
     deadline = time.monotonic() + config.tool_timeout
     try:
-        return ask_service("judge", config, web, messages, parse_verdict, unread, counts, deadline)
+        return ask_service(
+            "judge", config, web, messages, parse_verdict, "no_verdict", counts, deadline
+        )
     except WebFailure:
         return None

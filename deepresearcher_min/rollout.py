@@ -45,7 +45,7 @@ from deepresearcher_min.protocol import (
 )
 from deepresearcher_min.search import SERVICES, ask_service, live_search, make_search
 from deepresearcher_min.trajectory import Reading, Recording, Trajectory, Turn
-from deepresearcher_min.web import BLOCKED, Web, is_blocked
+from deepresearcher_min.web import Web, is_blocked
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
 GRACE = 1.0  # after a tool's own deadline its thread is given up, although it cannot be ended [s]
@@ -154,12 +154,10 @@ class Tools:
 
     async def browse(self, url, record):
         if is_blocked(url, host_list(self.config)):
-            raise WebFailure(*BLOCKED)
+            raise WebFailure("blocked_host")
         query = record.shown.get(url)
         if query is None:
-            raise WebFailure(
-                "unknown_url", "No search has shown this address, so it cannot be opened."
-            )
+            raise WebFailure("unknown_url")
         count(record.cost, "pages")
         reading = Reading(record.question.text, query, record.memory[query], record.read[url])
         record.readings[url] = reading

@@ -17,7 +17,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 from deepresearcher_min.config import (
-    BAD_REPLY,
     ROOT,
     ConfigError,
     WebFailure,
@@ -30,8 +29,6 @@ from deepresearcher_min.config import (
 )
 from deepresearcher_min.corpus import Corpus, SearchResult, read_passage
 
-NO_RESULTS = "no_results", "Nothing was found for this query."
-TOO_MANY = "rate_limited", "Too many searches are under way at the moment."
 SOURCE = code_of(__file__)
 # What a reader writes around its notes, and in place of them.
 CONTINUE = r"(?i)\bcontinue\W{0,3}:\W{0,3}(?:(yes)|no)\b\W*"
@@ -46,9 +43,8 @@ def live_search(config, web):
     service, base, key = SERVICES[config.search]
     base = (config.search_url or base).rstrip("/")
     headers = {"X-API-KEY": os.environ.get(key, "").strip()} if key else {}
-    price = config.price_search if key else 0.0
-    place = {"gl": config.search_country, "hl": config.search_language} if key else {}
-    place = {name: value for name, value in place.items() if value}
+    place = {"gl": config.search_country, "hl": config.search_language}
+    place = {name: value for name, value in place.items() if key and value}
     most = config.search_results
     lock, next_slot = threading.Lock(), 0.0
 
@@ -59,35 +55,36 @@ def live_search(config, web):
         def ask(path, payload=None):
             nonlocal next_slot
             with lock:  # a bucket of one token: a larger one would break the limit at once
-                slot = max(next_slot, time.monotonic())
+                now = time.monotonic()
+                slot = max(next_slot, now)
                 if slot >= deadline:
-                    raise WebFailure(*TOO_MANY)
+                    raise WebFailure(
+                        "rate_limited", "Too many searches are under way at the moment."
+                    )
                 next_slot = slot + web.world_size / config.requests_per_second
-            time.sleep(max(0.0, slot - time.monotonic()))
-            if payload:
-                payload = payload | place
+            time.sleep(slot - now)
+            payload = payload and payload | place
             reply = web.fetch_json(f"{base}{path}", headers, payload, counts, deadline)
-            count(counts, "usd", price)
+            if key:
+                count(counts, "usd", config.price_search)
             return reply
 
         def find():
             try:
                 found = [[*map(one_line, row)] for row in service(query, most, ask)]
             except (LookupError, TypeError, AttributeError):
-                raise WebFailure(*BAD_REPLY) from None
+                raise WebFailure("bad_reply") from None
             kept = [row for row in found if row[1]]
             if not kept:
-                raise WebFailure(*NO_RESULTS)
+                raise WebFailure("no_results")
             return kept
 
         request = [config.search, base, query, most, *place.items()]
         rows = web.cached("search", request, find, counts, deadline, SOURCE)
-        found = []
-        for title, url, snippet in rows[:most]:
-            if url.startswith("/"):
-                url = f"{base}{url}"
-            found.append(SearchResult(title, url, snippet))
-        return found
+        return [
+            SearchResult(title, f"{base}{url}" if url.startswith("/") else url, snippet)
+            for title, url, snippet in rows[:most]
+        ]
 
     return search
 
@@ -120,8 +117,10 @@ def searxng(query, results, ask):
 
 def wikipedia(query, results, ask):
     """Wikipedia's own search, which needs no key; `search_url` chooses another language or wiki."""
-    api = "/w/api.php?action=query&list=search&format=json&formatversion=2"
-    reply = ask(f"{api}&srlimit={results}&srsearch={quote(query)}")
+    reply = ask(
+        "/w/api.php?action=query&list=search&format=json&formatversion=2"
+        f"&srlimit={results}&srsearch={quote(query)}"
+    )
     for row in reply["query"]["search"]:
         path = quote(row["title"].replace(" ", "_"), errors="replace")
         plain = re.sub("<[^>]*>", "", row.get("snippet") or "")  # matches come marked up
@@ -196,7 +195,7 @@ def make_search(config, web, corpus: Corpus):
         if kept != found:
             count(counts, "blocked", len(found) - len(kept))
         if not kept:
-            raise WebFailure(*NO_RESULTS)
+            raise WebFailure("no_results")
         return kept
 
     return search
@@ -239,7 +238,7 @@ def ask_model(web, url, key, payload, counts, deadline):
                 raise
             refused.append(told[0])
         except (LookupError, TypeError, AttributeError):
-            raise WebFailure(*BAD_REPLY) from None
+            raise WebFailure("bad_reply") from None
     if refused != known:
         known[:] = refused
         if web.rank == 0:
@@ -256,7 +255,8 @@ def ask_model(web, url, key, payload, counts, deadline):
 def ask_service(role, config, web, messages, read, unread, counts, deadline):
     """read(the text of a reply) of the reader or the judge, through the cassette.
 
-    `read` gives None for what it cannot read: the third such reply is a WebFailure, `unread`.
+    `read` gives None for what it cannot read: the third such reply is a WebFailure of the kind
+    `unread`.
     """
     keys = vars(config)
     url = f"{keys[f'{role}_url'].rstrip('/')}/chat/completions"
@@ -276,7 +276,7 @@ def ask_service(role, config, web, messages, read, unread, counts, deadline):
             found = read(text)
             if found not in (None, ""):
                 return found
-        raise WebFailure(*unread)
+        raise WebFailure(unread)
 
     return web.cached(role, [url, payload], ask, counts, deadline)
 
@@ -289,7 +289,7 @@ def parse_notes(reply):
     return notes, bool(further and further[1])
 
 
-def judge_rules(config) -> str:
+def judge_rules(config):
     """The text of judge_prompt_file, or ours; ConfigError where it cannot be used."""
     with named("judge_prompt_file", config.judge_prompt_file):
         rules = Path(config.judge_prompt_file or ROOT / "prompts/judge.txt").read_text("utf-8")
@@ -300,11 +300,11 @@ def judge_rules(config) -> str:
     return rules
 
 
-def parse_verdict(reply) -> float | None:
+def parse_verdict(reply):
     """1.0 or 0.0 by {"judgement": word} in the reply, the official form, or else by a word alone on
-    its last line.
+    its last line; None without either.
     """
     reply = reply.rpartition("</think>")[2].strip()
     told = re.findall(r'"judgement"\s*:\s*"(.*?)"', reply) or reply.splitlines()[-1:]
-    verdict = re.fullmatch(r"\W*(IN)?CORRECT\W*", "\n".join(told), re.I)
-    return None if verdict is None else float(not verdict[1])
+    verdict = re.fullmatch(r"(?i)\W*(IN)?CORRECT\W*", "\n".join(told))
+    return verdict and float(not verdict[1])

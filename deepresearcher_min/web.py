@@ -1,9 +1,9 @@
 """The only place that opens a socket to the web: search.py and browse.py go through it.
 
-Failures (kinds, and words for the model) · addresses (which may be opened) · the exchange (the
-only adapter of our one requests.Session: whatever that sends, redirects too, is checked, pinned and
-limited there) · Web, for pages and services, with its cassette (cache and recording at once). Every
-wait ends at the deadline of the tool call.
+Addresses (which may be opened) · the exchange (the only adapter of our one requests.Session:
+whatever that sends, redirects too, is checked, pinned and limited there) · Web, for pages and
+services, with its cassette (cache and recording at once). Every wait ends at the deadline of the
+tool call; the words for failures are in failures.yaml.
 
 Left out: cookies, scripts, robots.txt, HTTP/2, proxies, ~/.netrc. Retries are a loop of ours:
 urllib3's Retry sleeps past a deadline, drains refused replies without a limit, and does not ask
@@ -34,10 +34,9 @@ from urllib3 import exceptions as errors
 from urllib3.util import parse_url
 
 from deepresearcher_min.config import (
-    BAD_REPLY,
     LAST_WORDS,
     NO_FAULT,
-    TIMEOUT,
+    WORDS,
     BlockedURL,
     ConfigError,
     WebFailure,
@@ -48,18 +47,6 @@ from deepresearcher_min.config import (
     raise_if_down,
     seconds_left,
 )
-
-# --- failures: kinds, and words for the model
-
-REFUSED = (
-    "refused_address",
-    "Only plain http and https addresses of the public internet can be opened.",
-)
-BLOCKED = (
-    "blocked_host",
-    "This host is blocked: data sets are kept there, with the answers to questions.",
-)
-
 
 # --- addresses: which may be opened
 
@@ -73,7 +60,7 @@ NETWORKS = """224.0.0.0/3 192.0.0.0/24 192.88.99.0/24 168.63.129.16/32
 RESOLVERS = ThreadPoolExecutor(16, "resolver")  # getaddrinfo knows no deadline; waiting for it does
 
 
-def is_public(address) -> bool:
+def is_public(address):
     """Whether an IP address belongs to the public internet; IPv4 inside IPv6 is judged as IPv4."""
     ip = ipaddress.ip_address(address)
     if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
@@ -90,7 +77,7 @@ def check_url(url: str, allow_private=False, seconds=5.0):
         parts = parse_url(url if re.fullmatch(PLAIN_URL, url) else "")
     host = (parts.host or "").strip("[]")
     if not host or not (allow_private or parts.port in (None, 80, 443)):
-        raise BlockedURL(*REFUSED)
+        raise BlockedURL("refused_address")
     lookup = RESOLVERS.submit(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
     try:
         addresses = [entry[4][0] for entry in lookup.result(seconds)]
@@ -99,32 +86,22 @@ def check_url(url: str, allow_private=False, seconds=5.0):
     finally:
         lookup.cancel()  # one that nobody waits for any more must not hold up the others
     if not allow_private and not all(map(is_public, addresses)):
-        raise BlockedURL(*REFUSED)
+        raise BlockedURL("refused_address")
     return parts, addresses
 
 
 # --- the exchange: one request and its reply
 
-HEADERS = {
-    "User-Agent": "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)",
-    "Accept-Encoding": "gzip, deflate",
-}
 # content types of pages
 READABLE = r"(?i)\s*($|text/(html|plain|markdown)|application/(xhtml\+xml|pdf))"
-QUOTA = "quota", "The quota of the service is used up."
-NO_ACCESS = "unauthorized", "The server refused access."
-BUSY = "rate_limited", "The server answered with the error 429 (Too Many Requests)."
-STATUS = {401: NO_ACCESS, 402: QUOTA, 403: NO_ACCESS, 429: BUSY, 432: QUOTA}
+STATUS = {401: "unauthorized", 402: "quota", 403: "unauthorized", 429: "rate_limited", 432: "quota"}
 # what requests and urllib3 raise; all else is a connection that failed
 RAISED = {
-    requests.TooManyRedirects: (
-        "redirects",
-        "The address leads from redirect to redirect without end.",
-    ),
-    errors.SSLError: ("tls", "No secure connection to the server is possible."),
-    errors.ConnectTimeoutError: TIMEOUT,
-    errors.ReadTimeoutError: TIMEOUT,
-    errors.EmptyPoolError: TIMEOUT,
+    requests.TooManyRedirects: "redirects",
+    errors.SSLError: "tls",
+    errors.ConnectTimeoutError: "timeout",
+    errors.ReadTimeoutError: "timeout",
+    errors.EmptyPoolError: "timeout",
 }
 # what this thread is fetching: .own (from a service of the operator), .attempt, .counts, .deadline
 ERRAND = threading.local()
@@ -135,13 +112,14 @@ def response_in_time(_, sock, method):
     second.
     """
     response = http.client.HTTPResponse(sock, method=method)
-    receive = response.fp.raw.readinto  # of the buffered file just made over the socket
+    raw = response.fp.raw  # of the buffered file just made over the socket
+    receive = raw.readinto
 
     def receive_in_time(buffer):
         sock.settimeout(min(seconds_left(ERRAND.deadline), sock.gettimeout()))
         return receive(buffer)
 
-    response.fp.raw.readinto = receive_in_time  # type: ignore[method-assign]
+    raw.readinto = receive_in_time  # type: ignore[method-assign]
     return response
 
 
@@ -168,7 +146,7 @@ class Door(requests.adapters.HTTPAdapter):
         limits = self.limits
         own = ERRAND.own
         if not own and is_blocked(request.url, host_list(limits)):
-            raise BlockedURL(*BLOCKED)
+            raise BlockedURL("blocked_host")
         parts, addresses = check_url(
             request.url, own or limits.allow_private_hosts, seconds_left(ERRAND.deadline)
         )
@@ -196,42 +174,37 @@ class Door(requests.adapters.HTTPAdapter):
             redirect=False,
             preload_content=False,
         )
-        # both: a connection with unread bytes is closed, and its place in the pool given back
         try:
+            kind = reply.headers.get("Content-Type", "")
+            if reply.status == 200 and not own and not re.match(READABLE, kind):
+                raise WebFailure(
+                    "content_type", f"This is not a page to read but a file of type {kind[:60]}."
+                )
+            body = reply.read(limits.max_page_bytes + 1)  # decompressed
+            if len(body) > limits.max_page_bytes:
+                raise WebFailure("too_large")
+            count(ERRAND.counts, "bytes", reply.tell())
             response = self.build_response(request, reply)
             # read already, and without cookies that the session could keep
-            response.raw = io.BytesIO(self.body_of(reply))
+            response.raw = io.BytesIO(body)
             return response
-        finally:
+        finally:  # a connection with unread bytes is closed, and its place in the pool given back
             reply.close()
             reply.release_conn()
-
-    def body_of(self, reply):
-        """Decompressed, and no more of it than a page may have."""
-        kind = reply.headers.get("Content-Type", "")
-        if reply.status == 200 and not ERRAND.own and not re.match(READABLE, kind):
-            raise WebFailure(
-                "content_type", f"This is not a page to read but a file of type {kind[:60]}."
-            )
-        body = reply.read(self.limits.max_page_bytes + 1)
-        if len(body) > self.limits.max_page_bytes:
-            raise WebFailure("too_large", "The page is too large to be read.")
-        count(ERRAND.counts, "bytes", reply.tell())
-        return body
 
 
 def status_failure(response, headers):
     """What a reply that is no success, to a request with these headers, means."""
     status = response.status_code
-    body = response.content
-    if status == 400 and b"credit" in body[:1000].lower():
+    said = server_words(response.content, headers)
+    if status == 400 and "credit" in said.lower():
         status = 402  # "Not enough credits" is Serper's
-    other = (
-        f"http_{status}",
+    kind = STATUS.get(status, f"http_{status}")
+    words = (
         f"The server answered with the error {status} "
-        f"({http.client.responses.get(status, 'unknown')}).",
+        f"({http.client.responses.get(status, 'unknown')})."
     )
-    return WebFailure(*STATUS.get(status, other), server_words(body, headers))
+    return WebFailure(kind, WORDS.get(kind, words), said)
 
 
 def server_words(body, headers):
@@ -257,7 +230,7 @@ class Web:
     """
 
     run = 0  # of an evaluation's repeats
-    enough = 0  # from how many calls on most failures stop the run; 0: never
+    enough = 10**9  # from how many calls on most failures stop the run
 
     def __init__(self, config, cassette: str | Path, rank=0, world_size=1):
         self.config = config
@@ -265,28 +238,30 @@ class Web:
         if config.cassette_mode == "replay" and not self.cassette.is_file():
             raise ConfigError(f"cassette='{cassette}': cassette_mode: replay needs a recording")
         self.cassette.parent.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(
+        self.db = db = sqlite3.connect(
             cassette, timeout=30, isolation_level=None, check_same_thread=False
         )
-        self.db.execute(
+        db.execute(
             "CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, time REAL, reply TEXT)"
         )
         # all other statements wait; this one fails while another rank is at it, for all of us
         with suppress(sqlite3.OperationalError):
-            self.db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA journal_mode=WAL")
         # a power cut may cost the last replies, never the file
-        self.db.execute("PRAGMA synchronous=NORMAL")
+        db.execute("PRAGMA synchronous=NORMAL")
         self.db_lock = threading.Lock()
         self.opened = time.time()
         self.flights = {}  # a lock for each first two bytes of a key
         self.totals = Counter()  # calls and failures
         self.rank = rank
         self.world_size = world_size
-        self.session = requests.Session()
-        self.session.trust_env = False  # ~/.netrc would replace our Authorization header
-        self.session.max_redirects = 5
-        self.session.headers.update(HEADERS)
-        self.session.adapters = {"": Door(config)}
+        self.session = session = requests.Session()
+        session.trust_env = False  # ~/.netrc would replace our Authorization header
+        session.max_redirects = 5
+        session.headers["User-Agent"] = (
+            "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)"
+        )
+        session.adapters = {"": Door(config)}  # type: ignore[assignment]
 
     def cached(self, kind, request, produce, counts, deadline, made=""):
         """The recorded reply to `request` (any JSON), else that of produce(), which is recorded, be
@@ -295,8 +270,7 @@ class Web:
         `kind`, of what is asked: page or one of ROLES. `made` stands for the code behind produce():
         in mode live, what other code has made is asked for again.
         """
-        if self.enough:
-            raise_if_down(self.config, self.totals, self.enough)
+        raise_if_down(self.config, self.totals, self.enough)
         count(counts, f"{kind}_calls")
         count(self.totals, f"cost_{kind}_calls")
         asked = [kind, request]
@@ -309,7 +283,7 @@ class Web:
         left = deadline - time.monotonic()
         try:
             if not flight.acquire(timeout=seconds_left(deadline)):
-                raise WebFailure(*TIMEOUT)
+                raise WebFailure("timeout")
             try:
                 return self.reply_to(key, produce, counts, made)
             finally:
@@ -340,7 +314,7 @@ class Web:
         if reply and written >= oldest and same:
             count(counts, "cache_hits")
         elif mode == "replay":
-            raise WebFailure("replay_miss", "This is not in the recording that is being replayed.")
+            raise WebFailure("replay_miss")
         else:
             try:
                 reply = {"value": produce()}
@@ -382,10 +356,9 @@ class Web:
             except WebFailure as raised:
                 failure = raised
             except ValueError:  # what requests does not even take for an address
-                failure = BlockedURL(*REFUSED)
+                failure = BlockedURL("refused_address")
             except (errors.HTTPError, OSError) as error:
-                broken = "connection", "The connection to the server failed."
-                failure = WebFailure(*RAISED.get(type(error), broken))
+                failure = WebFailure(RAISED.get(type(error), "connection"))
             again = re.match("timeout|connection|rate_limited|http_5", failure.kind)
             late = time.monotonic() + pause >= deadline
             if late or not again or ERRAND.attempt == self.config.max_retries:
@@ -401,7 +374,7 @@ class Web:
             # some send errors with the status of success
             if not (isinstance(reply, dict) and reply.get("error")):
                 return reply
-        raise WebFailure(*BAD_REPLY, server_words(body, headers))
+        raise WebFailure("bad_reply", said=server_words(body, headers))
 
     def close(self):
         self.session.close()

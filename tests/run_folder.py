@@ -15,9 +15,7 @@ from deepresearcher_min.config import load_config
 from deepresearcher_min.protocol import Entry, page_item, render, search_item
 from deepresearcher_min.trajectory import Group, Question, Trajectory, Turn
 
-
-def explain(trajectory):
-    return f"because {trajectory.stop_reason}"
+CONFIG = load_config([])
 
 
 def build(question, script, answer, stop_reason="answer", seed=0):
@@ -100,10 +98,10 @@ def write_run(folder, steps=6, questions=4, size=4):
         report.append_json_line(metrics, row)
         groups = [group(number, step, size) for number in range(questions)]
         report.write_trajectories(
-            folder / "trajectories" / f"step-{step:06d}.jsonl", step, groups, explain
+            folder / "trajectories" / f"step-{step:06d}.jsonl", step, groups, CONFIG
         )
     evaluation = [group(number, 0, 1) for number in range(questions)]
-    report.write_trajectories(folder / "trajectories" / "eval-before.jsonl", 0, evaluation, explain)
+    report.write_trajectories(folder / "trajectories" / "eval-before.jsonl", 0, evaluation, CONFIG)
     summary = {
         "seed": 0,
         "seconds": 90.0,

@@ -139,7 +139,7 @@ def test_the_judges_tokens_are_paid_and_end_the_judging(tmp_path, monkeypatch, c
     full = {**reply("CORRECT")[2], "usage": {"total_tokens": 100}}
     results = [answered("nq", i, "Augusta") for i in range(5)]
     groups = [Group(one.question, [one], [0.0], [0.0]) for one in results]
-    report.write_trajectories(tmp_path / "trajectories/eval.jsonl", 0, groups, lambda one: "why")
+    report.write_trajectories(tmp_path / "trajectories/eval.jsonl", 0, groups, load_config([]))
     task = Task("", [], [one.question for one in results])
     with Server({"/v1/chat/completions": (200, {}, full)}) as server:
         options = [

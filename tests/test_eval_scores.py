@@ -38,7 +38,7 @@ def evaluated(folder, config):
     results += [answered("Bamboogle", i, "ada lovelace!") for i in range(2)]
     results += [answered("Bamboogle", i, None, "malformed") for i in range(2, 4)]
     groups = [Group(one.question, [one], [0.0], [0.0]) for one in results]
-    report.write_trajectories(folder / "trajectories/eval.jsonl", 0, groups, lambda one: "why")
+    report.write_trajectories(folder / "trajectories/eval.jsonl", 0, groups, config)
     asked = [one.question for one in results] + [Question("lost", "Lost?", ("x",), "nq")]
     evaluation.conclude(config, Task("", [], asked), 0.0)
     return json.loads((folder / "summary.json").read_text())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_folder import build, explain, group, page_data, researcher, write_html, write_run
+from run_folder import CONFIG, build, group, page_data, researcher, write_html, write_run
 
 from deepresearcher_min import report
 from deepresearcher_min.trajectory import Group, Question, Trajectory, Turn
@@ -76,14 +76,15 @@ def test_trajectory_lines_worked_by_hand(tmp_path):
     )
     before = copy.deepcopy(vars(one.turns[0]))
     path = tmp_path / "trajectories" / "step.jsonl"
-    report.write_trajectories(path, 7, [Group(question, [one], [1.0], [nan])], explain)
+    report.write_trajectories(path, 7, [Group(question, [one], [1.0], [nan])], CONFIG)
     (row,) = report.read_json_lines(path)
     assert {key: row[key] for key in ("step", "index", "reward", "advantage", "why")} == {
         "step": 7,
         "index": 0,
         "reward": 1.0,
         "advantage": None,
-        "why": "because answer",
+        "why": "reward 1 (exact match): against 'her', 1 of the 1 words given are right "
+        "(precision 1.00), 1 of the 1 wanted are there (recall 1.00)",
     }
     assert [turn["logprob"] for turn in row["turns"]] == pytest.approx([-0.3, -1.0])
     assert row["behaviours"] == []
@@ -96,7 +97,7 @@ def test_trajectory_lines_worked_by_hand(tmp_path):
 @pytest.mark.quick
 def test_trajectories_are_read_as_they_were_written(tmp_path):
     groups, path = [group(0), group(1)], tmp_path / "eval.jsonl"
-    report.write_trajectories(path, 0, groups, explain)
+    report.write_trajectories(path, 0, groups, CONFIG)
     written = [one for each in groups for one in each.trajectories]
     questions = [one.question for one in written]
     read = map(report.read_trajectory, report.read_json_lines(path), questions)
@@ -108,9 +109,9 @@ def test_trajectories_are_read_as_they_were_written(tmp_path):
 @pytest.mark.quick
 def test_a_torn_line_costs_one_trajectory_and_no_other(tmp_path):
     path = tmp_path / "step.jsonl"
-    report.write_trajectories(path, 1, [group(0)], explain)
+    report.write_trajectories(path, 1, [group(0)], CONFIG)
     path.write_bytes(path.read_bytes()[:-30])
-    report.write_trajectories(path, 1, [group(1)], explain)
+    report.write_trajectories(path, 1, [group(1)], CONFIG)
     assert [row["id"] for row in report.read_json_lines(path)] == ["q0"] * 3 + ["q1"] * 4
 
 
@@ -137,13 +138,16 @@ def test_readable_tells_the_whole_story_without_control_characters():
 def test_write_readable_picks_best_and_worst(tmp_path):
     groups = [group(number) for number in range(6)]
     rewards = [reward for each in groups for reward in each.rewards]
-    report.write_readable(tmp_path / "step.txt", groups, explain)
+    report.write_readable(tmp_path / "step.txt", groups, CONFIG)
     text = (tmp_path / "step.txt").read_text()
     found = [
         float(value) for value in re.findall(r"est reward: (-?[\d.]+), advantage [+-]\d", text)
     ]
-    assert found == [max(rewards), min(rewards)] and text.count("because ") == 2
-    report.write_readable(tmp_path / "empty.txt", [], explain)
+    assert (
+        found == [max(rewards), min(rewards)]
+        and len(re.findall(r"(?m)^Gold: .*\nreward ", text)) == 2
+    )
+    report.write_readable(tmp_path / "empty.txt", [], CONFIG)
     assert (tmp_path / "empty.txt").read_text() == ""
 
 
@@ -199,7 +203,7 @@ def test_real_tool_payloads_unfold(tmp_path):
         "suicide",
     )
     report.write_trajectories(
-        tmp_path / "trajectories" / "eval.jsonl", 0, [Group(question, [one], [1.0], [0.0])], explain
+        tmp_path / "trajectories" / "eval.jsonl", 0, [Group(question, [one], [1.0], [0.0])], CONFIG
     )
     (row,) = page_data(write_html(tmp_path))["trajectories"]
     assert [turn["observation"] for turn in row["turns"]] == [*contents, ""]
@@ -220,7 +224,7 @@ def test_page_of_an_evaluation_and_of_a_run_that_was_stopped(tmp_path):
 def test_a_step_that_ran_twice_is_shown_once(tmp_path):
     path = tmp_path / "trajectories" / "step-000001.jsonl"
     for _ in range(2):
-        report.write_trajectories(path, 1, [group(0)], explain)
+        report.write_trajectories(path, 1, [group(0)], CONFIG)
     assert len(page_data(write_html(tmp_path))["trajectories"]) == 4
 
 
@@ -241,7 +245,7 @@ def test_a_full_page_keeps_observations_by_question(tmp_path, monkeypatch):
     ]
     for step in (1, 2):
         report.write_trajectories(
-            tmp_path / "trajectories" / f"step-{step:06d}.jsonl", step, groups, explain
+            tmp_path / "trajectories" / f"step-{step:06d}.jsonl", step, groups, CONFIG
         )
     turns = [turn for each in groups for one in each.trajectories for turn in one.turns]
     monkeypatch.setattr(

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from loopback import Server
-from run_folder import build, explain, page_data, researcher, write_html, write_run
+from run_folder import CONFIG, build, page_data, researcher, write_html, write_run
 
 from deepresearcher_min import report
 from deepresearcher_min.trajectory import Group, Question
@@ -255,7 +255,7 @@ def test_4096_trajectories_stay_usable(tmp_path):
             ]
             groups.append(Group(question, trajectories, [1.0, -1.0] * 4, [1.0, -1.0] * 4))
         report.write_trajectories(
-            tmp_path / "trajectories" / f"step-{step:06d}.jsonl", step, groups, explain
+            tmp_path / "trajectories" / f"step-{step:06d}.jsonl", step, groups, CONFIG
         )
     start = time.perf_counter()
     path = write_html(tmp_path)

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepresearcher_min.config import load_config
+from deepresearcher_min.config import WORDS, load_config
 from deepresearcher_min.report import measures, step_means, step_sums, summarize
 from deepresearcher_min.reward import (
-    FORMAT_FAILURES,
     exact_match,
     explain,
     f1_score,
@@ -97,7 +96,7 @@ def test_every_stop_reason_has_its_reward():
     assert reward(trajectory("answer", ""), CONFIG) == 0.0
     for stop_reason in set(POLICY_STOPS) - {"answer"}:
         assert reward(trajectory(stop_reason), CONFIG) == -0.75
-        assert FORMAT_FAILURES[stop_reason] in explain(trajectory(stop_reason), CONFIG)
+        assert WORDS[stop_reason] in explain(trajectory(stop_reason), CONFIG)
         assert "-0.75" in explain(trajectory(stop_reason), CONFIG)
     for stop_reason in HARNESS_STOPS:
         with pytest.raises(ValueError, match=f"'q1': a {stop_reason} trajectory has no reward"):

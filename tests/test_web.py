@@ -3,6 +3,7 @@ the operator.
 """
 
 import json
+import re
 import shutil
 import socket
 import ssl
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from loopback import CONFIG, Server, failure_of, lead_to
 
+from deepresearcher_min.config import ROOT, WORDS
 from deepresearcher_min.web import BlockedURL, Web, WebFailure, check_url
 
 pytestmark = pytest.mark.quick
@@ -249,3 +251,12 @@ def test_json_services_may_be_private_and_their_errors_have_names(open_web):
             with pytest.raises(WebFailure) as failure:
                 web.fetch_json(server.url + path, {}, None, Counter(), time.monotonic() + 2)
             assert failure.value.kind == kind, path
+
+
+def test_each_kind_of_failure_that_is_raised_without_words_has_them():
+    raised = set()
+    for path in (ROOT / "deepresearcher_min").glob("*.py"):
+        raised |= set(re.findall(r'(?:WebFailure|BlockedURL)\("(\w+)"\)', path.read_text("utf-8")))
+    assert {"timeout", "blocked_host", "no_results"} <= raised <= WORDS.keys()
+    with pytest.raises(WebFailure, match="timeout: The server did not answer"):
+        raise WebFailure("timeout")
