@@ -91,7 +91,8 @@ def conclude(config, task, started):
     met = 0
     for tried in runs:
         met += len({one.question.id for one in tried})
-    lost, spoilt = len(task.held_out) * config.repeats - met, met - sum(map(len, kept))
+    lost = len(task.held_out) * config.repeats - met
+    spoilt = met - sum(map(len, kept))
     text = CAPTION + REPEATED * (config.repeats > 1)
     caption = textwrap.fill(text.format(**vars(config), judge=judge, lost=lost, spoilt=spoilt), 118)
     seconds = time.monotonic() - started

@@ -71,7 +71,8 @@ def measure(name, state, task, examinee, ranks):
         found = ranks.gather(
             evaluate(enumerate(task.held_out), examinee, ranks, lambda _: bar.update())
         )
-    sums, scores = step_sums([], [found]), summarize(found)
+    sums = step_sums([], [found])
+    scores = summarize(found)
     raise_if_down(config, sums)
     if task.world:
         scores |= behaviour_rates(found, task.world)
@@ -89,7 +90,8 @@ def conclude(config, state):
     """summary.json (the state and more), the curve, the report page and the table; ends with what
     was learned.
     """
-    before, after = state["before"], state["after"]
+    before = state["before"]
+    after = state["after"]
     metrics = report.read_json_lines(f"{config.run_dir}/metrics.jsonl")
     steps = [row for row in metrics if "reward" in row]
     report.curve_png(steps, f"{config.run_dir}/curve.png", [before["f1"], after["f1"]])
@@ -122,14 +124,16 @@ def start(config, ranks, notes):
             report.resume_metrics(Path(f"{config.run_dir}/metrics.jsonl"), last)
         policy.check_saving(agent.chat.tokenizer)
         evaluation.begin(config, ranks, notes)
-    wall, cpu = time.monotonic() - state["seconds"], time.process_time() - state["cpu_seconds"]
+    wall = time.monotonic() - state["seconds"]
+    cpu = time.process_time() - state["cpu_seconds"]
 
     def write(folder):
         policy.save(folder / "state")
         policy.export(folder, agent.chat.tokenizer)
 
     def save():
-        state["seconds"], state["cpu_seconds"] = time.monotonic() - wall, time.process_time() - cpu
+        state["seconds"] = time.monotonic() - wall
+        state["cpu_seconds"] = time.process_time() - cpu
         run.save_checkpoint(config, ranks, state, write)
 
     try:

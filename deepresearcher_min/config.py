@@ -53,7 +53,9 @@ class WebFailure(Exception):
     def __init__(self, kind, words="", said=""):
         words = words or WORDS[kind]
         super().__init__(f"{kind}: {words}{said and f' It said: {said}'}")
-        self.kind, self.words, self.said = kind, words, said
+        self.kind = kind
+        self.words = words
+        self.said = said
 
 
 class BlockedURL(WebFailure):
@@ -127,7 +129,8 @@ def raise_if_down(config, counts, least=1):
     if config.cassette_mode == "replay":
         return
     for role in ROLES:
-        calls, failed = counts.get(f"cost_{role}_calls", 0), counts.get(f"cost_{role}_failed", 0)
+        calls = counts.get(f"cost_{role}_calls", 0)
+        failed = counts.get(f"cost_{role}_failed", 0)
         if calls >= least and failed > calls / 2:
             raise RunStopped(
                 f"{failed:.0f} of {calls:.0f} calls to the {role} service failed. "
@@ -154,7 +157,8 @@ def parse_arguments(argv):
     """['--lr=1e-4', '--steps', '5', '--resume'] -> {'lr': '1e-4', 'steps': '5', 'resume':
     'newest'}.
     """
-    typed, rest = {}, list(argv)
+    typed = {}
+    rest = list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
@@ -227,7 +231,8 @@ def check_inputs(config, argv, other):
 
     `other` is the program that is not running: train.py or eval.py.
     """
-    typed, unread = parse_arguments(argv), {}
+    typed = parse_arguments(argv)
+    unread = {}
     if config.search == "toy":
         remedy = "the toy web does not answer it; add --search=local --corpus=FILE"
         own = "the toy web has its own pages; add --search=local"
@@ -298,11 +303,14 @@ def check(config):
         if isinstance(value, bool | str):
             continue
         if key in ("format_reward", "browse_timeout"):  # may be negative
-            fits, limit = math.isfinite(value), "a finite number"
+            fits = math.isfinite(value)
+            limit = "a finite number"
         elif DEFAULTS[key] == 0 or " 0: " in f" {meaning}":
-            fits, limit = value >= 0, "at least 0"
+            fits = value >= 0
+            limit = "at least 0"
         else:
-            fits, limit = value > 0, "greater than 0"
+            fits = value > 0
+            limit = "greater than 0"
         if not fits:
             raise ConfigError(f"{key}={value}: must be {limit}")
         # All others: what the libraries below can count.

@@ -201,7 +201,9 @@ class HFEngine(Engine):
 
     def forward(self, requests):
         """The inputs enter the rows; logits after the last of each, [requests, vocabulary]."""
-        ids, positions, counts = [], [], []
+        ids = []
+        positions = []
+        counts = []
         for request in requests:
             ids += request.inputs
             positions += range(request.past, request.end)
@@ -248,7 +250,9 @@ def attend(module, query, key, value, _, cache, requests, counts, scaling, **res
     kv_heads = key.shape[1]
     mixed = []
     for request, q, kv in zip(requests, queries, new, strict=True):
-        row, past, end = request.row, request.past, request.end
+        row = request.row
+        past = request.past
+        end = request.end
         if request.source != row:
             cache[:, row, :, :past] = cache[:, request.source, :, :past]
         cache[:, row, :, past:end] = kv

@@ -74,7 +74,8 @@ def load_task(config, key="eval_data"):
                 f"eval_questions={count}: without eval_data, 1 to {len(questions) - 1} of the "
                 f"{len(questions)} questions of data={config.data} are set aside"
             )
-        held_out, questions = questions[:count], questions[count:]
+        held_out = questions[:count]
+        questions = questions[count:]
     corpus = None
     if config.corpus:
         with named("corpus", config.corpus, "it must be a corpus.jsonl (title, url, text)"):
@@ -140,7 +141,8 @@ def make_agent(config, task, ranks, notes):
     """
     folder = task.model_dir
     fetch_model(folder, ranks)
-    prompt, asked = "", config.max_model_len
+    prompt = ""
+    asked = config.max_model_len
     if config.system_prompt_file:
         with named("system_prompt_file", config.system_prompt_file):
             prompt = Path(config.system_prompt_file).read_text("utf-8")
@@ -191,7 +193,8 @@ class PlainChat(ChatFormat):
 
     def __init__(self, chat, found):
         vars(self).update(vars(chat))
-        self.tools, self.found = None, found
+        self.tools = None
+        self.found = found
 
     def prompt_ids(self, question):
         if question in self.found:
@@ -201,7 +204,8 @@ class PlainChat(ChatFormat):
 
 def search_once(questions, agent):
     """For rag, what a search for each question finds, by its text, and what it costs, by its id."""
-    texts, costs = {}, {}
+    texts = {}
+    costs = {}
 
     async def search(question):
         record = Recording(question, [])
@@ -268,7 +272,10 @@ def ask_all(config, task, agent, done, left, ranks):
     """
     path = Path(f"{config.run_dir}/trajectories/{ranks.own('eval')}.jsonl")
     web = agent.tools.browser.web
-    sums, paid, found, prepaid = Counter(), spent(config, done), {}, {}
+    sums = Counter()
+    paid = spent(config, done)
+    found = {}
+    prepaid = {}
 
     def on_done(one):
         one = replace(one, cost=prepaid.get(one.question.id, {}) | one.cost)
@@ -285,7 +292,8 @@ def ask_all(config, task, agent, done, left, ranks):
         for run, known in enumerate(done):
             missing = {n: one for n, one in enumerate(task.held_out) if one.id not in known}
             if web:
-                web.run, web.enough = run, ENOUGH
+                web.run = run
+                web.enough = ENOUGH
             if config.method == "rag":
                 found, prepaid = search_once(ranks.deal([*missing.values()]), agent)
             if config.method != "agent":
@@ -314,7 +322,9 @@ def ask_judge_all(config, runs):
     paid = spent(config, runs)
     if not config.judge_url:
         return [{} for _ in runs], "not measured (judge_url is empty)", paid
-    web, counts, verdicts = open_web(config, Ranks()), Counter(), []
+    web = open_web(config, Ranks())
+    counts = Counter()
+    verdicts = []
     web.enough = ENOUGH
 
     def ask_one(one):
@@ -341,7 +351,9 @@ def scores_of(tried, known, judged, answers, config):
     """What report.summarize says of the usable trajectories, `known`, and more; but all that were
     `tried` cost, and count in `failed` and `blocked`. Their measures are added to `answers`.
     """
-    rows, shown, sums = [], Counter(), step_sums([], [tried])
+    rows = []
+    shown = Counter()
+    sums = step_sums([], [tried])
     for key, one in known.items():
         text = one.answer and " ".join(reward.words(one.answer))
         rows.append(measures(one) | {"mbe": judged.get(key), "answer": text})
@@ -365,7 +377,9 @@ def scores_over_runs(runs, verdicts, config):
     """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's
     scores, too; their interval draws questions, with the mean F1 of each.
     """
-    each, answers = [], defaultdict(list)  # answers: the measures of each run's, by question
+    # answers: the measures of each run's, by question
+    each = []
+    answers = defaultdict(list)
     for tried, judged in zip(runs, verdicts, strict=True):
         known = usable(tried, config)
         if known:
@@ -374,7 +388,9 @@ def scores_over_runs(runs, verdicts, config):
         return each[0], each
     scores = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
     right = "em" if scores["mbe"] is None else "mbe"
-    averages, best, chosen = [], [], []
+    averages = []
+    best = []
+    chosen = []
     for rows in answers.values():
         averages.append(mean(rows, "f1"))
         best.append(max(rows, key=lambda row: row[right] or 0.0))

@@ -166,7 +166,10 @@ class Policy:
             os._exit(2)
 
     def learn(self, groups, engine):
-        sums, norms, trained, weights = Counter(), [], 0, [-math.inf]
+        sums = Counter()
+        norms = []
+        trained = 0
+        weights = [-math.inf]
         for rows, batches, total in self.prepare(groups):
             for batch in batches:
                 sums.update(self.backward(batch, total))

@@ -33,7 +33,9 @@ PAIR = re.compile(
 )
 # Stand for a turn and a tool's words while a template is looked at; the last holds what a template
 # may write otherwise. No page holds the first.
-TURN, WORDS, OBSERVATION = uuid4().hex, "THE-WORDS", "[{'a': \"<b> & \\n é\"}]"
+TURN = uuid4().hex
+WORDS = "THE-WORDS"
+OBSERVATION = "[{'a': \"<b> & \\n é\"}]"
 # An example of a call in each syntax, by the sign of it that a prompt shows.
 CALLS = {
     "<parameter=": "\n<function=web_search>\n<parameter=query>\n"
@@ -233,7 +235,8 @@ class ChatFormat:
             raise ValueError("the tokenizer has no chat template; use an instruction-tuned model")
         self.tokenizer = tokenizer
         self.encode = partial(tokenizer.encode, add_special_tokens=False)
-        self.inputs, self.tools = template_inputs(date), tools or read_tools()
+        self.inputs = template_inputs(date)
+        self.tools = tools or read_tools()
         # Before and behind a result, by the number of earlier ones.
         self.frame = cache(
             lambda earlier: self.behind_turn(OBSERVATION, earlier).split(OBSERVATION)
@@ -252,7 +255,8 @@ class ChatFormat:
             self.role = "user"
             ends = self.read_ends()
         ids = tokenizer.convert_tokens_to_ids(ends)
-        self.end_of_turn, self.end_of_turn_id = ends[0], ids[0]
+        self.end_of_turn = ends[0]
+        self.end_of_turn_id = ids[0]
         self.end_ids = tuple({*ids, *end_ids, tokenizer.eos_token_id} - {None})
         before, _, behind = self.around_turn(self.result(WORDS))
         whole = self.encode(before + TURN + open_thought(behind))
@@ -269,7 +273,8 @@ class ChatFormat:
         schema, which may hold the same signs, is twice as often where all schemas are given twice.
         """
         asked = self.opening("x")
-        once, twice = self.template(asked, self.tools), self.template(asked, self.tools * 2)
+        once = self.template(asked, self.tools)
+        twice = self.template(asked, self.tools * 2)
         ignored = once == twice
         if own_prompt:
             if own_tools and ignored:
@@ -348,7 +353,8 @@ class ChatFormat:
         They are encoded behind that token, where a tokenizer always splits, so that they are the
         whole's ids. Templates may write the first result otherwise than one with `earlier` others.
         """
-        frame, words = self.frame(earlier), self.defuse(text)
+        frame = self.frame(earlier)
+        words = self.defuse(text)
         if len(frame) == 2 and words == words.strip():
             whole = words.join(frame)
         else:  # the template writes it in its own way

@@ -326,7 +326,8 @@ def publish(config, summary):
     """Write summary.json, and report.html: one file without requests that holds the summary, the
     config, the metrics and the trajectories of a run folder.
     """
-    run, summary = Path(config.run_dir), jsonable(summary)
+    run = Path(config.run_dir)
+    summary = jsonable(summary)
     replace_file(run / "summary.json", json.dumps(summary, indent=1).encode())
     page = {
         "name": run.name,
@@ -362,7 +363,8 @@ def load_trajectories(folder):
             # What was asked twice, after a service failed, is shown once.
             rows[file, row["id"], row["index"]] = row
     kept = list(rows.values())[:MAX_TRAJECTORIES]
-    left, cut = MAX_PAGE_TEXT, 0
+    left = MAX_PAGE_TEXT
+    cut = 0
     # Read backwards, ids of one source lie far apart.
     for row in sorted(kept, key=lambda row: row["id"][::-1]):
         whole = left > 0

@@ -21,7 +21,6 @@ import numpy as np
 
 from deepresearcher_min.browse import Browser
 from deepresearcher_min.config import (
-    BAD_REPLY,
     NO_FAULT,
     Config,
     RunStopped,
@@ -85,7 +84,8 @@ async def agent_loop(record: Recording, generate, agent: Agent) -> Trajectory:
         else:
             observation, ids = await observe(action, record, agent)
             if len(record.token_ids) + len(ids) >= config.max_model_len:
-                stop, ids = "context", []
+                stop = "context"
+                ids = []
         record.turns.append(Turn(sampled, record.append(ids), text, action.kind, observation))
         if stop:
             return record.finish(stop, getattr(action, "text", None))  # an Answer has one
@@ -123,7 +123,8 @@ class Tools:
     slots: asyncio.Semaphore  # so many of its tool calls may be under way
 
     def __init__(self, config: Config, chat: ChatFormat, corpus=None, web=None):
-        self.config, self.chat = config, chat
+        self.config = config
+        self.chat = chat
         self.backend = make_search(config, web, corpus)
         self.browser = Browser(config, web, corpus, self.in_thread, self.generate_text)
         self.pool = ThreadPoolExecutor(config.tool_threads or 1, "tool")
@@ -193,7 +194,8 @@ class Tools:
         """The policy's own engine as a plain chat model; in no trajectory, and not counted for
         admission.
         """
-        config, token_ids = self.config, self.chat.message_ids(messages)
+        config = self.config
+        token_ids = self.chat.message_ids(messages)
         # What does not fit: the rules are in front, the generation prompt at the end.
         del token_ids[config.max_model_len - config.max_turn_tokens - 32 : -32]
         self.readings += 1
@@ -220,17 +222,20 @@ def try_services(config, agent=True, judge=False):
         "reader": agent and config.reader == "openai" and tools,
         "judge": judge,
     }
-    web, hello = Web(config, ":memory:"), [{"role": "user", "content": "Hello"}]
+    web = Web(config, ":memory:")
+    hello = [{"role": "user", "content": "Hello"}]
     for role in filter(used.get, used):
-        address, key = getattr(config, f"{role}_url"), f"{role.upper()}_API_KEY"
+        address = getattr(config, f"{role}_url")
+        key = f"{role.upper()}_API_KEY"
         deadline = time.monotonic() + config.tool_timeout
         try:
             if role == "search":
                 _, public, key = SERVICES[config.search]
-                address, key = address or public, key or "the network"
+                address = address or public
+                key = key or "the network"
                 live_search(config, web)("Wikipedia", Counter())
             else:  # any reply will do
-                ask_service(role, config, web, hello, bool, BAD_REPLY, Counter(), deadline)
+                ask_service(role, config, web, hello, bool, "bad_reply", Counter(), deadline)
         except WebFailure as failure:
             if failure.kind not in NO_FAULT:
                 remedy = f"check that it runs, {role}_url, {key} and what is left of its quota"
@@ -248,7 +253,8 @@ class Scheduler:
     """
 
     def __init__(self, engine: Engine, max_in_flight):
-        self.engine, self.most = engine, max_in_flight
+        self.engine = engine
+        self.most = max_in_flight
         self.held = {}  # tokens by trajectory; trajectories are numbered by age
         self.used = 0  # their sum
         self.queue = []  # a heap: (number, tokens, admitted)
@@ -328,7 +334,8 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done):
         record = Recording(question, agent.chat.prompt_ids(question.text))
 
         async def generate(max_tokens):
-            ids, turn = record.token_ids, len(record.turns)
+            ids = record.token_ids
+            turn = len(record.turns)
             if turn:
                 await scheduler.enter(age, len(ids) + max_tokens)
             place = config.seed, batch.step, number, index, turn

@@ -57,7 +57,8 @@ def run_program(program, about, resolve, body, argv):
     if {"-h", "--help"} & set(argv):
         print(f"{about}\n{help_text()}")
         return 0
-    ranks, run_dir = Ranks.start(), ""
+    ranks = Ranks.start()
+    run_dir = ""
     try:
         config = ranks.share(resolve(argv) if ranks.rank == 0 else None)  # one clock names the run
         run_dir = config.run_dir
@@ -104,7 +105,9 @@ def open_run(argv, evaluates=False) -> Config:
     An evaluation starts from the config of the run that its model belongs to, else from a preset.
     run_dir and date are always filled in. ConfigError for a folder that holds another run.
     """
-    typed, base, now = parse_arguments(argv), None, datetime.now(UTC)
+    typed = parse_arguments(argv)
+    base = None
+    now = datetime.now(UTC)
     if resume := typed.get("resume"):
         folder = newest_run(evaluates) if resume == "newest" else Path(resume)
         if not isfile(f"{folder}/config.yaml"):
@@ -172,7 +175,8 @@ def check_needs(config, questions=True):
     no_gpu = missing_gpu()
     if config.dtype == "bfloat16" and no_gpu:
         missing.append(f"dtype=bfloat16: {no_gpu}; on a CPU use --dtype=float32")
-    processes, gpus = torchrun_says("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
+    processes = torchrun_says("LOCAL_WORLD_SIZE", 1)
+    gpus = torch.cuda.device_count()
     if processes > gpus > 0:
         missing.append(f"{processes} processes for {gpus} GPUs: give --nproc_per_node={gpus}")
     if questions and config.search != "toy" and not config.data:
@@ -224,7 +228,8 @@ class Ranks:
     @classmethod
     def start(cls):
         """As torchrun's variables say; joins their group. On GPUs: never run by us."""
-        rank, world_size = torchrun_says("RANK"), torchrun_says("WORLD_SIZE", 1)
+        rank = torchrun_says("RANK")
+        world_size = torchrun_says("WORLD_SIZE", 1)
         device = cls.device
         if torch.cuda.is_available():
             # Where there are more processes than GPUs, check_needs says so.
@@ -246,7 +251,8 @@ class Ranks:
 
     def gather(self, items):
         """Every rank's items in one list, in the order before they were dealt."""
-        shares, found = [items] * self.world_size, []
+        shares = [items] * self.world_size
+        found = []
         if self.world_size > 1:
             dist.all_gather_object(shares, items)
         for i in range(max(map(len, shares))):
@@ -286,7 +292,8 @@ class Ranks:
 
     def store(self, name):
         """Numbers in torchrun's store that all ranks count up together."""
-        host, port = os.environ["MASTER_ADDR"], torchrun_says("MASTER_PORT")
+        host = os.environ["MASTER_ADDR"]
+        port = torchrun_says("MASTER_PORT")
         server = dist.TCPStore(host, port, timeout=timedelta(seconds=30))
         return dist.PrefixStore(name, server)
 
@@ -305,7 +312,8 @@ def watch(ranks, limit, finished):
     Every process counts up its own number in torchrun's store and looks at the others'. The event
     `finished` is to be set after the last collective; `limit` in seconds.
     """
-    store, silent = ranks.store("watch"), ""
+    store = ranks.store("watch")
+    silent = ""
     seen = {}  # the number of each rank, and when it was new
     while not silent:
         if finished.wait(limit / 10):
@@ -313,7 +321,8 @@ def watch(ranks, limit, finished):
         try:
             store.add(str(ranks.rank), 1)
             for rank in range(ranks.world_size):
-                number, now = store.add(str(rank), 0), time.monotonic()
+                number = store.add(str(rank), 0)
+                now = time.monotonic()
                 last, since = seen.get(rank, (None, now))
                 if number != last:
                     seen[rank] = number, now

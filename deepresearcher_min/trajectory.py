@@ -99,7 +99,8 @@ class Trajectory:
 
     def to_json(self):
         """What json.dumps accepts; log-probabilities only of the sampled tokens, in order."""
-        asked, mask = self.question, self.sampled_mask
+        asked = self.question
+        mask = self.sampled_mask
         return vars(self) | {
             "id": asked.id,
             "question": asked.text,
@@ -207,9 +208,11 @@ def load_questions(path: str | Path) -> list[Question]:
         raise ValueError(f"{path}: must be an existing file that ends in .parquet or .jsonl")
     try:
         if path.suffix == ".parquet":
-            kind, rows = "row", enumerate(pq.read_table(path).to_pylist())
+            kind = "row"
+            rows = enumerate(pq.read_table(path).to_pylist())
         else:  # bytes: text would also be split at U+2028, which JSON allows inside strings
-            kind, rows = "line", enumerate(path.read_bytes().split(b"\n"), start=1)
+            kind = "line"
+            rows = enumerate(path.read_bytes().split(b"\n"), start=1)
         for number, row in rows:
             where = f", {kind} {number}"
             if isinstance(row, bytes) and not row.strip():

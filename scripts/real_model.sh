@@ -13,8 +13,8 @@ cd "$(dirname "$0")/.."
 mkdir -p "$runs"
 export OMP_WAIT_POLICY=passive # on shared cores waiting threads would take time from working ones
 python=${PYTHON:-python}
-data=("--corpus=$runs/sets/corpus.jsonl" "--data=$runs/sets/train.jsonl")
-data+=("--eval_data=$runs/sets/held_out.jsonl" --system_prompt_file=prompts/wiki.txt)
+world=("--corpus=$runs/sets/corpus.jsonl" --system_prompt_file=prompts/wiki.txt)
+data=("${world[@]}" "--data=$runs/sets/train.jsonl" "--eval_data=$runs/sets/held_out.jsonl")
 
 examine() { # FOLDER of a run or of a model: greedy, and two samples of each question
   for way in greedy sampled; do
@@ -24,7 +24,7 @@ examine() { # FOLDER of a run or of a model: greedy, and two samples of each que
     if [ -f "$1/$way/config.yaml" ]; then
       $python eval.py "--resume=$1/$way"
     else
-      $python eval.py --search=local "--model=$1" "${data[@]/--data=*/--data=$runs/sets/held_out.jsonl}" \
+      $python eval.py --search=local "--model=$1" "--data=$runs/sets/held_out.jsonl" "${world[@]}" \
         "${options[@]}" "--run_dir=$1/$way"
     fi
   done
