@@ -56,6 +56,17 @@ def one_thread():
         sys.modules["torch"].set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_authorities(request):
+    """Quick tests reach nothing that a public authority vouches for, and to read the machine's list
+    of them takes each Web 40 ms.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("quick"):
+            patch.setenv("SSL_CERT_FILE", os.devnull)
+        yield
+
+
 @pytest.fixture(scope="session")
 def two_steps(tmp_path_factory) -> Path:
     """The folder of a small run on the toy web."""
