@@ -36,7 +36,8 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: -weights[item.path])
 
 
-def pytest_collection_finish():
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
     """From here on only what tests make is looked through."""
     gc.freeze()
     gc.enable()
