@@ -11,7 +11,7 @@ from deepresearcher_min import corpus
 
 LOCAL = (
     "--preset=wiki --model={}/m --corpus={}/c.jsonl --data={}/q.jsonl --max_model_len=1000 "
-    "--eval_questions=1"
+    "--eval_questions=1 --threads=1"
 )
 ASKED = [
     {"question": "Who built the pier of Ormley?", "answers": ["Ada Quill"]},

@@ -2,7 +2,9 @@
 shared fixtures.
 """
 
+import gc
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pytest
 # More threads only fight over the cores of a small machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+gc.disable()  # what is imported stays: looking for garbage in it takes a fifth of the imports' time
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -30,6 +34,38 @@ def pytest_collection_modifyitems(items):
     for item in items:
         weights[item.path] += 1 if item.get_closest_marker("quick") else 1000
     items.sort(key=lambda item: -weights[item.path])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    """From here on only what tests make is looked through."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Programs set torch's threads for the whole process, and two workers with two threads each
+    wait for one another on two cores: some tests took ten times as long.
+    """
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_authorities(request):
+    """Quick tests reach nothing that a public authority vouches for, and to read the machine's list
+    of them takes each Web 40 ms.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("quick"):
+            patch.setenv("SSL_CERT_FILE", os.devnull)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 float64 reference.
 """
 
+import copy
 import dataclasses
+import functools
 import itertools
 import math
 import statistics
@@ -219,15 +221,21 @@ def reference_kept(ratios: torch.Tensor, limit: float) -> float:
     return float(not limit or 1 / limit <= geometric_mean <= limit)
 
 
+@functools.cache
+def reference_model(folder: Path):
+    """As it is in the folder; nobody may change it."""
+    load = {"dtype": torch.float64, "attn_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(folder, **load)
+
+
 def reference_update(
     folder: Path, groups: list[Group], config: Config
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The module docstring of grpo.py, typed in as directly as possible; returns what policy's
     `change` returns.
     """
-    load = {"dtype": torch.float64, "attn_implementation": "eager"}
-    model = AutoModelForCausalLM.from_pretrained(folder, **load)
-    start = AutoModelForCausalLM.from_pretrained(folder, **load)
+    start = reference_model(folder)
+    model = copy.deepcopy(start)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr)
     rows = [[(t, a) for t, a in zip(g.trajectories, g.advantages, strict=True)] for g in groups]
     updates = config.updates_per_rollout

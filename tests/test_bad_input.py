@@ -20,7 +20,7 @@ from deepresearcher_min.config import ROOT, TYPES
 pytestmark = pytest.mark.quick
 LIVE = (
     "--preset=wiki --model={}/m --data={}/q.jsonl --max_model_len=1000 --eval_questions=1 "
-    "--search=wikipedia"
+    "--search=wikipedia --threads=1"
 )
 VALUES = [  # for both programs
     ("--stepps=1", "unknown key 'stepps' (did you mean 'steps'?)"),

@@ -195,6 +195,7 @@ def test_what_is_missing_is_named(model, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text('{"question": "Who?", "answers": ["x"]}\n')
     out = f"--run_dir={tmp_path / 'out'}"
-    arguments = [f"--model={model}", *data, out, "--max_turn_tokens=200", f"--data={other}"]
+    sizes = ["--max_turn_tokens=200", "--threads=1"]
+    arguments = [f"--model={model}", *data, out, *sizes, f"--data={other}"]
     with pytest.raises(SystemExit, match="no question has gold_titles"):
         cold_start.main(arguments)
