@@ -3,6 +3,10 @@ start of two random-weight layers, and two steps of GRPO from it.
 """
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import eval as evaluate
 import train
+from deepresearcher_min.config import TYPES, check_inputs, load_config
 from scripts import cold_start, question_sets, real_model
+from scripts.cold_start import Recipe
 from scripts.real_model import behaviour, holds, paired_interval
 from scripts.unpack_gguf import unpack
 from tests.scripted import TEMPLATE
@@ -238,3 +244,60 @@ def test_the_experiment_in_small(tmp_path):
 def test_unpacking_wants_one_file(tmp_path):
     with pytest.raises(SystemExit, match=r"0 files end in \.gguf, not 1"):
         unpack(tmp_path, tmp_path / "out")
+
+
+# Stands in for Python: notes its arguments, and leaves what the script looks for.
+RECORDER = """
+import json, pathlib, sys
+program, *given = sys.argv[1:] if sys.argv[1] != "-m" else sys.argv[2:]
+with open(__file__ + ".log", "a") as log:
+    log.write(json.dumps([program, *given]) + "\\n")
+if program == "scripts.real_model":
+    sys.exit()
+values = dict(word[2:].split("=", 1) for word in given if "=" in word)
+folder = pathlib.Path(values.get("run_dir") or values.get("resume") or values["out"])
+folder.mkdir(parents=True, exist_ok=True)
+names = {"train.py": ["config.yaml"], "eval.py": ["summary.json"]}.get(program, [])
+if "resume" in values:
+    names = ["summary.json"]
+if program == "scripts.question_sets":
+    names = ["held_out.jsonl"]
+if program == "scripts.cold_start":
+    names = [values.get("log", "cold_start.jsonl")]
+for name in names:
+    (folder / name).write_text('{"finished": 1}')
+"""
+
+
+@pytest.mark.quick
+def test_all_runs_are_begun_with_keys_that_they_read_and_go_on_where_they_ended(tmp_path):
+    recorder = tmp_path / "recorder.py"
+    recorder.write_text(RECORDER)
+    (tmp_path / "model").mkdir()
+    words = ["scripts/real_model.sh", "model", "corpus.jsonl", "questions.jsonl", "runs"]
+    command = [str(ROOT / words[0]), *(str(tmp_path / word) for word in words[1:])]
+    environment = os.environ | {"PYTHON": f"{sys.executable} {recorder}"}
+
+    def made() -> list[list[str]]:
+        subprocess.run(command, env=environment, check=True, timeout=60)
+        lines = (tmp_path / "recorder.py.log").read_text().splitlines()
+        (tmp_path / "recorder.py.log").unlink()
+        return [json.loads(line) for line in lines]
+
+    first = made()
+    programs = [program for program, *_ in first]
+    assert programs.count("eval.py") == 12 and programs.count("train.py") == 4
+    for program, *given in first:
+        if program in ("train.py", "eval.py"):
+            config = load_config(["--preset=wiki", *given])
+            other = {"train.py": "eval.py", "eval.py": "train.py"}[program]
+            assert check_inputs(config, given, other) == []
+        else:
+            keys = {word[2:].partition("=")[0] for word in given if word.startswith("--")}
+            assert keys <= {*TYPES, *asdict(Recipe()), "out", "held_out", "questions"} | {
+                "short_addresses"
+            }
+    # Its four runs have a config by now, and no summary: they go on, and all else is there.
+    resumed = [words for words in made() if words[0] == "train.py"]
+    assert [words[1].partition("=")[0] for words in resumed] == ["--resume"] * 4
+    assert [words[0] for words in made()] == ["scripts.real_model"] * 2
