@@ -19,13 +19,22 @@ import threading
 import time
 import unicodedata
 from contextlib import suppress
-from dataclasses import make_dataclass
+from dataclasses import dataclass
 from subprocess import PIPE, Popen
+from typing import Any
 
 import webencodings
 
-from deepresearcher_min.config import ROOT, WORDS, WebFailure, code_of, count_failure, seconds_left
-from deepresearcher_min.corpus import extract, segments
+from deepresearcher_min.config import (
+    ROOT,
+    WORDS,
+    Config,
+    WebFailure,
+    code_of,
+    count_failure,
+    seconds_left,
+)
+from deepresearcher_min.corpus import Corpus, extract, segments
 from deepresearcher_min.search import ask_service, parse_notes
 
 # What made a recorded text.
@@ -277,15 +286,15 @@ class Parsers:
         return text
 
 
-class Browser(
-    make_dataclass("Parts", "config web corpus in_thread generate_text".split())  # type: ignore
-):
-    """Opens pages, and has them read by whom `reader:` names.
+@dataclass
+class Browser:
+    """Opens pages, and has them read by whom `reader:` names."""
 
-    `web` is None where only the corpus is read. Awaited as in_thread(function, *arguments), the one
-    runs what blocks; awaited as generate_text(messages), the other asks the policy's own engine.
-    """
-
+    config: Config
+    web: Any  # None where only the corpus is read
+    corpus: Corpus | None
+    in_thread: Any  # awaited as in_thread(function, *arguments), it runs what blocks
+    generate_text: Any  # awaited as generate_text(messages), it asks the policy's own engine
     parsers = Parsers(2)  # of one rank
 
     async def browse(self, url, reading, counts):

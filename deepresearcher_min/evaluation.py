@@ -8,10 +8,10 @@ import asyncio
 import hashlib
 import os
 import time
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import stdev
 
@@ -39,7 +39,7 @@ from deepresearcher_min.protocol import ChatFormat, read_tools
 from deepresearcher_min.report import measures, step_sums
 from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out
 from deepresearcher_min.run import Ranks
-from deepresearcher_min.trajectory import Recording, load_questions
+from deepresearcher_min.trajectory import Question, Recording, load_questions
 from deepresearcher_min.web import Web
 
 # The revision is the one at which a public copy of the official repository has the file; never
@@ -51,9 +51,15 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dee
 ENOUGH = 50  # calls to a service after which an evaluation stops where most of them failed
 
 
-# What to learn on, and what to be measured on: a folder, lists of Questions. A corpus is an offline
-# web; `world` is the toy's held-out one: its web, and the behaviour rates.
-Task = namedtuple("Task", "model_dir questions held_out corpus world", defaults=(None, None))
+@dataclass(frozen=True)
+class Task:
+    """What to learn on, and what to be measured on; a corpus is an offline web."""
+
+    model_dir: str
+    questions: list[Question]
+    held_out: list[Question]
+    corpus: Corpus | None = None
+    world: World | None = None  # the toy's held-out one: its web, and the behaviour rates
 
 
 def load_task(config, key="eval_data"):
@@ -102,7 +108,7 @@ def load_examination(config, ranks):
         taken[question.source] += 1
         if config.limit == 0 or taken[question.source] <= config.limit:
             kept.append(question)
-    return task._replace(held_out=kept)
+    return replace(task, held_out=kept)
 
 
 def test_set(config):
@@ -204,8 +210,7 @@ class PlainChat(ChatFormat):
 
 def search_once(questions, agent):
     """For rag, what a search for each question finds, by its text, and what it costs, by its id."""
-    texts = {}
-    costs = {}
+    texts, costs = {}, {}
 
     async def search(question):
         record = Recording(question, [])
@@ -274,8 +279,7 @@ def ask_all(config, task, agent, done, left, ranks):
     web = agent.tools.browser.web
     sums = Counter()
     paid = spent(config, done)
-    found = {}
-    prepaid = {}
+    found, prepaid = {}, {}
 
     def on_done(one):
         one = replace(one, cost=prepaid.get(one.question.id, {}) | one.cost)
@@ -351,8 +355,7 @@ def scores_of(tried, known, judged, answers, config):
     """What report.summarize says of the usable trajectories, `known`, and more; but all that were
     `tried` cost, and count in `failed` and `blocked`. Their measures are added to `answers`.
     """
-    rows = []
-    shown = Counter()
+    rows, shown = [], Counter()
     sums = step_sums([], [tried])
     for key, one in known.items():
         text = one.answer and " ".join(reward.words(one.answer))
@@ -388,9 +391,7 @@ def scores_over_runs(runs, verdicts, config):
         return each[0], each
     scores = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
     right = "em" if scores["mbe"] is None else "mbe"
-    averages = []
-    best = []
-    chosen = []
+    averages, best, chosen = [], [], []
     for rows in answers.values():
         averages.append(mean(rows, "f1"))
         best.append(max(rows, key=lambda row: row[right] or 0.0))
