@@ -30,7 +30,7 @@ def train(task, agent, examinee, policy, state, save):
         due = step == 0 or (config.eval_every and step % config.eval_every == 0)
         if due and state["measured"] < step:
             measure(f"step-{step:06d}" if step else "before", state, task, examinee, ranks)
-            engine.update_weights(policy.named_weights())  # and nothing that it has cached
+            engine.update_weights(policy.named_weights())  # again: forgets what is cached
         if step and (step % config.save_every == 0 or step >= config.steps):
             save()
         evaluation.check_budget(config, state["usd"])
@@ -38,7 +38,9 @@ def train(task, agent, examinee, policy, state, save):
         if step >= config.steps:
             return
         # 1 act: G trajectories for each question
-        lap, step, count = time.monotonic(), step + 1, config.questions_per_step
+        lap = time.monotonic()
+        step += 1
+        count = config.questions_per_step
         asked = take_questions(task.questions, config.seed, state["asked"], count)
         questions, size = ranks.deal(asked), config.group_size
         batch = Batch(questions, ranks.deal(range(count)), size, config.temperature, step)
@@ -51,7 +53,7 @@ def train(task, agent, examinee, policy, state, save):
         raise_if_down(config, row)
         # 3 learn: GRPO on the groups
         engine.sleep()
-        row |= policy.update(groups, type(engine).__name__)
+        row |= policy.update(groups, type(engine).__name__)  # the first is held against it
         engine.wake_up()
         # 4 report
         state["usd"] += row["cost_usd"]
@@ -87,9 +89,7 @@ def measure(name, state, task, examinee, ranks):
 
 
 def conclude(config, state):
-    """summary.json (the state and more), the curve, the report page and the table; ends with what
-    was learned.
-    """
+    """Write summary.json, the curve and the report page; print the table and what was learned."""
     before = state["before"]
     after = state["after"]
     metrics = report.read_json_lines(f"{config.run_dir}/metrics.jsonl")
@@ -120,7 +120,7 @@ def start(config, ranks, notes):
         begun |= {"measured": -1, "order": {"seed": config.seed, "questions": len(task.questions)}}
         state = run.load_checkpoint(config, ranks, begun, lambda at: policy.load(at / "state"))
         if ranks.rank == 0:
-            last = state["measured"] if state["step"] == 0 else state["step"]
+            last = state["measured"] if state["step"] == 0 else state["step"]  # -1: none
             report.resume_metrics(Path(f"{config.run_dir}/metrics.jsonl"), last)
         policy.check_saving(agent.chat.tokenizer)
         evaluation.begin(config, ranks, notes)

@@ -38,7 +38,8 @@ def attend(_, query, key, value, mask, lengths, prefix_of, scaling, **rest):
     Half precision on a GPU: one launch for all segments; elsewhere one for each.
     """
     options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    # Positions are rotated in float32, and causal_lower_right comes before autocast.
+    # The rotation for positions leaves queries and keys in float32, and the attention that
+    # causal_lower_right dispatches to runs before autocast would cast them.
     queries = query.to(value.dtype).split(lengths, dim=2)
     keys = seen(key.to(value.dtype).split(lengths, dim=2), prefix_of)
     values = seen(value.split(lengths, dim=2), prefix_of)
@@ -104,7 +105,7 @@ def fetch_model(model, ranks):
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         problem = "there is no such folder; name a chat model with --model=DIR"
     else:
-        problem = max(ranks.gather([download(model)]))
+        problem = max(ranks.gather([download(model)]))  # that of any rank: "" is the smallest
     if problem:
         raise ConfigError(f"model={model!r}: {problem}")
 
@@ -310,7 +311,7 @@ def difference(trial, architecture, length):
     alike, random weights.
 
     trial: (config, folder of the copy, prompts) -> for each, token ids and log-probabilities of the
-    last of them. Of a prompt of n tokens, at least n - 8 come back.
+    last of them. The ids begin with the prompt's, of which the last eight may be others.
     """
     config = load_config(
         [
@@ -354,7 +355,7 @@ def small_copy(config, length):
         if isinstance(value, list) and len(value) == layers:
             by_layer.append(name)
             kinds = set(value)
-            if len(kinds) < len(value) or isinstance(value[0], str):  # not numbers of layers
+            if len(kinds) < len(value) or isinstance(value[0], str):  # kinds, not numbers
                 kept = max(kept, *(value.index(kind) + 1 for kind in kinds))
     for name in by_layer:
         changes[name] = getattr(text, name)[:kept]

@@ -64,7 +64,7 @@ BASE = r"(?<![\w.,$€£¥])(?:[^\W\d_]{1,2}|sin|cos|tan|log|\d{1,3}(?:\.\d+)?|1
 CHARSET = (
     r"(?i)(?:<meta\s[^>]{0,500}?\bcharset|<\?xml[^>]{0,500}?\bencoding)\s*=\s*[\"']?\s*([\w.:-]+)"
 )
-# What pages are found in, in Python's names.
+# The encodings before UTF-8 in which pages are found, in Python's names.
 LEGACY = """gb18030 big5 cp932 euc_jp cp949 cp1251 koi8_r iso8859_5 cp1253 cp1255 cp1256 cp874
     cp1252 cp1250 iso8859_2 cp1254 cp1257 cp1258""".split()
 READER_RULES = (ROOT / "prompts/reader.txt").read_text("utf-8").strip()
@@ -181,7 +181,7 @@ def superscript(found):
     """The text of a <sup>: a power, a note, or the rest of a word."""
     mark = html.unescape(TAG.sub("", found[1])).strip()
     before = found.string[max(0, found.start() - 60) : found.start()]
-    base = TAG.sub("", re.split("<[^/]", before)[-1])
+    base = TAG.sub("", re.split("<[^/]", before)[-1])  # the text since the last opening tag
     ordinal = mark in ORDINALS and not base[-1:].islower()
     if not mark or len(mark) > 20 or ordinal:
         return found[1]
@@ -211,7 +211,9 @@ MARKS = {
 
 
 def decode(body, content_type):
-    """Bytes to text: mark, UTF-8, what is declared, detection; raises WebFailure (unreadable)."""
+    """Bytes to text by the first that fits: a byte-order mark or UTF-8, what is declared, what is
+    detected; raises WebFailure (unreadable).
+    """
     text = webencodings.decode(body, "utf-8")[0]
     if fits(text) and not body.isascii():
         return text
@@ -306,7 +308,7 @@ class Browser:
         config = self.config
         notes = reading.notes
         limit = config.tool_timeout if config.browse_timeout < 0 else config.browse_timeout
-        end = time.monotonic() + (limit or math.inf)
+        end = time.monotonic() + (limit or math.inf)  # 0: no limit
 
         def deadline():
             return min(end, time.monotonic() + config.tool_timeout)

@@ -2,7 +2,7 @@
 --key=value.
 
 config.yaml alone knows the keys, their types, values and meanings: a line more there is a key more
-here. Beside them stands what every room needs: how things fail (a run that cannot begin, a run that
+here. Beside them stands what all modules need: how things fail (a run that cannot begin, a run that
 stops, a call of a tool that fails and is counted), names of hosts, files that survive kills.
 """
 
@@ -288,7 +288,7 @@ def convert(key, value):
 
 def check(config):
     """ConfigError for a value that its line in config.yaml does not allow, or that does not go with
-    another: it may list choices (a | b), say "at most N", or what "0: ..." stands for.
+    another. A line may list choices (a | b), say "at most N", or what "0: ..." stands for.
     """
     for _, key, _, meaning in documented():
         value = getattr(config, key)
@@ -329,7 +329,7 @@ def check(config):
         )
     if 0 < config.sequence_mask <= 1:
         raise ConfigError(f"sequence_mask={config.sequence_mask}: must be above 1, or 0: off")
-    host_list(config)
+    host_list(config)  # raises
     if config.group_size < 2:
         raise ConfigError(
             f"group_size={config.group_size}: a group needs at least 2 trajectories to compare"

@@ -47,7 +47,7 @@ SearchResult = namedtuple("SearchResult", "title url snippet")
 
 
 def words(text):
-    """The lower-case words of a text, in order.
+    """The lower-case words of a text, in order, for searching (reward.words: for scoring).
 
     Where a script has no spaces, each two neighbouring signs (Chinese, Japanese, Korean) or three
     neighbouring letters (Thai, Lao, Myanmar, Khmer) are a word, and so is a shorter run:
@@ -144,7 +144,7 @@ class Corpus:
                 continue
             try:
                 documents.append(read_passage(json.loads(line)))
-                "".join(documents[-1]).encode()  # no tokenizer takes half of a two-part sign
+                "".join(documents[-1]).encode()  # no tokenizer takes a lone surrogate
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise ConfigError(
                     f"corpus={str(path)!r}: line {number} is not title, url, text: {error!r}"
@@ -250,6 +250,7 @@ class World:
         for kind in names:
             for name in names[kind]:
                 self.kind[name] = kind
+                # values: a kind of page, whose names are drawn from, or the words themselves
                 self.facts[name] = {
                     relation: rng.choice(names.get(values) or values.split())
                     for relation, values in (RELATIONS[kind] | FILLERS[kind]).items()
@@ -325,5 +326,5 @@ def behaviour_rates(trajectories, world):
             taken["browse_when_needed"].append(url_of(subject) in " ".join(calls))
         if len(relations) == 2 and any(shown):
             later = " ".join(calls[shown.index(True) + 1 :])
-            taken["second_hop"].append(value.split()[-1] in later)
+            taken["second_hop"].append(value.split()[-1] in later)  # its last name will do
     return {name: float(np.mean(flags or np.nan)) for name, flags in taken.items()}

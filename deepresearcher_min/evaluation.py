@@ -80,8 +80,7 @@ def load_task(config, key="eval_data"):
                 f"eval_questions={count}: without eval_data, 1 to {len(questions) - 1} of the "
                 f"{len(questions)} questions of data={config.data} are set aside"
             )
-        held_out = questions[:count]
-        questions = questions[count:]
+        held_out, questions = questions[:count], questions[count:]
     corpus = None
     if config.corpus:
         with named("corpus", config.corpus, "it must be a corpus.jsonl (title, url, text)"):
@@ -198,9 +197,8 @@ class PlainChat(ChatFormat):
     """The prompt of the baselines: no tools, and for rag what a search for the question found."""
 
     def __init__(self, chat, found):
-        vars(self).update(vars(chat))
-        self.tools = None
-        self.found = found
+        vars(self).update(vars(chat))  # all that its __init__ found out, without trying again
+        self.tools, self.found = None, found
 
     def prompt_ids(self, question):
         if question in self.found:
@@ -248,7 +246,7 @@ def write_groups(config, name, step, groups):
 
 
 def written(config, task):
-    """What eval.py has written of each run: not what the harness ended, but what is not usable."""
+    """What eval.py has written of each run, usable or not (never what the harness ended)."""
     asked = {question.id: question for question in task.held_out}
     runs = [[] for _ in range(config.repeats)]
     for file in sorted(Path(config.run_dir).glob("trajectories/eval*.jsonl")):
@@ -281,7 +279,7 @@ def ask_all(config, task, agent, done, left, ranks):
     paid = spent(config, done)
     found, prepaid = {}, {}
 
-    def on_done(one):
+    def on_done(one):  # bar, run and prepaid: those of the loop below at the moment
         one = replace(one, cost=prepaid.get(one.question.id, {}) | one.cost)
         group = reward.judge(one.question, [one], config, 0)  # empty for what the harness ended
         report.write_trajectories(path, 0, [group], config, run)
@@ -291,13 +289,12 @@ def ask_all(config, task, agent, done, left, ranks):
         bar.set_postfix_str(f"F1 {report.mean(sums, 'f1'):.3f}, ${usd:.2f}")
         check_budget(config, paid + usd * ranks.world_size)  # the others pay about as much
 
-    # One run after the other: alone, the first is what it is without repeats.
+    # One run after the other, so that the first is the same as without repeats.
     with ranks.progress(config.method, left // ranks.world_size) as bar:
         for run, known in enumerate(done):
             missing = {n: one for n, one in enumerate(task.held_out) if one.id not in known}
             if web:
-                web.run = run
-                web.enough = ENOUGH
+                web.run, web.enough = run, ENOUGH
             if config.method == "rag":
                 found, prepaid = search_once(ranks.deal([*missing.values()]), agent)
             if config.method != "agent":
@@ -337,7 +334,8 @@ def ask_judge_all(config, runs):
         return reward.ask_judge(one, config, web, counts)
 
     try:
-        for web.run, known in enumerate(runs):
+        for run, known in enumerate(runs):
+            web.run = run
             with ThreadPoolExecutor(max(1, config.tool_threads)) as pool:
                 asked = tqdm(pool.map(ask_one, known.values()), "judge", len(known), disable=None)
                 verdicts.append(dict(zip(known, asked, strict=True)))
@@ -366,7 +364,7 @@ def scores_of(tried, known, judged, answers, config):
     for name in report.BEHAVIOURS:
         scores[name] = shown[name] / len(rows)
     scores |= {
-        "mbe": mean(rows, "mbe"),
+        "mbe": mean_of(rows, "mbe"),
         "f1_interval": interval([row["f1"] for row in rows]),
         "usd": sums["cost_usd"],
         "failed": report.step_means(sums)["failed"],
@@ -380,30 +378,33 @@ def scores_over_runs(runs, verdicts, config):
     """(means over the runs, scores_of each run). Several have deviations, pass@k and the majority's
     scores, too; their interval draws questions, with the mean F1 of each.
     """
-    # answers: the measures of each run's, by question
     each = []
-    answers = defaultdict(list)
+    answers = defaultdict(list)  # by question: the measures of its trajectory in each run
     for tried, judged in zip(runs, verdicts, strict=True):
         known = usable(tried, config)
         if known:
             each.append(scores_of(tried, known, judged, answers, config))
     if config.repeats == 1:
         return each[0], each
-    scores = {name: mean(each, name) for name in each[0] if name != "f1_interval"}
+    scores = {name: mean_of(each, name) for name in each[0] if name != "f1_interval"}
     right = "em" if scores["mbe"] is None else "mbe"
     averages, best, chosen = [], [], []
     for rows in answers.values():
-        averages.append(mean(rows, "f1"))
+        averages.append(mean_of(rows, "f1"))
         best.append(max(rows, key=lambda row: row[right] or 0.0))
         votes = Counter(row["answer"] for row in rows)
         del votes[None]  # who did not answer has no vote
         # The earliest of equals.
         chosen.append(max(rows, key=lambda row: votes[row["answer"]]))
-    scores |= {"n": len(answers), "f1_interval": interval(averages), "pass_at_k": mean(best, right)}
+    scores |= {
+        "n": len(answers),
+        "f1_interval": interval(averages),
+        "pass_at_k": mean_of(best, right),
+    }
     for name in ("f1", "em", "mbe"):
         values = [row[name] for row in each if row[name] is not None]
         scores[f"{name}_std"] = stdev(values) if len(values) > 1 else None
-        scores[f"majority_{name}"] = mean(chosen, name)
+        scores[f"majority_{name}"] = mean_of(chosen, name)
     return scores, each
 
 
@@ -413,7 +414,7 @@ def interval(f1):
     return np.quantile(draws.mean(1), (0.025, 0.975)).round(3).tolist()
 
 
-def mean(rows, name):
+def mean_of(rows, name):
     """The mean of a score over the rows that have it, None where none has it."""
     known = [row[name] for row in rows if row.get(name) is not None]
     return sum(known) / len(known) if known else None

@@ -8,6 +8,8 @@ of each token.
     k3_t  = exp(ref_t - new_t) - (ref_t - new_t) - 1, clamped to +-10
     N     = sampled tokens of one optimizer step, over all ranks and micro-batches
 
+With config.sequence_mask the bracket is 0 for all tokens of a trajectory that `kept` leaves out.
+
 Four log-probabilities, four names: rollout_ is what the engine reported while sampling, old_ the
 policy before the first update of this rollout, new_ the policy now (with gradient), ref_ the frozen
 start model.
@@ -50,7 +52,7 @@ def group_advantages(rewards, normalize_std=True):
     if not torch.isfinite(rewards_G).all():
         raise ValueError(f"rewards of a group must be finite, not {rewards_G.tolist()}")
     advantages_G = rewards_G - rewards_G.mean()
-    if (rewards_G == rewards_G[:1]).all():
+    if (rewards_G == rewards_G[:1]).all():  # [:1], not [0]: a group may be empty
         advantages_G = torch.zeros_like(rewards_G)
     elif normalize_std:
         advantages_G = advantages_G / (rewards_G.std() + 1e-6)
@@ -73,7 +75,7 @@ class TrainingRow:
 
     @property
     def length(self):
-        """Of its inputs, which are all tokens but the last."""
+        """How many inputs it has: all tokens but the last."""
         return len(self.token_ids) - 1
 
 
@@ -115,13 +117,13 @@ class PackedBatch:
     advantages_S: Tensor
     names: list  # of the trajectories
     owner_S: Tensor  # which of them the sampled tokens belong to
-    old_S: Tensor | None = None  # None: the log-probabilities of the first pass will be it
+    old_S: Tensor | None = None  # None: new_S of the first pass becomes it
 
 
 def families(rows, limit=math.inf):
-    """The groups as families, in pieces of at most `limit` tokens, or of one row: (how many first
-    tokens the inputs of the family share; rows, longest first). A row without a group is a family
-    of its own.
+    """A list of (shared, rows): the rows of a group, longest first, and how many first tokens the
+    inputs of all of them share. A group of more than `limit` tokens comes in several pieces, each
+    within it or of a single row. A row without a group is a family of its own.
     """
     members = defaultdict(list)
     for i, row in enumerate(rows):
@@ -132,7 +134,7 @@ def families(rows, limit=math.inf):
         shortest = min(row.length for row in family)
         heads = np.array([row.token_ids[:shortest] for row in family])
         shared = np.logical_and.accumulate((heads == heads[0]).all(axis=0)).sum()
-        room = -1
+        room = -1  # the first row opens a piece
         for row in sorted(family, key=lambda row: -row.length):
             rest = row.length - shared
             if rest > room:
@@ -159,7 +161,7 @@ def pack(rows, device="cpu"):
     prefix_of = {}
 
     def add_segment(row, first, end):
-        """Append a row's tokens from its position `first` on; where in T they stand."""
+        """Append a row's tokens from its position `first` to `end`; returns their places in T."""
         places = np.arange(first, end)
         start = sum(map(len, ids))
         if len(places):
@@ -182,16 +184,16 @@ def pack(rows, device="cpu"):
         return torch.from_numpy(np.concatenate(arrays)).to(device, dtype)
 
     return PackedBatch(
-        tuple(map(len, ids)),
-        prefix_of,
-        tensor(ids),
-        tensor(positions),
-        tensor(predict),
-        tensor([row.token_ids[row.sampled] for row in packed]),
-        tensor([row.rollout_logprobs for row in packed], torch.float32),
-        torch.tensor([packed[i].advantage for i in owner_S], device=device),
-        [row.name for row in packed],
-        tensor([owner_S]),
+        lengths=tuple(map(len, ids)),
+        prefix_of=prefix_of,
+        token_ids_T=tensor(ids),
+        position_ids_T=tensor(positions),
+        predict_S=tensor(predict),
+        targets_S=tensor([row.token_ids[row.sampled] for row in packed]),
+        rollout_S=tensor([row.rollout_logprobs for row in packed], torch.float32),
+        advantages_S=torch.tensor([packed[i].advantage for i in owner_S], device=device),
+        names=[row.name for row in packed],
+        owner_S=tensor([owner_S]),
     )
 
 
@@ -205,7 +207,8 @@ def plan_microbatches(rows, budget, world_size, hidden_size):
     """
 
     def work_of(first, end):
-        # A transformer's linear layers take 24 D^2 FLOPs a token, attention 4 D for each it sees.
+        # A transformer's linear layers take 24 D^2 FLOPs a token, attention 4 D for each it sees,
+        # on average (first + end) / 2 of them. In units of 24 D^2.
         return (end - first) * (1 + (first + end) / (12 * hidden_size))
 
     limit = budget
@@ -213,7 +216,7 @@ def plan_microbatches(rows, budget, world_size, hidden_size):
         limit = min(budget, sum(row.length for row in rows) // world_size // 4)
     plan = [[] for _ in range(world_size)]
     work = [0.0] * world_size
-    tokens = [budget] * world_size  # of each rank's last micro-batch: nothing more fits
+    tokens = [budget] * world_size  # of each rank's last micro-batch; full, so a first one opens
     for shared, piece in sorted(families(rows, limit), key=lambda found: -found[1][0].length):
         rank = work.index(min(work))
         work[rank] += work_of(0, shared) + sum(work_of(shared, row.length) for row in piece)
@@ -231,8 +234,8 @@ def plan_microbatches(rows, budget, world_size, hidden_size):
 
 
 def kl_k3(new_S, ref_S):
-    """The k3 estimate of KL(new || ref) of each sampled token; beyond the clamp, the official
-    code's, no gradient.
+    """The k3 estimate of KL(new || ref) of each sampled token. Clamped at 10, as in the official
+    code; beyond a clamp there is no gradient.
     """
     difference_S = (ref_S - new_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
     return (difference_S.exp() - difference_S - 1).clamp(-10, 10)
@@ -258,7 +261,7 @@ def token_losses(
 
     Gradient flows through new_S and entropy_S only. One update per rollout: pass old_S =
     new_S.detach(), and the ratio's gradient is the policy gradient. importance_cap 0: no weight;
-    ref_S None: no KL; kept_S 0: left out. `rest`: of the config. Metrics: sums (docs/metrics.md).
+    ref_S None: no KL; kept_S 0: left out. `rest`: other keys. Metrics: sums (docs/metrics.md).
     """
     ratio_S = (new_S - old_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     free_S = ratio_S * advantages_S
@@ -290,7 +293,7 @@ def token_losses(
     return losses_S, {name: value_S.detach().double().sum() for name, value_S in metrics.items()}
 
 
-def sequence_weights(batch):
+def sequence_log_weights(batch):
     """The importance weight of each trajectory, as its logarithm, the sum of old - rollout [nats]:
     the product itself overflows, 2,000 tokens that are off by half a nat make e^1000.
     """
@@ -299,9 +302,9 @@ def sequence_weights(batch):
 
 def kept(batch, limit):
     """[S], 0 for a trajectory whose geometric mean of exp(old - rollout), or its inverse, is above
-    the limit, else 1. Unlike the product it does not say more of a trajectory because that is long.
+    the limit, else 1. The mean, unlike the product, does not grow with a trajectory's length.
     """
-    means = sequence_weights(batch) / torch.bincount(batch.owner_S)
+    means = sequence_log_weights(batch) / torch.bincount(batch.owner_S)
     within = means.abs() <= math.log(limit)
     return within[batch.owner_S].float()
 
@@ -361,11 +364,13 @@ class HeadLoss(torch.autograd.Function):
 def head_chunk(hidden_CD, weight_VD, targets_C1, part, loss, memory_2CV):
     """Log-probabilities_C of the targets, and with a loss its value and d value / d logits_CV.
 
-    The two [C, V] that exist at a time lie in memory_2CV. With p the probabilities, H the entropy
-    and t the target:
+    The two float32 [C, V] that exist at a time lie in memory_2CV; half precision adds one of its
+    own for the product and one for the gradient. With p the probabilities, H the entropy and t the
+    target:
         d logprob[t] / d logits = onehot(t) - p        d H / d logits = -p (log p + H)
     """
     logits_CV, logprobs_CV = memory_2CV[:, : len(hidden_CD)]
+    # Where the types agree, mm writes right into the memory, and copy_ has nothing left to do.
     place = logits_CV if logits_CV.dtype == hidden_CD.dtype else None
     logits_CV.copy_(torch.mm(hidden_CD, weight_VD.T, out=place))
     torch.log_softmax(logits_CV, -1, out=logprobs_CV)

@@ -1,7 +1,7 @@
 """The model under training: its token log-probabilities, the optimizer step, checkpoints, and
 weights for the engine.
 
-Sequences are joined without padding, and what a group's have in common is computed once; the head
+Sequences are joined without padding, and what those of a group share is computed once; the head
 runs only where a sampled token is predicted (grpo.HeadLoss). With several ranks, FSDP2 shards
 everything, and all compute one plan: the work is balanced, whoever sampled what. Never run by us,
 for want of a GPU: FSDP over NCCL, offload to CPU memory. Omitted: tensor, pipeline and sequence
@@ -63,7 +63,7 @@ class TokenScorer(nn.Module):
                 use_cache=False,
             )
         hidden_SD = output.last_hidden_state[0, batch.predict_S].to(self.dtype)
-        hidden_SD = hidden_SD / self.config.temperature
+        hidden_SD = hidden_SD / self.config.temperature  # as if the logits were divided
         weight_VD = self.model.get_output_embeddings().weight
         return grpo.HeadLoss.apply(
             hidden_SD, weight_VD, batch.targets_S, self.config.logprob_chunk, loss
@@ -169,11 +169,11 @@ class Policy:
         sums = Counter()
         norms = []
         trained = 0
-        weights = [-math.inf]
+        log_weights = [-math.inf]  # max needs one
         for rows, batches, total in self.prepare(groups):
             for batch in batches:
                 sums.update(self.backward(batch, total))
-                weights += grpo.sequence_weights(batch).tolist()
+                log_weights += grpo.sequence_log_weights(batch).tolist()
             if engine and not self.compared:
                 self.compare_with(engine, sums)
             norm = self.clip_gradient()
@@ -186,7 +186,7 @@ class Policy:
             trained += total
         self.rollouts += 1
         sums = self.ranks.total(sums)
-        largest = max(self.ranks.gather(weights))
+        largest = max(self.ranks.gather(log_weights))
         # Means over the computed tokens, those of skipped trajectories excluded; the loss over all.
         return {name: sums[name] / max(1, sums["tokens"]) for name in METRICS} | {
             "loss": sums["loss"] / max(1, trained),
@@ -217,8 +217,8 @@ class Policy:
             total = sum(len(row.sampled) for row in rows)
             rows = [row for row in rows if always or row.advantage]
             batches = self.plan(rows)
-            # Later steps need it from before the weights move; in the first, old is new, but to
-            # leave a trajectory out, all of it must be known before its first gradient.
+            # Later steps need old_S from before the weights move. In the first, old is new; but
+            # sequence_mask judges a whole trajectory, so before its first gradient.
             if u or self.config.sequence_mask:
                 for batch in batches:
                     batch.old_S = self.score(self.scorer, batch)
@@ -233,7 +233,7 @@ class Policy:
         found = self.ranks.total(sums)
         mismatch = found["mismatch"] / max(1, found["tokens"])
         limit = 0.1 if self.config.dtype == "bfloat16" else 1e-3  # nats
-        if not mismatch <= limit:
+        if not mismatch <= limit:  # nan, too
             raise ValueError(
                 f"engine={engine}: its log-probabilities differ from the policy's by "
                 f"{mismatch:.2g} nats a token on average (mismatch; limit {limit:g} for "
@@ -262,7 +262,7 @@ class Policy:
         """What TokenScorer gives for the model before LoRA."""
         self.model.disable_adapters()
         for p in self.trained.values():
-            # Switched off with them; FSDP's first pass looks for the type of what is trained.
+            # disable_adapters froze them, but FSDP's first pass asks what is trained for its type.
             p.requires_grad_()
         found = self.scorer(batch)
         self.model.enable_adapters()
@@ -291,8 +291,16 @@ class Policy:
         def loss(new_C, entropy_C, part):
             old_C = new_C.detach() if old_S is None else old_S[part]
             ref_C = None if ref_S is None else ref_S[part]
-            known = batch.rollout_S[part], ref_C, batch.advantages_S[part], entropy_C, kept_S[part]
-            losses_C, metrics = grpo.token_losses(new_C, old_C, *known, **vars(self.config))
+            losses_C, metrics = grpo.token_losses(
+                new_C,
+                old_C,
+                rollout_S=batch.rollout_S[part],
+                ref_S=ref_C,
+                advantages_S=batch.advantages_S[part],
+                entropy_S=entropy_C,
+                kept_S=kept_S[part],
+                **vars(self.config),
+            )
             sums.update(metrics)
             return losses_C.sum() * (self.ranks.world_size / total)  # FSDP averages over ranks
 
@@ -400,7 +408,7 @@ def check_finite(logprobs_S, batch):
 def trial(config, folder, prompts):
     """The update's log-probabilities of all tokens but the first (architecture.difference)."""
     policy = Policy(config, folder, Ranks(), tried=True)
-    rows = []
+    rows = []  # one group, longest first as pack sorts them; no rollout and no advantage: zeros
     for ids in prompts:
         sampled = np.arange(1, len(ids))
         rows.append(TrainingRow("trial", np.array(ids), sampled, 0.0 * sampled, 0.0, "trial"))

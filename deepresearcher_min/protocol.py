@@ -23,20 +23,21 @@ from deepresearcher_min.trajectory import Entry, best, load_json, unpacked
 
 THINK = "<think>"  # forced: part of every generation prompt, never sampled, never trained
 SYSTEM_PROMPT = (ROOT / "prompts/agent.txt").read_text("utf-8").strip()
-# A call in tags: its name, its arguments, and what they begin with; an argument's name and value.
+# A call in tags; the groups: its name, all its arguments, and what they begin with.
 TAGGED = re.compile(
     r"(?s)(?:<function=)?([\w.-]+)>?\s*((<parameter=|<arg_key>|\{).*?)(?:</function>|\Z)"
 )
+# One argument in tags; the groups: its name and its value.
 PAIR = re.compile(
     r"(?s)<(?:parameter=|arg_key>)\s*([^<>]*?)\s*(?:>|</arg_key>\s*<arg_value>)"
     r"(.*?)</(?:parameter|arg_value)>"
 )
-# Stand for a turn and a tool's words while a template is looked at; the last holds what a template
-# may write otherwise. No page holds the first.
+# Stand in for real text while a template is looked at: a turn (no page holds a uuid), a tool's
+# words, and an observation with signs that a template may escape.
 TURN = uuid4().hex
-WORDS = "THE-WORDS"
+SAID = "THE-SAID"
 OBSERVATION = "[{'a': \"<b> & \\n é\"}]"
-# An example of a call in each syntax, by the sign of it that a prompt shows.
+# An example of a call in each syntax, by a sign in the template's prompt that it teaches this one.
 CALLS = {
     "<parameter=": "\n<function=web_search>\n<parameter=query>\n"
     '["..."]\n</parameter>\n</function>\n',
@@ -57,7 +58,7 @@ class Tool:
 
     name: str
     argument: str  # of the call: a list of keys (queries, addresses)
-    most: str  # the config key that limits the number of keys
+    limit_key: str  # the config key that limits the number of keys
     shape: tuple  # in an observation: names of a key and of the items that it brought
     item: Any  # a function: one item with these words as its content
     over: str = ""  # what is said of a key beyond the limit; empty: it is left out, as published
@@ -190,7 +191,7 @@ def read_keys(value):
 def render(kind, entries):
     """The observation: the Python repr of a list of dicts with keys in alphabetical order."""
     key_name, items_name = TOOLS[kind].shape
-    # which sorts keys
+    # saferepr sorts the keys of a dict
     return saferepr([{key_name: entry.key, items_name: list(entry.items)} for entry in entries])
 
 
@@ -247,7 +248,7 @@ class ChatFormat:
         # Added tokens that are not special and have no bracket are runs of spaces.
         marks = [str(token) for token in added if token.special or "<" in str(token)]
         marks.sort(reverse=True)  # "<ab" before "<a"
-        self.mark = "|".join(map(re.escape, marks)) or "(?!)"
+        self.mark = "|".join(map(re.escape, marks)) or "(?!)"  # which matches nothing
         self.unsafe = re.compile(f"(?s)(?={TAGS}|{self.mark})(.)")
         try:
             ends = self.read_ends()
@@ -258,9 +259,9 @@ class ChatFormat:
         self.end_of_turn = ends[0]
         self.end_of_turn_id = ids[0]
         self.end_ids = tuple({*ids, *end_ids, tokenizer.eos_token_id} - {None})
-        before, _, behind = self.around_turn(self.result(WORDS))
+        before, _, behind = self.around_turn(self.result(SAID))
         whole = self.encode(before + TURN + open_thought(behind))
-        appended = [self.end_of_turn_id, *self.observation_ids(WORDS)]
+        appended = [self.end_of_turn_id, *self.observation_ids(SAID)]
         if whole[-len(appended) :] != appended:
             raise ValueError(
                 "the tokenizer splits a conversation otherwise than its parts; use another model"
@@ -269,8 +270,9 @@ class ChatFormat:
     def show_tools(self, own_prompt, own_tools):
         """Put into our system prompt an example of a call, and schemas that the template ignores.
 
-        The example is in the syntax that the template teaches, else in ours. What comes with each
-        schema, which may hold the same signs, is twice as often where all schemas are given twice.
+        The example is in the syntax that the template teaches, else in ours. A sign that the
+        template itself writes is there as often when all schemas are given twice; one that only
+        comes with each schema is there twice as often.
         """
         asked = self.opening("x")
         once = self.template(asked, self.tools)
@@ -302,7 +304,7 @@ class ChatFormat:
     def around_turn(self, answer, earlier=0):
         """What the template writes: before a turn that has this answer, the turn, and behind it."""
         turn = {"role": "assistant", "content": TURN}
-        messages = self.opening("x") + [turn, self.result(WORDS)] * earlier
+        messages = self.opening("x") + [turn, self.result(SAID)] * earlier
         return self.template([*messages, turn, answer], self.tools).rpartition(TURN)
 
     def result(self, text):
@@ -318,9 +320,9 @@ class ChatFormat:
         """
         prompt = EMPTY_THOUGHT.sub("", self.template(self.opening("x"), self.tools))
         ends = []
-        for answer in (self.result(WORDS), {"role": "user", "content": WORDS}):
+        for answer in (self.result(SAID), {"role": "user", "content": SAID}):
             before, _, behind = self.around_turn(answer)
-            if not before or WORDS not in behind:
+            if not before or SAID not in behind:
                 raise ValueError(
                     "the chat template leaves out assistant or tool messages; both are needed"
                 )
@@ -380,6 +382,7 @@ class ChatFormat:
         if len(ids) <= max_tokens:
             return text, ids, 0
         total = sum(len(entry.items) for entry in entries)
+        # How many items fit: the count of those among 1, 2, ... that are within the budget.
         kept = bisect_right(
             range(1, total), max_tokens, key=lambda kept: len(rendered(best(entries, kept))[1])
         )
@@ -390,7 +393,9 @@ class ChatFormat:
         return *rendered(shown), total - kept
 
     def defuse(self, text):
-        """Break tags and added tokens in foreign text (split_special_tokens spares <tool_call>)."""
+        """Break tags and added tokens in foreign text by a space behind their first character. The
+        tokenizer's own split_special_tokens is not enough: it spares <tool_call>.
+        """
         return self.unsafe.sub(r"\1 ", text)
 
     def decode(self, token_ids):

@@ -151,12 +151,13 @@ def score_rows(named):
 
 def text_table(rows, markdown=False):
     """Rows of cells, the head first, as aligned text or as a Markdown table."""
-    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     end = ":" if markdown else "-"  # figures are aligned to the right
-    rule = ["-" * first, *(f"{end:->{width}}" for width in others)]
+    # `end`, filled up on its left by dashes
+    rule = ["-" * width, *(f"{end:->{each}}" for each in widths)]
     lines = []
     for name, *figures in [rows[0], rule, *rows[1:]]:
-        cells = [name.ljust(first), *map(str.rjust, figures, others)]
+        cells = [name.ljust(width), *map(str.rjust, figures, widths)]
         lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells))
     return "\n".join(lines)
 
@@ -212,8 +213,8 @@ def append_json_line(path, row):
 
 
 def resume_metrics(path, step):
-    """The rows of metrics.jsonl up to this step; those after it, whose steps will run again, leave
-    the file, too.
+    """Take the rows after this step, which will run again, out of metrics.jsonl; returns those that
+    stay.
     """
     rows = [row for row in read_json_lines(path) if row["step"] <= step]
     replace_file(path, "\n".join([*map(json.dumps, rows), ""]).encode())
@@ -365,13 +366,13 @@ def load_trajectories(folder):
     kept = list(rows.values())[:MAX_TRAJECTORIES]
     left = MAX_PAGE_TEXT
     cut = 0
-    # Read backwards, ids of one source lie far apart.
+    # In the order of the ids read backwards: a fixed one that mixes the sources.
     for row in sorted(kept, key=lambda row: row["id"][::-1]):
         whole = left > 0
         cut += not whole
         for turn in row["turns"]:
             left -= len(turn["text"] + turn["observation"])
-            with suppress(Exception):  # literal_eval alone has four for what is no list
+            with suppress(Exception):  # literal_eval raises many kinds for what is no list
                 # A list, which the page can fold.
                 turn["observation"] = ast.literal_eval(turn["observation"])
             if not whole:

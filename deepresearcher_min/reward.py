@@ -1,9 +1,9 @@
 """The reward: word-level F1 of the answer, or a penalty when there is no answer in the right
-format; and MBE, a model's verdict, by which evaluations score, too.
+format; and MBE (model-based evaluation), a model's verdict, by which evaluations score, too.
 
 The scorer follows the published one to the bit: words are sets, so neither order nor repetition
 counts, and articles are words (SQuAD's F1 differs in both). Omitted, as in the paper: any reward
-for the way (tool use, length, style).
+for how the answer was reached (tool use, length, style).
 """
 
 import json
@@ -101,7 +101,9 @@ def explain(trajectory, config):
 
 
 def judge(question, trajectories, config, step) -> Group:
-    """Rewards and advantages of one question's trajectories; what the harness ended is left out."""
+    """Rewards and advantages of one question's trajectories; what the harness ended is left out. No
+    model is asked: that is ask_judge.
+    """
     kept = [one for one in trajectories if one.stop_reason in POLICY_STOPS]
     rewards = [reward(one, config) for one in kept]
     if config.shuffle_rewards:  # a control experiment
@@ -113,8 +115,9 @@ def ask_judge(trajectory: Trajectory, config: Config, web, counts) -> float | No
     """MBE, a language model's verdict on an answer: 1 or 0; None, counted as fail_judge_*, where
     there is no verdict. `web` is a web.Web.
 
-    No answer is wrong and an exact match is right without asking, as in the official code. Rules
-    come before the case, or have fields, which are filled in, as the official scorer does.
+    No answer is wrong and an exact match is right without asking, as in the official code. The
+    case follows the rules as a JSON message of its own; but rules with fields (JUDGE_FIELDS), as
+    the official prompt has, get it filled into them.
     """
     answer = trajectory.answer
     golds = list(trajectory.question.answers)

@@ -28,6 +28,7 @@ from deepresearcher_min.config import (
     count,
     count_failure,
     host_list,
+    is_blocked,
 )
 from deepresearcher_min.engine import Completion, Engine, Sampling
 from deepresearcher_min.protocol import (
@@ -35,16 +36,14 @@ from deepresearcher_min.protocol import (
     TOOLS,
     Call,
     ChatFormat,
-    Entry,
     Malformed,
-    best,
     page_item,
     parse_turn,
     search_item,
 )
 from deepresearcher_min.search import SERVICES, ask_service, live_search, make_search
-from deepresearcher_min.trajectory import Reading, Recording, Trajectory, Turn
-from deepresearcher_min.web import Web, is_blocked
+from deepresearcher_min.trajectory import Entry, Reading, Recording, Trajectory, Turn, best
+from deepresearcher_min.web import Web
 
 EVALUATION = 2**31  # the step number in the seeds of evaluations: no training step's
 GRACE = 1.0  # after a tool's own deadline its thread is given up, although it cannot be ended [s]
@@ -95,7 +94,8 @@ async def agent_loop(record: Recording, generate, agent: Agent) -> Trajectory:
 async def observe(call: Call, record: Recording, agent: Agent):
     """Use a tool; what the agent is to read of it, as text and as the ids that follow its turn.
 
-    What the agent has seen of pages is noted; what did not fit, the next browse reads again.
+    The reader's memory keeps what the agent was shown of a page; the next browse of it begins at
+    the first segment whose notes did not fit.
     """
     chat = agent.chat
     entries = await agent.tools.use(call, record)
@@ -128,12 +128,12 @@ class Tools:
         self.backend = make_search(config, web, corpus)
         self.browser = Browser(config, web, corpus, self.in_thread, self.generate_text)
         self.pool = ThreadPoolExecutor(config.tool_threads or 1, "tool")
-        self.readings = 0
+        self.reader_calls = 0  # for the names of their requests
 
     async def use(self, call: Call, record: Recording):
         """What each query of a search or address of a browse brought."""
         tool = TOOLS[call.kind]
-        most = getattr(self.config, tool.most) or len(call.keys)
+        most = getattr(self.config, tool.limit_key) or len(call.keys)
         jobs = [self.entry(call.kind, key, record) for key in call.keys[:most]]
         if self.config.tool_threads:
             entries = [*await asyncio.gather(*jobs)]
@@ -196,31 +196,32 @@ class Tools:
         """
         config = self.config
         token_ids = self.chat.message_ids(messages)
-        # What does not fit: the rules are in front, the generation prompt at the end.
+        # Too long: cut before the last 32 tokens, which hold the generation prompt.
         del token_ids[config.max_model_len - config.max_turn_tokens - 32 : -32]
-        self.readings += 1
-        # One seed for all readings: as asked, so answered.
+        self.reader_calls += 1
+        # One seed for all: the same messages get the same notes.
         sampling = Sampling(
             config.reader_temperature, config.max_turn_tokens, config.seed, self.chat.end_ids
         )
-        completion = await self.scheduler.generate(f"reader/{self.readings}", token_ids, sampling)
+        name = f"reader/{self.reader_calls}"
+        completion = await self.scheduler.generate(name, token_ids, sampling)
         return self.chat.decode(completion.token_ids)
 
     def close(self):
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def try_services(config, agent=True, judge=False):
+def try_services(config, asks=True, judges=False):
     """Ask each service that a run will use once, unrecorded: what is wrong with the first that
     fails, or an empty text.
 
-    `agent`: those of its tools; `judge`: that of evaluations.
+    `asks`: those of its tools; `judges`: that of evaluations.
     """
     tools = config.max_tool_calls
     used = {
-        "search": agent and config.search in SERVICES and (tools or config.method == "rag"),
-        "reader": agent and config.reader == "openai" and tools,
-        "judge": judge,
+        "search": asks and config.search in SERVICES and (tools or config.method == "rag"),
+        "reader": asks and config.reader == "openai" and tools,
+        "judge": judges,
     }
     web = Web(config, ":memory:")
     hello = [{"role": "user", "content": "Hello"}]
@@ -303,7 +304,8 @@ class Scheduler:
                     future.set_result(completion)
             if not self.waiting:
                 self.wake.clear()
-            # Those whose turn ended go on now; tools in place, their next turn is on board.
+            # Those whose turn ended go on now; where tools answer at once (tool_threads 0), their
+            # next turn is submitted before the next step.
             await asyncio.sleep(0)
 
 
@@ -322,8 +324,8 @@ class Batch:
 
 
 async def roll_out_async(batch: Batch, agent: Agent, on_done):
-    """See roll_out. However it ends, nothing is left over. No list, of which asyncio.run would make
-    a string.
+    """See roll_out. However it ends, nothing is left over. An iterator, not a list: at its end,
+    asyncio.run makes a string of its SIGINT handler, and so of the task's result.
     """
     config = agent.config
     scheduler = agent.tools.scheduler = Scheduler(agent.engine, config.max_in_flight)
@@ -341,6 +343,7 @@ async def roll_out_async(batch: Batch, agent: Agent, on_done):
             place = config.seed, batch.step, number, index, turn
             seed = int(np.random.SeedSequence(place).generate_state(1)[0])
             sampling = Sampling(batch.temperature, max_tokens, seed, agent.chat.end_ids)
+            # One name for all turns: by it HFEngine finds the row of the last.
             return await scheduler.generate(f"{batch.step}/{number}/{index}", ids, sampling)
 
         try:
@@ -376,7 +379,7 @@ def roll_out(batch: Batch, agent: Agent, on_done=lambda trajectory: None):
     KeyboardInterrupt when everything has ended: not inside a step of the engine, which would spoil
     it. Main thread only.
     """
-    # asyncio.run then cancels the main task.
+    # Only where it finds Python's own handler does asyncio.run cancel the main task at Ctrl-C.
     on_interrupt = signal(SIGINT, default_int_handler)
     on_terminate = signal(SIGTERM, lambda *_: raise_signal(SIGINT))
     try:

@@ -134,7 +134,7 @@ def open_run(argv, evaluates=False) -> Config:
         else:
             preset = "wiki" if typed.get("search") == "local" else "paper"
             argv = [f"--preset={preset}", *argv]
-        argv = ["--engine_memory=0.9", *argv, f"--model={model}"]  # no optimizer beside it
+        argv = ["--engine_memory=0.9", *argv, f"--model={model}"]  # no optimizer shares it
         if "data" in typed:
             argv.append(f"--eval_data={typed['data']}")
     config = load_config(argv, base)
@@ -149,7 +149,9 @@ def open_run(argv, evaluates=False) -> Config:
 
 def newest_run(evaluates=False):
     """The folder under runs/ of the newest run or evaluation; ConfigError if there is none."""
-    kind, files = ("evaluation", "eval-*/config.yaml") if evaluates else ("run", "*/metrics.jsonl")
+    kind, files = "run", "*/metrics.jsonl"
+    if evaluates:
+        kind, files = "evaluation", "eval-*/config.yaml"
     found = sorted(RUNS.glob(files), key=getmtime)
     if not found:
         raise ConfigError(
@@ -372,8 +374,8 @@ def save_checkpoint(config, ranks, state, write):
 
 def load_checkpoint(config, ranks, state, read):
     """The state in the newest checkpoint, which every rank read(folder)s; without one, `state`."""
-    for folder in ranks.share(complete_checkpoints(config.run_dir)[-1:]):
-        order = state["order"]
+    for folder in ranks.share(complete_checkpoints(config.run_dir)[-1:]):  # one, or none
+        order = state["order"]  # what the order of the questions follows from
         with named("resume", str(folder), "delete this checkpoint to go on from the one before"):
             read(folder)
             state = json.loads((folder / "state.json").read_text("utf-8"))

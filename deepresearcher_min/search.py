@@ -29,7 +29,7 @@ from deepresearcher_min.config import (
 )
 from deepresearcher_min.corpus import Corpus, SearchResult, read_passage
 
-SOURCE = code_of(__file__)
+SOURCE = code_of(__file__)  # what made recorded results
 # What a reader writes around its notes, and in place of them.
 CONTINUE = r"(?i)\bcontinue\W{0,3}:\W{0,3}(?:(yes)|no)\b\W*"
 NO_NOTES = r"(?i)^(?:\W*notes\W{0,4}:\W*)?(?:\W*(?:none|nothing)?\W*\Z)?"
@@ -103,6 +103,7 @@ def one_line(text):
 def serper(query, results, ask):
     """Google's results by serper.dev, as in the paper; without `organic` where there are none."""
     reply = ask("/search", {"q": query, "num": results})
+    # No results: its parameters without `organic`. Else `organic` is missed: a bad reply.
     if "searchParameters" not in reply or "organic" in reply:
         for row in reply["organic"]:
             yield row.get("title"), row.get("link"), row.get("snippet")
@@ -233,6 +234,7 @@ def ask_model(web, url, key, payload, counts, deadline):
             break
         except WebFailure as failure:
             said = failure.said
+            # A context that is too long names max_tokens, too, but refuses no parameter.
             told = [one.lastgroup for one in re.finditer(PARAMETER, said) if one.lastgroup in sent]
             if not told or failure.kind not in ("http_400", "http_422") or "context length" in said:
                 raise
@@ -248,15 +250,15 @@ def ask_model(web, url, key, payload, counts, deadline):
     if not isinstance(text, str):
         return "", 0
     with suppress(LookupError, TypeError):
-        return text, reply["usage"]["total_tokens"] + 0
+        return text, reply["usage"]["total_tokens"] + 0  # TypeError for what is no number
     return text, len(f"{payload['messages']}{text}") // 4  # an estimate
 
 
 def ask_service(role, config, web, messages, read, unread, counts, deadline):
     """read(the text of a reply) of the reader or the judge, through the cassette.
 
-    `read` gives None for what it cannot read: the third such reply is a WebFailure of the kind
-    `unread`.
+    `read` gives None or "" for what it cannot read: the third such reply is a WebFailure of the
+    kind `unread`.
     """
     keys = vars(config)
     url = f"{keys[f'{role}_url'].rstrip('/')}/chat/completions"

@@ -1,5 +1,5 @@
-"""The data that flows, Question -> Trajectory -> Group, and where questions come from. It holds and
-checks.
+"""The data that flows, Question -> Trajectory -> Group, and where questions come from. Nothing here
+acts: it is held and checked.
 
 A trajectory is one flat list of token ids that only ever grows by appending:
 
@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 # world's fault, which is left out of group and loss.
 POLICY_STOPS = ("answer", "malformed", "tool_budget", "length", "context")
 HARNESS_STOPS = ("deadline", "cancelled")
-# A text in quotes, and a gap where numpy prints no comma; or what numpy puts around a list.
+# In a list that numpy printed, array(['a' 'b'], dtype=object): a text in quotes (1) and, if another
+# follows, the gap that has no comma (2); or what stands around the list.
 PRINTED = re.compile(
     r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')(\s+(?=["']))?"""
     r"""|array\((?=\[)|(?<=\])(,\s*dtype=[^)]+)?\)""",
@@ -57,7 +58,7 @@ class Turn:
     trajectory.
     """
 
-    sampled: tuple  # (start, end before) in Trajectory.token_ids
+    sampled: tuple  # span [start, end) in Trajectory.token_ids
     observed: tuple  # the same; empty (start == end) for a turn that ended the trajectory
     text: str  # what the model wrote, the forced "<think>" in front, the end-of-turn token left out
     kind: str  # search | browse | answer | malformed
@@ -104,7 +105,7 @@ class Trajectory:
         return vars(self) | {
             "id": asked.id,
             "question": asked.text,
-            "answers": asked.answers,
+            "answers": list(asked.answers),  # as it is read back
             "source": asked.source,
             "turns": [vars(turn) for turn in self.turns],
             "token_ids": self.token_ids.tolist(),
@@ -139,7 +140,7 @@ class Reading:
     memory: Sequence = ()  # what earlier calls noted for this query
     next: int = 0  # number of the segment to go on with, from 0
     total: int = 0  # segments of the page, known when it is opened
-    # of this call: page_number, page_summary
+    # of this call: pairs (number of a segment, what was noted of it)
     notes: list = field(default_factory=list)
 
 
@@ -173,7 +174,7 @@ class Recording:
             self.question,
             self.token_ids,
             np.not_equal(self.logprobs, None),  # type: ignore[call-overload]
-            self.logprobs,
+            self.logprobs,  # float32 makes nan of None
             tuple(self.turns),
             answer,
             stop_reason,
@@ -234,8 +235,8 @@ def parse_row(row):
     the first counts.
 
     question, query or prompt: a text, or messages of which one is the user's. answers, answer,
-    golden_answers, ground_truth or reward_model's ground_truth: see gold_answers. Optional: id, _id
-    or extra_info's index, and source or data_source. ValueError lists the columns that are there.
+    golden_answers, ground_truth or reward_model's ground_truth: see gold_answers. Optional: id,
+    _id, index or extra_info's index; source or data_source. ValueError lists the columns there.
     """
     if isinstance(row, bytes):
         try:
@@ -265,14 +266,14 @@ def parse_row(row):
     name = first_of(row, "id", "_id", "index", "extra_info.index")
     source = first_of(row, "source", "data_source")
     question = Question("" if name is None else str(name), text, golds, str(source or ""))
-    # Half of a two-part sign is refused here: no file takes it.
+    # Raises UnicodeEncodeError, a ValueError, for a lone surrogate: no file takes one.
     "".join((text, *golds, question.id, question.source)).encode()
     return question
 
 
 def first_of(row, *columns):
-    """What the first of these columns holds that is there and not null, else None; outer.inner is
-    one of an object in a column.
+    """What the first of these columns holds that is there and not null, else None. "outer.inner" is
+    the key inner of an object in the column outer.
     """
     for column in columns:
         value = row
@@ -289,7 +290,7 @@ def unpacked(value):
     if isinstance(value, str) and value.lstrip().startswith(("[", "{", "array(")):
         with suppress(Exception):
             return load_json(value)
-        with suppress(Exception):  # literal_eval alone has five for what it cannot read
+        with suppress(Exception):  # literal_eval raises many kinds for what it cannot read
             # numpy prints no commas, and Python joins texts that stand side by side
             return ast.literal_eval(
                 PRINTED.sub(lambda found: (found[1] or "") + "," * bool(found[2]), value)
@@ -298,8 +299,8 @@ def unpacked(value):
 
 
 def gold_answers(value):
-    """The texts in a text, a number, a list of them or {"target": ...}; none where anything else is
-    in it.
+    """The texts in a text, a number, a list of them or {"target": ...}; nulls are passed over, and
+    there are none where anything else is in it.
 
     A text may join several by <|answer_split|>. True is "yes", as the prompt asks for; 1998.0 is
     "1998".
@@ -310,7 +311,7 @@ def gold_answers(value):
     for part in value if isinstance(value, list) else [value]:
         if isinstance(part, bool):
             part = "yes" if part else "no"
-        elif isinstance(part, int | float) and part == part:
+        elif isinstance(part, int | float) and part == part:  # nan, unlike itself, is no answer
             part = str(part).removesuffix(".0")
         if not isinstance(part, str | None):
             return ()

@@ -108,8 +108,8 @@ ERRAND = threading.local()
 
 
 def response_in_time(_, sock, method):
-    """A reply whose head and body end at the deadline: a limit of silence never meets a byte every
-    second.
+    """A reply whose head and body end at the deadline: a read timeout alone never ends one that
+    sends a byte every second.
     """
     response = http.client.HTTPResponse(sock, method=method)
     raw = response.fp.raw  # of the buffered file just made over the socket
@@ -152,10 +152,10 @@ class Door(requests.adapters.HTTPAdapter):
         )
         address = addresses[ERRAND.attempt % len(addresses)]  # they take turns
         request.headers["Host"] = parts.netloc
-        # each for a place in the pool, the connection and its TLS: together in time
-        third = seconds_left(ERRAND.deadline) / 3
+        # a place in the pool, the connection, its TLS: a third each, so together in time
+        left = seconds_left(ERRAND.deadline)
         # a language model says nothing until it has said all
-        silence = 3 * third if request.url.endswith("/chat/completions") else limits.read_timeout
+        silence = left if request.url.endswith("/chat/completions") else limits.read_timeout
         # the certificate must be that of the name
         pinned = {
             "maxsize": limits.tool_threads + 1 if own else limits.connections_per_host,
@@ -169,8 +169,8 @@ class Door(requests.adapters.HTTPAdapter):
             parts.request_uri,
             request.body,
             request.headers,
-            timeout=urllib3.Timeout(connect=min(limits.connect_timeout, third), read=silence),
-            pool_timeout=third,  # type: ignore[arg-type]
+            timeout=urllib3.Timeout(connect=min(limits.connect_timeout, left / 3), read=silence),
+            pool_timeout=left / 3,  # type: ignore[arg-type]
             redirect=False,
             preload_content=False,
         )
@@ -230,7 +230,7 @@ class Web:
     """
 
     run = 0  # of an evaluation's repeats
-    enough = 10**9  # from how many calls on most failures stop the run
+    enough = 10**9  # so many calls to a service, and the failure of most of them stops the run
 
     def __init__(self, config, cassette: str | Path, rank=0, world_size=1):
         self.config = config
@@ -267,7 +267,7 @@ class Web:
         """The recorded reply to `request` (any JSON), else that of produce(), which is recorded, be
         it a WebFailure. Calls and failures are counted.
 
-        `kind`, of what is asked: page or one of ROLES. `made` stands for the code behind produce():
+        `kind`, of what is asked: page or one of config.ROLES. `made`: the code behind produce();
         in mode live, what other code has made is asked for again.
         """
         raise_if_down(self.config, self.totals, self.enough)

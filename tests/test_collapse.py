@@ -25,7 +25,7 @@ from policies import (
 
 from deepresearcher_min import policy as policy_module
 from deepresearcher_min.config import ConfigError, load_config
-from deepresearcher_min.grpo import TrainingRow, kept, pack, sequence_weights, token_losses
+from deepresearcher_min.grpo import TrainingRow, kept, pack, sequence_log_weights, token_losses
 from deepresearcher_min.trajectory import Group
 
 
@@ -50,8 +50,8 @@ def test_signs_of_a_collapse_worked_by_hand():
     # ln 1e-4 is -9.21: below it is the policy once (-9.5) and the engine once (-10).
     assert (found["rare_share"], found["good_tokens"]) == (2, 3)
     assert found["logprob_good"] == -1.5 - 2.5 - 4.0  # the second row was punished
-    assert sequence_weights(known_as(new, batch)).tolist() == [-0.5 - 0.5, -8.5 + 0 - 1, 6]
-    assert sequence_weights(known_as(torch.zeros(0), pack([]))).tolist() == []
+    assert sequence_log_weights(known_as(new, batch)).tolist() == [-0.5 - 0.5, -8.5 + 0 - 1, 6]
+    assert sequence_log_weights(known_as(torch.zeros(0), pack([]))).tolist() == []
 
 
 @pytest.mark.quick
@@ -102,7 +102,7 @@ def test_length_alone_masks_nothing(length):
     batch.old_S = policy
     assert kept(batch, 1.02).eq(1).all()
     assert kept(batch, 1.009).eq(0).all()
-    (weight,) = sequence_weights(batch).tolist()
+    (weight,) = sequence_log_weights(batch).tolist()
     assert weight == pytest.approx(length * math.log(1.01))
 
 

@@ -100,14 +100,12 @@ def test_only_what_a_run_will_use_is_tried_and_finding_nothing_passes():
         dead = replace(
             serper(None), reader_url="http://127.0.0.1:9", judge_url="http://127.0.0.1:9"
         )
-        assert (
-            try_services(dead, agent=False) == try_services(replace(dead, max_tool_calls=0)) == ""
-        )
+        assert try_services(dead, asks=False) == try_services(replace(dead, max_tool_calls=0)) == ""
         assert try_services(replace(dead, search="local")) == ""
         assert "the search service" in try_services(replace(dead, max_tool_calls=0, method="rag"))
         assert "the reader service" in try_services(replace(dead, search="local", reader="openai"))
         assert (
-            "judge_model and" not in (said := try_services(dead, agent=False, judge=True))
+            "judge_model and" not in (said := try_services(dead, asks=False, judges=True))
             and "JUDGE_API_KEY" in said
         )
 
