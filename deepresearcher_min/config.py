@@ -51,7 +51,7 @@ class WebFailure(Exception):
     counted = False
 
     def __init__(self, kind, words="", said=""):
-        words = words or WORDS[kind]
+        words = words or WORDS.get(kind, kind)
         super().__init__(f"{kind}: {words}{said and f' It said: {said}'}")
         self.kind = kind
         self.words = words

@@ -1,6 +1,6 @@
 """Webs in memory: a corpus of passages with a BM25 index, and the toy world, the embedded default,
-which is one with questions about it. Before them, what a text's words are; at the end, what in the
-segments of a page belongs to a question.
+which is one with questions about it. Before them, what a text's words are; between them, what in
+the segments of a page belongs to a question.
 
 Left out: an index on disk: making one takes 0.2 s for a thousand passages, and whoever has millions
 asks a `retriever` (search.py).

@@ -121,7 +121,7 @@ class PackedBatch:
 
 
 def families(rows, limit=math.inf):
-    """A list of (shared, rows): the rows of a group, longest first, and how many first tokens the
+    """A list of (shared, rows): the rows of a group, in their order, and how many first tokens the
     inputs of all of them share. A group of more than `limit` tokens comes in several pieces, each
     within it or of a single row. A row without a group is a family of its own.
     """
@@ -135,7 +135,7 @@ def families(rows, limit=math.inf):
         heads = np.array([row.token_ids[:shortest] for row in family])
         shared = np.logical_and.accumulate((heads == heads[0]).all(axis=0)).sum()
         room = -1  # the first row opens a piece
-        for row in sorted(family, key=lambda row: -row.length):
+        for row in family:
             rest = row.length - shared
             if rest > room:
                 piece = []
@@ -217,7 +217,8 @@ def plan_microbatches(rows, budget, world_size, hidden_size):
     plan = [[] for _ in range(world_size)]
     work = [0.0] * world_size
     tokens = [budget] * world_size  # of each rank's last micro-batch; full, so a first one opens
-    for shared, piece in sorted(families(rows, limit), key=lambda found: -found[1][0].length):
+    longest_first = sorted(rows, key=lambda row: -row.length)
+    for shared, piece in families(longest_first, limit):
         rank = work.index(min(work))
         work[rank] += work_of(0, shared) + sum(work_of(shared, row.length) for row in piece)
         size = shared + sum(row.length - shared for row in piece)
@@ -255,13 +256,12 @@ def token_losses(
     kl_coef=0.0,
     entropy_coef=0.0,
     importance_cap=0.0,
-    **rest,
 ):
     """The loss of each sampled token, [S], not yet divided by N, and sums of metrics.
 
     Gradient flows through new_S and entropy_S only. One update per rollout: pass old_S =
     new_S.detach(), and the ratio's gradient is the policy gradient. importance_cap 0: no weight;
-    ref_S None: no KL; kept_S 0: left out. `rest`: other keys. Metrics: sums (docs/metrics.md).
+    ref_S None: no KL; kept_S 0: left out. The metrics (docs/metrics.md) are float64 sums.
     """
     ratio_S = (new_S - old_S).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     free_S = ratio_S * advantages_S

@@ -37,6 +37,7 @@ from deepresearcher_min.config import ConfigError, named
 from deepresearcher_min.grpo import TrainingRow, training_rows
 from deepresearcher_min.run import Ranks, complete_checkpoints
 
+LOSS_KEYS = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "importance_cap")  # of the config
 METRICS = ("kl", "mismatch", "entropy", "clip_fraction", "capped_fraction", "rare_share", "masked")
 
 
@@ -283,6 +284,7 @@ class Policy:
         """The loss of one chunk of a micro-batch; its metrics are added to sums. ref_S:
         log-probabilities, None where there is no reference.
         """
+        options = {key: getattr(self.config, key) for key in LOSS_KEYS}
         old_S = batch.old_S
         kept_S = torch.ones_like(batch.rollout_S)
         if self.config.sequence_mask and old_S is not None:
@@ -299,7 +301,7 @@ class Policy:
                 advantages_S=batch.advantages_S[part],
                 entropy_S=entropy_C,
                 kept_S=kept_S[part],
-                **vars(self.config),
+                **options,
             )
             sums.update(metrics)
             return losses_C.sum() * (self.ranks.world_size / total)  # FSDP averages over ranks

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
-from pprint import saferepr
 from typing import Any
 from uuid import uuid4
 
@@ -86,7 +85,7 @@ TOOLS = {  # by kind, which is also the name of the method of rollout.Tools that
         "max_urls",
         ("url", "information"),
         page_item,
-        "This page was not opened: one call opens at most %d.",
+        "This page was not opened: one call opens at most {most}.",
     ),
 }
 
@@ -175,7 +174,7 @@ def read_call(text):
             call = call["function"]
         name = call.get("name", call.get("function"))
         given = call.get("arguments", call.get("parameters"))
-    return name, unpacked(given)
+    return name, load_json(given) if isinstance(given, str) else given
 
 
 def read_keys(value):
@@ -191,8 +190,11 @@ def read_keys(value):
 def render(kind, entries):
     """The observation: the Python repr of a list of dicts with keys in alphabetical order."""
     key_name, items_name = TOOLS[kind].shape
-    # saferepr sorts the keys of a dict
-    return saferepr([{key_name: entry.key, items_name: list(entry.items)} for entry in entries])
+    found = []
+    for entry in entries:
+        parts = {key_name: entry.key, items_name: list(entry.items)}
+        found.append(dict(sorted(parts.items())))
+    return repr(found)
 
 
 def template_inputs(date):

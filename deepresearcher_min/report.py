@@ -368,14 +368,13 @@ def load_trajectories(folder):
     cut = 0
     # In the order of the ids read backwards: a fixed one that mixes the sources.
     for row in sorted(kept, key=lambda row: row["id"][::-1]):
-        whole = left > 0
-        cut += not whole
+        left -= sum(len(turn["text"] + turn["observation"]) for turn in row["turns"])
+        cut += left < 0
         for turn in row["turns"]:
-            left -= len(turn["text"] + turn["observation"])
             with suppress(Exception):  # literal_eval raises many kinds for what is no list
                 # A list, which the page can fold.
                 turn["observation"] = ast.literal_eval(turn["observation"])
-            if not whole:
+            if left < 0:
                 turn["text"] = turn["text"][:MAX_TURN]
                 turn["observation"] = turn["observation"] and None  # None: cut
     shown = {row["file"] for row in kept}

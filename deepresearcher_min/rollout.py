@@ -142,9 +142,10 @@ class Tools:
         # In the call's order, whichever came first: a replay asks the reader the same.
         for entry in entries:
             for item in entry.items:
-                record.shown[item.get("url")] = entry.key  # a page's items have none
+                if item.get("url"):
+                    record.shown[item["url"]] = entry.key
         if tool.over:
-            words = tool.item(tool.over % most)
+            words = tool.item(tool.over.format(most=most))
             entries += [Entry(key, (words,)) for key in call.keys[most:]]
         return entries
 

@@ -201,7 +201,7 @@ def starting(config, rank):
                 TemporaryFile(dir=run).close()
         yield
     except BaseException as error:
-        if missing:
+        if rank == 0 and missing:
             shutil.rmtree(run, ignore_errors=True)
         for folder in missing[1:]:
             with suppress(OSError):  # another run is in it by now

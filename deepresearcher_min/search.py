@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
+from deepresearcher_min import corpus
 from deepresearcher_min.config import (
     ROOT,
     ConfigError,
@@ -29,7 +30,7 @@ from deepresearcher_min.config import (
 )
 from deepresearcher_min.corpus import Corpus, SearchResult, read_passage
 
-SOURCE = code_of(__file__)  # what made recorded results
+SOURCE = code_of(__file__) + code_of(corpus.__file__)  # what made recorded results
 # What a reader writes around its notes, and in place of them.
 CONTINUE = r"(?i)\bcontinue\W{0,3}:\W{0,3}(?:(yes)|no)\b\W*"
 NO_NOTES = r"(?i)^(?:\W*notes\W{0,4}:\W*)?(?:\W*(?:none|nothing)?\W*\Z)?"

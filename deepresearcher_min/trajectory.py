@@ -166,7 +166,7 @@ class Recording:
         """Add given tokens, or with logprobs sampled ones; returns their span [start, end)."""
         start = len(self.token_ids)
         self.token_ids += ids
-        self.logprobs += logprobs or [None] * len(ids)
+        self.logprobs += [None] * len(ids) if logprobs is None else logprobs
         return start, len(self.token_ids)
 
     def finish(self, stop_reason, answer=None):

@@ -197,7 +197,7 @@ def status_failure(response, headers):
     """What a reply that is no success, to a request with these headers, means."""
     status = response.status_code
     said = server_words(response.content, headers)
-    if status == 400 and "credit" in said.lower():
+    if status == 400 and b"credit" in response.content[:1000].lower():
         status = 402  # "Not enough credits" is Serper's
     kind = STATUS.get(status, f"http_{status}")
     words = (
@@ -261,6 +261,8 @@ class Web:
         session.headers["User-Agent"] = (
             "Mozilla/5.0 (compatible; deepresearcher-min/1.0; research agent)"
         )
+        # What urllib3 unpacks everywhere, whatever else is installed.
+        session.headers["Accept-Encoding"] = "gzip, deflate"
         session.adapters = {"": Door(config)}  # type: ignore[assignment]
 
     def cached(self, kind, request, produce, counts, deadline, made=""):

@@ -81,7 +81,7 @@ def hostile_run(folder, url):
         ]
         groups = [Group(question, trajectories, [1.0, -1.0], [1.0, -1.0])]
         path = folder / "trajectories" / f"step-{number:06d}.jsonl"
-        report.write_trajectories(path, number, groups, lambda one: one.question.text)
+        report.write_trajectories(path, number, groups, CONFIG)
     (folder / "metrics.jsonl").write_text(
         json.dumps({"step": 1, "f1": 0.5, "reward": 0.5, "note": attacks(url)})
     )
