@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.ablate import fallen, moved
+from bench.ablate import NO_MASK, VARIANTS, fallen, moved, run
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHES = sorted((ROOT / "bench").glob("*.py"))
@@ -82,3 +82,11 @@ def test_the_rules_by_which_a_collapse_is_dated():
     assert fallen([0.5, 0.5, 0.5, 0.3, 0.3]) is None
     assert moved([0.0, 9.0, 0.0, -9.0, 9.0], -1.0, 1.0) == 5
     assert moved([9.0, None, 9.0, 0.0], 0.0, 1.0) is None  # nothing was measured in between
+
+
+@pytest.mark.slow
+def test_the_variant_without_a_mask_trains(tmp_path, monkeypatch):
+    small = ["--eval_questions=4", "--questions_per_step=4", "--lr_warmup=1"]
+    monkeypatch.setitem(VARIANTS, NO_MASK, [*VARIANTS[NO_MASK], *small])
+    result = run(NO_MASK, 0, 1, tmp_path / "run")
+    assert "error" not in result and 0 <= result["f1"] <= 1
