@@ -11,10 +11,9 @@ import torch
 
 from deepresearcher_min import evaluation, report, run
 from deepresearcher_min.config import RunStopped, named, raise_if_down
-from deepresearcher_min.corpus import behaviour_rates
-from deepresearcher_min.evaluation import evaluate, load_task, write_groups
+from deepresearcher_min.corpus import behaviour_rates, load_task
+from deepresearcher_min.evaluation import evaluate, step_means, step_sums, summarize, write_groups
 from deepresearcher_min.policy import Policy
-from deepresearcher_min.report import step_means, step_sums, summarize
 from deepresearcher_min.reward import judge
 from deepresearcher_min.rollout import Batch, roll_out
 from deepresearcher_min.trajectory import take_questions
@@ -33,7 +32,7 @@ def train(task, agent, examinee, policy, state, save):
             engine.update_weights(policy.named_weights())  # again: forgets what is cached
         if step and (step % config.save_every == 0 or step >= config.steps):
             save()
-        evaluation.check_budget(config, state["usd"])
+        run.check_budget(config, state["usd"])
         stop.check()
         if step >= config.steps:
             return

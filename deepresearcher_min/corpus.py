@@ -1,6 +1,6 @@
 """Webs in memory: a corpus of passages with a BM25 index, and the toy world, the embedded default,
 which is one with questions about it. Before them, what a text's words are; between them, what in
-the segments of a page belongs to a question.
+the segments of a page belongs to a question; last, what a run asks, on which web.
 
 Left out: an index on disk: making one takes 0.2 s for a thousand passages, and whoever has millions
 asks a `retriever` (search.py).
@@ -12,14 +12,15 @@ import json
 import re
 import unicodedata
 from collections import defaultdict, namedtuple
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from textwrap import shorten
 
 import numpy as np
 
-from deepresearcher_min.config import ROOT, ConfigError, table
-from deepresearcher_min.trajectory import Question
+from deepresearcher_min.config import ROOT, ConfigError, named, table
+from deepresearcher_min.trajectory import Question, load_questions
 
 # Letters and digits, and the signs that belong to letters from Hindi to Khmer, which are no \w.
 WORD = re.compile(
@@ -328,3 +329,48 @@ def behaviour_rates(trajectories, world):
             later = " ".join(calls[shown.index(True) + 1 :])
             taken["second_hop"].append(value.split()[-1] in later)  # its last name will do
     return {name: float(np.mean(flags or np.nan)) for name, flags in taken.items()}
+
+
+# --- what is asked
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to learn on, and what to be measured on; a corpus is an offline web."""
+
+    model_dir: str
+    questions: list[Question]
+    held_out: list[Question]
+    corpus: Corpus | None = None
+    world: World | None = None  # the toy's held-out one: its web, and the behaviour rates
+
+
+def load_task(config, key="eval_data"):
+    """The Task that the config names; ValueError for questions, web or model that are of no use.
+    `key` is what messages call eval_data. Without data there is nothing to learn on.
+    """
+    model_dir = str(MODEL_DIR) if config.model == "toy" else config.model
+    seed, count = config.seed, config.eval_questions
+    if config.search == "toy":
+        world, other = World("training", seed), World("held out", seed)
+        questions = world.questions(1000, seed)
+        return Task(model_dir, questions, other.questions(count, seed), world.corpus, other)
+    questions = read_questions("data", config.data)
+    held_out = read_questions(key, config.eval_data)[: count or None]
+    if questions and not held_out:  # set aside, and never trained on
+        if not 0 < count < len(questions):
+            raise ConfigError(
+                f"eval_questions={count}: without eval_data, 1 to {len(questions) - 1} of the "
+                f"{len(questions)} questions of data={config.data} are set aside"
+            )
+        held_out, questions = questions[:count], questions[count:]
+    corpus = None
+    if config.corpus:
+        with named("corpus", config.corpus, "it must be a corpus.jsonl (title, url, text)"):
+            corpus = Corpus.from_jsonl(config.corpus)
+    return Task(model_dir, questions, held_out, corpus)
+
+
+def read_questions(key, path):
+    with named(key, path):
+        return load_questions(path) if path else []

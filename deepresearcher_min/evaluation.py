@@ -5,13 +5,10 @@ tests of significance; the interval and the deviation over runs say what a diffe
 """
 
 import asyncio
-import hashlib
-import os
-import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import stdev
 
@@ -24,8 +21,6 @@ from deepresearcher_min import report, reward, rollout
 from deepresearcher_min.architecture import declared_ends, fetch_model
 from deepresearcher_min.config import (
     ConfigError,
-    RunStopped,
-    WebFailure,
     describe,
     host_list,
     named,
@@ -33,64 +28,16 @@ from deepresearcher_min.config import (
     replace_file,
     uses_web,
 )
-from deepresearcher_min.corpus import MODEL_DIR, Corpus, World
+from deepresearcher_min.corpus import load_task
 from deepresearcher_min.engine import make_engine
 from deepresearcher_min.protocol import ChatFormat, read_tools
-from deepresearcher_min.report import measures, step_sums
 from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out
-from deepresearcher_min.run import Ranks
-from deepresearcher_min.trajectory import Question, Recording, load_questions
-from deepresearcher_min.web import Web
+from deepresearcher_min.run import Ranks, check_budget
+from deepresearcher_min.search import test_set
+from deepresearcher_min.trajectory import POLICY_STOPS, Recording
+from deepresearcher_min.web import open_web
 
-# The revision is the one at which a public copy of the official repository has the file; never
-# fetched by us. What decides is the checksum, that of the published file, 3,197 questions.
-OFFICIAL = "https://raw.githubusercontent.com/GAIR-NLP/DeepResearcher"
-TEST_SET_URL = f"{OFFICIAL}/b576f0cc08e1ca39027f29a56a99548b743bfd3b/data/test.parquet"
-TEST_SET_SHA256 = "30c21c7da1872af08d7db1aacb5f45a57d0a7f038dd7f7baed51231bf6c5e10e"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepresearcher_min"
 ENOUGH = 50  # calls to a service after which an evaluation stops where most of them failed
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to learn on, and what to be measured on; a corpus is an offline web."""
-
-    model_dir: str
-    questions: list[Question]
-    held_out: list[Question]
-    corpus: Corpus | None = None
-    world: World | None = None  # the toy's held-out one: its web, and the behaviour rates
-
-
-def load_task(config, key="eval_data"):
-    """The Task that the config names; ValueError for questions, web or model that are of no use.
-    `key` is what messages call eval_data. Without data there is nothing to learn on.
-    """
-    model_dir = str(MODEL_DIR) if config.model == "toy" else config.model
-    seed, count = config.seed, config.eval_questions
-    if config.search == "toy":
-        world, other = World("training", seed), World("held out", seed)
-        questions = world.questions(1000, seed)
-        return Task(model_dir, questions, other.questions(count, seed), world.corpus, other)
-    questions = read_questions("data", config.data)
-    held_out = read_questions(key, config.eval_data)[: count or None]
-    if questions and not held_out:  # set aside, and never trained on
-        if not 0 < count < len(questions):
-            raise ConfigError(
-                f"eval_questions={count}: without eval_data, 1 to {len(questions) - 1} of the "
-                f"{len(questions)} questions of data={config.data} are set aside"
-            )
-        held_out, questions = questions[:count], questions[count:]
-    corpus = None
-    if config.corpus:
-        with named("corpus", config.corpus, "it must be a corpus.jsonl (title, url, text)"):
-            corpus = Corpus.from_jsonl(config.corpus)
-    return Task(model_dir, questions, held_out, corpus)
-
-
-def read_questions(key, path):
-    with named(key, path):
-        return load_questions(path) if path else []
 
 
 def load_examination(config, ranks):
@@ -108,36 +55,6 @@ def load_examination(config, ranks):
         if config.limit == 0 or taken[question.source] <= config.limit:
             kept.append(question)
     return replace(task, held_out=kept)
-
-
-def test_set(config):
-    """The official test set, fetched once and kept under ~/.cache; ConfigError if it cannot be."""
-    path = CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
-    body = path.read_bytes() if os.path.isfile(path) else b""
-    if hashlib.sha256(body).hexdigest() != TEST_SET_SHA256:
-        with closing(Web(replace(config, cassette_mode="live"), ":memory:")) as web:
-            try:
-                body, _ = web.fetch(TEST_SET_URL, Counter(), time.monotonic() + 120, own=True)
-            except WebFailure as failure:
-                raise ConfigError(
-                    f"the official test set: {failure.words} ({TEST_SET_URL}) Or name --data=FILE"
-                ) from None
-        found = hashlib.sha256(body).hexdigest()
-        if found != TEST_SET_SHA256:
-            raise ConfigError(
-                f"{TEST_SET_URL} sent another file: sha256 {found}, not {TEST_SET_SHA256}"
-            )
-        replace_file(path, body)
-    return str(path)
-
-
-def open_web(config, ranks):
-    """The web through the cassette that the config names, or that of the run folder."""
-    cassette = config.cassette or f"{config.run_dir}/cassette.sqlite"
-    with named("cassette", cassette, "it must be an SQLite file that can be written"):
-        web = Web(config, cassette, ranks.rank, ranks.world_size)
-        web.db.execute("SELECT key, time, reply FROM replies LIMIT 1")  # or it is another program's
-    return web
 
 
 def make_agent(config, task, ranks, notes):
@@ -193,6 +110,92 @@ def begin(config, ranks, notes, asks=True, judges=False):
         print(*notes, sep="\n", flush=True)
 
 
+# --- measures: what is told about trajectories
+
+
+def measures(trajectory):
+    """What counts about one trajectory: f1 and em (0 without an answer), format_errors (0 or 1),
+    calls, tokens.
+    """
+    answer = trajectory.answer
+    golds = trajectory.question.answers
+    cost = Counter(trajectory.cost)
+    return {
+        "trajectories": 1,
+        "tokens": len(trajectory.token_ids),
+        "f1": reward.f1_score(answer or "", golds),
+        "em": 0.0 if answer is None else reward.exact_match(answer, golds),
+        "format_errors": float(trajectory.stop_reason != "answer"),
+        # A call too many is not answered.
+        "calls": sum(turn.observation != "" for turn in trajectory.turns),
+        "searches": cost["searches"],
+        "pages": cost["pages"],
+    }
+
+
+def step_sums(groups, rollouts):
+    """Sums over this rank's share of a step: the measures of what the policy ended, and costs of
+    all.
+    """
+    sums = Counter(groups=len(groups), lost=0, cost_usd=0)
+    for samples in rollouts:
+        for trajectory in samples:
+            for name, amount in trajectory.cost.items():
+                sums[f"cost_{name}"] += amount
+            if trajectory.stop_reason in POLICY_STOPS:
+                sums.update(measures(trajectory))
+            else:
+                sums["lost"] += 1
+    for group in groups:
+        sums["tied_groups"] += not any(group.advantages)
+        for value in group.rewards:
+            sums["reward"] += value
+    return sums
+
+
+def mean(sums, name):
+    return sums[name] / max(1, sums["trajectories"])
+
+
+def summarize(trajectories):
+    """Means of `measures` over the trajectories that the policy ended; n, their number; F1 by hops
+    on the toy.
+    """
+    sums = step_sums([], [trajectories])
+    scores = {"n": sums["trajectories"]}
+    for name in ("f1", "em", "format_errors", "calls", "searches", "pages"):
+        scores[name] = mean(sums, name)
+    for hops in ("1hop", "2hop"):
+        part = [one for one in trajectories if one.question.source.endswith(hops)]
+        sums = step_sums([], [part])
+        if sums["trajectories"]:
+            scores[f"f1_{hops}"] = mean(sums, "f1")
+    return scores
+
+
+def step_means(sums):
+    """Means over the trajectories of all ranks; lost and cost_... stay totals.
+
+    `tied` is the share of groups, `failed` that of the calls to pages and services.
+    """
+    means = {name: mean(sums, name) for name in ("reward", "f1", "calls", "tokens")}
+    means["bad_format"] = mean(sums, "format_errors")
+    means["tied"] = sums["tied_groups"] / max(1, sums["groups"])
+    asked = failed = 0
+    for name, total in sums.items():
+        if name.startswith(("cost_", "lost")):
+            means[name] = total
+        if name.endswith("_calls"):  # cost_search_calls, cost_page_calls, ...
+            asked += total
+        if name.endswith("_failed"):
+            failed += total
+    means["failed"] = failed / max(1, asked)
+    return means
+
+
+# --- a set of questions, by the agent or a baseline
+
+
 class PlainChat(ChatFormat):
     """The prompt of the baselines: no tools, and for rag what a search for the question found."""
 
@@ -241,8 +244,9 @@ def write_groups(config, name, step, groups):
     """All trajectories as JSON lines, and the best and the worst as text."""
     path = Path(f"{config.run_dir}/trajectories/{name}.jsonl")
     path.unlink(missing_ok=True)  # of a step that was run before a kill, and runs again
-    report.write_trajectories(path, step, groups, config)
-    report.write_readable(path.with_suffix(".txt"), groups, config)
+    explain = partial(reward.explain, config=config)
+    report.write_trajectories(path, step, groups, explain)
+    report.write_readable(path.with_suffix(".txt"), groups, explain)
 
 
 def written(config, task):
@@ -278,15 +282,16 @@ def ask_all(config, task, agent, done, left, ranks):
     sums = Counter()
     paid = spent(config, done)
     found, prepaid = {}, {}
+    explain = partial(reward.explain, config=config)
 
     def on_done(one):  # bar, run and prepaid: those of the loop below at the moment
         one = replace(one, cost=prepaid.get(one.question.id, {}) | one.cost)
         group = reward.judge(one.question, [one], config, 0)  # empty for what the harness ended
-        report.write_trajectories(path, 0, [group], config, run)
+        report.write_trajectories(path, 0, [group], explain, run)
         sums.update(step_sums([group], [[one]]))
         usd = sums["cost_usd"]
         bar.update()
-        bar.set_postfix_str(f"F1 {report.mean(sums, 'f1'):.3f}, ${usd:.2f}")
+        bar.set_postfix_str(f"F1 {mean(sums, 'f1'):.3f}, ${usd:.2f}")
         check_budget(config, paid + usd * ranks.world_size)  # the others pay about as much
 
     # One run after the other, so that the first is the same as without repeats.
@@ -308,12 +313,6 @@ def spent(config, runs):
     costs = [one.cost for known in runs for one in known.values()]
     costs += report.read_json_lines(f"{config.run_dir}/judge.jsonl")
     return sum(cost.get("usd", 0.0) for cost in costs)
-
-
-def check_budget(config, usd):
-    """RunStopped where the estimated cost of a run has reached max_cost."""
-    if 0 < config.max_cost <= usd:
-        raise RunStopped(f"The estimated cost, ${usd:.2f}, has reached max_cost={config.max_cost}.")
 
 
 def ask_judge_all(config, runs):
@@ -350,7 +349,7 @@ def ask_judge_all(config, runs):
 
 
 def scores_of(tried, known, judged, answers, config):
-    """What report.summarize says of the usable trajectories, `known`, and more; but all that were
+    """What `summarize` says of the usable trajectories, `known`, and more; but all that were
     `tried` cost, and count in `failed` and `blocked`. Their measures are added to `answers`.
     """
     rows, shown = [], Counter()
@@ -360,14 +359,14 @@ def scores_of(tried, known, judged, answers, config):
         rows.append(measures(one) | {"mbe": judged.get(key), "answer": text})
         answers[key].append(rows[-1])
         shown.update(report.behaviours(one))
-    scores = report.summarize(known.values())
+    scores = summarize(known.values())
     for name in report.BEHAVIOURS:
         scores[name] = shown[name] / len(rows)
     scores |= {
         "mbe": mean_of(rows, "mbe"),
         "f1_interval": interval([row["f1"] for row in rows]),
         "usd": sums["cost_usd"],
-        "failed": report.step_means(sums)["failed"],
+        "failed": step_means(sums)["failed"],
     }
     if host_list(config):
         scores["blocked"] = sums["cost_blocked"] + sums["cost_fail_page_blocked_host"]

@@ -9,7 +9,6 @@ import ast
 import json
 import re
 import textwrap
-from collections import Counter
 from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
@@ -17,8 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from deepresearcher_min.config import ROOT, replace_file, table
-from deepresearcher_min.reward import exact_match, explain, f1_score
-from deepresearcher_min.trajectory import POLICY_STOPS, Trajectory, Turn
+from deepresearcher_min.trajectory import Trajectory, Turn
 
 MAX_TRAJECTORIES = 4096  # that the page embeds; the files in trajectories/ hold all of them
 # Characters of turns and observations on the page; what is beyond is cut to MAX_TURN.
@@ -36,89 +34,6 @@ STEP_LINE = (
 SCORES = table("scores")
 # {name: regular expressions}
 BEHAVIOURS = table("behaviours")
-
-
-# --- measures: what is told about trajectories
-
-
-def measures(trajectory):
-    """What counts about one trajectory: f1 and em (0 without an answer), format_errors (0 or 1),
-    calls, tokens.
-    """
-    answer = trajectory.answer
-    golds = trajectory.question.answers
-    cost = Counter(trajectory.cost)
-    return {
-        "trajectories": 1,
-        "tokens": len(trajectory.token_ids),
-        "f1": f1_score(answer or "", golds),
-        "em": 0.0 if answer is None else exact_match(answer, golds),
-        "format_errors": float(trajectory.stop_reason != "answer"),
-        # A call too many is not answered.
-        "calls": sum(turn.observation != "" for turn in trajectory.turns),
-        "searches": cost["searches"],
-        "pages": cost["pages"],
-    }
-
-
-def step_sums(groups, rollouts):
-    """Sums over this rank's share of a step: the measures of what the policy ended, and costs of
-    all.
-    """
-    sums = Counter(groups=len(groups), lost=0, cost_usd=0)
-    for rollout in rollouts:
-        for trajectory in rollout:
-            for name, amount in trajectory.cost.items():
-                sums[f"cost_{name}"] += amount
-            if trajectory.stop_reason in POLICY_STOPS:
-                sums.update(measures(trajectory))
-            else:
-                sums["lost"] += 1
-    for group in groups:
-        sums["tied_groups"] += not any(group.advantages)
-        for value in group.rewards:
-            sums["reward"] += value
-    return sums
-
-
-def mean(sums, name):
-    return sums[name] / max(1, sums["trajectories"])
-
-
-def summarize(trajectories):
-    """Means of `measures` over the trajectories that the policy ended; n, their number; F1 by hops
-    on the toy.
-    """
-    sums = step_sums([], [trajectories])
-    scores = {"n": sums["trajectories"]}
-    for name in ("f1", "em", "format_errors", "calls", "searches", "pages"):
-        scores[name] = mean(sums, name)
-    for hops in ("1hop", "2hop"):
-        part = [one for one in trajectories if one.question.source.endswith(hops)]
-        sums = step_sums([], [part])
-        if sums["trajectories"]:
-            scores[f"f1_{hops}"] = mean(sums, "f1")
-    return scores
-
-
-def step_means(sums):
-    """Means over the trajectories of all ranks; lost and cost_... stay totals.
-
-    `tied` is the share of groups, `failed` that of the calls to pages and services.
-    """
-    means = {name: mean(sums, name) for name in ("reward", "f1", "calls", "tokens")}
-    means["bad_format"] = mean(sums, "format_errors")
-    means["tied"] = sums["tied_groups"] / max(1, sums["groups"])
-    asked = failed = 0
-    for name, total in sums.items():
-        if name.startswith(("cost_", "lost")):
-            means[name] = total
-        if name.endswith("_calls"):  # cost_search_calls, cost_page_calls, ...
-            asked += total
-        if name.endswith("_failed"):
-            failed += total
-    means["failed"] = failed / max(1, asked)
-    return means
 
 
 # --- lines and tables
@@ -238,9 +153,9 @@ def behaviours(trajectory):
     return shown
 
 
-def write_trajectories(path, step, groups, config, first=0):
-    """Append each trajectory as one JSON line: to_json(), its reward and why, each turn's mean
-    logprob.
+def write_trajectories(path, step, groups, explain, first=0):
+    """Append each trajectory as one JSON line: to_json(), its reward, why (what `explain` says)
+    and each turn's mean logprob.
 
     `index` numbers the trajectories of a group from `first`: in an evaluation it is the run.
     """
@@ -255,7 +170,7 @@ def write_trajectories(path, step, groups, config, first=0):
                 "index": first + number,
                 "reward": group.rewards[number],
                 "advantage": group.advantages[number],
-                "why": explain(one, config),
+                "why": explain(one),
                 "behaviours": behaviours(one),
                 "turns": turns,
             }
@@ -304,7 +219,7 @@ def readable(trajectory, why=""):
     return printable(text)
 
 
-def write_readable(path, groups, config):
+def write_readable(path, groups, explain):
     """The trajectories with the highest and with the lowest reward of these groups, as one text
     file.
     """
@@ -316,7 +231,7 @@ def write_readable(path, groups, config):
         if scored:
             reward, advantage, one = pick(scored, key=itemgetter(0))
             text += f"=== {name} reward: {reward:.3f}, advantage {advantage:+.3f}\n"
-            text += f"{readable(one, explain(one, config))}\n\n"
+            text += f"{readable(one, explain(one))}\n\n"
     replace_file(path, text.encode())
 
 

@@ -404,3 +404,9 @@ class Stop:
     def check(self):
         if self.asked:
             raise KeyboardInterrupt
+
+
+def check_budget(config, usd):
+    """RunStopped where the estimated cost of a run has reached max_cost."""
+    if 0 < config.max_cost <= usd:
+        raise RunStopped(f"The estimated cost, ${usd:.2f}, has reached max_cost={config.max_cost}.")

@@ -1,18 +1,22 @@
 """Who is asked: for results (title, address, snippet), as `search:` names it; and language models
-at an endpoint, the reader of pages and the judge of answers.
+at an endpoint, the reader of pages and the judge of answers. Last, the file of the official test
+set.
 
 `local` and `toy` search a Corpus in memory; all others are services of the operator, asked through
 web.py, which caches and retries. Left out: answer boxes and "people also ask", as in the paper;
 Bing, whose API was retired in 2025.
 """
 
+import hashlib
 import html
 import os
 import re
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections import Counter
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -26,9 +30,11 @@ from deepresearcher_min.config import (
     host_list,
     is_blocked,
     named,
+    replace_file,
     require_environment,
 )
 from deepresearcher_min.corpus import Corpus, SearchResult, read_passage
+from deepresearcher_min.web import Web
 
 SOURCE = code_of(__file__) + code_of(corpus.__file__)  # what made recorded results
 # What a reader writes around its notes, and in place of them.
@@ -311,3 +317,34 @@ def parse_verdict(reply):
     told = re.findall(r'"judgement"\s*:\s*"(.*?)"', reply) or reply.splitlines()[-1:]
     verdict = re.fullmatch(r"(?i)\W*(IN)?CORRECT\W*", "\n".join(told))
     return verdict and float(not verdict[1])
+
+
+# --- the official test set
+
+# The revision is the one at which a public copy of the official repository has the file; never
+# fetched by us. What decides is the checksum, that of the published file, 3,197 questions.
+OFFICIAL = "https://raw.githubusercontent.com/GAIR-NLP/DeepResearcher"
+TEST_SET_URL = f"{OFFICIAL}/b576f0cc08e1ca39027f29a56a99548b743bfd3b/data/test.parquet"
+TEST_SET_SHA256 = "30c21c7da1872af08d7db1aacb5f45a57d0a7f038dd7f7baed51231bf6c5e10e"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepresearcher_min"
+
+
+def test_set(config):
+    """The official test set, fetched once and kept under ~/.cache; ConfigError if it cannot be."""
+    path = CACHE / f"test-{TEST_SET_SHA256[:12]}.parquet"
+    body = path.read_bytes() if os.path.isfile(path) else b""
+    if hashlib.sha256(body).hexdigest() != TEST_SET_SHA256:
+        with closing(Web(replace(config, cassette_mode="live"), ":memory:")) as web:
+            try:
+                body, _ = web.fetch(TEST_SET_URL, Counter(), time.monotonic() + 120, own=True)
+            except WebFailure as failure:
+                raise ConfigError(
+                    f"the official test set: {failure.words} ({TEST_SET_URL}) Or name --data=FILE"
+                ) from None
+        found = hashlib.sha256(body).hexdigest()
+        if found != TEST_SET_SHA256:
+            raise ConfigError(
+                f"{TEST_SET_URL} sent another file: sha256 {found}, not {TEST_SET_SHA256}"
+            )
+        replace_file(path, body)
+    return str(path)

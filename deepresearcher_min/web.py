@@ -44,6 +44,7 @@ from deepresearcher_min.config import (
     count_failure,
     host_list,
     is_blocked,
+    named,
     raise_if_down,
     seconds_left,
 )
@@ -382,3 +383,12 @@ class Web:
         self.session.close()
         with self.db_lock:  # not under the hands of a thread that was given up
             self.db.close()
+
+
+def open_web(config, ranks):
+    """The web through the cassette that the config names, or that of the run folder."""
+    cassette = config.cassette or f"{config.run_dir}/cassette.sqlite"
+    with named("cassette", cassette, "it must be an SQLite file that can be written"):
+        web = Web(config, cassette, ranks.rank, ranks.world_size)
+        web.db.execute("SELECT key, time, reply FROM replies LIMIT 1")  # or it is another program's
+    return web

@@ -46,8 +46,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from deepresearcher_min.config import Config, ConfigError, load_config, named  # noqa: E402
-from deepresearcher_min.corpus import Corpus, content_words  # noqa: E402
-from deepresearcher_min.evaluation import load_task, make_agent  # noqa: E402
+from deepresearcher_min.corpus import (  # noqa: E402
+    Corpus,
+    content_words,
+    load_task,
+)
+from deepresearcher_min.evaluation import make_agent  # noqa: E402
 from deepresearcher_min.policy import Policy  # noqa: E402
 from deepresearcher_min.protocol import ChatFormat, open_thought  # noqa: E402
 from deepresearcher_min.reward import reward  # noqa: E402

@@ -21,13 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from deepresearcher_min.config import Config, ConfigError, WebFailure, require_environment
-from deepresearcher_min.evaluation import PlainChat, Task, make_agent, open_web
-from deepresearcher_min.report import measures
+from deepresearcher_min.corpus import Task
+from deepresearcher_min.evaluation import PlainChat, make_agent, measures
 from deepresearcher_min.rollout import Agent, Batch, roll_out
 from deepresearcher_min.run import Ranks, check_needs, quiet_libraries
 from deepresearcher_min.search import ask_model
 from deepresearcher_min.trajectory import Question, load_questions
-from deepresearcher_min.web import Web
+from deepresearcher_min.web import Web, open_web
 from eval import resolve
 
 MIX = {"nq": 1, "tq": 1, "hotpotqa": 3, "2wiki": 3}

@@ -25,8 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from deepresearcher_min.config import Config, load_config
 from deepresearcher_min.corpus import MODEL_DIR, NAMES, World, behaviour_rates, chain_of
 from deepresearcher_min.engine import HFEngine
+from deepresearcher_min.evaluation import summarize
 from deepresearcher_min.protocol import ChatFormat
-from deepresearcher_min.report import score_rows, summarize, text_table
+from deepresearcher_min.report import score_rows, text_table
 from deepresearcher_min.rollout import Agent, Batch, Tools, roll_out
 from deepresearcher_min.trajectory import Question, Trajectory
 from scripts.scripted import Script, ScriptedEngine, items_of

@@ -123,11 +123,11 @@ def nothing_begun(place, monkeypatch):
     """No keys, an empty cache and home, no run folder before and after, and no folder between."""
     import shutil
 
-    from deepresearcher_min import evaluation
+    from deepresearcher_min import search
 
     for name in ("SERPER_API_KEY", "JUDGE_API_KEY", "READER_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(evaluation, "CACHE", place / "cache")
+    monkeypatch.setattr(search, "CACHE", place / "cache")
     before = {path: path.stat().st_mtime_ns for path in place.glob("r_*/*")}
     shutil.rmtree(place / "new", ignore_errors=True)
     yield

@@ -6,6 +6,7 @@ import json
 import random
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import yaml
@@ -13,9 +14,11 @@ import yaml
 from deepresearcher_min import report
 from deepresearcher_min.config import load_config
 from deepresearcher_min.protocol import Entry, page_item, render, search_item
+from deepresearcher_min.reward import explain
 from deepresearcher_min.trajectory import Group, Question, Trajectory, Turn
 
 CONFIG = load_config([])
+WHY = partial(explain, config=CONFIG)
 
 
 def build(question, script, answer, stop_reason="answer", seed=0):
@@ -98,10 +101,10 @@ def write_run(folder, steps=6, questions=4, size=4):
         report.append_json_line(metrics, row)
         groups = [group(number, step, size) for number in range(questions)]
         report.write_trajectories(
-            folder / "trajectories" / f"step-{step:06d}.jsonl", step, groups, CONFIG
+            folder / "trajectories" / f"step-{step:06d}.jsonl", step, groups, WHY
         )
     evaluation = [group(number, 0, 1) for number in range(questions)]
-    report.write_trajectories(folder / "trajectories" / "eval-before.jsonl", 0, evaluation, CONFIG)
+    report.write_trajectories(folder / "trajectories" / "eval-before.jsonl", 0, evaluation, WHY)
     summary = {
         "seed": 0,
         "seconds": 90.0,

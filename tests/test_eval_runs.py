@@ -6,13 +6,14 @@ from collections import Counter
 
 import pytest
 from loopback import Server
-from run_folder import page_data
+from run_folder import WHY, page_data
 from test_eval_scores import answered, judging, reply
 
 import eval as evaluation
 from deepresearcher_min import report
 from deepresearcher_min.config import RunStopped, load_config
-from deepresearcher_min.evaluation import Task, scores_over_runs
+from deepresearcher_min.corpus import Task
+from deepresearcher_min.evaluation import scores_over_runs
 from deepresearcher_min.reward import ask_judge
 from deepresearcher_min.trajectory import Group
 
@@ -139,7 +140,7 @@ def test_the_judges_tokens_are_paid_and_end_the_judging(tmp_path, monkeypatch, c
     full = {**reply("CORRECT")[2], "usage": {"total_tokens": 100}}
     results = [answered("nq", i, "Augusta") for i in range(5)]
     groups = [Group(one.question, [one], [0.0], [0.0]) for one in results]
-    report.write_trajectories(tmp_path / "trajectories/eval.jsonl", 0, groups, load_config([]))
+    report.write_trajectories(tmp_path / "trajectories/eval.jsonl", 0, groups, WHY)
     task = Task("", [], [one.question for one in results])
     with Server({"/v1/chat/completions": (200, {}, full)}) as server:
         options = [

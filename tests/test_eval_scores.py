@@ -5,6 +5,7 @@ import json
 import re
 import time
 from collections import Counter
+from functools import partial
 
 import loopback
 import pytest
@@ -13,8 +14,8 @@ from loopback import Server
 import eval as evaluation
 from deepresearcher_min import report
 from deepresearcher_min.config import ROOT, load_config
-from deepresearcher_min.evaluation import Task
-from deepresearcher_min.reward import ask_judge
+from deepresearcher_min.corpus import Task
+from deepresearcher_min.reward import ask_judge, explain
 from deepresearcher_min.search import parse_verdict
 from deepresearcher_min.trajectory import Group, Question, Trajectory
 from deepresearcher_min.web import Web
@@ -38,7 +39,9 @@ def evaluated(folder, config):
     results += [answered("Bamboogle", i, "ada lovelace!") for i in range(2)]
     results += [answered("Bamboogle", i, None, "malformed") for i in range(2, 4)]
     groups = [Group(one.question, [one], [0.0], [0.0]) for one in results]
-    report.write_trajectories(folder / "trajectories/eval.jsonl", 0, groups, config)
+    report.write_trajectories(
+        folder / "trajectories/eval.jsonl", 0, groups, partial(explain, config=config)
+    )
     asked = [one.question for one in results] + [Question("lost", "Lost?", ("x",), "nq")]
     evaluation.conclude(config, Task("", [], asked), 0.0)
     return json.loads((folder / "summary.json").read_text())

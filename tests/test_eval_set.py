@@ -8,7 +8,7 @@ import loopback
 import pytest
 from loopback import Server
 
-from deepresearcher_min import evaluation
+from deepresearcher_min import search
 from deepresearcher_min.config import ConfigError, load_config
 from deepresearcher_min.trajectory import load_questions
 from eval import main, resolve
@@ -23,9 +23,9 @@ def published(tmp_path, monkeypatch):
     """
     body = b"PAR1 small but real" * 1000
     with Server({"/file": (200, {"Content-Type": "application/octet-stream"}, body)}) as server:
-        monkeypatch.setattr(evaluation, "CACHE", tmp_path / "cache")
-        monkeypatch.setattr(evaluation, "TEST_SET_URL", server.url + "/file")
-        monkeypatch.setattr(evaluation, "TEST_SET_SHA256", hashlib.sha256(body).hexdigest())
+        monkeypatch.setattr(search, "CACHE", tmp_path / "cache")
+        monkeypatch.setattr(search, "TEST_SET_URL", server.url + "/file")
+        monkeypatch.setattr(search, "TEST_SET_SHA256", hashlib.sha256(body).hexdigest())
         server.body = body
         yield server
 
@@ -35,18 +35,18 @@ CONFIG = load_config(["--preset=toy", "--max_retries=1", "--read_timeout=1"])
 
 @pytest.mark.quick
 def test_the_test_set_is_fetched_once(published):
-    path = evaluation.test_set(CONFIG)
+    path = search.test_set(CONFIG)
     assert Path(path).read_bytes() == published.body and published.requests["/file"] == 1
-    assert evaluation.test_set(CONFIG) == path and published.requests["/file"] == 1
+    assert search.test_set(CONFIG) == path and published.requests["/file"] == 1
     assert [file.name for file in Path(path).parent.iterdir()] == [Path(path).name]
 
 
 @pytest.mark.quick
 def test_a_kept_file_that_is_not_the_published_one_is_fetched_again(published):
-    path = Path(evaluation.test_set(CONFIG))
+    path = Path(search.test_set(CONFIG))
     for spoiled in (published.body[:1000], b""):
         path.write_bytes(spoiled)
-        assert Path(evaluation.test_set(CONFIG)).read_bytes() == published.body
+        assert Path(search.test_set(CONFIG)).read_bytes() == published.body
     assert published.requests["/file"] == 3
 
 
@@ -59,8 +59,8 @@ def test_a_broken_download_starts_again(published, monkeypatch):
         handler.raw(head + published.body[: 5000 if cut else None])
 
     monkeypatch.setitem(loopback.FAULTS, "cut_once", cut_once)
-    monkeypatch.setattr(evaluation, "TEST_SET_URL", published.url + "/fault/cut_once")
-    assert Path(evaluation.test_set(CONFIG)).read_bytes() == published.body
+    monkeypatch.setattr(search, "TEST_SET_URL", published.url + "/fault/cut_once")
+    assert Path(search.test_set(CONFIG)).read_bytes() == published.body
     assert published.requests["/fault/cut_once"] == 2
 
 
@@ -78,10 +78,10 @@ def test_a_broken_download_starts_again(published, monkeypatch):
     ],
 )
 def test_a_failed_download_is_one_clear_error(published, monkeypatch, path, words):
-    monkeypatch.setattr(evaluation, "TEST_SET_URL", published.url + path)
+    monkeypatch.setattr(search, "TEST_SET_URL", published.url + path)
     with pytest.raises(ConfigError, match=rf"official test set: .*{words}.*{path}.*--data=FILE"):
-        evaluation.test_set(CONFIG)
-    assert not (evaluation.CACHE).exists()
+        search.test_set(CONFIG)
+    assert not (search.CACHE).exists()
 
 
 @pytest.mark.quick
@@ -91,9 +91,9 @@ def test_another_file_is_refused_and_a_dead_server_named(published, monkeypatch,
         ConfigError,
         match=f"another file: sha256 {hashlib.sha256(b'another file').hexdigest()}, not",
     ):
-        evaluation.test_set(CONFIG)
+        search.test_set(CONFIG)
     published.http.server_close()
-    monkeypatch.setattr(evaluation, "TEST_SET_URL", "http://127.0.0.1:9/file")
+    monkeypatch.setattr(search, "TEST_SET_URL", "http://127.0.0.1:9/file")
     arguments = ["--model=nowhere", "--dtype=float32", "--search=wikipedia", "--max_retries=0"]
     assert main(arguments) == 2  # as a user sees it
     said = capsys.readouterr().err
@@ -108,9 +108,9 @@ def test_another_file_is_refused_and_a_dead_server_named(published, monkeypatch,
 def test_the_checksum_is_that_of_the_official_file(tmp_path, monkeypatch):
     body = (SHARED / "official/test.parquet").read_bytes()
     with Server({"/test.parquet": (200, {}, body)}) as server:
-        monkeypatch.setattr(evaluation, "CACHE", tmp_path)
-        monkeypatch.setattr(evaluation, "TEST_SET_URL", server.url + "/test.parquet")
-        questions = load_questions(evaluation.test_set(CONFIG))
+        monkeypatch.setattr(search, "CACHE", tmp_path)
+        monkeypatch.setattr(search, "TEST_SET_URL", server.url + "/test.parquet")
+        questions = load_questions(search.test_set(CONFIG))
     assert Counter(question.source for question in questions) == {
         "nq": 512,
         "tq": 512,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_folder import CONFIG, build, group, page_data, researcher, write_html, write_run
+from run_folder import WHY, build, group, page_data, researcher, write_html, write_run
 
 from deepresearcher_min import report
 from deepresearcher_min.trajectory import Group, Question, Trajectory, Turn
@@ -76,7 +76,7 @@ def test_trajectory_lines_worked_by_hand(tmp_path):
     )
     before = copy.deepcopy(vars(one.turns[0]))
     path = tmp_path / "trajectories" / "step.jsonl"
-    report.write_trajectories(path, 7, [Group(question, [one], [1.0], [nan])], CONFIG)
+    report.write_trajectories(path, 7, [Group(question, [one], [1.0], [nan])], WHY)
     (row,) = report.read_json_lines(path)
     assert {key: row[key] for key in ("step", "index", "reward", "advantage", "why")} == {
         "step": 7,
@@ -97,7 +97,7 @@ def test_trajectory_lines_worked_by_hand(tmp_path):
 @pytest.mark.quick
 def test_trajectories_are_read_as_they_were_written(tmp_path):
     groups, path = [group(0), group(1)], tmp_path / "eval.jsonl"
-    report.write_trajectories(path, 0, groups, CONFIG)
+    report.write_trajectories(path, 0, groups, WHY)
     written = [one for each in groups for one in each.trajectories]
     questions = [one.question for one in written]
     read = map(report.read_trajectory, report.read_json_lines(path), questions)
@@ -109,9 +109,9 @@ def test_trajectories_are_read_as_they_were_written(tmp_path):
 @pytest.mark.quick
 def test_a_torn_line_costs_one_trajectory_and_no_other(tmp_path):
     path = tmp_path / "step.jsonl"
-    report.write_trajectories(path, 1, [group(0)], CONFIG)
+    report.write_trajectories(path, 1, [group(0)], WHY)
     path.write_bytes(path.read_bytes()[:-30])
-    report.write_trajectories(path, 1, [group(1)], CONFIG)
+    report.write_trajectories(path, 1, [group(1)], WHY)
     assert [row["id"] for row in report.read_json_lines(path)] == ["q0"] * 3 + ["q1"] * 4
 
 
@@ -138,7 +138,7 @@ def test_readable_tells_the_whole_story_without_control_characters():
 def test_write_readable_picks_best_and_worst(tmp_path):
     groups = [group(number) for number in range(6)]
     rewards = [reward for each in groups for reward in each.rewards]
-    report.write_readable(tmp_path / "step.txt", groups, CONFIG)
+    report.write_readable(tmp_path / "step.txt", groups, WHY)
     text = (tmp_path / "step.txt").read_text()
     found = [
         float(value) for value in re.findall(r"est reward: (-?[\d.]+), advantage [+-]\d", text)
@@ -147,7 +147,7 @@ def test_write_readable_picks_best_and_worst(tmp_path):
         found == [max(rewards), min(rewards)]
         and len(re.findall(r"(?m)^Gold: .*\nreward ", text)) == 2
     )
-    report.write_readable(tmp_path / "empty.txt", [], CONFIG)
+    report.write_readable(tmp_path / "empty.txt", [], WHY)
     assert (tmp_path / "empty.txt").read_text() == ""
 
 
@@ -203,7 +203,7 @@ def test_real_tool_payloads_unfold(tmp_path):
         "suicide",
     )
     report.write_trajectories(
-        tmp_path / "trajectories" / "eval.jsonl", 0, [Group(question, [one], [1.0], [0.0])], CONFIG
+        tmp_path / "trajectories" / "eval.jsonl", 0, [Group(question, [one], [1.0], [0.0])], WHY
     )
     (row,) = page_data(write_html(tmp_path))["trajectories"]
     assert [turn["observation"] for turn in row["turns"]] == [*contents, ""]
@@ -224,7 +224,7 @@ def test_page_of_an_evaluation_and_of_a_run_that_was_stopped(tmp_path):
 def test_a_step_that_ran_twice_is_shown_once(tmp_path):
     path = tmp_path / "trajectories" / "step-000001.jsonl"
     for _ in range(2):
-        report.write_trajectories(path, 1, [group(0)], CONFIG)
+        report.write_trajectories(path, 1, [group(0)], WHY)
     assert len(page_data(write_html(tmp_path))["trajectories"]) == 4
 
 
@@ -245,7 +245,7 @@ def test_a_full_page_keeps_observations_by_question(tmp_path, monkeypatch):
     ]
     for step in (1, 2):
         report.write_trajectories(
-            tmp_path / "trajectories" / f"step-{step:06d}.jsonl", step, groups, CONFIG
+            tmp_path / "trajectories" / f"step-{step:06d}.jsonl", step, groups, WHY
         )
     turns = [turn for each in groups for one in each.trajectories for turn in one.turns]
     monkeypatch.setattr(

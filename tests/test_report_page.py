@@ -8,7 +8,7 @@ import time
 
 import pytest
 from loopback import Server
-from run_folder import CONFIG, build, page_data, researcher, write_html, write_run
+from run_folder import WHY, build, page_data, researcher, write_html, write_run
 
 from deepresearcher_min import report
 from deepresearcher_min.trajectory import Group, Question
@@ -81,7 +81,7 @@ def hostile_run(folder, url):
         ]
         groups = [Group(question, trajectories, [1.0, -1.0], [1.0, -1.0])]
         path = folder / "trajectories" / f"step-{number:06d}.jsonl"
-        report.write_trajectories(path, number, groups, CONFIG)
+        report.write_trajectories(path, number, groups, WHY)
     (folder / "metrics.jsonl").write_text(
         json.dumps({"step": 1, "f1": 0.5, "reward": 0.5, "note": attacks(url)})
     )
@@ -255,7 +255,7 @@ def test_4096_trajectories_stay_usable(tmp_path):
             ]
             groups.append(Group(question, trajectories, [1.0, -1.0] * 4, [1.0, -1.0] * 4))
         report.write_trajectories(
-            tmp_path / "trajectories" / f"step-{step:06d}.jsonl", step, groups, CONFIG
+            tmp_path / "trajectories" / f"step-{step:06d}.jsonl", step, groups, WHY
         )
     start = time.perf_counter()
     path = write_html(tmp_path)

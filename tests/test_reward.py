@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepresearcher_min.config import WORDS, load_config
-from deepresearcher_min.report import measures, step_means, step_sums, summarize
+from deepresearcher_min.evaluation import measures, step_means, step_sums, summarize
 from deepresearcher_min.reward import (
     exact_match,
     explain,

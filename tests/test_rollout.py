@@ -34,7 +34,7 @@ from scripted import (
 
 from deepresearcher_min.corpus import Corpus
 from deepresearcher_min.engine import Completion
-from deepresearcher_min.report import step_sums
+from deepresearcher_min.evaluation import step_sums
 from deepresearcher_min.rollout import EVALUATION, roll_out
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import HARNESS_STOPS, Question

@@ -20,7 +20,7 @@ from scripted import TOY_CHAT, WORLD, Recorder, batch, flat, toy_config
 from deepresearcher_min import corpus, rollout
 from deepresearcher_min.corpus import MODEL_DIR
 from deepresearcher_min.engine import Completion, Request, make_engine
-from deepresearcher_min.report import step_sums
+from deepresearcher_min.evaluation import step_sums
 from deepresearcher_min.reward import judge
 from deepresearcher_min.rollout import Agent, Tools, roll_out
 from deepresearcher_min.trajectory import HARNESS_STOPS, POLICY_STOPS

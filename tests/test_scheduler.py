@@ -31,7 +31,7 @@ from deepresearcher_min import rollout
 from deepresearcher_min.config import ROOT
 from deepresearcher_min.corpus import SearchResult
 from deepresearcher_min.engine import Sampling
-from deepresearcher_min.report import step_sums
+from deepresearcher_min.evaluation import step_sums
 from deepresearcher_min.rollout import Scheduler, roll_out
 from deepresearcher_min.trajectory import POLICY_STOPS
 

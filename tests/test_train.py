@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM
 import eval as evaluation
 import train
 from deepresearcher_min.config import load_config
-from deepresearcher_min.corpus import MODEL_DIR
+from deepresearcher_min.corpus import MODEL_DIR, Task
 from deepresearcher_min.engine import HFEngine
-from deepresearcher_min.evaluation import Task
 from deepresearcher_min.reward import judge
 from deepresearcher_min.run import Ranks
 from deepresearcher_min.trajectory import Question, Trajectory
