@@ -138,13 +138,15 @@ def html_text(text):
     if len(found) >= 1000 and not one_block:
         return found
     prose, everything = page_lines(text)
-    # A frame has up to 800 characters outside links: with more, the library has lost the page.
+    # More prose than what frames an article (menus, footers) has: the library has lost the page.
+    # Where it found nothing, any prose will do.
     if len("".join(prose)) > 3 * len(found) + 500 * bool(found):
         return "\n".join(prose)
     if one_block:
         whole = lines_of(found, everything)
         without_menus = lines_of(found, prose)
         if len(whole) >= 0.8 * len(found):  # else it is data, which no line holds
+            # Else the menus are the page. In bytes: a Chinese sign says more than a letter.
             found = without_menus if len(without_menus.encode()) >= 120 else whole
     return found or html.unescape(TAG.sub("\n", NO_TEXT.sub("", text)))
 
@@ -215,6 +217,7 @@ def decode(body, content_type):
     detected; raises WebFailure (unreadable).
     """
     text = webencodings.decode(body, "utf-8")[0]
+    # Pure ASCII says nothing yet: ISO-2022-JP is written in it, too.
     if fits(text) and not body.isascii():
         return text
     page = NO_TEXT.sub("", body.decode("latin-1"))

@@ -305,7 +305,8 @@ class VLLMEngine(Engine):
     """
 
     def __init__(self, config, model_dir, world_size):
-        # in this process; no telemetry; few words, which hide that weights were not loaded
+        # In this process; no telemetry; errors only, so a warning about weights that were not loaded
+        # is hidden: `mismatch` of the first step shows them.
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm  # 10-30 s; reads the environment

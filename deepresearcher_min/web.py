@@ -157,7 +157,7 @@ class Door(requests.adapters.HTTPAdapter):
         left = seconds_left(ERRAND.deadline)
         # a language model says nothing until it has said all
         silence = left if request.url.endswith("/chat/completions") else limits.read_timeout
-        # the certificate must be that of the name
+        # all tool threads and the main one may ask a service; the certificate must be the name's
         pinned = {
             "maxsize": limits.tool_threads + 1 if own else limits.connections_per_host,
             "server_hostname": parts.host,
