@@ -15,7 +15,7 @@ from small_runs import SMALL
 
 import eval as evaluation
 import train
-from deepresearcher_min import evaluation as package_evaluation
+from deepresearcher_min import search
 from deepresearcher_min.config import ROOT
 
 pytestmark = pytest.mark.slow
@@ -116,7 +116,7 @@ def test_the_corrected_command_starts_and_dies_of_nothing_late(
     (model / "generation_config.json").write_text(
         json.dumps({**settings, "temperature": 0.6, "top_k": 3})
     )
-    monkeypatch.setattr(package_evaluation, "CACHE", place / "file" / "cache")
+    monkeypatch.setattr(search, "CACHE", place / "file" / "cache")
     monkeypatch.setenv("HOME", str(tmp_path))
     words = arguments(LOCAL, f"--run_dir={tmp_path}/run", place)
     words += [
