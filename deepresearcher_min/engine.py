@@ -305,8 +305,8 @@ class VLLMEngine(Engine):
     """
 
     def __init__(self, config, model_dir, world_size):
-        # In this process; no telemetry; errors only, so a warning about weights that were not loaded
-        # is hidden: `mismatch` of the first step shows them.
+        # In this process; no telemetry; errors only, which hides a warning about weights that were
+        # not loaded: `mismatch` of the first step shows them.
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm  # 10-30 s; reads the environment

