@@ -81,7 +81,9 @@ def test_the_interval_is_that_of_paired_questions():
 
 
 def write_run(folder: Path, steps: int, answers: dict[str, str | None]) -> None:
-    lines = [{"step": n, "reward": 0.1 * n, "f1": 0.1 * n} for n in range(1, steps + 1)]
+    lines = [{"step": n, "reward": 0.1 * n} for n in range(1, steps + 1)]
+    if "imitation" not in folder.name:  # which samples nothing
+        lines = [line | {"f1": 0.5, "calls": 1.5, "tied": 0.25} for line in lines]
     (folder / "greedy" / "trajectories").mkdir(parents=True)
     if steps:
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -106,6 +108,7 @@ def test_runs_are_collected_drawn_and_compared(tmp_path, capsys):
     write_run(tmp_path / "runs" / "cold", 0, {"a": None, "b": "288 km"})
     write_run(tmp_path / "runs" / "grpo_0", 3, {"a": "288 km", "b": "288 km"})
     write_run(tmp_path / "runs" / "grpo_1", 3, {"a": None, "b": "288 km"})
+    write_run(tmp_path / "runs" / "imitation_0", 3, {"a": None, "b": None})
     out = tmp_path / "docs" / "runs"
     folders = [str(folder) for folder in sorted((tmp_path / "runs").iterdir())]
     questions = f"--questions={tmp_path}/held_out.jsonl"
@@ -122,6 +125,8 @@ def test_runs_are_collected_drawn_and_compared(tmp_path, capsys):
     assert "0.500" in lines["cold"] and "1.000" in lines["grpo_0"]
     assert "0.750" in lines["all grpo"] and "+0.250" in lines["all grpo"]
     assert "+0.000 to +0.500" in lines["all grpo"]  # a question is better in one of two runs
+    assert lines["all grpo"].endswith("0.25")  # tied groups, in training
+    assert "+0.750" in lines["grpo - im"] and "+0.500 to +1.000" in lines["grpo - im"]
     (tmp_path / "held_out.jsonl").write_text(json.dumps(asked[0]) + "\n")
     with pytest.raises(SystemExit, match="question b is not in --questions"):
         real_model.main(["collect", f"--out={out}", questions, *folders])
