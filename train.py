@@ -5,7 +5,7 @@ every key of config.yaml can be given as --key=value; --resume continues the new
 
 import sys
 import time
-from pathlib import Path
+from itertools import chain
 
 import torch
 
@@ -48,7 +48,7 @@ def train(task, agent, examinee, policy, state, save):
         # 2 judge: rewards, and advantages inside each group
         groups = [judge(*pair, config, step) for pair in zip(questions, rollouts, strict=True)]
         row = {"step": step, "steps": config.steps, "roll_s": time.monotonic() - lap}
-        row |= step_means(ranks.total(step_sums(groups, rollouts)))
+        row |= step_means(ranks.total(step_sums(chain(*rollouts), groups)))
         raise_if_down(config, row)
         # 3 learn: GRPO on the groups
         engine.sleep()
@@ -58,9 +58,9 @@ def train(task, agent, examinee, policy, state, save):
         state["usd"] += row["cost_usd"]
         state |= {"step": step, "asked": state["asked"] + count}
         row |= {"update_s": time.monotonic() - lap - row["roll_s"], "usd": state["usd"]}
-        ranks.print(report.step_line(row))
         if ranks.rank == 0:
-            report.append_json_line(Path(f"{config.run_dir}/metrics.jsonl"), row)
+            print(report.step_line(row))
+            report.append_json_line(f"{config.run_dir}/metrics.jsonl", row)
         if step % config.log_every == 0:
             write_groups(config, ranks.own(f"step-{step:06d}"), step, groups)
 
@@ -72,7 +72,7 @@ def measure(name, state, task, examinee, ranks):
         found = ranks.gather(
             evaluate(enumerate(task.held_out), examinee, ranks, lambda _: bar.update())
         )
-    sums = step_sums([], [found])
+    sums = step_sums(found)
     scores = summarize(found)
     raise_if_down(config, sums)
     if task.world:
@@ -80,10 +80,10 @@ def measure(name, state, task, examinee, ranks):
     if ranks.rank == 0:
         groups = [judge(one.question, [one], config, 0) for one in found]
         write_groups(config, f"eval-{name}", step, groups)
-        ranks.print(f"{name}: F1 {scores['f1']:.3f} on {scores['n']} held-out questions")
+        print(f"{name}: F1 {scores['f1']:.3f} on {scores['n']} held-out questions")
         if name != "after":  # a run that is continued later has another last one
-            path = Path(f"{config.run_dir}/metrics.jsonl")
-            report.append_json_line(path, {"step": step, "eval": scores})
+            row = {"step": step, "eval": scores}
+            report.append_json_line(f"{config.run_dir}/metrics.jsonl", row)
     state |= {"usd": state["usd"] + sums["cost_usd"], "measured": step, name: scores}
 
 
@@ -120,7 +120,7 @@ def start(config, ranks, notes):
         state = run.load_checkpoint(config, ranks, begun, lambda at: policy.load(at / "state"))
         if ranks.rank == 0:
             last = state["measured"] if state["step"] == 0 else state["step"]  # -1: none
-            report.resume_metrics(Path(f"{config.run_dir}/metrics.jsonl"), last)
+            report.resume_metrics(f"{config.run_dir}/metrics.jsonl", last)
         policy.check_saving(agent.chat.tokenizer)
         evaluation.begin(config, ranks, notes)
     wall = time.monotonic() - state["seconds"]

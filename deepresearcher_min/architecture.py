@@ -17,7 +17,6 @@ import os
 import re
 import tempfile
 from contextlib import suppress
-from inspect import signature
 from itertools import accumulate
 
 import torch
@@ -75,8 +74,7 @@ def takes_varlen(value):
     """Whether FlashAttention's kernel behind varlen_attn is made for these (never run by us)."""
     head_dim = value.shape[3]
     half = value.is_cuda and value.dtype == torch.bfloat16
-    made = half and head_dim % 8 == 0 and head_dim <= 256
-    return made and "enable_gqa" in signature(varlen_attn).parameters  # not in torch 2.11
+    return half and head_dim % 8 == 0 and head_dim <= 256
 
 
 def joined(segments):

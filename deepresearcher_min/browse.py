@@ -336,10 +336,9 @@ class Browser:
                     break
             if not notes:
                 raise WebFailure("no_information")
-        except (WebFailure, TimeoutError) as error:
+        except WebFailure as failure:
             if not notes:
                 raise
-            failure = error if isinstance(error, WebFailure) else WebFailure("timeout")
             count_failure(counts, "page", failure)
         return notes
 

@@ -58,10 +58,6 @@ class WebFailure(Exception):
         self.said = said
 
 
-class BlockedURL(WebFailure):
-    """An address that may not be opened, or whose name does not resolve."""
-
-
 class RunStopped(Exception):
     """Why a run ends before its end, with everything saved: --resume goes on."""
 
@@ -384,6 +380,7 @@ def describe(config):
 
 def replace_file(path, content):
     """Write aside and rename: a kill in between leaves the old file whole."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
     aside.write_bytes(content)
@@ -391,11 +388,9 @@ def replace_file(path, content):
 
 
 def require_environment(name, purpose):
-    """The value of an environment variable, or a ConfigError that says what it is for."""
-    value = os.environ.get(name, "").strip()
-    if not value:
+    """ConfigError, which says what an environment variable is for, where it is not set."""
+    if not os.environ.get(name, "").strip():
         raise ConfigError(f"{name} is not set: {purpose}")
-    return value
 
 
 def code_of(file, *packages):

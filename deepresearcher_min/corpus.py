@@ -146,7 +146,7 @@ class Corpus:
             try:
                 documents.append(read_passage(json.loads(line)))
                 "".join(documents[-1]).encode()  # no tokenizer takes a lone surrogate
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            except Exception as error:  # whatever is no passage
                 raise ConfigError(
                     f"corpus={str(path)!r}: line {number} is not title, url, text: {error!r}"
                 ) from error
@@ -164,7 +164,7 @@ class Corpus:
         """The k best documents, best first, equal scores in corpus order; none that shares no word
         with the query.
         """
-        wanted = list(dict.fromkeys(content_words(query)))
+        wanted = dict.fromkeys(content_words(query))
         scores = self.index.get_scores_from_ids(self.index.get_tokens_ids(wanted))
         found = np.flatnonzero(scores > 0)
         best = found[np.argsort(-scores[found], kind="stable")[:k]]
@@ -194,7 +194,7 @@ def segments(text, max_chars):
     return pieces
 
 
-def extract(question: str, segment: str) -> str:
+def extract(question, segment):
     """What the reader without a model notes: the ten sentences with most words of the question."""
     wanted = set(content_words(question))
     text = SENTENCE_END.sub(r"\g<0>\n", segment)

@@ -13,15 +13,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from torch import _scaled_dot_product_flash_attention_for_cpu as attend_on_cpu  # what SDPA calls
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from deepresearcher_min.architecture import (
-    check_architecture,
-    key_shape,
-    load_model,
-    missing_gpu,
-)
+from deepresearcher_min.architecture import check_architecture, key_shape, load_model, missing_gpu
 from deepresearcher_min.config import ConfigError
 
 
@@ -63,8 +59,7 @@ class Engine:
     def step(self): ...
     # Running or queued: step() never returns them.
     def abort(self, request_ids): ...
-    # Copy in weights (pairs of a Hugging Face name and a tensor), forget all prefixes. RuntimeError
-    # while requests run.
+    # Copy in (Hugging Face name, tensor) pairs, forget prefixes. RuntimeError while requests run.
     def update_weights(self, named_tensors): ...
     def sleep(self): ...  # give memory to the optimizer step
     def wake_up(self): ...  # take it back; update_weights must follow before a request
@@ -120,9 +115,12 @@ class HFEngine(Engine):
         self.waiting = {}  # request_id -> (token_ids, sampling)
         self.running = {}  # request_id -> Request
         AttentionInterface.register("rows", attend)
-        # Ranks.start has made the policy's GPU the current one.
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # Ranks.start has chosen the GPU
         self.model = load_model(model_dir, config.dtype, "rows").to(device)
+        for layer in self.model.modules():
+            if device == "cpu" and isinstance(layer, torch.nn.Linear):
+                # The same matrix, column by column: a CPU multiplies few tokens with it faster.
+                layer.weight.data = layer.weight.T.contiguous().T
         self.rows = config.max_in_flight
         if config.kv_tokens:
             self.rows = max(1, config.kv_tokens // self.max_len)
@@ -137,8 +135,7 @@ class HFEngine(Engine):
                     f"engine_memory={config.engine_memory}: leaves {room / 1e9:.2g} GB, "
                     f"and max_model_len={self.max_len} needs {row_bytes / 1e9:.2g} GB"
                 )
-        # Of the KV cache; 2: keys and values.
-        self.shape = layers, 2, self.rows, kv_heads, self.max_len, head_dim
+        self.shape = layers, 2, self.rows, kv_heads, self.max_len, head_dim  # 2: keys, values
         self.capacity_tokens = self.rows * self.max_len
         self.wake_up()
 
@@ -154,8 +151,7 @@ class HFEngine(Engine):
     def forget(self):
         """As new: what is reused decides the last bits, and a resumed run has nothing to reuse."""
         self.ids = np.full((self.rows, self.max_len), -1, np.int32)  # in the rows; -1: nothing
-        # last request -> its row, longest idle first
-        self.idle = dict(enumerate(range(self.rows)))
+        self.idle = dict(enumerate(range(self.rows)))  # last request -> its row; longest idle first
 
     def submit(self, request_id, token_ids, sampling):
         super().submit(request_id, token_ids, sampling)
@@ -189,8 +185,7 @@ class HFEngine(Engine):
         same = self.ids[:, : count + 1] == np.array([*prompt, -2])  # -2 is in no row
         common = same.argmin(axis=1)  # the first that is not the same
         source = int(common.argmax())
-        # the last token is always computed: its logits are needed
-        past = min(int(common.max()), count - 1)
+        past = min(int(common.max()), count - 1)  # the last is computed: its logits are needed
         generator = torch.Generator().manual_seed(sampling.seed)  # the same numbers on any device
         self.running[name] = Request(
             [], [], "", sampling, generator, prompt[past:], row, source, past
@@ -209,6 +204,11 @@ class HFEngine(Engine):
             ids += request.inputs
             positions += range(request.past, request.end)
             counts.append(len(request.inputs))
+        common = 0  # tokens that all rows begin with
+        if self.cache.is_cpu:
+            seen = self.ids[[request.row for request in requests]]
+            same = (seen == seen[0]).all(axis=0)
+            common = min(int(same.argmin()), *(request.past for request in requests))
         new = torch.tensor([ids, positions], device=self.model.device)
         output = self.model(
             input_ids=new[:1],
@@ -218,6 +218,7 @@ class HFEngine(Engine):
             cache=self.cache,
             requests=requests,
             counts=counts,
+            common=common,
         )
         return output.logits[0]
 
@@ -239,17 +240,21 @@ class HFEngine(Engine):
         self.forget()
 
 
-def attend(module, query, key, value, _, cache, requests, counts, scaling, **rest):
+def attend(module, query, key, value, _, cache, requests, counts, common, scaling, **rest):
     """One layer, one step. query: [1, heads, N, head_dim]; key, value: [1, kv_heads, N, head_dim].
 
     Requests come in the order of admission: a source may be filled just before, or be overwritten
-    just after.
+    just after. The `common` keys that all rows begin with are read once, for all queries: attention
+    to two parts of the keys, each weighed by its sum of exponentials, is attention to both.
     """
     cache = cache[module.layer_idx]  # [2, rows, kv_heads, max_len, head_dim]
-    queries = query[0].split(counts, dim=1)
+    # The query heads of a key head become its rows: enable_gqa would copy the keys.
+    group = query.shape[1] // key.shape[1]
+    grouped = query.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
+    queries = grouped.split([count * group for count in counts], dim=2)
     new = torch.cat([key, value]).split(counts, dim=2)
-    kv_heads = key.shape[1]
     mixed = []
+    log_sums = []
     for request, q, kv in zip(requests, queries, new, strict=True):
         row = request.row
         past = request.past
@@ -257,16 +262,24 @@ def attend(module, query, key, value, _, cache, requests, counts, scaling, **res
         if request.source != row:
             cache[:, row, :, :past] = cache[:, request.source, :, :past]
         cache[:, row, :, past:end] = kv
-        keys, values = cache[:, row, None, :, :end]
-        # The query heads of a key head become its rows: enable_gqa would copy the keys.
-        grouped = q.reshape(1, kv_heads, -1, q.shape[2])
+        keys, values = cache[:, row, None, :, common:end]
         mask = None
         if end - past > 1:
-            causal = q.new_ones(end - past, end, dtype=torch.bool).tril_(past)
-            mask = causal.repeat(len(q) // kv_heads, 1)
-        out = scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
-        mixed.append(out.reshape_as(q))
-    return torch.cat(mixed, dim=1).transpose(0, 1)[None], None
+            future = q.new_full((end - past, end - common), -torch.inf).triu(past - common + 1)
+            mask = future.repeat_interleave(group, 0)
+        if common:
+            out, log_sum = attend_on_cpu(q, keys, values, attn_mask=mask, scale=scaling)
+            log_sums.append(log_sum)
+        else:
+            out = scaled_dot_product_attention(q, keys, values, mask, scale=scaling)
+        mixed.append(out)
+    mixed = torch.cat(mixed, dim=2)
+    if common:
+        keys, values = cache[:, requests[0].row, None, :, :common]
+        shared, log_sum = attend_on_cpu(grouped, keys, values, scale=scaling)
+        own = torch.sigmoid(torch.cat(log_sums, dim=2) - log_sum)[..., None]
+        mixed = shared.lerp(mixed, own.to(mixed))
+    return mixed.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3), None
 
 
 def sample(logits, requests):
@@ -305,8 +318,7 @@ class VLLMEngine(Engine):
     """
 
     def __init__(self, config, model_dir, world_size):
-        # In this process; no telemetry; errors only, which hides a warning about weights that were
-        # not loaded: `mismatch` of the first step shows them.
+        # In this process; no telemetry; errors only: `mismatch` shows weights that were not loaded.
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm  # 10-30 s; reads the environment
@@ -376,13 +388,11 @@ class VLLMEngine(Engine):
 
     def sleep(self):
         if self.sleeps:
-            # GPU: level 2 drops weights and KV cache, keeps buffers (vllm/v1/worker/gpu_worker.py)
-            self.llm.sleep(level=2)
+            self.llm.sleep(level=2)  # GPU: weights go, buffers stay (vllm/v1/worker/gpu_worker.py)
 
     def wake_up(self):
         if self.sleeps:
-            # GPU: empties PyTorch's cache first (vllm/device_allocator/cumem.py)
-            self.llm.wake_up()
+            self.llm.wake_up()  # GPU: PyTorch's cache is emptied (vllm/device_allocator/cumem.py)
 
     def close(self):
         # Ends the default process group, which is torchrun's, too (vllm/v1/engine/core.py).

@@ -105,7 +105,7 @@ def begin(config, ranks, notes, asks=True, judges=False):
         raise ConfigError(trouble)
     if ranks.rank == 0 and not config.question:
         text = yaml.safe_dump(vars(config), sort_keys=False)
-        replace_file(Path(f"{config.run_dir}/config.yaml"), text.encode())
+        replace_file(f"{config.run_dir}/config.yaml", text.encode())
         print(f"Preset {config.preset}; what differs from config.yaml:\n{describe(config)}\n")
         print(*notes, sep="\n", flush=True)
 
@@ -125,7 +125,7 @@ def measures(trajectory):
         "tokens": len(trajectory.token_ids),
         "f1": reward.f1_score(answer or "", golds),
         "em": 0.0 if answer is None else reward.exact_match(answer, golds),
-        "format_errors": float(trajectory.stop_reason != "answer"),
+        "format_errors": trajectory.stop_reason != "answer",
         # A call too many is not answered.
         "calls": sum(turn.observation != "" for turn in trajectory.turns),
         "searches": cost["searches"],
@@ -133,19 +133,18 @@ def measures(trajectory):
     }
 
 
-def step_sums(groups, rollouts):
+def step_sums(trajectories, groups=()):
     """Sums over this rank's share of a step: the measures of what the policy ended, and costs of
     all.
     """
     sums = Counter(groups=len(groups), lost=0, cost_usd=0)
-    for samples in rollouts:
-        for trajectory in samples:
-            for name, amount in trajectory.cost.items():
-                sums[f"cost_{name}"] += amount
-            if trajectory.stop_reason in POLICY_STOPS:
-                sums.update(measures(trajectory))
-            else:
-                sums["lost"] += 1
+    for trajectory in trajectories:
+        for name, amount in trajectory.cost.items():
+            sums[f"cost_{name}"] += amount
+        if trajectory.stop_reason in POLICY_STOPS:
+            sums.update(measures(trajectory))
+        else:
+            sums["lost"] += 1
     for group in groups:
         sums["tied_groups"] += not any(group.advantages)
         for value in group.rewards:
@@ -161,13 +160,13 @@ def summarize(trajectories):
     """Means of `measures` over the trajectories that the policy ended; n, their number; F1 by hops
     on the toy.
     """
-    sums = step_sums([], [trajectories])
+    sums = step_sums(trajectories)
     scores = {"n": sums["trajectories"]}
     for name in ("f1", "em", "format_errors", "calls", "searches", "pages"):
         scores[name] = mean(sums, name)
     for hops in ("1hop", "2hop"):
         part = [one for one in trajectories if one.question.source.endswith(hops)]
-        sums = step_sums([], [part])
+        sums = step_sums(part)
         if sums["trajectories"]:
             scores[f"f1_{hops}"] = mean(sums, "f1")
     return scores
@@ -209,7 +208,7 @@ class PlainChat(ChatFormat):
         return super().prompt_ids(question)
 
 
-def search_once(questions, agent):
+async def search_once(questions, agent):
     """For rag, what a search for each question finds, by its text, and what it costs, by its id."""
     texts, costs = {}, {}
 
@@ -221,11 +220,8 @@ def search_once(questions, agent):
         )
         costs[question.id] = record.cost
 
-    async def search_all():
-        agent.tools.slots = asyncio.Semaphore(agent.config.tool_threads or 1)
-        await asyncio.gather(*map(search, questions))
-
-    asyncio.run(search_all())
+    agent.tools.slots = asyncio.Semaphore(agent.config.tool_threads or 1)
+    await asyncio.gather(*map(search, questions))
     return texts, costs
 
 
@@ -277,7 +273,7 @@ def ask_all(config, task, agent, done, left, ranks):
     """Ask what is not `done` yet in each run, `left` in all; a trajectory is written as it ends, so
     that no kill loses or repeats one.
     """
-    path = Path(f"{config.run_dir}/trajectories/{ranks.own('eval')}.jsonl")
+    path = f"{config.run_dir}/trajectories/{ranks.own('eval')}.jsonl"
     web = agent.tools.browser.web
     sums = Counter()
     paid = spent(config, done)
@@ -288,7 +284,7 @@ def ask_all(config, task, agent, done, left, ranks):
         one = replace(one, cost=prepaid.get(one.question.id, {}) | one.cost)
         group = reward.judge(one.question, [one], config, 0)  # empty for what the harness ended
         report.write_trajectories(path, 0, [group], explain, run)
-        sums.update(step_sums([group], [[one]]))
+        sums.update(step_sums([one], [group]))
         usd = sums["cost_usd"]
         bar.update()
         bar.set_postfix_str(f"F1 {mean(sums, 'f1'):.3f}, ${usd:.2f}")
@@ -301,7 +297,8 @@ def ask_all(config, task, agent, done, left, ranks):
             if web:
                 web.run, web.enough = run, ENOUGH
             if config.method == "rag":
-                found, prepaid = search_once(ranks.deal([*missing.values()]), agent)
+                asked = ranks.deal([*missing.values()])
+                found, prepaid = asyncio.run(search_once(asked, agent))
             if config.method != "agent":
                 agent = replace(agent, chat=PlainChat(agent.chat, found))
             evaluate(missing.items(), agent, ranks, on_done, run)
@@ -335,11 +332,11 @@ def ask_judge_all(config, runs):
     try:
         for run, known in enumerate(runs):
             web.run = run
-            with ThreadPoolExecutor(max(1, config.tool_threads)) as pool:
+            with ThreadPoolExecutor(config.tool_threads or 1) as pool:
                 asked = tqdm(pool.map(ask_one, known.values()), "judge", len(known), disable=None)
                 verdicts.append(dict(zip(known, asked, strict=True)))
     finally:
-        report.append_json_line(Path(f"{config.run_dir}/judge.jsonl"), {"usd": counts["usd"]})
+        report.append_json_line(f"{config.run_dir}/judge.jsonl", {"usd": counts["usd"]})
         web.close()
     raise_if_down(config, web.totals)
     silent = {name: number for name, number in counts.items() if "fail_judge_" in name}
@@ -353,7 +350,7 @@ def scores_of(tried, known, judged, answers, config):
     `tried` cost, and count in `failed` and `blocked`. Their measures are added to `answers`.
     """
     rows, shown = [], Counter()
-    sums = step_sums([], [tried])
+    sums = step_sums(tried)
     for key, one in known.items():
         text = one.answer and " ".join(reward.words(one.answer))
         rows.append(measures(one) | {"mbe": judged.get(key), "answer": text})
@@ -410,7 +407,7 @@ def scores_over_runs(runs, verdicts, config):
 def interval(f1):
     """The 95 % interval of the mean F1 of questions, from 2,000 draws of as many."""
     draws = np.random.default_rng(0).choice(f1, (2000, len(f1)))
-    return np.quantile(draws.mean(1), (0.025, 0.975)).round(3).tolist()
+    return np.quantile(draws.mean(1), (0.025, 0.975)).round(3)
 
 
 def mean_of(rows, name):

@@ -41,14 +41,14 @@ RARE = 1e-4  # probability below which a sampled token is called rare (docs/metr
 
 
 def group_advantages(rewards, normalize_std=True):
-    """Advantages of the trajectories of one question: rewards_G -> advantages_G (paper eq. 1).
+    """Advantages of the trajectories of one question: rewards_G -> advantages_G in
+    float32 (paper eq. 1).
 
     (r - mean) / (std + 1e-6), std unbiased; undivided if normalize_std is false. Equal rewards give
     exact zeros, which float arithmetic alone does not. ValueError if a reward is not finite.
     [0, 0, 1] -> [-0.577, -0.577, 1.155].
     """
-    given_G = torch.as_tensor(rewards)
-    rewards_G = given_G.double()
+    rewards_G = torch.as_tensor(rewards).double()
     if not torch.isfinite(rewards_G).all():
         raise ValueError(f"rewards of a group must be finite, not {rewards_G.tolist()}")
     advantages_G = rewards_G - rewards_G.mean()
@@ -56,7 +56,7 @@ def group_advantages(rewards, normalize_std=True):
         advantages_G = torch.zeros_like(rewards_G)
     elif normalize_std:
         advantages_G = advantages_G / (rewards_G.std() + 1e-6)
-    return advantages_G.to(torch.promote_types(given_G.dtype, torch.float32))
+    return advantages_G.float()
 
 
 # --- packing: which trajectories are computed together, and what of them only once

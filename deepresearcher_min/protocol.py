@@ -10,6 +10,7 @@ import json
 import re
 from bisect import bisect_right
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
@@ -94,7 +95,7 @@ def read_tools(path=ROOT / "prompts/tools.json"):
     """The tools as chat templates want them, as a file has them: ours, or tools_file. ConfigError
     where it describes other tools than TOOLS.
     """
-    with named("tools_file", str(path), "write a JSON list of tool schemas"):
+    with named("tools_file", path, "write a JSON list of tool schemas"):
         found = json.loads(Path(path).read_bytes())
         functions = [schema["function"] for schema in found]
         described = sorted([each["name"], *each["parameters"]["properties"]] for each in functions)
@@ -116,9 +117,7 @@ class Answer:
     kind = "answer"
 
 
-@dataclass(frozen=True)
 class Malformed:
-    reason: str
     kind = "malformed"
 
 
@@ -127,27 +126,22 @@ def parse_turn(text: str) -> Call | Answer | Malformed:
     whichever syntax.
     """
     thought, closed, rest = text.lstrip().removeprefix(THINK).partition("</think>")
-    if not closed:
-        return Malformed("the thought is not closed by </think>")
-    if THINK in thought:
-        return Malformed("a second <think> opens inside the thought")
+    if not closed or THINK in thought:  # or a second thought opens inside it
+        return Malformed()
     answer = re.search("(?s)<answer>(.*?)</answer>", rest)
     if answer:
         return Answer(answer[1].strip())
     call = re.search("(?s)<tool_call>(.*?)</tool_call>", rest)
-    if not call:
-        return Malformed(
-            "neither a complete <tool_call> nor a complete <answer> follows the thought"
-        )
-    try:
-        name, arguments = read_call(call[1])
-        for kind, tool in TOOLS.items():
-            if name == tool.name:
-                keys = read_keys(arguments[tool.argument])
-                return Call(kind, keys) if keys else Malformed("the tool's list is empty")
-    except Exception:  # a model may write anything: no list, half a list, a list ten thousand deep
-        return Malformed("the tool call is not JSON, or tags, with the tool's list of strings")
-    return Malformed("the tool call does not name a tool")
+    if call:
+        # A model may write anything: no list, half a list, a list ten thousand deep.
+        with suppress(Exception):
+            name, arguments = read_call(call[1])
+            for kind, tool in TOOLS.items():
+                if name == tool.name:
+                    keys = read_keys(arguments[tool.argument])
+                    if keys:
+                        return Call(kind, keys)
+    return Malformed()
 
 
 def read_call(text):

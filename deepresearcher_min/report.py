@@ -99,10 +99,10 @@ def curve_png(metrics, path, greedy):
 
 
 def jsonable(value):
-    """A copy with array and tensor numbers as Python's, and with None for nan and infinity, which
-    JSON lacks.
+    """A copy with arrays and tensors as lists and numbers, and with None for nan and infinity,
+    which JSON lacks.
     """
-    text = json.dumps(value, default=lambda number: number.item())
+    text = json.dumps(value, default=lambda array: array.tolist())
     return json.loads(text, parse_constant=lambda name: None)
 
 
@@ -118,6 +118,7 @@ def read_json_lines(path):
 
 def append_json_line(path, row):
     """Append one line; a torn last one is ended, lest it swallow this."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(jsonable(row)).encode()
     with path.open("ab+") as file:
@@ -154,25 +155,33 @@ def behaviours(trajectory):
 
 
 def write_trajectories(path, step, groups, explain, first=0):
-    """Append each trajectory as one JSON line: to_json(), its reward, why (what `explain` says)
-    and each turn's mean logprob.
+    """Append each trajectory as one JSON line: what it holds (log-probabilities only of the sampled
+    tokens, in order; each turn's mean), its reward and why (what `explain` says).
 
     `index` numbers the trajectories of a group from `first`: in an evaluation it is the run.
     """
     for group in groups:
         for number, one in enumerate(group.trajectories):
-            turns = [
-                {**vars(turn), "logprob": one.logprobs[slice(*turn.sampled)].mean()}
-                for turn in one.turns
-            ]
-            row = one.to_json() | {
+            asked = one.question
+            mask = one.sampled_mask
+            turns = []
+            for turn in one.turns:
+                mean = one.logprobs[slice(*turn.sampled)].mean()
+                turns.append(vars(turn) | {"logprob": mean})
+            row = vars(one) | {
+                "id": asked.id,
+                "question": asked.text,
+                "answers": asked.answers,
+                "source": asked.source,
+                "turns": turns,
+                "sampled_mask": mask.astype(int),
+                "logprobs": [round(logprob, 6) for logprob in one.logprobs[mask].tolist()],
                 "step": step,
                 "index": first + number,
                 "reward": group.rewards[number],
                 "advantage": group.advantages[number],
                 "why": explain(one),
                 "behaviours": behaviours(one),
-                "turns": turns,
             }
             append_json_line(path, row)
 

@@ -74,7 +74,7 @@ async def agent_loop(record: Recording, generate, agent: Agent) -> Trajectory:
         stop = observation = ""
         ids = []
         if completion.finish_reason == "length":  # cut off, whatever it reads like
-            action = Malformed("the turn was cut off")
+            action = Malformed()
             stop = "length" if room > config.max_turn_tokens else "context"
         elif not isinstance(action, Call):
             stop = action.kind
@@ -136,7 +136,7 @@ class Tools:
         most = getattr(self.config, tool.limit_key) or len(call.keys)
         jobs = [self.entry(call.kind, key, record) for key in call.keys[:most]]
         if self.config.tool_threads:
-            entries = [*await asyncio.gather(*jobs)]
+            entries = await asyncio.gather(*jobs)
         else:  # one by one, to be repeatable
             entries = [await job for job in jobs]
         # In the call's order, whichever came first: a replay asks the reader the same.
@@ -175,8 +175,6 @@ class Tools:
             raise
         except WebFailure as raised:
             failure = raised
-        except TimeoutError:
-            failure = WebFailure("timeout", "This took too long and was given up.")
         except Exception:
             # A bug, or a world stranger than its tool: it costs this call, and the log says where.
             logging.getLogger(__name__).exception("tool call for %.200r", key)
@@ -185,11 +183,14 @@ class Tools:
         return Entry(key, (TOOLS[kind].item(failure.words),))
 
     async def in_thread(self, function, *args):
-        """Run a blocking function, which keeps tool_timeout itself; TimeoutError if it does not."""
+        """Run a blocking function, which keeps tool_timeout itself; WebFailure if it does not."""
         if not self.config.tool_threads:
             return function(*args)
-        async with asyncio.timeout(self.config.tool_timeout + GRACE):
-            return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
+        try:
+            async with asyncio.timeout(self.config.tool_timeout + GRACE):
+                return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
+        except TimeoutError:
+            raise WebFailure("timeout", "This took too long and was given up.") from None
 
     async def generate_text(self, messages):
         """The policy's own engine as a plain chat model; in no trajectory, and not counted for

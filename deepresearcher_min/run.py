@@ -127,10 +127,11 @@ def open_run(argv, evaluates=False) -> Config:
         if isfile(f"{run}/config.yaml") and exists(f"{run}/checkpoints"):
             base = read_config("model", run)
             base |= {"resume": "", "question": "", "run_dir": "", "date": ""}
-            complete = [model] if model != run else complete_checkpoints(run)
-            if not complete:
-                raise ConfigError(f"model={str(run)!r}: this run has no complete checkpoint yet")
-            model = complete[-1]
+            if model == run:
+                complete = complete_checkpoints(run)
+                if not complete:
+                    raise ConfigError(f"model={str(run)!r}: it has no complete checkpoint yet")
+                model = complete[-1]
         else:
             preset = "wiki" if typed.get("search") == "local" else "paper"
             argv = [f"--preset={preset}", *argv]
@@ -249,7 +250,7 @@ class Ranks:
 
     def deal(self, items):
         """This rank's share of the items, dealt out one by one; gather brings them back."""
-        return list(items[self.rank :: self.world_size])
+        return items[self.rank :: self.world_size]
 
     def gather(self, items):
         """Every rank's items in one list, in the order before they were dealt."""
@@ -267,10 +268,6 @@ class Ranks:
         for share in self.gather([sums]):
             result.update(share)  # `+` would drop negative sums
         return result
-
-    def print(self, text):
-        if self.rank == 0:
-            tqdm.write(text)  # above the progress bar
 
     def own(self, name):
         """A name for a file that only this rank writes."""

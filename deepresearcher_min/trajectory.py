@@ -98,21 +98,6 @@ class Trajectory:
         if self.stop_reason not in POLICY_STOPS + HARNESS_STOPS:
             raise ValueError(f"unknown stop reason {self.stop_reason!r}")
 
-    def to_json(self):
-        """What json.dumps accepts; log-probabilities only of the sampled tokens, in order."""
-        asked = self.question
-        mask = self.sampled_mask
-        return vars(self) | {
-            "id": asked.id,
-            "question": asked.text,
-            "answers": list(asked.answers),  # as it is read back
-            "source": asked.source,
-            "turns": [vars(turn) for turn in self.turns],
-            "token_ids": self.token_ids.tolist(),
-            "sampled_mask": mask.astype(int).tolist(),
-            "logprobs": [round(logprob, 6) for logprob in self.logprobs[mask].tolist()],
-        }
-
 
 @dataclass(frozen=True)
 class Entry:

@@ -37,7 +37,6 @@ from deepresearcher_min.config import (
     LAST_WORDS,
     NO_FAULT,
     WORDS,
-    BlockedURL,
     ConfigError,
     WebFailure,
     count,
@@ -72,22 +71,22 @@ def is_public(address):
 
 
 def check_url(url: str, allow_private=False, seconds=5.0):
-    """A plain URL's parts, and the only addresses to dial; BlockedURL if one is not public."""
+    """A plain URL's parts, and the only addresses to dial; WebFailure if one is not public."""
     parts = parse_url("")
     with suppress(ValueError):
         parts = parse_url(url if re.fullmatch(PLAIN_URL, url) else "")
     host = (parts.host or "").strip("[]")
     if not host or not (allow_private or parts.port in (None, 80, 443)):
-        raise BlockedURL("refused_address")
+        raise WebFailure("refused_address")
     lookup = RESOLVERS.submit(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
     try:
         addresses = [entry[4][0] for entry in lookup.result(seconds)]
     except (OSError, UnicodeError):  # no such name, or no answer in time
-        raise BlockedURL("dns", f"No server with the name {host} can be found.") from None
+        raise WebFailure("dns", f"No server with the name {host} can be found.") from None
     finally:
         lookup.cancel()  # one that nobody waits for any more must not hold up the others
     if not allow_private and not all(map(is_public, addresses)):
-        raise BlockedURL("refused_address")
+        raise WebFailure("refused_address")
     return parts, addresses
 
 
@@ -147,7 +146,7 @@ class Door(requests.adapters.HTTPAdapter):
         limits = self.limits
         own = ERRAND.own
         if not own and is_blocked(request.url, host_list(limits)):
-            raise BlockedURL("blocked_host")
+            raise WebFailure("blocked_host")
         parts, addresses = check_url(
             request.url, own or limits.allow_private_hosts, seconds_left(ERRAND.deadline)
         )
@@ -198,7 +197,7 @@ def status_failure(response, headers):
     """What a reply that is no success, to a request with these headers, means."""
     status = response.status_code
     said = server_words(response.content, headers)
-    if status == 400 and b"credit" in response.content[:1000].lower():
+    if status == 400 and "credit" in said.lower():
         status = 402  # "Not enough credits" is Serper's
     kind = STATUS.get(status, f"http_{status}")
     words = (
@@ -359,7 +358,7 @@ class Web:
             except WebFailure as raised:
                 failure = raised
             except ValueError:  # what requests does not even take for an address
-                failure = BlockedURL("refused_address")
+                failure = WebFailure("refused_address")
             except (errors.HTTPError, OSError) as error:
                 failure = WebFailure(RAISED.get(type(error), "connection"))
             again = re.match("timeout|connection|rate_limited|http_5", failure.kind)

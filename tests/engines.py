@@ -123,7 +123,7 @@ def reference_logprobs(
     return logits.log_softmax(-1)
 
 
-def check_against_model(model, requests, done, sampling: Sampling) -> None:
+def check_against_model(model, requests, done, sampling: Sampling, limit: float = 1e-3) -> None:
     for name, prompt in requests.items():
         completion = done[name]
         expected = reference_logprobs(
@@ -132,7 +132,7 @@ def check_against_model(model, requests, done, sampling: Sampling) -> None:
         if not sampling.temperature:
             assert completion.token_ids == expected.argmax(-1).tolist()
         own = expected[range(len(completion.token_ids)), completion.token_ids]
-        assert torch.allclose(torch.tensor(completion.logprobs), own, atol=1e-3)
+        assert torch.allclose(torch.tensor(completion.logprobs), own, atol=limit)
 
 
 def two_turns(engine: Engine) -> list[tuple[list[int], list[float]]]:

@@ -5,7 +5,7 @@ them.
 import json
 import random
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -19,6 +19,11 @@ from deepresearcher_min.trajectory import Group, Question, Trajectory, Turn
 
 CONFIG = load_config([])
 WHY = partial(explain, config=CONFIG)
+
+
+def plain(trajectory):
+    """All of a trajectory, to be compared."""
+    return report.jsonable(asdict(trajectory))
 
 
 def build(question, script, answer, stop_reason="answer", seed=0):

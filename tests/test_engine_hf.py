@@ -11,6 +11,7 @@ import pytest
 import torch
 from engines import (
     GREEDY,
+    VOCABULARY,
     check_against_model,
     counted,
     drain,
@@ -65,6 +66,90 @@ def test_shares_prompts_between_requests(model_dir):
     for name, completion in done.items():
         fresh = make_engine(engine_config(), model_dir)
         assert run(fresh, {name: prompt}, samplings[name])[name].token_ids == completion.token_ids
+
+
+@pytest.mark.parametrize(("kind", "dtype", "limit"), [
+    ("llama", "float32", 1e-5), ("qwen2", "float32", 1e-5), ("llama", "bfloat16", 0.3),
+])  # fmt: skip
+def test_what_all_have_in_common_is_read_once(tmp_path, monkeypatch, kind, dtype, limit):
+    """Ten prompts begin with the same 40 tokens, three join later: most keys that a step reads are
+    in one call, and nothing changes for those who shared it.
+    """
+    random_model(kind, seed=3).save_pretrained(tmp_path)
+    config = engine_config(dtype=dtype)
+    (start,) = prompts(1, seed=140, low=40, high=40).values()
+    requests = {name: start + ids for name, ids in prompts(13, seed=141, high=20).items()}
+    reads = []  # (query rows, keys) of each call
+    attend = engine_module.attend_on_cpu
+
+    def spy(query, keys, *rest, **options):
+        reads.append((query.shape[2], keys.shape[2]))
+        return attend(query, keys, *rest, **options)
+
+    monkeypatch.setattr(engine_module, "attend_on_cpu", spy)
+    engine = make_engine(config, str(tmp_path))
+    first = dict(list(requests.items())[:10])
+    for name, ids in first.items():
+        engine.submit(name, ids, GREEDY)
+    done = {}
+    for _ in range(4):
+        done |= engine.step()
+    assert not done
+    group = 2 if kind == "llama" else 1
+    layer = reads[-11:]
+    assert layer[-1] == (10 * group, 40)
+    assert all(rows == group and keys <= 20 + 4 for rows, keys in layer[:-1])
+    for name in requests.keys() - first:
+        engine.submit(name, requests[name], GREEDY)
+    done = drain(engine, 13)
+    monkeypatch.setattr(engine_module, "attend_on_cpu", None)
+    for name, prompt in requests.items():
+        alone = run(make_engine(config, str(tmp_path)), {name: prompt}, GREEDY)[name]
+        same = [a == b for a, b in zip(alone.token_ids, done[name].token_ids, strict=True)]
+        count = len(same) if all(same) else same.index(False)
+        assert count == len(same) or dtype == "bfloat16"
+        assert np.allclose(alone.logprobs[:count], done[name].logprobs[:count], atol=limit)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("seed", range(4))
+def test_any_schedule_gives_what_the_plain_model_gives(tmp_path, kind, seed):
+    """Prompts that share much, little or nothing come, go on, and are given up at any step, in few
+    rows or many.
+    """
+    draw = random.Random(seed)
+    model = random_model(kind, seed)
+    model.save_pretrained(tmp_path)
+    rows = [2, 3, 5, 24][seed]
+    engine = make_engine(dataclasses.replace(engine_config(), kv_tokens=rows * 256), str(tmp_path))
+    start = tokens_of(draw, [1, 5, 40, 40][seed])
+    asked = {}
+    finished = 0
+    while finished < 40:
+        if len(asked) < 12 and draw.random() < 0.5:
+            kept = draw.choice([len(start), draw.randint(1, len(start))])
+            prompt = start[:kept] + tokens_of(draw, draw.choice([0, 1, 3, 30]))
+            sampling = Sampling(draw.choice([0.0, 0.7, 1.0]), draw.randint(1, 12), len(asked), (3,))
+            name = f"{finished}/{draw.random()}"
+            engine.submit(name, prompt, sampling)
+            asked[name] = prompt, sampling
+        if asked and draw.random() < 0.05:
+            name = draw.choice([*asked])
+            engine.abort([name])
+            del asked[name]
+        for name, turn in engine.step().items():
+            prompt, sampling = asked.pop(name)
+            finished += 1
+            check_against_model(model, {name: prompt}, {name: turn}, sampling, limit=5e-5)
+            if draw.random() < 0.6:
+                prompt = prompt + turn.token_ids + tokens_of(draw, draw.randint(0, 9))
+                if len(prompt) < 180:
+                    engine.submit(name, prompt, sampling)
+                    asked[name] = prompt, sampling
+
+
+def tokens_of(draw, count):
+    return [draw.randrange(VOCABULARY) for _ in range(count)]
 
 
 def test_long_prompts_are_spread_over_steps(model_dir, monkeypatch):

@@ -47,15 +47,10 @@ def test_advantages_worked_by_hand():
 
 
 @settings(deadline=None)  # another process may hold the core
-@given(
-    st.floats(-1e3, 1e3),
-    st.integers(1, 20),
-    st.booleans(),
-    st.sampled_from([torch.float32, torch.float64]),
-)
-def test_equal_rewards_give_exactly_zero(value, count, normalize, dtype):
-    advantages = group_advantages(torch.full((count,), value, dtype=dtype), normalize)
-    assert advantages.dtype == dtype
+@given(st.floats(-1e3, 1e3), st.integers(1, 20), st.booleans())
+def test_equal_rewards_give_exactly_zero(value, count, normalize):
+    advantages = group_advantages([value] * count, normalize)
+    assert advantages.dtype == torch.float32
     assert advantages.eq(0).all()
 
 

@@ -59,7 +59,7 @@ def check(policy: Policy, trajectories: list[Trajectory], prompt: list[int]) -> 
     for trajectory, own in zip(trajectories, logprobs(policy, trajectories), strict=True):
         assert np.abs(own - trajectory.logprobs[trajectory.sampled_mask]).max() < 1e-3
     ids = torch.tensor(trajectories[0].token_ids)[None]
-    options = {"lengths": [ids.shape[1]], "logits_to_keep": GREEDY.max_tokens + 1}
+    options = {"lengths": [ids.shape[1]], "prefix_of": {}, "logits_to_keep": GREEDY.max_tokens + 1}
     with torch.no_grad():
         logits = policy.model(ids, **options).logits[0, :-1]
     assert logits.argmax(-1).tolist() == ids[0, len(prompt) :].tolist()

@@ -27,6 +27,7 @@ from policies import (
     spoil,
     weights,
 )
+from run_folder import plain
 from transformers import AutoModelForCausalLM
 
 from deepresearcher_min import policy as policy_module
@@ -307,11 +308,11 @@ def test_the_learning_rate_decays_to_zero_over_the_steps(models):
 def test_inputs_stay_as_they_were(models):
     groups = make_groups()
     before = json.dumps(
-        [[t.to_json() for t in g.trajectories] + [list(g.rewards), g.advantages] for g in groups]
+        [[plain(t) for t in g.trajectories] + [list(g.rewards), g.advantages] for g in groups]
     )
     make_policy(models, updates_per_rollout=2).update(groups)
     after = json.dumps(
-        [[t.to_json() for t in g.trajectories] + [list(g.rewards), g.advantages] for g in groups]
+        [[plain(t) for t in g.trajectories] + [list(g.rewards), g.advantages] for g in groups]
     )
     assert after == before
 

@@ -165,16 +165,6 @@ def test_fake_tensors_of_the_wrong_type_are_found(fake_gpu):
 # --- attention
 
 
-def test_fake_half_precision_of_an_older_torch_takes_sdpa(fake_gpu, monkeypatch):
-    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None):
-        raise AssertionError("it cannot share key heads")
-
-    monkeypatch.setattr(architecture, "varlen_attn", varlen_attn)
-    policy = fake_policy("bfloat16")
-    (batch,) = policy.plan(rows())
-    policy.score(policy.scorer, batch)
-
-
 def test_fake_half_precision_takes_one_launch_for_all_segments(fake_gpu, monkeypatch):
     calls = []
     real = architecture.varlen_attn

@@ -5,7 +5,6 @@ text.
 import ast
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -162,9 +161,8 @@ def test_calls_in_other_dress(call):
         "<function=web_search><parameter=query>[''," + "-" * 9999 + "1]</parameter></function>",
     ],
 )
-def test_calls_that_stay_malformed_say_why(call):
-    found = parse_turn(f"x</think><tool_call>{call}</tool_call>")
-    assert isinstance(found, Malformed) and re.search("the tool call|is empty", found.reason)
+def test_calls_that_stay_malformed(call):
+    assert isinstance(parse_turn(f"x</think><tool_call>{call}</tool_call>"), Malformed)
 
 
 PARTS = [

@@ -9,6 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import torch
 from loopback import Server
+from run_folder import plain
 from transformers import AutoTokenizer
 from urllib3.util import parse_url
 
@@ -59,7 +60,7 @@ def evaluation(config, cassette, questions):
     tools.close()
     web.close()
     counts = sum((Counter(trajectory.cost) for trajectory in done), Counter())
-    return [{**trajectory.to_json(), "cost": None} for trajectory in done], counts
+    return [{**plain(trajectory), "cost": None} for trajectory in done], counts
 
 
 def test_a_recorded_evaluation_repeats_exactly_without_the_web(tmp_path, monkeypatch):

@@ -151,7 +151,7 @@ def test_summaries_are_means_over_what_the_policy_did():
     assert (scores["n"], scores["em"], scores["format_errors"]) == pytest.approx((3, 1 / 3, 1 / 3))
     assert scores["f1"] == pytest.approx((1 + 2 / 3) / 3)
     group = judge(rollout[0].question, rollout, CONFIG, step=0)
-    halves = step_sums([group], [rollout[:2]]), step_sums([], [rollout[2:]])
+    halves = step_sums(rollout[:2], [group]), step_sums(rollout[2:])
     means = step_means(halves[0] + halves[1])
     assert means["reward"] == pytest.approx((1 + 2 / 3 - 0.75) / 3)
     assert means["f1"] == pytest.approx((1 + 2 / 3) / 3)

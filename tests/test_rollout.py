@@ -203,7 +203,7 @@ def test_every_stop_reason_in_its_situation(name):
     assert trajectory.stop_reason == reason
     assert (trajectory.answer is not None) == (reason == "answer")
     assert not engine.running
-    sums = step_sums([], [[trajectory]])
+    sums = step_sums([trajectory])
     assert sums["lost"] == (reason in HARNESS_STOPS)
     if name == "answer after the last call":
         assert [turn.kind for turn in trajectory.turns] == ["search", "search", "answer"]

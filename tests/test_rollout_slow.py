@@ -212,7 +212,7 @@ def test_a_hostile_world_leaves_every_trajectory_accounted_for_and_nothing_behin
     assert stops.keys() <= set(POLICY_STOPS + HARNESS_STOPS)
     assert stops["answer"] > 250 and stops["cancelled"] > 5 and stops["deadline"] > 0
     judged = [judge(group[0].question, group, config, 0) for group in groups]
-    sums = step_sums(judged, groups)
+    sums = step_sums(trajectories, judged)
     assert sums["trajectories"] + sums["lost"] == 512
     assert sums["lost"] == stops["cancelled"] + stops["deadline"]
     assert sums["cost_searches"] == sum(t.cost.get("searches", 0) for t in trajectories) > 500

@@ -171,7 +171,7 @@ def test_a_deadline_ends_one_trajectory_and_no_other():
     groups = roll_out(batch(3), make_agent(engine, trajectory_timeout=0.2))
     assert [t.stop_reason for t in flat(groups)] == ["answer", "deadline", "answer"]
     assert engine.aborted == ["1/1/0"]
-    assert step_sums([], groups)["lost"] == 1
+    assert step_sums(flat(groups))["lost"] == 1
 
 
 def test_next_in_line_goes_first_and_groups_end_together():

@@ -17,7 +17,7 @@ import pytest
 from loopback import CONFIG, Server, failure_of, lead_to
 
 from deepresearcher_min.config import ROOT, WORDS
-from deepresearcher_min.web import BlockedURL, Web, WebFailure, check_url
+from deepresearcher_min.web import Web, WebFailure, check_url
 
 pytestmark = pytest.mark.quick
 
@@ -155,7 +155,7 @@ def test_names_that_nobody_waits_for_any_more_do_not_hold_up_the_others(monkeypa
         for future in [
             threads.submit(check_url, f"http://slow{i}.example/", seconds=0.1) for i in range(64)
         ]:
-            with pytest.raises(BlockedURL, match="dns"):
+            with pytest.raises(WebFailure, match="dns"):
                 future.result()
     over.set()
     assert check_url("http://fast.example/", seconds=30)[1] == ["1.1.1.1"]
@@ -256,7 +256,7 @@ def test_json_services_may_be_private_and_their_errors_have_names(open_web):
 def test_each_kind_of_failure_that_is_raised_without_words_has_them():
     raised = set()
     for path in (ROOT / "deepresearcher_min").glob("*.py"):
-        raised |= set(re.findall(r'(?:WebFailure|BlockedURL)\("(\w+)"\)', path.read_text("utf-8")))
+        raised |= set(re.findall(r'WebFailure\("(\w+)"\)', path.read_text("utf-8")))
     assert {"timeout", "blocked_host", "no_results"} <= raised <= WORDS.keys()
     with pytest.raises(WebFailure, match="timeout: The server did not answer"):
         raise WebFailure("timeout")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from loopback import Server, failure_of, lead_to
 
 from deepresearcher_min import web as web_module
-from deepresearcher_min.web import BlockedURL, check_url, is_public
+from deepresearcher_min.web import WebFailure, check_url, is_public
 
 pytestmark = pytest.mark.quick
 
@@ -63,7 +63,7 @@ WITH_SPACES = [
 
 @pytest.mark.parametrize("url", REFUSED.split() + WITH_SPACES)
 def test_addresses_that_are_refused(url):
-    with pytest.raises(BlockedURL) as failure:
+    with pytest.raises(WebFailure) as failure:
         check_url(url)
     assert failure.value.kind in ("refused_address", "dns") and failure.value.words.endswith(".")
 
@@ -89,7 +89,7 @@ def test_one_private_address_among_public_ones_is_enough_to_refuse(monkeypatch):
     lead_to(monkeypatch, "93.184.216.34", "1.1.1.1")
     assert check_url("http://name.example/")[1] == ["93.184.216.34", "1.1.1.1"]
     lead_to(monkeypatch, "93.184.216.34", "127.0.0.1")
-    with pytest.raises(BlockedURL):
+    with pytest.raises(WebFailure):
         check_url("http://name.example/")
 
 
