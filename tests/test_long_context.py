@@ -1,4 +1,4 @@
-"""One step at the paper's full context, 32,768 tokens, through vLLM on a CPU. Eight minutes:
+"""One step at the paper's full context, 32,768 tokens, through vLLM on a CPU. Half a minute:
 `pytest -m by_hand`.
 """
 
