@@ -59,7 +59,7 @@ def train(task, agent, examinee, policy, state, save):
         state |= {"step": step, "asked": state["asked"] + count}
         row |= {"update_s": time.monotonic() - lap - row["roll_s"], "usd": state["usd"]}
         if ranks.rank == 0:
-            print(report.step_line(row))
+            print(report.step_line(row), flush=True)
             report.append_json_line(f"{config.run_dir}/metrics.jsonl", row)
         if step % config.log_every == 0:
             write_groups(config, ranks.own(f"step-{step:06d}"), step, groups)
@@ -80,7 +80,7 @@ def measure(name, state, task, examinee, ranks):
     if ranks.rank == 0:
         groups = [judge(one.question, [one], config, 0) for one in found]
         write_groups(config, f"eval-{name}", step, groups)
-        print(f"{name}: F1 {scores['f1']:.3f} on {scores['n']} held-out questions")
+        print(f"{name}: F1 {scores['f1']:.3f} on {scores['n']} held-out questions", flush=True)
         if name != "after":  # a run that is continued later has another last one
             row = {"step": step, "eval": scores}
             report.append_json_line(f"{config.run_dir}/metrics.jsonl", row)

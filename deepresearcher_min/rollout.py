@@ -311,7 +311,7 @@ class Scheduler:
             await asyncio.sleep(0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """What to roll out: `repeats` trajectories for each question, the same however questions are
     dealt out to ranks.

@@ -25,9 +25,13 @@ pytestmark = pytest.mark.slow
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "train.py", *arguments]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},  # a step's line comes at once all the same
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
