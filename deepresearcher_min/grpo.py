@@ -41,8 +41,7 @@ RARE = 1e-4  # probability below which a sampled token is called rare (docs/metr
 
 
 def group_advantages(rewards, normalize_std=True):
-    """Advantages of the trajectories of one question: rewards_G -> advantages_G in
-    float32 (paper eq. 1).
+    """Advantages of one question's trajectories: rewards_G -> advantages_G, float32 (paper eq. 1).
 
     (r - mean) / (std + 1e-6), std unbiased; undivided if normalize_std is false. Equal rewards give
     exact zeros, which float arithmetic alone does not. ValueError if a reward is not finite.

@@ -126,7 +126,7 @@ def parse_turn(text: str) -> Call | Answer | Malformed:
     whichever syntax.
     """
     thought, closed, rest = text.lstrip().removeprefix(THINK).partition("</think>")
-    if not closed or THINK in thought:  # or a second thought opens inside it
+    if not closed or THINK in thought:  # not ended, or a second one opens inside
         return Malformed()
     answer = re.search("(?s)<answer>(.*?)</answer>", rest)
     if answer:

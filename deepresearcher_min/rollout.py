@@ -184,9 +184,9 @@ class Tools:
 
     async def in_thread(self, function, *args):
         """Run a blocking function, which keeps tool_timeout itself; WebFailure if it does not."""
-        if not self.config.tool_threads:
-            return function(*args)
         try:
+            if not self.config.tool_threads:
+                return function(*args)
             async with asyncio.timeout(self.config.tool_timeout + GRACE):
                 return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
         except TimeoutError:

@@ -35,8 +35,12 @@ pytestmark = pytest.mark.quick
 
 async def tiring(reading, segment, counts, deadline):
     """Reads the first segment at once and the second one never to the end."""
-    if reading.notes:
-        raise WebFailure("timeout")
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            if reading.notes:
+                await asyncio.sleep(60)
+    except TimeoutError:
+        raise WebFailure("timeout") from None
     return "The first half.", True
 
 

@@ -40,6 +40,12 @@ FAILURES = {
 }
 
 
+def test_a_timeout_is_one_where_tools_have_no_threads_too():
+    agent = make_agent(Scripted(turns(search_turn("bad"), answer_turn())), tool_threads=0)
+    with_source(agent, raising(TimeoutError()))
+    assert one(agent).cost["fail_search_timeout"] == 1
+
+
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failing_or_hanging_search_is_an_observation_and_a_counter(name, monkeypatch):
     monkeypatch.setattr("deepresearcher_min.rollout.GRACE", 0.4)
