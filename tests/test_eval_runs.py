@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from signal import SIGINT, raise_signal
 
 import pytest
 from loopback import Server
@@ -77,12 +78,12 @@ def test_stopped_in_the_second_run_it_goes_on_and_asks_nothing_twice(method, tmp
     assert evaluation.main([*options, f"--run_dir={whole}"]) == 0
     real, written = report.write_trajectories, []
 
-    def stop_after_six(*arguments):
-        if len(written) == 6:
-            raise KeyboardInterrupt
+    def stop_at_the_sixth(*arguments):
         written.append(real(*arguments))
+        if len(written) == 6:
+            raise_signal(SIGINT)
 
-    monkeypatch.setattr(report, "write_trajectories", stop_after_six)
+    monkeypatch.setattr(report, "write_trajectories", stop_at_the_sixth)
     assert evaluation.main([*options, f"--run_dir={folder}", "--max_in_flight=1"]) == 130
     assert Counter(row["index"] for row in rows_of(folder)) == {0: 4, 1: 2}
     monkeypatch.setattr(report, "write_trajectories", real)
