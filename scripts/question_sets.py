@@ -13,13 +13,18 @@ object says:
   text)
 - questions, one a line: question, answers, and "article" or "gold_titles" or both
 
+Each of them as one JSON document or as one object a line, and packed (.gz) or not.
+
 No article is in both sets. Which one an article belongs to is decided by a hash of its name and
 --seed, so that nothing has to be remembered; a question that needs articles of both sides is left
-out, and counted. With --held_out=0.1 a question with two articles is therefore held out with
-probability .01 and left out with .18: take more for multi-hop files. Passages that occur twice are
-written once, for which 8 bytes each are kept; everything else streams. --short_addresses numbers
-the pages (passage:17): an address costs a small model 25 tokens, three times in a trajectory that
-opens a page.
+out. With --held_out=0.1 a question with two articles is therefore held out with probability .01 and
+left out with .18: take more for multi-hop files. Questions without an answer, or without the
+passage that gives it, are dropped. All are counted.
+
+Passages that occur twice are written once, for which a hash of each is kept (some 90 bytes of
+memory); everything else streams. Passages with one address are one page: of two corpora without
+`url` that number their passages alike, give one. --short_addresses numbers the pages (passage:17):
+an address costs a small model 25 tokens, three times in a trajectory that opens a page.
 
 The formats follow what their authors published; never run on the published files of SQuAD, XQuAD,
 HotpotQA, 2WikiMultihopQA, MuSiQue, BEIR or wiki-18, only on small files of the same form.
@@ -27,14 +32,17 @@ HotpotQA, 2WikiMultihopQA, MuSiQue, BEIR or wiki-18, only on small files of the 
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import json
 import os
 import sys
+import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 import ijson
@@ -48,7 +56,11 @@ from deepresearcher_min.trajectory import parse_row  # noqa: E402
 
 WIKIPEDIA = "https://en.wikipedia.org/wiki/"
 NAMES = ("corpus", "train", "held_out")
+KINDS = {str: "text", list: "list", dict: "object"}
+LONGEST_OBJECT = 2**20  # of a file with an object a line that is not named .jsonl [bytes]
 Passage = dict[str, str]
+# What a reader makes of an object: passages, and questions (None for one that cannot be answered).
+Read = tuple[list[Passage], list[dict | None]]
 
 
 def page(title: str, text: str, number: int = 0) -> Passage:
@@ -57,6 +69,20 @@ def page(title: str, text: str, number: int = 0) -> Passage:
     if not number:
         return {"title": title, "url": url, "text": text}
     return {"title": f"{title} ({number})", "url": f"{url}#{number}", "text": text}
+
+
+def checked(name: str, value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be a JSON {KINDS[kind]}, not {str(value)[:60]!r}")
+    return value
+
+
+def field(row: Any, key: str, kind: Any = str) -> Any:
+    """row[key]; ValueError where there is none, or one of another kind."""
+    checked("what holds " + key, row, dict)
+    if key not in row:
+        raise ValueError(f"{key} is missing; the keys here: {', '.join(row)}")
+    return checked(key, row[key], kind)
 
 
 def question_row(row: dict[str, Any], source: str, gold: list[str], articles: list[str]) -> dict:
@@ -68,73 +94,105 @@ def question_row(row: dict[str, Any], source: str, gold: list[str], articles: li
         "answers": list(question.answers),
         "source": question.source or source,
         "gold_titles": list(dict.fromkeys(gold)),
-        "article": articles[0],
+        "article": articles[0] if articles else "",
         "articles": articles,
     }
 
 
-# --- one reader for each format: (passages, questions) of one object of the file
+# --- one reader for each format
 
 
-def read_squad(article: dict[str, Any]) -> tuple[list[Passage], list[dict]]:
-    """An article of SQuAD or XQuAD; questions without an answer (SQuAD 2.0) are dropped."""
-    title = article["title"].replace("_", " ")
-    passages, questions = [], []
-    for number, paragraph in enumerate(article["paragraphs"], start=1):
-        passage = page(title, paragraph["context"], number)
+def read_squad(article: dict[str, Any]) -> Read:
+    """An article of SQuAD or XQuAD; SQuAD 2.0 has questions without an answer."""
+    title = field(article, "title").replace("_", " ")
+    passages = []
+    questions: list[dict | None] = []
+    for number, paragraph in enumerate(field(article, "paragraphs", list), start=1):
+        passage = page(title, field(paragraph, "context"), number)
         passages.append(passage)
-        for asked in paragraph["qas"]:
-            answers = list(dict.fromkeys(answer["text"] for answer in asked["answers"]))
-            if answers:
-                row = {"id": asked["id"], "question": asked["question"], "answers": answers}
-                questions.append(question_row(row, "squad", [passage["title"]], [title]))
+        for asked in field(paragraph, "qas", list):
+            answers = [field(answer, "text") for answer in field(asked, "answers", list)]
+            if not answers:
+                questions.append(None)
+                continue
+            row = {"id": asked.get("id"), "question": field(asked, "question")}
+            row["answers"] = list(dict.fromkeys(answers))
+            questions.append(question_row(row, "squad", [passage["title"]], [title]))
     return passages, questions
 
 
-def pairs(value: Any) -> list[tuple[str, Any]]:
-    """A list of pairs, or the two parallel lists that Hugging Face's data sets make of one."""
+def pairs(row: dict[str, Any], key: str) -> Iterator[tuple[str, Any]]:
+    """(title, value): a list of pairs, or the parallel lists that Hugging Face makes of one."""
+    value = row[key]
     if isinstance(value, dict):
-        first, second = value.values()
-        return list(zip(first, second, strict=True))
-    return value
+        columns = [name for name in value if name != "title"]
+        if len(columns) != 1:
+            raise ValueError(f"{key} must have title and one more list, not {', '.join(value)}")
+        value = zip(field(value, "title", list), field(value, columns[0], list), strict=True)
+    else:
+        checked(key, value, list)
+    for pair in value:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError(f"{key} must hold pairs with a title first, not {str(pair)[:60]!r}")
+        yield checked(f"a title of {key}", pair[0], str), pair[1]
 
 
-def read_hotpot(row: dict[str, Any]) -> tuple[list[Passage], list[dict]]:
+def read_hotpot(row: dict[str, Any]) -> Read:
     """A question of HotpotQA or 2WikiMultihopQA: sentences of several articles."""
     source = "2wiki" if "evidences" in row else "hotpotqa"
     passages = []
-    for title, sentences in pairs(row["context"]):
-        text = " ".join(sentence.strip() for sentence in sentences)
+    for title, sentences in pairs(row, "context"):
+        checked(f"context of {title!r}", sentences, list)
+        text = " ".join(checked("a sentence", one, str).strip() for one in sentences)
         passages.append(page(title, text))
-    gold = list(dict.fromkeys(title for title, _ in pairs(row["supporting_facts"])))
-    return passages, [question_row(row, source, gold, gold)]
+    gold = [title for title, _ in pairs(row, "supporting_facts")]
+    return passages, [answered_by(passages, gold, row, source)]
 
 
-def read_musique(row: dict[str, Any]) -> tuple[list[Passage], list[dict]]:
-    """A question of MuSiQue; one that cannot be answered gives its passages only."""
+def read_musique(row: dict[str, Any]) -> Read:
+    """A question of MuSiQue, some of which cannot be answered."""
     passages, gold = [], []
-    for paragraph in row["paragraphs"]:
-        passages.append(page(paragraph["title"], paragraph["paragraph_text"]))
-        if paragraph["is_supporting"]:
-            gold.append(paragraph["title"])
+    for paragraph in field(row, "paragraphs", list):
+        title = field(paragraph, "title")
+        passages.append(page(title, field(paragraph, "paragraph_text")))
+        if paragraph.get("is_supporting"):
+            gold.append(title)
     if not row.get("answerable", True):
-        return passages, []
-    answers = [row["answer"], *row.get("answer_aliases", ())]
-    asked = {"id": row["id"], "question": row["question"], "answers": answers}
-    gold = list(dict.fromkeys(gold))
-    return passages, [question_row(asked, "musique", gold, gold)]
+        return passages, [None]
+    answers = [row.get("answer"), *(row.get("answer_aliases") or ())]
+    asked = {"id": row.get("id"), "question": row["question"], "answers": answers}
+    return passages, [answered_by(passages, gold, asked, "musique")]
 
 
-def read_questions(row: dict[str, Any]) -> tuple[list[Passage], list[dict]]:
+def answered_by(
+    passages: list[Passage], gold: list[str], row: dict[str, Any], source: str
+) -> dict | None:
+    """A question that these articles answer, if their passages are all there."""
+    question = question_row(row, source, gold, list(dict.fromkeys(gold)))
+    titles = {passage["title"] for passage in passages}
+    return question if gold and titles.issuperset(gold) else None
+
+
+def read_questions(row: dict[str, Any]) -> Read:
     """A question that names its article, or the titles that answer it."""
-    gold = row.get("gold_titles") or []
+    gold = checked("gold_titles", row.get("gold_titles") or [], list)
     articles = [row["article"]] if row.get("article") else gold
     if not articles:
-        raise ValueError('neither "article" nor "gold_titles" says which article it is about')
+        raise ValueError(
+            "neither article nor gold_titles says what it is about; "
+            f"the keys here: {', '.join(row)}"
+        )
+    for name in (*articles, *gold):
+        checked("article and each of gold_titles", name, str)
     return [], [question_row(row, "", gold, articles)]
 
 
-def read_corpus(row: dict[str, Any]) -> tuple[list[Passage], list[dict]]:
+def read_corpus(row: dict[str, Any]) -> Read:
+    for key in ("title", "url", "text", "contents"):
+        if row.get(key) is not None:
+            field(row, key)
+    if row.get("text") is None and row.get("contents") is None:
+        raise ValueError(f"neither text nor contents is there; the keys here: {', '.join(row)}")
     title, url, text = read_passage(row)
     return [{"title": title, "url": url, "text": text}], []
 
@@ -150,6 +208,8 @@ FORMATS = {
 
 
 def format_of(first: dict[str, Any]) -> Any:
+    if "_id" in first and "text" in first and "title" not in first:
+        raise ValueError("a query of BEIR, which has no answer; only BEIR's corpus is read")
     for reader, keys in FORMATS.items():
         if keys <= first.keys():
             return reader
@@ -161,49 +221,86 @@ def format_of(first: dict[str, Any]) -> Any:
 # --- objects of a file
 
 
-def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, object), for the lines of a .jsonl or the items of one JSON document."""
+def has_lines(name: str, file: BinaryIO) -> bool:
+    """Whether a file has one object a line; leaves it behind a byte order mark."""
+    begin = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
+    file.seek(begin)
+    line = file.readline(LONGEST_OBJECT)
+    file.seek(begin)
+    start = line.lstrip()[:1]
+    if start == b"[":
+        return False
+    if name.removesuffix(".gz").endswith(".jsonl") or not start:
+        return True
+    if start != b"{":
+        raise ValueError(f"not JSON: {line[:60]!r}")
+    try:
+        first = json.loads(line)
+    except ValueError:
+        return False
+    return not isinstance(first.get("data"), list)
+
+
+def objects(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where it stands, a line or an object), with a progress bar."""
     with (
-        path.open("rb") as file,
+        path.open("rb") as raw,
         tqdm(
             total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, disable=None
         ) as bar,
     ):
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(file, start=1):
-                bar.update(len(line))
-                if line.strip():
-                    yield f"line {number}", json.loads(line)
-            return
-        start = file.read(64).lstrip()
-        file.seek(0)
-        prefix = "item" if start.startswith(b"[") else "data.item"
-        for number, item in enumerate(ijson.items(file, prefix, use_float=True), start=1):
-            bar.update(file.tell() - bar.n)
-            yield f"object {number}", item
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        file: Any = gzip.GzipFile(fileobj=raw) if packed else raw
+        lines = has_lines(path.name, file)
+        name = "line" if lines else "object"
+        found = file if lines else items(file)
+        for number, one in enumerate(found, start=1):
+            bar.update(raw.tell() - bar.n)
+            if not lines or one.strip():
+                yield f"{name} {number}", one
 
 
-def rows_of(path: Path) -> Iterator[tuple[list[Passage], list[dict]]]:
+def items(file: BinaryIO) -> Iterator[Any]:
+    """Those of a JSON list, or of the list "data" of a JSON object."""
+    begin = file.tell()
+    is_list = file.read(64).lstrip().startswith(b"[")
+    file.seek(begin)
+    return ijson.items(file, "item" if is_list else "data.item", use_float=True)
+
+
+def parse_line(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno}): {line[:60]!r}") from error
+
+
+def rows_of(path: Path) -> Iterator[Read]:
     """What each object of a file holds. SystemExit names file and place of what is wrong."""
     reader, place = None, "the beginning"
     try:
-        for where, item in objects(path):
+        for where, found in objects(path):
             place = where
+            item = parse_line(found) if isinstance(found, bytes) else found
             if not isinstance(item, dict):
                 raise ValueError(f"not an object: {str(item)[:60]}")
             if reader is None:
                 reader = format_of(item)
             passages, questions = reader(item)
-            for passage in passages:
-                "".join(passage.values()).encode()  # refuses half of a two-part sign
+            texts = [text for passage in passages for text in passage.values()]
+            for row in filter(None, questions):
+                texts += [row["article"], *row["gold_titles"]]
+            "".join(texts).encode()  # refuses half of a surrogate pair, which no file takes
             yield passages, questions
-    except OSError as error:
-        raise SystemExit(f"{path}: {error.strerror}") from error
-    except KeyError as error:
-        raise SystemExit(f"{path}, {place}: {error} is missing") from error
-    except (ValueError, TypeError, AttributeError, ijson.JSONError) as error:
+    except OSError as error:  # a gzip file may be bad, too
+        raise SystemExit(f"{path}: {error.strerror or error}") from error
+    except (EOFError, zlib.error, ijson.JSONError) as error:  # found while the next one was read
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"{path}, behind {place}: {reason}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error).partition("\n")[0].strip()
-        raise SystemExit(f"{path}, at or behind {place}: {reason}") from error
+        raise SystemExit(f"{path}, {place}: {reason}") from error
     if reader is None:
         raise SystemExit(f"{path} holds no object that is read here")
 
@@ -215,7 +312,7 @@ def side(articles: list[str], held_out: float, seed: int) -> str:
     """train, held_out, or left out where the articles are on both sides."""
     sides = set()
     for article in articles:
-        name = article.replace("_", " ").strip().casefold()
+        name = unicodedata.normalize("NFC", article.replace("_", " ").strip()).casefold()
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         share = int.from_bytes(digest[:8], "big") / 2**64
         sides.add("held_out" if share < held_out else "train")
@@ -224,17 +321,18 @@ def side(articles: list[str], held_out: float, seed: int) -> str:
 
 def make_sets(
     files: list[Path], out: Path, held_out: float, seed: int, short: bool = False
-) -> dict[str, Counter]:
+) -> dict[Path, Counter]:
     """Write the three files; counts of each for each input file. short: see --short_addresses."""
-    counts: dict[str, Counter] = {}
+    counts: dict[Path, Counter] = {}
     numbers: dict[bytes, int] = {}  # of the addresses, by hash
     written = set()
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         targets = {}
         for name in NAMES:
-            part = (out / f"{name}.jsonl.part").open("w", encoding="utf-8")
-            targets[name] = stack.enter_context(part)
+            part = out / f"{name}.jsonl.part"
+            stack.callback(part.unlink, missing_ok=True)
+            targets[name] = stack.enter_context(part.open("w", encoding="utf-8"))
 
         def write(name: str, row: dict) -> None:
             line = json.dumps(row, ensure_ascii=False)
@@ -243,9 +341,11 @@ def make_sets(
                 written.add(digest)
                 targets[name].write(line + "\n")
                 count[name] += 1
+            elif name != "corpus":
+                count["repeated"] += 1
 
         for path in files:
-            count = counts[path.name] = Counter()
+            count = counts[path] = Counter()
             for passages, questions in rows_of(path):
                 for passage in passages:
                     if short:
@@ -254,13 +354,17 @@ def make_sets(
                         passage["url"] = f"passage:{number}"
                     write("corpus", passage)
                 for question in questions:
+                    if question is None:
+                        count["unanswered"] += 1
+                        continue
                     chosen = side(question.pop("articles"), held_out, seed)
                     if chosen == "left out":
                         count[chosen] += 1
                     else:
                         write(chosen, question)
-    for name in NAMES:  # only now: a run that failed leaves what was there
-        os.replace(out / f"{name}.jsonl.part", out / f"{name}.jsonl")
+        for name, target in targets.items():  # only now: a run that fails leaves what was there
+            target.close()
+            os.replace(target.name, out / f"{name}.jsonl")
     return counts
 
 
@@ -276,14 +380,22 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not 0 <= args.held_out <= 1:
         parser.error(f"--held_out={args.held_out:g} is not between 0 and 1")
+    outputs = {(args.out / f"{name}.jsonl").resolve() for name in NAMES}
     for path in args.files:
         if not path.is_file():
             parser.error(f"{path} is not a file")
-    counts = make_sets(args.files, args.out, args.held_out, args.seed, args.short_addresses)
-    columns = [*NAMES, "left out"]
+        if path.resolve() in outputs:
+            parser.error(f"--out={args.out} would overwrite {path}")
+    try:
+        counts = make_sets(args.files, args.out, args.held_out, args.seed, args.short_addresses)
+    except OSError as error:
+        parser.error(f"--out={args.out}: {error.strerror}")
+    except KeyboardInterrupt:
+        parser.exit(130, f"Stopped; {args.out} is as it was.\n")
+    columns = [*NAMES, "left out", "unanswered", "repeated"]
     rows = [["file", *columns]]
-    for name, count in counts.items():
-        rows.append([name, *(f"{count[column]:,}" for column in columns)])
+    for path, count in counts.items():
+        rows.append([str(path), *(f"{count[column]:,}" for column in columns)])
     print(text_table(rows))
     print(f"written to {args.out}")
 

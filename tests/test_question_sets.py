@@ -1,13 +1,16 @@
 """scripts/question_sets.py: every format that it reads, no article on both sides, clear errors."""
 
+import gzip
 import json
 import random
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from deepresearcher_min.corpus import Corpus
 from deepresearcher_min.trajectory import load_questions
+from scripts import question_sets
 from scripts.question_sets import main, make_sets
 
 pytestmark = pytest.mark.quick
@@ -64,6 +67,9 @@ MUSIQUE = {
         {"idx": 2, "title": "Oss", "paragraph_text": "Oss is old.", "is_supporting": False},
     ],
 }
+
+ASKED = '{"question": "Who?", "answers": ["x"], %s}\n'
+HOTPOT_LIKE = '[{"question": "?", "answer": "x", "supporting_facts": [["A", 0]], "context": %s}]'
 
 
 def rows(path: Path) -> list[dict]:
@@ -152,7 +158,7 @@ def test_short_addresses_number_the_pages(tmp_path):
     ]
     file = write(tmp_path, "corpus.jsonl", *corpus, corpus[0])
     counts = make_sets([file], tmp_path / "out", 0.0, 0, short=True)
-    assert counts["corpus.jsonl"]["corpus"] == 3
+    assert counts[file]["corpus"] == 3
     pages = Corpus.from_jsonl(tmp_path / "out" / "corpus.jsonl").pages
     assert pages == {
         "passage:1": "The mill is in Oss.",
@@ -176,8 +182,8 @@ def test_no_article_is_on_both_sides(tmp_path):
     seen = {title for row in train for title in [*row["gold_titles"], row["article"]]}
     unseen = {title for row in held_out for title in [*row["gold_titles"], row["article"]]}
     assert not seen & unseen
-    assert 40 <= counts["q.jsonl"]["held_out"] <= 80
-    total = counts["h.json"]
+    assert 40 <= counts[files[1]]["held_out"] <= 80
+    total = counts[files[0]]
     assert total["train"] + total["held_out"] + total["left out"] == 400
     assert total["left out"] > 100
 
@@ -194,17 +200,39 @@ def test_the_same_articles_are_held_out_whatever_else_is_read(tmp_path):
     ("name", "text", "said"),
     [
         ("a.jsonl", '{"question": "Who?", "answers": ["x"]}\n', "line 1: neither"),
-        ("a.jsonl", '{"text": "x"}\n{"title": 1\n', "line 1: Expecting"),
+        ("a.jsonl", '{"text": "x"}\n\n{"title": 1\n', "line 3: not JSON (Expecting ',' delimiter"),
+        ("a.json", '{"text": "x"}\n{"text": "y"\n', "line 2: not JSON"),
         ("a.jsonl", '{"question": "Who?", "answers": [], "article": "A"}\n', "line 1: answers"),
         ("a.jsonl", '{"text": "x"}\n[1]\n', "line 2: not an object"),
         ("a.jsonl", '{"text": "\\ud800", "title": "T"}\n', "line 1: 'utf-8'"),
         ("a.json", '[{"question": "Who?", "context": [], "supporting_facts": []}]', "object 1"),
         ("a.json", '{"data": [{"title": "A"}]}', "object 1: no format"),
-        ("a.json", '{"data": [{"title": "A", "paragraphs": [{}]}]}', "object 1: 'context' is"),
-        ("a.json", '[{"text": "x"}, {"text": ', "object 1: "),
-        ("a.json", '{"rows": []}', "holds no object"),
+        ("a.json", '{"data": [{"title": "A", "paragraphs": [{}]}]}', "object 1: context is miss"),
+        (
+            "a.json",
+            '{"data": [{"title": "A", "paragraphs": "x"}]}',
+            "paragraphs must be a JSON list",
+        ),
+        ("a.json", '[{"text": "x"}, {"text": ', "behind object 1: "),
+        ("a.json", '{"rows": []}', "line 1: no format"),
+        ("a.json", '{"data": []}', "holds no object"),
+        ("a.json", "", "holds no object"),
         ("a.jsonl", "", "holds no object"),
+        ("a.json", "query-id\tcorpus-id\tscore\n", "not JSON: b'query-id"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, "line 1: "),
+        ("a.jsonl", '{"_id": "q1", "text": "where is ghent", "metadata": {}}', "a query of BEIR"),
+        ("a.jsonl", '{"contents": null}', "line 1: neither text nor contents"),
+        ("a.jsonl", '{"text": {"a": 1}}', "text must be a JSON text, not \"{'a': 1}\""),
+        ("a.jsonl", ASKED % '"article": 5', "article and each of gold_titles must be"),
+        ("a.jsonl", ASKED % '"gold_titles": "Mill"', "gold_titles must be a JSON list, not 'Mill'"),
+        ("a.jsonl", ASKED % '"gold_titles": [null]', "each of gold_titles must be a JSON text"),
+        ("a.jsonl", ASKED % '"gold_titles": ["\\ud800"]', "line 1: 'utf-8'"),
+        ("a.jsonl", ASKED % '"article": "\\ud800"', "line 1: 'utf-8'"),
+        ("a.json", HOTPOT_LIKE % '[["A", "B."]]', "context of 'A' must be a JSON list, not 'B.'"),
+        ("a.json", HOTPOT_LIKE % '[["A"]]', "context must hold pairs with a title first"),
+        ("a.json", HOTPOT_LIKE % '{"title": ["A"]}', "context must have title and one more list"),
     ],
+    ids=lambda value: value[:30],
 )
 def test_what_does_not_fit_is_named(tmp_path, name, text, said):
     kept = tmp_path / "out"
@@ -214,7 +242,50 @@ def test_what_does_not_fit_is_named(tmp_path, name, text, said):
     with pytest.raises(SystemExit, match=r"a\.json") as error:
         main([f"--out={kept}", str(tmp_path / name)])
     assert said in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
     assert (kept / "corpus.jsonl").read_text() == "as before"
+    assert [path.name for path in kept.iterdir()] == ["corpus.jsonl"]
+
+
+@pytest.mark.parametrize("dress", ["lines", "list", "packed", "mark", "packed list"])
+def test_a_file_may_be_dressed_as_people_do(tmp_path, dress):
+    plain = sets_of(tmp_path, write(tmp_path, "musique.jsonl", MUSIQUE))
+    file = tmp_path / "dressed.json"
+    text = json.dumps([MUSIQUE], indent=1) if "list" in dress else json.dumps(MUSIQUE) + "\n"
+    data = ("\ufeff" if dress == "mark" else "").encode() + text.encode()
+    file.write_bytes(gzip.compress(data) if "packed" in dress else data)
+    assert sets_of(tmp_path, file) == plain
+    if dress == "packed":
+        file.write_bytes(file.read_bytes()[:-12])
+        with pytest.raises(SystemExit, match=r"dressed\.json, behind "):
+            sets_of(tmp_path, file)
+
+
+def test_every_question_is_counted(tmp_path):
+    lost = HOTPOT | {"_id": "h2", "context": HOTPOT["context"][1:]}  # as in the fullwiki setting
+    none = HOTPOT | {"_id": "h3", "supporting_facts": []}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    files = [
+        write(tmp_path, "a/h.json", [HOTPOT, lost, HOTPOT, none]),
+        write(tmp_path, "b/h.json", [HOTPOT | {"_id": "h4"}]),
+        write(tmp_path, "s.json", SQUAD),
+    ]
+    counts = make_sets(files, tmp_path / "out", 0.0, 0)
+    assert counts[files[0]] == {"corpus": 3, "train": 1, "unanswered": 2, "repeated": 1}
+    assert counts[files[1]] == {"train": 1}
+    assert counts[files[2]] == {"corpus": 8, "train": 8, "unanswered": 8}
+
+
+def test_one_name_in_two_spellings_is_one_article(tmp_path):
+    asked = []
+    for n in range(40):
+        for form in ("NFC", "NFD"):
+            name = unicodedata.normalize(form, f"Café_{n}" if form == "NFC" else f"café {n}")
+            asked.append({"id": f"{form}{n}", "question": "?", "answers": "x", "article": name})
+    sets = sets_of(tmp_path, write(tmp_path, "q.jsonl", *asked), held_out=0.5)
+    numbers = [{row["id"][3:] for row in sets[name]} for name in ("train", "held_out")]
+    assert all(numbers) and not numbers[0] & numbers[1]
 
 
 def test_the_command_and_its_table(tmp_path, capsys):
@@ -224,6 +295,25 @@ def test_the_command_and_its_table(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([f"--out={tmp_path / 'out'}", str(tmp_path / "nothing.json")])
     assert "nothing.json is not a file" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_or_left_half_written(tmp_path, capsys, monkeypatch):
+    corpus = write(tmp_path, "corpus.jsonl", {"contents": "Mill\nThe mill is in Oss."})
+    before = corpus.read_bytes()
+    for out, said in ((tmp_path, f"would overwrite {corpus}"), (corpus, "File exists")):
+        with pytest.raises(SystemExit):
+            main([f"--out={out}", str(corpus)])
+        error = capsys.readouterr().err
+        assert said in error and "Traceback" not in error and corpus.read_bytes() == before
+
+    def interrupted(row):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(question_sets, "read_passage", interrupted)
+    with pytest.raises(SystemExit) as error:
+        main([f"--out={tmp_path / 'new'}", str(corpus)])
+    assert error.value.code == 130 and "Stopped" in capsys.readouterr().err
+    assert not [*(tmp_path / "new").iterdir()]
 
 
 def test_real_questions_by_article(tmp_path):
