@@ -123,7 +123,7 @@ def read_squad(article: dict[str, Any]) -> Read:
 
 def pairs(row: dict[str, Any], key: str) -> Iterator[tuple[str, Any]]:
     """(title, value): a list of pairs, or the parallel lists that Hugging Face makes of one."""
-    value = row[key]
+    value = row.get(key)
     if isinstance(value, dict):
         columns = [name for name in value if name != "title"]
         if len(columns) != 1:
@@ -160,7 +160,7 @@ def read_musique(row: dict[str, Any]) -> Read:
     if not row.get("answerable", True):
         return passages, [None]
     answers = [row.get("answer"), *(row.get("answer_aliases") or ())]
-    asked = {"id": row.get("id"), "question": row["question"], "answers": answers}
+    asked = {"id": row.get("id"), "question": field(row, "question"), "answers": answers}
     return passages, [answered_by(passages, gold, asked, "musique")]
 
 

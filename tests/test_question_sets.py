@@ -229,6 +229,12 @@ def test_the_same_articles_are_held_out_whatever_else_is_read(tmp_path):
         ("a.jsonl", ASKED % '"gold_titles": ["\\ud800"]', "line 1: 'utf-8'"),
         ("a.jsonl", ASKED % '"article": "\\ud800"', "line 1: 'utf-8'"),
         ("a.json", HOTPOT_LIKE % '[["A", "B."]]', "context of 'A' must be a JSON list, not 'B.'"),
+        (
+            "a.json",
+            json.dumps([HOTPOT, {"question": "?"}]),
+            "object 2: context must be a JSON list",
+        ),
+        ("a.jsonl", json.dumps(MUSIQUE) + '\n{"paragraphs": []}', "line 2: question is missing"),
         ("a.json", HOTPOT_LIKE % '[["A"]]', "context must hold pairs with a title first"),
         ("a.json", HOTPOT_LIKE % '{"title": ["A"]}', "context must have title and one more list"),
     ],
