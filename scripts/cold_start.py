@@ -4,12 +4,15 @@ imitated by the policy's own update.
     python -m scripts.cold_start --model=DIR --corpus=corpus.jsonl --data=train.jsonl \\
         --eval_data=held_out.jsonl --run_dir=OUT
 
-The questions need `gold_titles` (scripts/question_sets.py writes them). OUT becomes a Hugging Face
-folder that `train.py --model=OUT` takes, with the log in cold_start.jsonl. Nothing is taken from
-the articles of --eval_data. Keys are config.yaml's, with preset wiki; besides them:
+The questions need `gold_titles` (scripts/question_sets.py writes them); those whose gold passage is
+not in the corpus, or holds no answer word for word, are passed over. OUT becomes a Hugging Face
+folder that `train.py --model=OUT` takes, with the log in cold_start.jsonl. No question is about an
+article of --eval_data, but a search may show one. Keys are config.yaml's, with preset wiki; besides
+them:
 
     --reading_steps=N   steps of reading alone, before the `steps` of whole demonstrations
-    --made_up=SHARE     of the questions are made from a sentence of the corpus
+    --made_up=SHARE     of the questions are made from a sentence of the corpus; a reading example
+                        has some of its page besides
     --good_query=P      a researcher searches with all content words of the question, else with its
                         first two
     --good_open=P       it opens a page: the paragraph's if it is among the results, else the first
@@ -23,19 +26,21 @@ costs a fifth of a trajectory for each question; and the decisions of whole demo
 or poor independently of each other, so that among samples of one question some find the answer and
 some do not. Where the answer was not shown, only the decision to answer is imitated, and no guess:
 what most demonstrations do is what the model will do. Imitation is the policy's update with
-advantage 1, no KL term and no importance weight, at temperature 1. The folder is also written every
-`save_every` steps. The control of further imitation is the same from a folder that this has made:
---reading_steps=0 --reading_share=0 --made_up=0 --log=metrics.jsonl.
+advantage 1, no KL term and no importance weight, at temperature 1, whatever these keys say. The
+folder is also written every `save_every` steps, but nothing is resumed. What was measured (rate,
+steps, sizes, prompt) stands in scripts/real_model.sh, and so does the control of further imitation,
+which is the same from a folder that this has made: --reading_steps=0 --reading_share=0 --made_up=0
+--log=metrics.jsonl.
 """
 
 import argparse
 import json
 import random
-import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,11 +51,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from deepresearcher_min.config import Config, ConfigError, load_config, named  # noqa: E402
-from deepresearcher_min.corpus import (  # noqa: E402
-    Corpus,
-    content_words,
-    load_task,
-)
+from deepresearcher_min.corpus import content_words, load_task  # noqa: E402
 from deepresearcher_min.evaluation import make_agent  # noqa: E402
 from deepresearcher_min.policy import Policy  # noqa: E402
 from deepresearcher_min.protocol import ChatFormat, open_thought  # noqa: E402
@@ -63,7 +64,14 @@ from deepresearcher_min.trajectory import (  # noqa: E402
     Recording,
     Trajectory,
     Turn,
-    parse_row,
+)
+from scripts.items import (  # noqa: E402
+    Draw,
+    Item,
+    held_out_articles,
+    made_up,
+    quoted,
+    read_items,
 )
 from scripts.scripted import Script, ScriptedEngine, items_of  # noqa: E402
 
@@ -71,16 +79,9 @@ from scripts.scripted import Script, ScriptedEngine, items_of  # noqa: E402
 # "name" and "arguments", and half of what a small model samples is this.
 CALL = '</think>\n<tool_call>{}{{"{}": [{}]}}</tool_call>'
 SAYS = "It says"  # begins every last turn: the decision to answer
-NEAR = 12  # words before an answer that tell which of several places is meant
 QUESTIONS = 10  # of a reading example at most: the page is computed once for all of them
 PAGE = 150  # words of a reading example's page at most
-SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
-# What a made-up question asks for: a year, a number, a name inside the sentence.
-HOLES = {
-    "what year": re.compile(r"(?<=\bin )(?:1\d|20)\d\d\b"),
-    "how many": re.compile(r"(?<= )(?<! in )\d[\d,]*(?= [a-z])"),
-    "what": re.compile(r"(?<=[a-z,] )[A-Z][a-z]+(?: [A-Z][a-z]+)*"),
-}
+PATIENCE = 1000  # pages in a row of which no reading example can be made
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,6 @@ class Recipe:
     log: str = "cold_start.jsonl"
 
 
-@dataclass(frozen=True)
-class Item:
-    """A question, with the passage that answers it."""
-
-    question: Question
-    title: str
-    text: str
-
-
 def search_call(query: str) -> str:
     return CALL.format("web_search", "query", json.dumps(query, ensure_ascii=False))
 
@@ -115,29 +107,6 @@ def open_call(url: str) -> str:
 
 def answer_turn(thought: str, answer: str) -> str:
     return f"{thought}</think>\n<answer>{answer}</answer>"
-
-
-def quoted(text: str, answer: str, question: str, limit: int) -> str:
-    """At most `limit` words around an answer in the text; empty where it is not.
-
-    Of several places the one whose words are most like the question's.
-    """
-    wanted = set(content_words(question))
-    words = list(re.finditer(r"\S+", text))
-    best, most = "", -1
-    for place in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text):
-        inside = [n for n, word in enumerate(words) if word.end() > place.start()]
-        first = inside[0]
-        last = max(n for n, word in enumerate(words) if word.start() < place.end())
-        room = max(0, limit - (last - first + 1))
-        first = max(0, first - (room + 1) // 2)
-        last = min(len(words) - 1, last + room // 2)
-        quote = text[words[first].start() : words[last].end()]
-        near = text[words[max(0, first - NEAR)].start() : words[last].end()]
-        alike = len(wanted.intersection(content_words(near)))
-        if alike > most:
-            best, most = quote, alike
-    return best
 
 
 def reading_turn(text: str, question: Question, most: int) -> str:
@@ -224,93 +193,6 @@ def next_question_ids(question: str, chat: ChatFormat) -> list[int]:
     return chat.encode(chat.end_of_turn + open_thought(behind))[1:]
 
 
-# --- what the demonstrations are about
-
-
-def read_items(path: str, corpus: Corpus) -> list[Item]:
-    """The questions of a file whose gold passage is in the corpus."""
-    texts = {title: text for title, _, text in corpus.documents}
-    items = []
-    with named("data", path):
-        for line in Path(path).read_bytes().splitlines():
-            row = json.loads(line)
-            titles = [title for title in row.get("gold_titles") or () if title in texts]
-            if titles:
-                items.append(Item(parse_row(row), titles[0], texts[titles[0]]))
-    if not items:
-        raise ConfigError(f"data={path!r}: no question has gold_titles that are in the corpus")
-    return items
-
-
-def held_out_titles(path: str) -> set[str]:
-    titles = set()
-    for line in Path(path).read_bytes().splitlines():
-        row = json.loads(line)
-        titles |= {*row.get("gold_titles", ()), row.get("article", "")}
-    return titles
-
-
-def article_of(title: str) -> str:
-    """The article of a numbered paragraph, as question_sets.py names them."""
-    return re.sub(r" \(\d+\)$", "", title)
-
-
-def holes(title: str, text: str, rng: random.Random) -> list[Item]:
-    """Questions made of a text's sentences, in random order: a part is replaced by what asks.
-
-    At most one of a sentence, so that none gives another away.
-    """
-    items = []
-    for sentence in SENTENCE.split(text):
-        word = rng.choice(list(HOLES))
-        found = list(HOLES[word].finditer(sentence))
-        if not found or not 6 <= len(sentence.split()) <= 30:
-            continue
-        hole = rng.choice(found)
-        asked = sentence[: hole.start()] + word + sentence[hole.end() :]
-        asked = asked.rstrip(" .!") + "?"
-        items.append(Item(Question("", asked, (hole.group(),), "made up"), title, text))
-    return rng.sample(items, len(items))
-
-
-def made_up(corpus: Corpus, held_out: set[str], rng: random.Random) -> Iterator[Item]:
-    """Made-up questions about all passages but those of held-out articles, without end."""
-    names = {name.replace("_", " ") for name in held_out}
-    passages = [
-        (title, text)
-        for title, _, text in corpus.documents
-        if title not in names and article_of(title) not in names
-    ]
-    while True:
-        title, text = rng.choice(passages)
-        yield from holes(title, text, rng)[:1]
-
-
-class Draw:
-    """Items in a shuffled order, real ones and made-up ones mixed."""
-
-    def __init__(self, real: list[Item], invented: Iterator[Item], share: float, seed: int):
-        self.real, self.invented, self.share = real, invented, share
-        self.rng = random.Random(f"items {seed}")
-        self.left: list[Item] = []
-
-    def __call__(self) -> Item:
-        if self.rng.random() < self.share:
-            return next(self.invented)
-        if not self.left:
-            self.left = self.rng.sample(self.real, len(self.real))
-        return self.left.pop()
-
-    def of_one_page(self) -> list[Item]:
-        """Real questions about one page if there are, then made-up ones, each once."""
-        first = self()
-        same = [one for one in self.real if one.title == first.title and one is not first]
-        found = [first, *self.rng.sample(same, len(same))]
-        for _ in range(2):
-            found += holes(first.title, first.text, self.rng)
-        return list({one.question.text: one for one in found}.values())
-
-
 # --- learning
 
 
@@ -320,6 +202,23 @@ def imitated(trajectories: Sequence[Trajectory], config: Config) -> list[Group]:
     for one in trajectories:
         groups.append(Group(one.question, [one], [reward(one, config)], [1.0]))
     return groups
+
+
+def reading_examples(draw: Draw, wanted: int, chat: ChatFormat, quote: int) -> list[Trajectory]:
+    """So many; ConfigError where the beginnings of pages hold nothing to be asked."""
+    examples: list[Trajectory] = []
+    misses = 0
+    while len(examples) < wanted and misses < PATIENCE:
+        example = reading(draw.of_one_page(), chat, quote)
+        misses = misses + 1 if example is None else 0
+        if example is not None:
+            examples.append(example)
+    if misses == PATIENCE:
+        raise ConfigError(
+            f"data, corpus: the first {PAGE} words of {PATIENCE} gold passages in a row hold no "
+            "answer; --reading_steps=0 --reading_share=0 does without"
+        )
+    return examples
 
 
 def cold_start(config: Config, recipe: Recipe, ranks: Ranks) -> None:
@@ -332,11 +231,11 @@ def cold_start(config: Config, recipe: Recipe, ranks: Ranks) -> None:
     engine = ScriptedEngine(chat.tokenizer, chat.end_of_turn_id, partial(begin, [], 0, recipe))
     agent = replace(idle, engine=engine)
     real = read_items(config.data, task.corpus)
-    invented = made_up(task.corpus, held_out_titles(config.eval_data), random.Random(config.seed))
+    held_out = held_out_articles(config.eval_data)
+    invented = made_up(task.corpus, held_out, random.Random(config.seed))
     draw = Draw(real, invented, recipe.made_up, config.seed)
     policy = Policy(config, task.model_dir, ranks)
     folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     each = config.questions_per_step * config.group_size
     started = time.process_time()
     with (folder / recipe.log).open("w", encoding="utf-8") as log:
@@ -348,10 +247,8 @@ def cold_start(config: Config, recipe: Recipe, ranks: Ranks) -> None:
                 items = [draw() for _ in range(each - round(each * recipe.reading_share))]
                 demonstrations += whole(items, step, agent, recipe)
                 wanted = each
-            while len(demonstrations) < wanted:
-                example = reading(draw.of_one_page(), chat, recipe.quote)
-                if example is not None:
-                    demonstrations.append(example)
+            missing = wanted - len(demonstrations)
+            demonstrations += reading_examples(draw, missing, chat, recipe.quote)
             groups = imitated(demonstrations, config)
             metrics = policy.update(groups)
             row: dict[str, Any] = {"step": step + 1, "logprob": metrics["logprob_good"]}
@@ -369,6 +266,43 @@ def cold_start(config: Config, recipe: Recipe, ranks: Ranks) -> None:
     agent.tools.close()
 
 
+def check(config: Config, recipe: Recipe) -> None:
+    """ConfigError for keys that do not fit, and a folder that holds something else."""
+    for key in ("data", "eval_data", "corpus", "run_dir"):
+        if not getattr(config, key):
+            raise ConfigError(f"{key}='': cold_start.py needs --{key}")
+    if config.resume:
+        raise ConfigError(f"resume={config.resume!r}: a cold start cannot be resumed")
+    for key in ("made_up", "good_query", "good_open", "reading_share"):
+        if not 0 <= getattr(recipe, key) <= 1:
+            raise ConfigError(f"{key}={getattr(recipe, key)}: must be between 0 and 1")
+    for key in ("reading_steps", "quote"):
+        if getattr(recipe, key) < 0:
+            raise ConfigError(f"{key}={getattr(recipe, key)}: must be at least 0")
+    if Path(recipe.log).name != recipe.log or Path(recipe.log).suffix != ".jsonl":
+        raise ConfigError(f"log={recipe.log!r}: must be a file's name that ends in .jsonl")
+    folder = Path(config.run_dir)
+    log = folder / recipe.log
+    finished = log.is_file() and '"finished"' in log.read_text("utf-8")
+    if finished or (folder / "config.yaml").exists():
+        raise ConfigError(f"run_dir={config.run_dir!r} holds a finished cold start or another run")
+    if folder.resolve() == Path(config.model).resolve():
+        raise ConfigError(f"run_dir={config.run_dir!r} is the model's own folder")
+
+
+def imitating(config: Config, recipe: Recipe) -> Config:
+    """The config with which the policy's update is imitation."""
+    return replace(
+        config,
+        temperature=1.0,
+        kl_coef=0.0,
+        importance_cap=0.0,
+        sequence_mask=0.0,
+        steps=config.steps + recipe.reading_steps,
+        date=config.date or f"{datetime.now(UTC):%Y-%m-%d}",
+    )
+
+
 def main(argv: list[str]) -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, value in asdict(Recipe()).items():
@@ -378,19 +312,22 @@ def main(argv: list[str]) -> None:
         return
     given, rest = own.parse_known_args(argv)
     recipe = Recipe(**vars(given))
+    folder = ""
     try:
-        config = load_config(["--preset=wiki", "--temperature=1", *rest])
-        for key in ("data", "eval_data", "corpus", "run_dir"):
-            if not getattr(config, key):
-                raise ConfigError(f"{key}='': cold_start.py needs --{key}")
-        config = replace(
-            config, kl_coef=0.0, importance_cap=0.0, steps=config.steps + recipe.reading_steps
-        )
+        config = load_config(["--preset=wiki", *rest])
+        check(config, recipe)
+        folder = config.run_dir
+        with named("run_dir", folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / recipe.log).touch()
         torch.manual_seed(config.seed)
         torch.set_num_threads(config.threads)
-        cold_start(config, recipe, Ranks.start())
-    except ValueError as error:
+        cold_start(imitating(config, recipe), recipe, Ranks.start())
+    except (ValueError, FloatingPointError) as error:
         raise SystemExit(f"cold_start.py: {error}") from error
+    except KeyboardInterrupt:
+        print(f"Stopped; {folder} is unfinished and cannot be resumed.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

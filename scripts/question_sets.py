@@ -123,7 +123,7 @@ def read_squad(article: dict[str, Any]) -> Read:
 
 def pairs(row: dict[str, Any], key: str) -> Iterator[tuple[str, Any]]:
     """(title, value): a list of pairs, or the parallel lists that Hugging Face makes of one."""
-    value = row.get(key)
+    value: Any = row.get(key)
     if isinstance(value, dict):
         columns = [name for name in value if name != "title"]
         if len(columns) != 1:
@@ -308,12 +308,16 @@ def rows_of(path: Path) -> Iterator[Read]:
 # --- writing
 
 
+def article_name(article: str) -> str:
+    """What tells articles apart."""
+    return unicodedata.normalize("NFC", article.replace("_", " ").strip()).casefold()
+
+
 def side(articles: list[str], held_out: float, seed: int) -> str:
     """train, held_out, or left out where the articles are on both sides."""
     sides = set()
     for article in articles:
-        name = unicodedata.normalize("NFC", article.replace("_", " ").strip()).casefold()
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        digest = hashlib.sha256(f"{seed}/{article_name(article)}".encode()).digest()
         share = int.from_bytes(digest[:8], "big") / 2**64
         sides.add("held_out" if share < held_out else "train")
     return sides.pop() if len(sides) == 1 else "left out"

@@ -3,12 +3,12 @@
     python -m scripts.real_model collect --out=docs/runs --questions=held_out.jsonl RUN ...
     python -m scripts.real_model draw docs/runs
 
-`collect` takes what is small from each run folder: metrics.jsonl, and of the evaluations in it
-(folders of eval.py named greedy and sampled, --run_dir=RUN/greedy) a summary.json with scores, the
-F1 of each question and what the model did. The names of the run folders say what they are: cold
-(the cold start, which has evaluations only), grpo_0, grpo_1, ..., shuffled_0, imitation_0.
+`collect` takes what is small from each run folder: metrics.jsonl or cold_start.jsonl, and of the
+evaluations in it (folders of eval.py named greedy and sampled, --run_dir=RUN/greedy) a summary.json
+with scores, the F1 of each question and what the model did. The names of the run folders say what they are: cold
+(the cold start, which is no point of the curve), grpo_0, grpo_1, ..., shuffled_0, imitation_0.
 
-`draw` writes DIR/../real_model.png, and prints the table: F1 and its difference from the cold
+`draw` writes real_model.png beside DIR, and prints the table: F1 and its difference from the cold
 start, over the seeds of a kind, with the 95 % interval of a paired bootstrap over questions.
 
 What the model did (behaviours), over the trajectories of an evaluation:
@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 from deepresearcher_min.corpus import content_words  # noqa: E402
 from deepresearcher_min.report import jsonable, read_json_lines, text_table  # noqa: E402
 from deepresearcher_min.reward import f1_score, words  # noqa: E402
+from scripts.items import read_rows  # noqa: E402
 
 DRAWS = 10_000  # of a bootstrap
 SCORES = ("n", "f1", "em", "format_errors", "calls", "searches", "pages")
@@ -103,13 +104,10 @@ def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def gold_titles(path: Path) -> dict[str, list[str]]:
     """By question; an id is what eval.py makes of the file."""
-    from deepresearcher_min.trajectory import load_questions
-
-    rows = [row for row in read_json_lines(path) if row]
-    return {
-        question.id: row.get("gold_titles", [])
-        for question, row in zip(load_questions(path), rows, strict=True)
-    }
+    try:
+        return {question.id: gold for question, gold, _ in read_rows("questions", str(path))}
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 def evaluation(folder: Path, gold: dict[str, list[str]]) -> dict[str, Any]:
@@ -135,12 +133,16 @@ def evaluation(folder: Path, gold: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def collect(runs: Sequence[Path], out: Path, questions: Path) -> None:
+    for run in runs:
+        if not any((run / name / "summary.json").is_file() for name in ("greedy", "sampled")):
+            raise SystemExit(f"{run} holds no evaluation that is complete (greedy, sampled)")
     gold = gold_titles(questions)
     for run in runs:
         target = out / run.name
         target.mkdir(parents=True, exist_ok=True)
-        if (run / "metrics.jsonl").is_file():
-            (target / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+        for name in ("metrics.jsonl", "cold_start.jsonl"):
+            if (run / name).is_file():
+                (target / name).write_bytes((run / name).read_bytes())
         for name in ("greedy", "sampled"):
             if (run / name / "summary.json").is_file():
                 kept = jsonable(evaluation(run / name, gold))
@@ -163,15 +165,21 @@ def paired_interval(after: np.ndarray, before: np.ndarray) -> tuple[float, float
 def read_runs(folder: Path) -> dict[str, dict[str, Any]]:
     """By name: {"steps": rows of metrics.jsonl with a reward, "greedy": ..., "sampled": ...}."""
     runs = {}
-    for run in sorted(path for path in folder.iterdir() if path.is_dir()):
+    folders = [path for path in folder.glob("*") if path.is_dir()]
+    for run in sorted(folders):
         rows = [row for row in read_json_lines(run / "metrics.jsonl") if "reward" in row]
         found: dict[str, Any] = {"steps": rows}
         for name in ("greedy", "sampled"):
             path = run / name / "summary.json"
             if path.is_file():
                 found[name] = json.loads(path.read_text(encoding="utf-8"))
-        runs[run.name] = found
+        if len(found) > 1:
+            runs[run.name] = found
     return runs
+
+
+def evaluations(run: dict[str, Any]) -> list[dict[str, Any]]:
+    return [run[way] for way in ("greedy", "sampled") if way in run]
 
 
 def kind_of(name: str) -> str:
@@ -296,7 +304,10 @@ def main(argv: list[str]) -> None:
         return
     runs = read_runs(args.folder)
     if not runs:
-        parser.error(f"{args.folder} holds no run")
+        parser.error(f"{args.folder} holds no run with an evaluation; collect makes such folders")
+    asked = {frozenset(one["f1_by_question"]) for run in runs.values() for one in evaluations(run)}
+    if len(asked) > 1:
+        parser.error(f"the runs in {args.folder} were not asked the same questions")
     draw(runs, args.folder.parent / "real_model.png")
     print(text_table(table(runs)))
 

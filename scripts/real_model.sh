@@ -4,10 +4,15 @@
 #   scripts/real_model.sh MODEL CORPUS QUESTIONS RUNS
 #
 # MODEL: SmolLM2-135M-Instruct as a Hugging Face folder. CORPUS, QUESTIONS: what question_sets.py
-# reads. RUNS: a folder outside the checkout, with 12 GB free. Stop it with Ctrl-C or kill it, and
-# start it again: GRPO and evaluations go on, the imitations begin anew. STOP_AFTER=cold (grpo_0,
-# ...) ends it after that run and its evaluations.
+# reads. RUNS: a folder outside the checkout, with 20 GB free; table and curve are made in
+# RUNS/figures. Stop it with Ctrl-C (a kill of the script leaves what it has started), and start it
+# again: GRPO and evaluations go on, the imitations begin anew. RUNS/sets is made once: delete RUNS
+# for other questions. STOP_AFTER=cold (grpo_0, ...) ends it after that run and its evaluations.
 set -euo pipefail
+if [ $# != 4 ] || [ ! -f "$1/config.json" ] || [ ! -f "$2" ] || [ ! -f "$3" ]; then
+  echo "usage: $0 MODEL CORPUS QUESTIONS RUNS (a model's folder, two files, a folder)" >&2
+  exit 2
+fi
 model=$(realpath "$1") corpus=$(realpath "$2") questions=$(realpath "$3") runs=$(realpath -m "$4")
 cd "$(dirname "$0")/.."
 mkdir -p "$runs"
@@ -60,6 +65,7 @@ if ! grep -q finished "$runs/imitation_0/metrics.jsonl" 2> /dev/null; then
     --reading_share=0 --made_up=0 --log=metrics.jsonl "--run_dir=$runs/imitation_0"
 fi
 examine "$runs/imitation_0"
-$python -m scripts.real_model collect --out=docs/runs "--questions=$runs/sets/held_out.jsonl" \
+$python -m scripts.real_model collect "--out=$runs/figures/runs" \
+  "--questions=$runs/sets/held_out.jsonl" \
   "$runs"/{cold,grpo_0,grpo_1,grpo_2,shuffled_0,imitation_0}
-$python -m scripts.real_model draw docs/runs
+$python -m scripts.real_model draw "$runs/figures/runs"

@@ -20,11 +20,18 @@ def unpack(source: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     [file] = files
+    if out.exists() and not out.is_dir():
+        raise SystemExit(f"{out} is a file; OUT must be a folder")
     where = {"gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+    multiplied = GgufConfig(dequantize=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, **where, quantization_config=multiplied, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+    except Exception as error:  # of a broken file gguf and transformers raise many kinds
+        reason = str(error).partition("\n")[0]
+        raise SystemExit(f"{file} cannot be unpacked: {type(error).__name__}: {reason}") from error
     if not tokenizer.chat_template:
         raise SystemExit(f"{file} has no chat template; take an instruction-tuned model")
     model.save_pretrained(out)

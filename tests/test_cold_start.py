@@ -13,12 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import train
+from deepresearcher_min.config import load_config
 from deepresearcher_min.corpus import Corpus
 from deepresearcher_min.protocol import Answer, Call, parse_turn
 from deepresearcher_min.reward import f1_score
 from deepresearcher_min.trajectory import Question, Recording, Turn
 from scripts import cold_start
-from scripts.cold_start import Item, Recipe, made_up, quoted, reading, researcher, without_guess
+from scripts.cold_start import Recipe, reading, researcher, without_guess
+from scripts.items import Item, held_out_articles, made_up, quoted, read_items
 from tests.scripted import CHAT, byte_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,11 +69,44 @@ def test_made_up_questions_keep_away_from_held_out_articles():
         ("Oslo (1)", "v", "There in 1906 Henrik Ibsen died once."),
     ]
     corpus = Corpus(documents)
-    items = list(islice(made_up(corpus, {"Oslo"}, random.Random(0)), 60))
+    items = list(islice(made_up(corpus, {"oslo"}, random.Random(0)), 60))
     assert {item.title for item in items} == {"Aare (1)"}
     asked = {item.question.text: item.question.answers for item in items}
     assert asked["It is how many km long, and in 1353 Bern joined its neighbours?"] == ("288",)
     assert asked["It is 288 km long, and in what year Bern joined its neighbours?"] == ("1353",)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"gold_titles": ["Old_Oslo_(2)"]},
+        {"article": "old Oslo"},
+        {"gold_titles": None, "article": "Old_Oslo"},
+        {"gold_titles": ["Old Oslo (7)"], "article": None},
+    ],
+)
+def test_an_article_is_held_out_however_it_is_written(row, tmp_path):
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("\n" + json.dumps({"question": "Who?", "answers": ["Ibsen"], **row}) + "\n\n")
+    documents = [("Aare (1)", "u", RIVER), ("Old Oslo (1)", "v", "There in 1906 Ibsen died once.")]
+    found = made_up(Corpus(documents), held_out_articles(str(path)), random.Random(0))
+    assert {item.title for item in islice(found, 60)} == {"Aare (1)"}
+
+
+@pytest.mark.quick
+def test_a_question_goes_with_the_gold_passage_that_answers_it(tmp_path):
+    documents = [
+        ("Bern (1)", "u", TOWN),
+        ("Aare", "v", "The Aare is a river."),
+        ("Aare", "w", "It is 288 km long."),
+    ]
+    asked = {"question": "How long?", "answers": ["288 km"], "gold_titles": ["Bern (1)", "Aare"]}
+    unanswered = asked | {"answers": ["288 miles"]}
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n\n" for row in (unanswered, asked)))
+    (found,) = read_items(str(path), Corpus(documents))
+    assert (found.title, found.text) == ("Aare", "It is 288 km long.")
 
 
 def item() -> Item:
@@ -199,3 +234,83 @@ def test_what_is_missing_is_named(model, tmp_path):
     arguments = [f"--model={model}", *data, out, *sizes, f"--data={other}"]
     with pytest.raises(SystemExit, match="no question has gold_titles"):
         cold_start.main(arguments)
+
+
+def lines(*rows: dict) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+LATE = {"title": "Late (1)", "url": "u", "text": "word " * 200 + "Aare"}
+MILL = {"question": "Who?", "answers": ["Aare"], "gold_titles": ["Late (1)"]}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("files", "words", "said"),
+    [
+        ({}, ["--made_up=2"], "made_up=2.0: must be between 0 and 1"),
+        ({}, ["--good_query=nan"], "good_query=nan: must be between"),
+        ({}, ["--reading_steps=-5"], "reading_steps=-5: must be at least 0"),
+        ({}, ["--log=../x.jsonl"], "log='../x.jsonl': must be a file's name"),
+        ({}, ["--log=model.safetensors"], "log='model.safetensors': must be"),
+        ({}, ["--resume=x"], "resume='x': a cold start cannot be resumed"),
+        (
+            {"data": lines(MILL | {"gold_titles": "Late (1)"})},
+            [],
+            "question 'data, line 1': gold_t",
+        ),
+        ({"data": lines(MILL | {"answers": ["x"]})}, [], "no question has gold_titles that are in"),
+        ({"data": "\n" + lines(MILL) + "{\n"}, [], "line 3: not JSON"),
+        ({"eval_data": lines({"question": "?", "answers": ["x"]})}, [], "eval_data="),
+        ({"corpus": lines(LATE), "data": lines(MILL)}, ["--made_up=0"], "the first 150 words of"),
+        ({"corpus": lines(LATE), "data": lines(MILL)}, [], "made_up: no question can be made"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_learned_from_is_one_line(model, tmp_path, files, words, said):
+    arguments = [f"--model={model}", *write_data(tmp_path), f"--run_dir={tmp_path / 'out'}"]
+    for key, text in files.items():
+        (tmp_path / f"{key}.jsonl").write_text(text)
+    sizes = ["--max_turn_tokens=200", "--threads=1", "--questions_per_step=1", "--group_size=2"]
+    with pytest.raises(SystemExit) as error:
+        cold_start.main([*arguments, *sizes, *words])
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.quick
+def test_no_other_folder_is_written_into(model, tmp_path):
+    data = write_data(tmp_path)
+    for name, content in (("config.yaml", "seed: 1"), ("cold_start.jsonl", '{"finished": 3}')):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(SystemExit, match="holds a finished cold start or another run"):
+            cold_start.main([f"--model={model}", *data, f"--run_dir={folder}"])
+        assert [path.name for path in folder.iterdir()] == [name]
+    with pytest.raises(SystemExit, match="is the model's own folder"):
+        cold_start.main([f"--model={model}", *data, f"--run_dir={model}"])
+    with pytest.raises(SystemExit, match=r"run_dir=.*corpus.jsonl.*: .*File exists"):
+        cold_start.main([f"--model={model}", *data, f"--run_dir={tmp_path / 'corpus.jsonl'}"])
+
+
+@pytest.mark.quick
+def test_ctrl_c_is_one_line(model, tmp_path, monkeypatch, capsys):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cold_start.Policy, "update", interrupted)
+    sizes = ["--max_turn_tokens=200", "--threads=1", "--questions_per_step=1", "--group_size=2"]
+    with pytest.raises(SystemExit) as error:
+        cold_start.main(
+            [f"--model={model}", *write_data(tmp_path), f"--run_dir={tmp_path / 'out'}", *sizes]
+        )
+    assert error.value.code == 130
+    assert "out is unfinished and cannot be resumed" in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_imitation_is_imitation_whatever_is_asked_for():
+    given = ["--preset=wiki", "--temperature=.5", "--kl_coef=1", "--sequence_mask=2", "--steps=3"]
+    config = cold_start.imitating(load_config(given), Recipe(reading_steps=4))
+    assert (config.temperature, config.kl_coef, config.importance_cap) == (1.0, 0.0, 0.0)
+    assert config.sequence_mask == 0.0 and config.steps == 7 and config.date.startswith("20")

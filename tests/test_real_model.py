@@ -130,6 +130,18 @@ def test_runs_are_collected_drawn_and_compared(tmp_path, capsys):
     (tmp_path / "held_out.jsonl").write_text(json.dumps(asked[0]) + "\n")
     with pytest.raises(SystemExit, match="question b is not in --questions"):
         real_model.main(["collect", f"--out={out}", questions, *folders])
+    with pytest.raises(SystemExit, match="runs holds no evaluation that is complete"):
+        real_model.main(["collect", f"--out={out}", questions, str(tmp_path / "runs")])
+    with pytest.raises(SystemExit, match=r"questions=.*nothing\.jsonl"):
+        missing = f"--questions={tmp_path}/nothing.jsonl"
+        real_model.main(["collect", f"--out={out}", missing, *folders])
+    del kept["f1_by_question"]["b"]
+    (out / "grpo_0" / "greedy" / "summary.json").write_text(json.dumps(kept))
+    (out / "empty" / "empty").mkdir(parents=True)
+    for folder, said in ((out, "not asked the same questions"), (out / "empty", "holds no run")):
+        with pytest.raises(SystemExit):
+            real_model.main(["draw", str(folder)])
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.quick
@@ -249,6 +261,13 @@ def test_the_experiment_in_small(tmp_path):
 def test_unpacking_wants_one_file(tmp_path):
     with pytest.raises(SystemExit, match=r"0 files end in \.gguf, not 1"):
         unpack(tmp_path, tmp_path / "out")
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF and no more")
+    with pytest.raises(SystemExit, match="is a file; OUT must be a folder"):
+        unpack(tmp_path, file)
+    with pytest.raises(SystemExit, match=r"model\.gguf cannot be unpacked: "):
+        unpack(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # Stands in for Python: notes its arguments, and leaves what the script looks for.
@@ -282,6 +301,11 @@ def test_all_runs_are_begun_with_keys_that_they_read_and_go_on_where_they_ended(
     words = ["scripts/real_model.sh", "model", "corpus.jsonl", "questions.jsonl", "runs"]
     command = [str(ROOT / words[0]), *(str(tmp_path / word) for word in words[1:])]
     environment = os.environ | {"PYTHON": f"{sys.executable} {recorder}"}
+    for name in ("model/config.json", "corpus.jsonl", "questions.jsonl"):
+        refused = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+        assert refused.returncode == 2 and b"MODEL CORPUS QUESTIONS RUNS" in refused.stderr
+        (tmp_path / name).write_text("{}")
+    assert not (tmp_path / "runs").exists()
 
     def made() -> list[list[str]]:
         subprocess.run(command, env=environment, check=True, timeout=60)
