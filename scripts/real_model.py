@@ -5,8 +5,9 @@
 
 `collect` takes what is small from each run folder: metrics.jsonl or cold_start.jsonl, and of the
 evaluations in it (folders of eval.py named greedy and sampled, --run_dir=RUN/greedy) a summary.json
-with scores, the F1 of each question and what the model did. The names of the run folders say what they are: cold
-(the cold start, which is no point of the curve), grpo_0, grpo_1, ..., shuffled_0, imitation_0.
+with scores, the F1 of each question and what the model did. The names of the run folders say what
+they are: cold (the cold start, which is no point of the curve), grpo_0, grpo_1, ..., shuffled_0,
+imitation_0.
 
 `draw` writes real_model.png beside DIR, and prints the table: F1 and its difference from the cold
 start, over the seeds of a kind, with the 95 % interval of a paired bootstrap over questions.
