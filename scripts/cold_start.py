@@ -66,6 +66,7 @@ from deepresearcher_min.trajectory import (  # noqa: E402
     Turn,
 )
 from scripts.items import (  # noqa: E402
+    PATIENCE,
     Draw,
     Item,
     held_out_articles,
@@ -81,7 +82,6 @@ CALL = '</think>\n<tool_call>{}{{"{}": [{}]}}</tool_call>'
 SAYS = "It says"  # begins every last turn: the decision to answer
 QUESTIONS = 10  # of a reading example at most: the page is computed once for all of them
 PAGE = 150  # words of a reading example's page at most
-PATIENCE = 1000  # pages in a row of which no reading example can be made
 
 
 @dataclass(frozen=True)
@@ -230,8 +230,8 @@ def cold_start(config: Config, recipe: Recipe, ranks: Ranks) -> None:
     chat = idle.chat
     engine = ScriptedEngine(chat.tokenizer, chat.end_of_turn_id, partial(begin, [], 0, recipe))
     agent = replace(idle, engine=engine)
-    real = read_items(config.data, task.corpus)
     held_out = held_out_articles(config.eval_data)
+    real = read_items(config.data, task.corpus, held_out)
     invented = made_up(task.corpus, held_out, random.Random(config.seed))
     draw = Draw(real, invented, recipe.made_up, config.seed)
     policy = Policy(config, task.model_dir, ranks)
@@ -282,16 +282,16 @@ def check(config: Config, recipe: Recipe) -> None:
     if Path(recipe.log).name != recipe.log or Path(recipe.log).suffix != ".jsonl":
         raise ConfigError(f"log={recipe.log!r}: must be a file's name that ends in .jsonl")
     folder = Path(config.run_dir)
-    log = folder / recipe.log
-    finished = log.is_file() and '"finished"' in log.read_text("utf-8")
-    if finished or (folder / "config.yaml").exists():
-        raise ConfigError(f"run_dir={config.run_dir!r} holds a finished cold start or another run")
-    if folder.resolve() == Path(config.model).resolve():
-        raise ConfigError(f"run_dir={config.run_dir!r} is the model's own folder")
+    finished = any(b'"finished"' in path.read_bytes() for path in folder.glob("*.jsonl"))
+    another = (folder / "config.json").exists() and not (folder / recipe.log).is_file()
+    if finished or another or (folder / "config.yaml").exists():
+        raise ConfigError(f"run_dir={config.run_dir!r} holds another model or run already")
 
 
 def imitating(config: Config, recipe: Recipe) -> Config:
-    """The config with which the policy's update is imitation."""
+    """The config with which the policy's update is imitation, of all steps; with a date for prompts
+    that name one.
+    """
     return replace(
         config,
         temperature=1.0,
@@ -323,10 +323,11 @@ def main(argv: list[str]) -> None:
         torch.manual_seed(config.seed)
         torch.set_num_threads(config.threads)
         cold_start(imitating(config, recipe), recipe, Ranks.start())
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"cold_start.py: {error}") from error
     except KeyboardInterrupt:
-        print(f"Stopped; {folder} is unfinished and cannot be resumed.", file=sys.stderr)
+        if folder:
+            print(f"Stopped; {folder} is unfinished and cannot be resumed.", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -20,10 +20,10 @@ sys.path.insert(0, str(ROOT))
 from deepresearcher_min.config import ConfigError, named  # noqa: E402
 from deepresearcher_min.corpus import Corpus, content_words  # noqa: E402
 from deepresearcher_min.trajectory import Question, load_questions  # noqa: E402
-from scripts.question_sets import article_name  # noqa: E402
+from scripts.question_sets import article_of  # noqa: E402
 
 NEAR = 12  # words before an answer that tell which of several places is meant
-PATIENCE = 10_000  # passages in a row of which no question can be made
+PATIENCE = 1000  # passages in a row of which nothing can be made
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 # What a made-up question asks for: a year, a number, a name inside the sentence.
 HOLES = {
@@ -80,43 +80,14 @@ def read_rows(key: str, path: str) -> Iterator[tuple[Question, list[str], list[s
             rows = [json.loads(line) for line in lines if line.strip()]
         for question, row in zip(questions, rows, strict=True):
             gold = row.get("gold_titles") or []
-            names = [*gold, row["article"]] if row.get("article") else gold
-            if not isinstance(gold, list) or not all(isinstance(name, str) for name in names):
+            article = row.get("article") or ""
+            names = [*gold, article] if isinstance(gold, list) else [None]
+            if not all(isinstance(name, str) for name in names):
                 raise ValueError(
                     f"question {question.id!r}: gold_titles must be a list of texts and article "
-                    f"a text, not {gold!r} and {row.get('article')!r}"
+                    f"a text, not {gold!r} and {article!r}"
                 )
-            yield question, gold, names
-
-
-def read_items(path: str, corpus: Corpus) -> list[Item]:
-    """The questions of a file with the first of their gold passages that holds an answer, where the
-    corpus has one.
-    """
-    texts: dict[str, list[str]] = {}
-    for title, _, text in corpus.documents:
-        texts.setdefault(title, []).append(text)
-    items = []
-    for question, gold, _ in read_rows("data", path):
-        passages = [(title, text) for title in gold for text in texts.get(title, ())]
-        for title, text in passages:
-            if any(quoted(text, answer, question.text, 0) for answer in question.answers):
-                items.append(Item(question, title, text))
-                break
-    if not items:
-        raise ConfigError(
-            f"data={path!r}: no question has gold_titles that are in the corpus and hold one of "
-            "its answers, as words between spaces"
-        )
-    return items
-
-
-# --- made-up questions
-
-
-def article_of(title: str) -> str:
-    """The article of a numbered paragraph, as question_sets.py names and compares them."""
-    return article_name(re.sub(r"[ _]\(\d+\)$", "", title))
+            yield question, gold, list(filter(None, names))
 
 
 def held_out_articles(path: str) -> set[str]:
@@ -127,6 +98,32 @@ def held_out_articles(path: str) -> set[str]:
             "leave alone"
         )
     return found
+
+
+def read_items(path: str, corpus: Corpus, held_out: set[str]) -> list[Item]:
+    """The questions of a file with the first of their gold passages that holds an answer, where the
+    corpus has one that is not of a held-out article.
+    """
+    texts: dict[str, list[str]] = {}
+    for title, _, text in corpus.documents:
+        if article_of(title) not in held_out:
+            texts.setdefault(title, []).append(text)
+    items = []
+    for question, gold, _ in read_rows("data", path):
+        passages = [(title, text) for title in gold for text in texts.get(title, ())]
+        for title, text in passages:
+            if any(quoted(text, answer, question.text, 0) for answer in question.answers):
+                items.append(Item(question, title, text))
+                break
+    if not items:
+        raise ConfigError(
+            f"data={path!r}: no question has gold_titles that are in the corpus, hold one of its "
+            "answers as words between spaces, and are not of eval_data's articles"
+        )
+    return items
+
+
+# --- made-up questions
 
 
 def holes(title: str, text: str, rng: random.Random) -> list[Item]:
@@ -160,8 +157,8 @@ def made_up(corpus: Corpus, held_out: set[str], rng: random.Random) -> Iterator[
         misses = 0 if found else misses + 1
         yield from found
     raise ConfigError(
-        "made_up: no question can be made of the corpus's sentences outside the articles of "
-        "eval_data; --made_up=0 does without"
+        f"made_up: of {misses} passages of the corpus in a row, outside the articles of eval_data, "
+        "no question can be made; --made_up=0 does without"
     )
 
 

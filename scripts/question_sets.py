@@ -22,9 +22,10 @@ left out with .18: take more for multi-hop files. Questions without an answer, o
 passage that gives it, are dropped. All are counted.
 
 Passages that occur twice are written once, for which a hash of each is kept (some 90 bytes of
-memory); everything else streams. Passages with one address are one page: of two corpora without
-`url` that number their passages alike, give one. --short_addresses numbers the pages (passage:17):
-an address costs a small model 25 tokens, three times in a trajectory that opens a page.
+memory, twice that with --short_addresses); everything else streams. Passages with one address are
+one page: so would be those of two corpora without `url` whose ids are the same numbers.
+--short_addresses numbers the pages (passage:17): an address costs a small model 25 tokens, three
+times in a trajectory that opens a page.
 
 The formats follow what their authors published; never run on the published files of SQuAD, XQuAD,
 HotpotQA, 2WikiMultihopQA, MuSiQue, BEIR or wiki-18, only on small files of the same form.
@@ -36,6 +37,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import sys
 import unicodedata
 import zlib
@@ -56,7 +58,7 @@ from deepresearcher_min.trajectory import parse_row  # noqa: E402
 
 WIKIPEDIA = "https://en.wikipedia.org/wiki/"
 NAMES = ("corpus", "train", "held_out")
-KINDS = {str: "text", list: "list", dict: "object"}
+KINDS = {str: "string", list: "array", dict: "object"}
 LONGEST_OBJECT = 2**20  # of a file with an object a line that is not named .jsonl [bytes]
 Passage = dict[str, str]
 # What a reader makes of an object: passages, and questions (None for one that cannot be answered).
@@ -128,7 +130,10 @@ def pairs(row: dict[str, Any], key: str) -> Iterator[tuple[str, Any]]:
         columns = [name for name in value if name != "title"]
         if len(columns) != 1:
             raise ValueError(f"{key} must have title and one more list, not {', '.join(value)}")
-        value = zip(field(value, "title", list), field(value, columns[0], list), strict=True)
+        titles, others = field(value, "title", list), field(value, columns[0], list)
+        if len(titles) != len(others):
+            raise ValueError(f"{key} has {len(titles)} titles and {len(others)} {columns[0]}")
+        value = zip(titles, others, strict=True)
     else:
         checked(key, value, list)
     for pair in value:
@@ -208,7 +213,7 @@ FORMATS = {
 
 
 def format_of(first: dict[str, Any]) -> Any:
-    if "_id" in first and "text" in first and "title" not in first:
+    if {"_id", "text", "metadata"} <= first.keys() and not {"title", "url"} & first.keys():
         raise ValueError("a query of BEIR, which has no answer; only BEIR's corpus is read")
     for reader, keys in FORMATS.items():
         if keys <= first.keys():
@@ -221,24 +226,29 @@ def format_of(first: dict[str, Any]) -> Any:
 # --- objects of a file
 
 
-def has_lines(name: str, file: BinaryIO) -> bool:
-    """Whether a file has one object a line; leaves it behind a byte order mark."""
+def prefix_of(name: str, file: BinaryIO) -> str:
+    """Where ijson finds the objects of a JSON document; empty for a file with one object a line.
+
+    The file then stands behind its byte order mark.
+    """
     begin = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
     file.seek(begin)
-    line = file.readline(LONGEST_OBJECT)
+    line = b"\n"
+    while line.isspace():
+        line = file.readline(LONGEST_OBJECT)
     file.seek(begin)
     start = line.lstrip()[:1]
     if start == b"[":
-        return False
+        return "item"
     if name.removesuffix(".gz").endswith(".jsonl") or not start:
-        return True
+        return ""
     if start != b"{":
         raise ValueError(f"not JSON: {line[:60]!r}")
     try:
         first = json.loads(line)
     except ValueError:
-        return False
-    return not isinstance(first.get("data"), list)
+        return "data.item"
+    return "data.item" if isinstance(first.get("data"), list) else ""
 
 
 def objects(path: Path) -> Iterator[tuple[str, Any]]:
@@ -252,21 +262,13 @@ def objects(path: Path) -> Iterator[tuple[str, Any]]:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         file: Any = gzip.GzipFile(fileobj=raw) if packed else raw
-        lines = has_lines(path.name, file)
-        name = "line" if lines else "object"
-        found = file if lines else items(file)
+        prefix = prefix_of(path.name, file)
+        found = ijson.items(file, prefix, use_float=True) if prefix else file
+        name = "object" if prefix else "line"
         for number, one in enumerate(found, start=1):
             bar.update(raw.tell() - bar.n)
-            if not lines or one.strip():
+            if prefix or one.strip():
                 yield f"{name} {number}", one
-
-
-def items(file: BinaryIO) -> Iterator[Any]:
-    """Those of a JSON list, or of the list "data" of a JSON object."""
-    begin = file.tell()
-    is_list = file.read(64).lstrip().startswith(b"[")
-    file.seek(begin)
-    return ijson.items(file, "item" if is_list else "data.item", use_float=True)
 
 
 def parse_line(line: bytes) -> Any:
@@ -291,13 +293,17 @@ def rows_of(path: Path) -> Iterator[Read]:
             texts = [text for passage in passages for text in passage.values()]
             for row in filter(None, questions):
                 texts += [row["article"], *row["gold_titles"]]
-            "".join(texts).encode()  # refuses half of a surrogate pair, which no file takes
+            # Refuses half of a surrogate pair, which no file takes; ijson has put "?" in its place.
+            "".join(texts).encode()
             yield passages, questions
     except OSError as error:  # a gzip file may be bad, too
         raise SystemExit(f"{path}: {error.strerror or error}") from error
     except (EOFError, zlib.error, ijson.JSONError) as error:  # found while the next one was read
-        reason = " ".join(str(error).split())
-        raise SystemExit(f"{path}, behind {place}: {reason}") from error
+        reason = error.args[0] if error.args else error
+        if isinstance(reason, bytes):
+            reason = reason.decode("utf-8", "replace")
+        reason = " ".join(str(reason).split())
+        raise SystemExit(f"{path}, after {place}: {reason}") from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error).partition("\n")[0].strip()
         raise SystemExit(f"{path}, {place}: {reason}") from error
@@ -308,16 +314,19 @@ def rows_of(path: Path) -> Iterator[Read]:
 # --- writing
 
 
-def article_name(article: str) -> str:
-    """What tells articles apart."""
-    return unicodedata.normalize("NFC", article.replace("_", " ").strip()).casefold()
+def article_of(title: str) -> str:
+    """What tells articles apart: a title without the number of its paragraph, as in "Aare (1)".
+    Years are numbers, too: articles that differ in nothing else count as one.
+    """
+    name = re.sub(r"([ _]\(\d+\))+$", "", title.strip())
+    return unicodedata.normalize("NFC", name.replace("_", " ")).casefold()
 
 
 def side(articles: list[str], held_out: float, seed: int) -> str:
     """train, held_out, or left out where the articles are on both sides."""
     sides = set()
     for article in articles:
-        digest = hashlib.sha256(f"{seed}/{article_name(article)}".encode()).digest()
+        digest = hashlib.sha256(f"{seed}/{article_of(article)}".encode()).digest()
         share = int.from_bytes(digest[:8], "big") / 2**64
         sides.add("held_out" if share < held_out else "train")
     return sides.pop() if len(sides) == 1 else "left out"
@@ -349,7 +358,7 @@ def make_sets(
                 count["repeated"] += 1
 
         for path in files:
-            count = counts[path] = Counter()
+            count = counts.setdefault(path, Counter())  # a file may be named twice
             for passages, questions in rows_of(path):
                 for passage in passages:
                     if short:

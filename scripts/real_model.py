@@ -134,7 +134,11 @@ def evaluation(folder: Path, gold: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def collect(runs: Sequence[Path], out: Path, questions: Path) -> None:
+    if len({run.name for run in runs}) < len(runs):
+        raise SystemExit("two runs have the same name, which says what they are")
     for run in runs:
+        if (out / run.name).resolve() == run.resolve():
+            raise SystemExit(f"--out={out} is where {run} stands; it would be overwritten")
         if not any((run / name / "summary.json").is_file() for name in ("greedy", "sampled")):
             raise SystemExit(f"{run} holds no evaluation that is complete (greedy, sampled)")
     gold = gold_titles(questions)
@@ -174,13 +178,11 @@ def read_runs(folder: Path) -> dict[str, dict[str, Any]]:
             path = run / name / "summary.json"
             if path.is_file():
                 found[name] = json.loads(path.read_text(encoding="utf-8"))
-        if len(found) > 1:
+                if "f1_by_question" not in found[name]:
+                    raise SystemExit(f"{path} is not what `collect` writes")
+        if rows or len(found) > 1:
             runs[run.name] = found
     return runs
-
-
-def evaluations(run: dict[str, Any]) -> list[dict[str, Any]]:
-    return [run[way] for way in ("greedy", "sampled") if way in run]
 
 
 def kind_of(name: str) -> str:
@@ -300,13 +302,19 @@ def main(argv: list[str]) -> None:
     drawing = commands.add_parser("draw", help="curve and table of what was collected")
     drawing.add_argument("folder", type=Path, metavar="DIR")
     args = parser.parse_args(argv)
-    if args.command == "collect":
-        collect(args.runs, args.out, args.questions)
-        return
-    runs = read_runs(args.folder)
+    try:
+        if args.command == "collect":
+            collect(args.runs, args.out, args.questions)
+            return
+        runs = read_runs(args.folder)
+    except (OSError, ValueError) as error:  # torn files; folders that cannot be written
+        raise SystemExit(f"real_model.py: {error}") from error
     if not runs:
-        parser.error(f"{args.folder} holds no run with an evaluation; collect makes such folders")
-    asked = {frozenset(one["f1_by_question"]) for run in runs.values() for one in evaluations(run)}
+        parser.error(f"{args.folder} holds no run; `collect` makes such folders")
+    asked = set()
+    for run in runs.values():
+        for way in {"greedy", "sampled"} & run.keys():
+            asked.add(frozenset(run[way]["f1_by_question"]))
     if len(asked) > 1:
         parser.error(f"the runs in {args.folder} were not asked the same questions")
     draw(runs, args.folder.parent / "real_model.png")

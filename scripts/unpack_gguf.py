@@ -15,18 +15,18 @@ def unpack(source: Path, out: Path) -> None:
     files = [source] if source.is_file() else sorted(source.glob("*.gguf"))
     if len(files) != 1:
         raise SystemExit(f"{source}: {len(files)} files end in .gguf, not 1; name one")
+    if out.exists() and not out.is_dir():
+        raise SystemExit(f"{out} is a file; OUT must be a folder")
+    [file] = files
     # Here, so that --help needs neither.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    [file] = files
-    if out.exists() and not out.is_dir():
-        raise SystemExit(f"{out} is a file; OUT must be a folder")
     where = {"gguf_file": file.name}
-    multiplied = GgufConfig(dequantize=True)
+    dequantized = GgufConfig(dequantize=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            file.parent, **where, quantization_config=multiplied, dtype=torch.float32
+            file.parent, **where, quantization_config=dequantized, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
     except Exception as error:  # of a broken file gguf and transformers raise many kinds

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import train
-from deepresearcher_min.config import load_config
+from deepresearcher_min.config import ConfigError, load_config
 from deepresearcher_min.corpus import Corpus
 from deepresearcher_min.protocol import Answer, Call, parse_turn
 from deepresearcher_min.reward import f1_score
@@ -84,12 +84,15 @@ def test_made_up_questions_keep_away_from_held_out_articles():
         {"article": "old Oslo"},
         {"gold_titles": None, "article": "Old_Oslo"},
         {"gold_titles": ["Old Oslo (7)"], "article": None},
+        {"article": "Old Oslo (1995)"},
     ],
 )
 def test_an_article_is_held_out_however_it_is_written(row, tmp_path):
     path = tmp_path / "held_out.jsonl"
     path.write_text("\n" + json.dumps({"question": "Who?", "answers": ["Ibsen"], **row}) + "\n\n")
-    documents = [("Aare (1)", "u", RIVER), ("Old Oslo (1)", "v", "There in 1906 Ibsen died once.")]
+    died = "There in 1906 Ibsen died once."
+    documents = [("Aare (1)", "u", RIVER), ("Old Oslo (1)", "v", died)]
+    documents.append(("Old Oslo (1995) (1)", "w", died))
     found = made_up(Corpus(documents), held_out_articles(str(path)), random.Random(0))
     assert {item.title for item in islice(found, 60)} == {"Aare (1)"}
 
@@ -105,8 +108,10 @@ def test_a_question_goes_with_the_gold_passage_that_answers_it(tmp_path):
     unanswered = asked | {"answers": ["288 miles"]}
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n\n" for row in (unanswered, asked)))
-    (found,) = read_items(str(path), Corpus(documents))
+    (found,) = read_items(str(path), Corpus(documents), {"bern"})
     assert (found.title, found.text) == ("Aare", "It is 288 km long.")
+    with pytest.raises(ConfigError, match="not of eval_data's articles"):
+        read_items(str(path), Corpus(documents), {"aare"})
 
 
 def item() -> Item:
@@ -259,11 +264,16 @@ MILL = {"question": "Who?", "answers": ["Aare"], "gold_titles": ["Late (1)"]}
             [],
             "question 'data, line 1': gold_t",
         ),
+        ({"data": lines(MILL | {"gold_titles": 5, "article": "x"})}, [], "question 'data, line 1'"),
         ({"data": lines(MILL | {"answers": ["x"]})}, [], "no question has gold_titles that are in"),
         ({"data": "\n" + lines(MILL) + "{\n"}, [], "line 3: not JSON"),
         ({"eval_data": lines({"question": "?", "answers": ["x"]})}, [], "eval_data="),
         ({"corpus": lines(LATE), "data": lines(MILL)}, ["--made_up=0"], "the first 150 words of"),
-        ({"corpus": lines(LATE), "data": lines(MILL)}, [], "made_up: no question can be made"),
+        (
+            {"corpus": lines(LATE), "data": lines(MILL)},
+            [],
+            "made_up: of 1000 passages of the corpus in",
+        ),
     ],
     ids=str,
 )
@@ -284,10 +294,10 @@ def test_no_other_folder_is_written_into(model, tmp_path):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
         (folder / name).write_text(content)
-        with pytest.raises(SystemExit, match="holds a finished cold start or another run"):
-            cold_start.main([f"--model={model}", *data, f"--run_dir={folder}"])
+        with pytest.raises(SystemExit, match="holds another model or run already"):
+            cold_start.main([f"--model={model}", *data, f"--run_dir={folder}", "--log=x.jsonl"])
         assert [path.name for path in folder.iterdir()] == [name]
-    with pytest.raises(SystemExit, match="is the model's own folder"):
+    with pytest.raises(SystemExit, match="holds another model or run already"):
         cold_start.main([f"--model={model}", *data, f"--run_dir={model}"])
     with pytest.raises(SystemExit, match=r"run_dir=.*corpus.jsonl.*: .*File exists"):
         cold_start.main([f"--model={model}", *data, f"--run_dir={tmp_path / 'corpus.jsonl'}"])

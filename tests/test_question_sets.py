@@ -211,9 +211,9 @@ def test_the_same_articles_are_held_out_whatever_else_is_read(tmp_path):
         (
             "a.json",
             '{"data": [{"title": "A", "paragraphs": "x"}]}',
-            "paragraphs must be a JSON list",
+            "paragraphs must be a JSON array",
         ),
-        ("a.json", '[{"text": "x"}, {"text": ', "behind object 1: "),
+        ("a.json", '[{"text": "x"}, {"text": ', "after object 1: parse error: premature EOF"),
         ("a.json", '{"rows": []}', "line 1: no format"),
         ("a.json", '{"data": []}', "holds no object"),
         ("a.json", "", "holds no object"),
@@ -222,20 +222,29 @@ def test_the_same_articles_are_held_out_whatever_else_is_read(tmp_path):
         ("a.jsonl", '{"text": ' + "[" * 100_000, "line 1: "),
         ("a.jsonl", '{"_id": "q1", "text": "where is ghent", "metadata": {}}', "a query of BEIR"),
         ("a.jsonl", '{"contents": null}', "line 1: neither text nor contents"),
-        ("a.jsonl", '{"text": {"a": 1}}', "text must be a JSON text, not \"{'a': 1}\""),
+        ("a.jsonl", '{"text": {"a": 1}}', "text must be a JSON string, not \"{'a': 1}\""),
         ("a.jsonl", ASKED % '"article": 5', "article and each of gold_titles must be"),
-        ("a.jsonl", ASKED % '"gold_titles": "Mill"', "gold_titles must be a JSON list, not 'Mill'"),
-        ("a.jsonl", ASKED % '"gold_titles": [null]', "each of gold_titles must be a JSON text"),
+        (
+            "a.jsonl",
+            ASKED % '"gold_titles": "Mill"',
+            "gold_titles must be a JSON array, not 'Mill'",
+        ),
+        ("a.jsonl", ASKED % '"gold_titles": [null]', "each of gold_titles must be a JSON string"),
         ("a.jsonl", ASKED % '"gold_titles": ["\\ud800"]', "line 1: 'utf-8'"),
         ("a.jsonl", ASKED % '"article": "\\ud800"', "line 1: 'utf-8'"),
-        ("a.json", HOTPOT_LIKE % '[["A", "B."]]', "context of 'A' must be a JSON list, not 'B.'"),
+        ("a.json", HOTPOT_LIKE % '[["A", "B."]]', "context of 'A' must be a JSON array, not 'B.'"),
         (
             "a.json",
             json.dumps([HOTPOT, {"question": "?"}]),
-            "object 2: context must be a JSON list",
+            "object 2: context must be a JSON array",
         ),
         ("a.jsonl", json.dumps(MUSIQUE) + '\n{"paragraphs": []}', "line 2: question is missing"),
         ("a.json", HOTPOT_LIKE % '[["A"]]', "context must hold pairs with a title first"),
+        (
+            "a.json",
+            HOTPOT_LIKE % '{"title": ["A"], "sentences": []}',
+            "has 1 titles and 0 sentences",
+        ),
         ("a.json", HOTPOT_LIKE % '{"title": ["A"]}', "context must have title and one more list"),
     ],
     ids=lambda value: value[:30],
@@ -253,17 +262,17 @@ def test_what_does_not_fit_is_named(tmp_path, name, text, said):
     assert [path.name for path in kept.iterdir()] == ["corpus.jsonl"]
 
 
-@pytest.mark.parametrize("dress", ["lines", "list", "packed", "mark", "packed list"])
+@pytest.mark.parametrize("dress", ["lines", "list", "blank list", "packed", "mark", "packed list"])
 def test_a_file_may_be_dressed_as_people_do(tmp_path, dress):
     plain = sets_of(tmp_path, write(tmp_path, "musique.jsonl", MUSIQUE))
     file = tmp_path / "dressed.json"
     text = json.dumps([MUSIQUE], indent=1) if "list" in dress else json.dumps(MUSIQUE) + "\n"
-    data = ("\ufeff" if dress == "mark" else "").encode() + text.encode()
+    data = {"mark": "\ufeff", "blank list": " \n\n"}.get(dress, "").encode() + text.encode()
     file.write_bytes(gzip.compress(data) if "packed" in dress else data)
     assert sets_of(tmp_path, file) == plain
     if dress == "packed":
         file.write_bytes(file.read_bytes()[:-12])
-        with pytest.raises(SystemExit, match=r"dressed\.json, behind "):
+        with pytest.raises(SystemExit, match=r"dressed\.json, after "):
             sets_of(tmp_path, file)
 
 
@@ -277,10 +286,31 @@ def test_every_question_is_counted(tmp_path):
         write(tmp_path, "b/h.json", [HOTPOT | {"_id": "h4"}]),
         write(tmp_path, "s.json", SQUAD),
     ]
-    counts = make_sets(files, tmp_path / "out", 0.0, 0)
+    counts = make_sets([*files, files[2]], tmp_path / "out", 0.0, 0)
     assert counts[files[0]] == {"corpus": 3, "train": 1, "unanswered": 2, "repeated": 1}
     assert counts[files[1]] == {"train": 1}
-    assert counts[files[2]] == {"corpus": 8, "train": 8, "unanswered": 8}
+    # Named twice, as corpus and as questions: written once.
+    assert counts[files[2]] == {"corpus": 8, "train": 8, "unanswered": 16, "repeated": 8}
+
+
+def test_paragraphs_of_an_article_are_on_one_side(tmp_path):
+    asked = []
+    for n in range(40):
+        for part in (f"River {n}", f"River_{n} (1)", f"River {n} (2)"):
+            asked.append({"id": part, "question": "?", "answers": "x", "gold_titles": [part]})
+    sets = sets_of(tmp_path, write(tmp_path, "q.jsonl", *asked), held_out=0.5)
+    numbers = [
+        {row["id"].replace("_", " ").split()[1] for row in sets[name]}
+        for name in ("train", "held_out")
+    ]
+    assert all(numbers) and not numbers[0] & numbers[1]
+
+
+def test_a_passage_without_a_title_is_no_query(tmp_path):
+    plain = {"_id": "1", "text": "The mill is in Oss."}
+    linked = plain | {"_id": "2", "metadata": {}, "url": "https://x.example/"}
+    for row in (plain, linked):
+        assert len(sets_of(tmp_path, write(tmp_path, "c.jsonl", row))["corpus"]) == 1
 
 
 def test_one_name_in_two_spellings_is_one_article(tmp_path):

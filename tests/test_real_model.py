@@ -88,6 +88,8 @@ def write_run(folder: Path, steps: int, answers: dict[str, str | None]) -> None:
     if steps:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "metrics.jsonl").write_text(text)
+    else:
+        (folder / "cold_start.jsonl").write_text('{"finished": 1}')
     known = [row(name, one, search("aare", "288 km"), END) for name, one in answers.items()]
     again = row("a", "nothing", search("aare", "288 km"), END)  # asked twice: the last counts
     (folder / "greedy" / "trajectories" / "eval.jsonl").write_text(
@@ -118,6 +120,7 @@ def test_runs_are_collected_drawn_and_compared(tmp_path, capsys):
     assert kept["behaviours"]["found"] == 1.0 and kept["behaviours"]["f1_shown"] == 1.0
     assert (out / "grpo_1" / "metrics.jsonl").is_file()
     assert not (out / "cold" / "metrics.jsonl").exists()
+    assert (out / "cold" / "cold_start.jsonl").is_file()
     capsys.readouterr()
     real_model.main(["draw", str(out)])
     assert (tmp_path / "docs" / "real_model.png").read_bytes().startswith(PNG)
@@ -132,6 +135,12 @@ def test_runs_are_collected_drawn_and_compared(tmp_path, capsys):
         real_model.main(["collect", f"--out={out}", questions, *folders])
     with pytest.raises(SystemExit, match="runs holds no evaluation that is complete"):
         real_model.main(["collect", f"--out={out}", questions, str(tmp_path / "runs")])
+    with pytest.raises(SystemExit, match="have the same name"):
+        real_model.main(["collect", f"--out={out}", questions, folders[0], folders[0]])
+    with pytest.raises(SystemExit, match="would be overwritten"):
+        real_model.main(["collect", f"--out={tmp_path / 'runs'}", questions, folders[0]])
+    with pytest.raises(SystemExit, match="is not what `collect` writes"):
+        real_model.main(["draw", str(tmp_path / "runs")])
     with pytest.raises(SystemExit, match=r"questions=.*nothing\.jsonl"):
         missing = f"--questions={tmp_path}/nothing.jsonl"
         real_model.main(["collect", f"--out={out}", missing, *folders])
@@ -265,6 +274,7 @@ def test_unpacking_wants_one_file(tmp_path):
     file.write_bytes(b"GGUF and no more")
     with pytest.raises(SystemExit, match="is a file; OUT must be a folder"):
         unpack(tmp_path, file)
+    pytest.importorskip("gguf")
     with pytest.raises(SystemExit, match=r"model\.gguf cannot be unpacked: "):
         unpack(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
