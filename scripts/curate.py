@@ -126,16 +126,15 @@ def main(argv: list[str]) -> int:
             "JUDGE_API_KEY", "judge_url needs it (any word, if the server asks for none)"
         )
         check_needs(config)
-        questions, ranks, file = (
-            load_questions(config.data),
-            Ranks(),
-            Path(config.run_dir) / "questions.jsonl",
-        )
+        questions = load_questions(config.data)
+        ranks = Ranks()
+        file = Path(config.run_dir) / "questions.jsonl"
         _, agent = make_agent(config, Task(config.model, questions, []), ranks, [])
         agent, web = replace(agent, chat=PlainChat(agent.chat, {})), open_web(config, ranks)
         file.parent.mkdir(parents=True, exist_ok=True)
+        chosen = curate(questions, agent, web)
         with file.open("w", encoding="utf-8") as lines:
-            for one in curate(questions, agent, web):
+            for one in chosen:
                 row = {
                     "id": one.id,
                     "question": one.text,
@@ -145,9 +144,12 @@ def main(argv: list[str]) -> int:
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
         web.close()
         agent.engine.close()
-    except (ConfigError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"curate.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Stopped; the judge's verdicts so far are kept.", file=sys.stderr)
+        return 130
     return 0
 
 

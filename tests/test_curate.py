@@ -137,9 +137,12 @@ def test_the_command_writes_questions_that_can_be_trained_on(tmp_path, capsys):
             f"--run_dir={tmp_path}/out",
             "--max_model_len=1024",
         ]
-        assert curate.main([*arguments, "--group_size=2", "--limit=8", "--max_turn_tokens=8"]) == 0
-    chosen = load_questions(tmp_path / "out/questions.jsonl")
-    assert len(chosen) == 8 and set(chosen) < set(QUESTIONS)
+        arguments += ["--group_size=2", "--max_turn_tokens=8"]
+        assert curate.main([*arguments, "--limit=8"]) == 0
+        chosen = load_questions(tmp_path / "out/questions.jsonl")
+        assert len(chosen) == 8 and set(chosen) < set(QUESTIONS)
+        assert curate.main([*arguments, "--limit=7"]) == 2  # too few for the mix
+        assert load_questions(tmp_path / "out/questions.jsonl") == chosen
 
 
 @pytest.mark.parametrize(
