@@ -21,7 +21,6 @@ from deepresearcher_min.config import TYPES, check_inputs, load_config
 from scripts import cold_start, question_sets, real_model
 from scripts.cold_start import Recipe
 from scripts.real_model import behaviour, holds, paired_interval
-from scripts.unpack_gguf import unpack
 from tests.scripted import TEMPLATE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,20 +263,6 @@ def test_the_experiment_in_small(tmp_path):
     kept = json.loads((tmp_path / "docs/runs/grpo_0/greedy/summary.json").read_text())
     assert len(kept["f1_by_question"]) == kept["n"] > 0
     assert sum(kept["f1_by_question"].values()) / kept["n"] == pytest.approx(kept["f1"], abs=1e-4)
-
-
-@pytest.mark.quick
-def test_unpacking_wants_one_file(tmp_path):
-    with pytest.raises(SystemExit, match=r"0 files end in \.gguf, not 1"):
-        unpack(tmp_path, tmp_path / "out")
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF and no more")
-    with pytest.raises(SystemExit, match="is a file; OUT must be a folder"):
-        unpack(tmp_path, file)
-    pytest.importorskip("gguf")
-    with pytest.raises(SystemExit, match=r"model\.gguf cannot be unpacked: "):
-        unpack(tmp_path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 # Stands in for Python: notes its arguments, and leaves what the script looks for.
