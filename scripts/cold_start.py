@@ -71,6 +71,7 @@ from scripts.items import (  # noqa: E402
     Item,
     held_out_articles,
     made_up,
+    passages_apart,
     quoted,
     read_items,
 )
@@ -210,8 +211,10 @@ def reading_examples(draw: Draw, wanted: int, chat: ChatFormat, quote: int) -> l
     misses = 0
     while len(examples) < wanted and misses < PATIENCE:
         example = reading(draw.of_one_page(), chat, quote)
-        misses = misses + 1 if example is None else 0
-        if example is not None:
+        if example is None:
+            misses += 1
+        else:
+            misses = 0
             examples.append(example)
     if misses == PATIENCE:
         raise ConfigError(
@@ -230,9 +233,9 @@ def cold_start(config: Config, recipe: Recipe, ranks: Ranks) -> None:
     chat = idle.chat
     engine = ScriptedEngine(chat.tokenizer, chat.end_of_turn_id, partial(begin, [], 0, recipe))
     agent = replace(idle, engine=engine)
-    held_out = held_out_articles(config.eval_data)
-    real = read_items(config.data, task.corpus, held_out)
-    invented = made_up(task.corpus, held_out, random.Random(config.seed))
+    passages = passages_apart(task.corpus, held_out_articles(config.eval_data))
+    real = read_items(config.data, passages)
+    invented = made_up(passages, random.Random(config.seed))
     draw = Draw(real, invented, recipe.made_up, config.seed)
     policy = Policy(config, task.model_dir, ranks)
     folder = Path(config.run_dir)

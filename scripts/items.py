@@ -4,14 +4,12 @@ answers them, real ones of a file and made-up ones of the corpus's sentences.
 For scripts with spaces between the words; questions are made up of English sentences.
 """
 
-import json
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -19,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from deepresearcher_min.config import ConfigError, named  # noqa: E402
 from deepresearcher_min.corpus import Corpus, content_words  # noqa: E402
+from deepresearcher_min.report import read_json_lines  # noqa: E402
 from deepresearcher_min.trajectory import Question, load_questions  # noqa: E402
 from scripts.question_sets import article_of  # noqa: E402
 
@@ -65,19 +64,17 @@ def quoted(text: str, answer: str, question: str, limit: int) -> str:
     return best
 
 
-# --- real questions
+# --- what is read of files, and what may be used
 
 
 def read_rows(key: str, path: str) -> Iterator[tuple[Question, list[str], list[str]]]:
     """(question, gold titles, these and its article) of each row of a file that train.py reads."""
     with named(key, path):
         questions = load_questions(path)
-        rows: list[dict[str, Any]]
         if Path(path).suffix == ".parquet":
             rows = pq.read_table(path).to_pylist()
         else:
-            lines = Path(path).read_bytes().split(b"\n")
-            rows = [json.loads(line) for line in lines if line.strip()]
+            rows = list(read_json_lines(path))  # each of them is one, or load_questions had said so
         for question, row in zip(questions, rows, strict=True):
             gold = row.get("gold_titles") or []
             article = row.get("article") or ""
@@ -100,18 +97,29 @@ def held_out_articles(path: str) -> set[str]:
     return found
 
 
-def read_items(path: str, corpus: Corpus, held_out: set[str]) -> list[Item]:
-    """The questions of a file with the first of their gold passages that holds an answer, where the
-    corpus has one that is not of a held-out article.
-    """
-    texts: dict[str, list[str]] = {}
+def passages_apart(corpus: Corpus, held_out: set[str]) -> list[tuple[str, str]]:
+    """Title and text of all passages but those of held-out articles."""
+    passages = []
     for title, _, text in corpus.documents:
         if article_of(title) not in held_out:
-            texts.setdefault(title, []).append(text)
+            passages.append((title, text))
+    return passages
+
+
+# --- real questions
+
+
+def read_items(path: str, passages: Sequence[tuple[str, str]]) -> list[Item]:
+    """The questions of a file with the first of their gold passages that holds an answer, where one
+    of these passages does.
+    """
+    texts: dict[str, list[str]] = {}
+    for title, text in passages:
+        texts.setdefault(title, []).append(text)
     items = []
     for question, gold, _ in read_rows("data", path):
-        passages = [(title, text) for title in gold for text in texts.get(title, ())]
-        for title, text in passages:
+        golden = [(title, text) for title in gold for text in texts.get(title, ())]
+        for title, text in golden:
             if any(quoted(text, answer, question.text, 0) for answer in question.answers):
                 items.append(Item(question, title, text))
                 break
@@ -144,12 +152,8 @@ def holes(title: str, text: str, rng: random.Random) -> list[Item]:
     return rng.sample(items, len(items))
 
 
-def made_up(corpus: Corpus, held_out: set[str], rng: random.Random) -> Iterator[Item]:
-    """Made-up questions about all passages but those of held-out articles, without end."""
-    passages = []
-    for title, _, text in corpus.documents:
-        if article_of(title) not in held_out:
-            passages.append((title, text))
+def made_up(passages: Sequence[tuple[str, str]], rng: random.Random) -> Iterator[Item]:
+    """Made-up questions about these passages, without end."""
     misses = 0
     while passages and misses < PATIENCE:
         title, text = rng.choice(passages)

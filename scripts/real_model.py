@@ -39,6 +39,7 @@ from deepresearcher_min.report import jsonable, read_json_lines, text_table  # n
 from deepresearcher_min.reward import f1_score, words  # noqa: E402
 from scripts.items import read_rows  # noqa: E402
 
+WAYS = ("greedy", "sampled")  # folders of the evaluations in a run's
 DRAWS = 10_000  # of a bootstrap
 SCORES = ("n", "f1", "em", "format_errors", "calls", "searches", "pages")
 COLORS = {"grpo": "#1f66b0", "shuffled": "#9aa5b1", "imitation": "#c2410c"}
@@ -105,10 +106,7 @@ def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def gold_titles(path: Path) -> dict[str, list[str]]:
     """By question; an id is what eval.py makes of the file."""
-    try:
-        return {question.id: gold for question, gold, _ in read_rows("questions", str(path))}
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
+    return {question.id: gold for question, gold, _ in read_rows("questions", str(path))}
 
 
 def evaluation(folder: Path, gold: dict[str, list[str]]) -> dict[str, Any]:
@@ -139,7 +137,7 @@ def collect(runs: Sequence[Path], out: Path, questions: Path) -> None:
     for run in runs:
         if (out / run.name).resolve() == run.resolve():
             raise SystemExit(f"--out={out} is where {run} stands; it would be overwritten")
-        if not any((run / name / "summary.json").is_file() for name in ("greedy", "sampled")):
+        if not any((run / name / "summary.json").is_file() for name in WAYS):
             raise SystemExit(f"{run} holds no evaluation that is complete (greedy, sampled)")
     gold = gold_titles(questions)
     for run in runs:
@@ -148,7 +146,7 @@ def collect(runs: Sequence[Path], out: Path, questions: Path) -> None:
         for name in ("metrics.jsonl", "cold_start.jsonl"):
             if (run / name).is_file():
                 (target / name).write_bytes((run / name).read_bytes())
-        for name in ("greedy", "sampled"):
+        for name in WAYS:
             if (run / name / "summary.json").is_file():
                 kept = jsonable(evaluation(run / name, gold))
                 (target / name).mkdir(exist_ok=True)
@@ -174,7 +172,7 @@ def read_runs(folder: Path) -> dict[str, dict[str, Any]]:
     for run in sorted(folders):
         rows = [row for row in read_json_lines(run / "metrics.jsonl") if "reward" in row]
         found: dict[str, Any] = {"steps": rows}
-        for name in ("greedy", "sampled"):
+        for name in WAYS:
             path = run / name / "summary.json"
             if path.is_file():
                 found[name] = json.loads(path.read_text(encoding="utf-8"))
@@ -207,7 +205,7 @@ def table(runs: dict[str, dict[str, Any]]) -> list[list[str]]:
     for name in runs:
         if name != "cold":
             groups.setdefault(f"all {kind_of(name)}", []).append(name)
-    for way in ("greedy", "sampled"):
+    for way in WAYS:
         cold = [runs["cold"]] if way in runs.get("cold", {}) else []
         for title, members in groups.items():
             known = [runs[name] for name in members if way in runs[name]]
@@ -313,7 +311,7 @@ def main(argv: list[str]) -> None:
         parser.error(f"{args.folder} holds no run; `collect` makes such folders")
     asked = set()
     for run in runs.values():
-        for way in {"greedy", "sampled"} & run.keys():
+        for way in run.keys() & WAYS:
             asked.add(frozenset(run[way]["f1_by_question"]))
     if len(asked) > 1:
         parser.error(f"the runs in {args.folder} were not asked the same questions")

@@ -7,7 +7,8 @@
 # reads. RUNS: a folder outside the checkout, with 20 GB free; table and curve are made in
 # RUNS/figures. Stop it with Ctrl-C (a kill of the script leaves what it has started), and start it
 # again: GRPO and evaluations go on, the cold start and the imitation begin anew. RUNS/sets is made
-# once: take another RUNS for other questions. STOP_AFTER=cold (grpo_0, ...) ends it after that run and its evaluations.
+# once: take another RUNS for other questions. STOP_AFTER=cold (grpo_0, ...) ends it after that run
+# and its evaluations.
 set -euo pipefail
 if [ $# != 4 ] || [ ! -f "$1/config.json" ] || [ ! -f "$2" ] || [ ! -f "$3" ]; then
   echo "usage: $0 MODEL CORPUS QUESTIONS RUNS (a model's folder, two files, a folder)" >&2

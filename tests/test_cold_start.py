@@ -20,7 +20,14 @@ from deepresearcher_min.reward import f1_score
 from deepresearcher_min.trajectory import Question, Recording, Turn
 from scripts import cold_start
 from scripts.cold_start import Recipe, reading, researcher, without_guess
-from scripts.items import Item, held_out_articles, made_up, quoted, read_items
+from scripts.items import (
+    Item,
+    held_out_articles,
+    made_up,
+    passages_apart,
+    quoted,
+    read_items,
+)
 from tests.scripted import CHAT, byte_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,8 +75,8 @@ def test_made_up_questions_keep_away_from_held_out_articles():
         ("Aare (1)", "u", RIVER),
         ("Oslo (1)", "v", "There in 1906 Henrik Ibsen died once."),
     ]
-    corpus = Corpus(documents)
-    items = list(islice(made_up(corpus, {"oslo"}, random.Random(0)), 60))
+    passages = passages_apart(Corpus(documents), {"oslo"})
+    items = list(islice(made_up(passages, random.Random(0)), 60))
     assert {item.title for item in items} == {"Aare (1)"}
     asked = {item.question.text: item.question.answers for item in items}
     assert asked["It is how many km long, and in 1353 Bern joined its neighbours?"] == ("288",)
@@ -93,7 +100,8 @@ def test_an_article_is_held_out_however_it_is_written(row, tmp_path):
     died = "There in 1906 Ibsen died once."
     documents = [("Aare (1)", "u", RIVER), ("Old Oslo (1)", "v", died)]
     documents.append(("Old Oslo (1995) (1)", "w", died))
-    found = made_up(Corpus(documents), held_out_articles(str(path)), random.Random(0))
+    passages = passages_apart(Corpus(documents), held_out_articles(str(path)))
+    found = made_up(passages, random.Random(0))
     assert {item.title for item in islice(found, 60)} == {"Aare (1)"}
 
 
@@ -108,10 +116,11 @@ def test_a_question_goes_with_the_gold_passage_that_answers_it(tmp_path):
     unanswered = asked | {"answers": ["288 miles"]}
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n\n" for row in (unanswered, asked)))
-    (found,) = read_items(str(path), Corpus(documents), {"bern"})
+    corpus = Corpus(documents)
+    (found,) = read_items(str(path), passages_apart(corpus, {"bern"}))
     assert (found.title, found.text) == ("Aare", "It is 288 km long.")
     with pytest.raises(ConfigError, match="not of eval_data's articles"):
-        read_items(str(path), Corpus(documents), {"aare"})
+        read_items(str(path), passages_apart(corpus, {"aare"}))
 
 
 def item() -> Item:
@@ -267,7 +276,7 @@ MILL = {"question": "Who?", "answers": ["Aare"], "gold_titles": ["Late (1)"]}
         ({"data": lines(MILL | {"gold_titles": 5, "article": "x"})}, [], "question 'data, line 1'"),
         ({"data": lines(MILL | {"answers": ["x"]})}, [], "no question has gold_titles that are in"),
         ({"data": "\n" + lines(MILL) + "{\n"}, [], "line 3: not JSON"),
-        ({"eval_data": lines({"question": "?", "answers": ["x"]})}, [], "eval_data="),
+        ({"eval_data": lines({"question": "?", "answers": ["x"]})}, [], "gold_titles or article"),
         ({"corpus": lines(LATE), "data": lines(MILL)}, ["--made_up=0"], "the first 150 words of"),
         (
             {"corpus": lines(LATE), "data": lines(MILL)},
